@@ -1,0 +1,1 @@
+"""Reward plug-ins; each file stands alone and imports only the interface."""

@@ -1,0 +1,1 @@
+"""Policies: what one must look like, and OpenVLA-OFT."""

@@ -1,0 +1,79 @@
+"""What a person at the console sees while a run goes on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+
+from verl_vla.evaluation import SuccessRate
+
+logger = logging.getLogger(__name__)
+
+SMOOTHING = 0.7
+"""Weight of the past in the running mean of a step's seconds, for the time left."""
+
+
+class Progress:
+    """One line for each training step and each evaluation."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total_steps = total_steps
+        self._step_began = time.perf_counter()
+        self._seconds_per_step: float | None = None
+
+    def show_step(self, step: int, values: Mapping[str, float]) -> None:
+        """Report a training step by its most telling numbers."""
+        logger.info(
+            "step %*d/%d  success %5.1f%% of %d  groups %d/%d in %d round%s  "
+            "entropy %.2f  clip %.1f/%.1f%%  ratio %.4f  %.1f s  left %s",
+            len(str(self._total_steps)),
+            step,
+            self._total_steps,
+            100 * values["rollout/success_rate"],
+            values["rollout/episodes"],
+            values["groups/kept"],
+            values["groups/played"],
+            values["groups/rounds"],
+            "" if values["groups/rounds"] == 1 else "s",
+            values["actor/entropy"],
+            100 * values["actor/clip_low"],
+            100 * values["actor/clip_high"],
+            values["actor/ratio_first"],
+            values["time/step_s"],
+            format_seconds(self._time_left_s(step)),
+        )
+
+    def show_evaluation(self, step: int, rate: SuccessRate) -> None:
+        """Report an evaluation with its interval and its counts."""
+        low, high = rate.ci95
+        logger.info(
+            "held-out after step %d: %.1f%% of %d episodes (95%% interval %.1f-%.1f%%)%s",
+            step,
+            100 * rate.rate,
+            rate.episodes,
+            100 * low,
+            100 * high,
+            f", {rate.crashes} crashed" if rate.crashes else "",
+        )
+
+    def _time_left_s(self, step: int) -> float:
+        seconds = time.perf_counter() - self._step_began
+        self._step_began = time.perf_counter()
+        past = seconds if self._seconds_per_step is None else self._seconds_per_step
+        self._seconds_per_step = SMOOTHING * past + (1 - SMOOTHING) * seconds
+        return self._seconds_per_step * (self._total_steps - step)
+
+
+def format_seconds(seconds: float) -> str:
+    """Short and readable.
+
+    >>> format_seconds(8.4), format_seconds(125), format_seconds(7260)
+    ('8s', '2m05s', '2h01m')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -1,0 +1,280 @@
+"""A run, as its author writes it: every knob, its default and its check in one place.
+
+Hydra composes a recipe from YAML files and ``key=value`` overrides; `load_recipe` turns the
+result into a frozen `Recipe`. Nothing writes to a recipe afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from verl_vla.config import nearest, parse
+from verl_vla.errors import ConfigError
+from verl_vla.evaluation import EvaluationConfig
+from verl_vla.loss import ClipRange
+from verl_vla.sampling import SamplingConfig
+
+RECIPES_FOLDER = Path(__file__).resolve().parent.parent / "recipes"
+"""Where recipes with a plain name live."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyConfig:
+    """Which policy is improved, and how it is held."""
+
+    path: str
+    """Folder of an OpenVLA-OFT checkpoint: weights, config, tokenizer and statistics. A relative
+    path starts at the project's root."""
+    unnorm_key: str | None = None
+    """Which entry of ``dataset_statistics.json``; null where there is only one."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the weights and the body's arithmetic; the head is always float32."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Back end of the language model's attention, bidirectional in each."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentConfig:
+    """Which simulators are played, and by how many processes."""
+
+    suite: str
+    """``mini``, ``libero_spatial``, ``libero_object``, ``libero_goal``, ``libero_10``,
+    ``libero_90``."""
+    tasks: tuple[int, ...] | None = None
+    """Task ids within the suite; null plays all."""
+    step_limit: Literal["published", "simplevla"] | int = "published"
+    """Steps after which an episode has failed: openvla-oft's table, SimpleVLA-RL's 512 for all,
+    or a number."""
+    render_size: int = 256
+    """Height and width of a camera's picture before it is prepared for the policy, pixels."""
+    num_workers: int = 8
+    """Simulator processes."""
+    num_slots: int = 64
+    """Episodes under way at the same time."""
+    timeout_s: float = 300.0
+    """A simulator that does not answer within this time is killed and its episode lost. Covers
+    the building of a simulator and all its chunk."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_workers", "num_slots", "render_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"environment.{name} is {getattr(self, name)}; set at least 1")
+        if self.timeout_s <= 0:
+            raise ConfigError(
+                f"environment.timeout_s is {self.timeout_s}; set the seconds to wait, e.g. 300"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, and how a training step is cut into optimizer steps and micro-batches."""
+
+    lr: float = 5e-6
+    """Constant after warm-up (SimpleVLA-RL: 5e-6, full fine-tuning)."""
+    warmup_steps: int = 0
+    """Training steps over which the rate rises linearly."""
+    weight_decay: float = 0.01
+    betas: tuple[float, ...] = (0.9, 0.999)
+    clip_grad: float = 1.0
+    """Bound on the gradient's norm."""
+    num_mini_batches: int = 1
+    """Optimizer steps per training step."""
+    micro_batch_size: int = 16
+    """Decisions per forward and backward pass of one rank."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_mini_batches", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}; set at least 1")
+        for name in ("lr", "clip_grad"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}; set more than 0")
+        for name in ("warmup_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}; set 0 or more")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(
+                f"optimizer.betas is {list(self.betas)}; AdamW takes two numbers of at least 0 "
+                "and less than 1, e.g. [0.9,0.999]"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossConfig:
+    """The policy-gradient loss. There is no KL term and no reference model."""
+
+    clip: ClipRange = field(default_factory=ClipRange)
+    recompute_logp: bool = False
+    """Recompute the log-probs of the rollout with the learner before the update. Needed only
+    where ``actor/ratio_first_deviation`` shows that the two differ."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerConfig:
+    """How long to train, what to keep and where to report."""
+
+    total_training_steps: int = 100
+    save_every: int = 20
+    """Training steps between checkpoints; the last step is always saved. 0 saves nothing."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+    eval_every: int = 10
+    """Training steps between held-out evaluations; the last step is always evaluated.
+    0 evaluates nothing."""
+    eval_before: bool = True
+    """Evaluate the policy before the first step."""
+    loggers: tuple[str, ...] = ("tensorboard",)
+    """Besides the console and ``metrics.jsonl``: any of veRL's tracking back ends."""
+    project: str = "verl_vla"
+    """Name of the project in those back ends."""
+
+    def __post_init__(self) -> None:
+        if self.total_training_steps < 1:
+            raise ConfigError(
+                f"trainer.total_training_steps is {self.total_training_steps}; set at least 1"
+            )
+        for name in ("save_every", "eval_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"trainer.{name} is {getattr(self, name)}; set 0 for never")
+        if self.keep_checkpoints < 1:
+            raise ConfigError(
+                f"trainer.keep_checkpoints is {self.keep_checkpoints}; keep at least 1, or set "
+                "trainer.save_every=0 to save nothing"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """Where the learner's ranks run."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """``auto`` takes the GPUs where there are any."""
+    num_nodes: int = 1
+    ranks_per_node: int = 1
+    """Data-parallel learner processes on each node, one GPU each."""
+    address: str | None = None
+    """Of a running Ray cluster; null starts one on this machine."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_nodes", "ranks_per_node"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"cluster.{name} is {getattr(self, name)}; set at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Everything that decides a run."""
+
+    out: str
+    """Folder of the run: configuration, metrics, checkpoints. The same command resumes it."""
+    seed: int = 0
+    """The only source of randomness of a run."""
+    policy: PolicyConfig
+    environment: EnvironmentConfig
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    reward: str = "binary"
+    """A file of ``rewards/``, or ``path/to/file.py:ClassName``."""
+    reward_args: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Arguments of the reward's constructor."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    verl: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Overrides of veRL's own configuration, handed on as they are; veRL refuses what it does
+    not know."""
+
+    def __post_init__(self) -> None:
+        if not self.out:
+            raise ConfigError("out is empty; name a folder for the run, e.g. out=runs/first")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; set 0 or more")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain nested mapping, ready for YAML."""
+        return asdict(self)
+
+
+def load_recipe(arguments: Sequence[str]) -> Recipe:
+    """Compose and check a recipe from ``recipe=NAME key=value ...``.
+
+    ``recipe`` is a name in `RECIPES_FOLDER` or a path to a YAML file; other keys override it.
+
+    Raises:
+        ConfigError: no recipe named, unknown recipe or key, or a value that cannot be.
+    """
+    recipes = [a.removeprefix("recipe=") for a in arguments if a.startswith("recipe=")]
+    if len(recipes) != 1:
+        raise ConfigError(
+            f"{len(recipes)} recipes were named; say which one with recipe=NAME. "
+            f"Known: {', '.join(recipe_names())}"
+        )
+    file = find_recipe(recipes[0])
+    overrides = [a for a in arguments if not a.startswith("recipe=")]
+    return parse(Recipe, _compose(file, overrides))
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the project."""
+    return sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """The YAML file that ``name`` stands for."""
+    if name.endswith(".yml"):
+        raise ConfigError(f"recipe is {name!r}, but Hydra reads .yaml alone; rename the file")
+    if name.endswith(".yaml"):
+        path = Path(name).resolve()
+        if not path.is_file():
+            raise ConfigError(f"recipe is {name!r}, but there is no such file; check the path")
+        return path
+    if name not in recipe_names():
+        raise ConfigError(f"recipe is {name!r}, which is unknown; {nearest(name, recipe_names())}")
+    return RECIPES_FOLDER / f"{name}.yaml"
+
+
+def _compose(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Let Hydra merge the file, the files it builds on, and the overrides.
+
+    Overrides may name keys that the file leaves at their default, so each is marked as one that
+    may be new; `parse` refuses those that nobody knows.
+    """
+    for override in overrides:
+        _check_override(override)
+    try:
+        with initialize_config_dir(str(file.parent), version_base=None):
+            composed = compose(
+                config_name=file.stem, overrides=[f"++{o.lstrip('+')}" for o in overrides]
+            )
+        container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {file.stem!r} cannot be composed: {error}") from error
+    return cast("dict[str, Any]", container)
+
+
+def _check_override(override: str) -> None:
+    """Refuse what Hydra would not read, or would read as something else than a knob."""
+    if "=" not in override or override.startswith("~"):
+        raise ConfigError(f"{override!r} is no key=value; write e.g. seed=1")
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise ConfigError(
+            f"{override!r} cannot be read ({str(error).splitlines()[0]}); a value with special "
+            "characters needs quotes of its own, e.g. \"out='runs/a=b'\""
+        ) from error
+    if parsed.key_or_group.split(".")[0] == "hydra":
+        raise ConfigError(f"{override!r} is a knob of Hydra, which runs no job here; leave it out")
