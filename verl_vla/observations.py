@@ -1,0 +1,292 @@
+"""From a simulator's frame and a task to what the policy was fine-tuned on.
+
+Images follow openvla-oft's LIBERO evaluation (``experiments/robot/openvla_utils.py``), which runs
+on TensorFlow: a JPEG round trip, a Lanczos resize, a centre crop. Here they are numpy, in the
+order of TensorFlow's float32 operations, so that the bytes are the same.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+import torch
+from PIL import Image
+from torch import Tensor
+
+from verl_vla.errors import ConfigError, ContractError
+
+Pixels = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
+
+PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
+"""openvla-oft, `get_vla_action`; the instruction in lower case."""
+EMPTY_PIECE = "▁"
+"""The piece that ends every prompt: a word boundary with no word, id 29871 in Llama's vocabulary.
+OpenVLA was trained with it and reads its first action at it."""
+LANCZOS_RADIUS = np.float32(3)
+JPEG_QUALITY = 95
+"""TensorFlow's default in `tf.image.encode_jpeg`, with colour at half resolution (4:2:0)."""
+JPEG_SUBSAMPLING_420 = 2
+"""Pillow's number for 4:2:0."""
+
+
+@dataclass(frozen=True)
+class ImageStatistics:
+    """How one vision tower wants its pixels: ``(value / 255 - mean) / std``, by channel."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+DINO_STATISTICS = ImageStatistics(
+    mean=(0.484375, 0.455078125, 0.40625), std=(0.228515625, 0.2236328125, 0.224609375)
+)
+"""ImageNet's constants rounded to bfloat16, as the published preprocessor_config.json has them."""
+SIGLIP_STATISTICS = ImageStatistics(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+OPENVLA_IMAGE_STATISTICS = (DINO_STATISTICS, SIGLIP_STATISTICS)
+
+
+class Tokenizer(Protocol):
+    """What a prompt needs of a tokenizer; every `PreTrainedTokenizerFast` has it."""
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id that starts a prompt."""
+        ...
+
+    @property
+    def unk_token_id(self) -> int | None:
+        """The id that stands for what the vocabulary does not hold."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of ``text``, special tokens included."""
+        ...
+
+    def convert_tokens_to_ids(self, tokens: str) -> int | None:
+        """Return the id of one piece, or `unk_token_id`."""
+        ...
+
+
+def prepare_image(
+    render: Pixels, *, size: int = 224, jpeg: bool = True, crop_area: float = 0.9
+) -> Pixels:
+    """Turn an upright frame into the image that the policy sees.
+
+    Args:
+        render: [H, W, 3] RGB, upright.
+        size: of the result, pixels.
+        jpeg: whether to add the artefacts of JPEG; the fine-tuning data were stored as JPEG.
+        crop_area: share of the area that a centre crop keeps; fine-tuning cropped at random to
+            this share. 1 keeps everything.
+
+    Returns:
+        [size, size, 3] RGB.
+
+    Raises:
+        ContractError: if ``render`` is not a uint8 RGB image.
+        ConfigError: if ``crop_area`` is not in (0, 1].
+    """
+    if render.dtype != np.uint8 or render.ndim != 3 or render.shape[2] != 3:
+        raise ContractError(f"a render must be uint8 [H, W, 3], got {render.dtype} {render.shape}")
+    if not 0 < crop_area <= 1:
+        raise ConfigError(f"crop_area is {crop_area}; it is a share of the area, above 0 up to 1")
+    pixels = _round_trip(render) if jpeg else render
+    columns_first = _resize(pixels.astype(np.float32), size)
+    whole = columns_first.transpose(1, 0, 2)
+    return (_crop(columns_first, crop_area) if crop_area < 1 else whole).astype(np.uint8)
+
+
+def prepare_images(
+    renders: Pixels, *, size: int = 224, jpeg: bool = True, crop_area: float = 0.9
+) -> Pixels:
+    """Apply `prepare_image` to [n, H, W, 3]; returns [n, size, size, 3]."""
+    images = np.empty((len(renders), size, size, 3), np.uint8)
+    for image, render in zip(images, renders, strict=True):
+        image[:] = prepare_image(render, size=size, jpeg=jpeg, crop_area=crop_area)
+    return images
+
+
+def normalize_image(
+    image: Tensor, statistics: Sequence[ImageStatistics] = OPENVLA_IMAGE_STATISTICS
+) -> Tensor:
+    """Scale an image once for every vision tower.
+
+    Args:
+        image: [..., H, W, 3] uint8, on any device.
+        statistics: one per tower, in the order of the towers.
+
+    Returns:
+        [..., 3 * towers, H, W] float32, on the device of ``image``.
+
+    Raises:
+        ContractError: if ``image`` is not uint8 with three channels last.
+    """
+    if image.dtype != torch.uint8 or image.dim() < 3 or image.shape[-1] != 3:
+        raise ContractError(
+            f"an image must be uint8 [..., H, W, 3], got {image.dtype} {list(image.shape)}"
+        )
+    share = image.movedim(-1, -3).float() / 255
+    towers = [
+        (share - share.new_tensor(s.mean).view(3, 1, 1)) / share.new_tensor(s.std).view(3, 1, 1)
+        for s in statistics
+    ]
+    return torch.cat(towers, dim=-3)
+
+
+def prompt_ids(tokenizer: Tokenizer, instruction: str) -> list[int]:
+    """Tokenise the prompt of a task.
+
+    The first id is the tokenizer's beginning of sequence, which its own ``encode`` must add. The
+    last one is `EMPTY_PIECE`, added unless the tokenizer put it there; its id is looked up by the
+    piece, so any tokenizer whose vocabulary has that piece will do.
+
+    Returns:
+        L ids.
+
+    Raises:
+        ConfigError: if the tokenizer lacks the piece, adds no beginning, or does not know a word.
+    """
+    empty = tokenizer.convert_tokens_to_ids(EMPTY_PIECE)
+    if empty is None or empty == tokenizer.unk_token_id:
+        raise ConfigError(
+            f"the tokenizer has no piece '{EMPTY_PIECE}', with which every OpenVLA prompt ends; "
+            "use the tokenizer.json of the checkpoint"
+        )
+    ids = list(tokenizer.encode(PROMPT.format(instruction=instruction.lower())))
+    if not ids or ids[0] != tokenizer.bos_token_id:
+        raise ConfigError(
+            f"the tokenizer starts a prompt with {ids[:1]}, not with its beginning of sequence "
+            f"{tokenizer.bos_token_id}; image patches are put behind that token: set add_bos_token"
+        )
+    if tokenizer.unk_token_id in ids:
+        raise ConfigError(
+            f"the tokenizer does not know every word of '{instruction}', so the policy could not "
+            "tell it from another task; build the tokenizer with this instruction"
+        )
+    return ids if ids[-1] == empty else [*ids, empty]
+
+
+def _round_trip(pixels: Pixels) -> Pixels:
+    """Encode and decode as JPEG.
+
+    Pillow writes TensorFlow's bytes; simplejpeg can decode them with the fast integer transform
+    that TensorFlow uses, which Pillow cannot.
+    """
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(
+        file, "JPEG", quality=JPEG_QUALITY, subsampling=JPEG_SUBSAMPLING_420
+    )
+    return simplejpeg.decode_jpeg(
+        file.getvalue(), colorspace="RGB", fastdct=True, fastupsample=False
+    )
+
+
+def _resize(pixels: Floats, size: int) -> Floats:
+    """Resize [H, W, 3] by an antialiased Lanczos kernel; returns whole numbers [W, H, 3]."""
+    rows = _weigh_rows(pixels, size)
+    both = _weigh_rows(np.ascontiguousarray(rows.transpose(1, 0, 2)), size)
+    np.rint(both, out=both)
+    return np.clip(both, 0, 255, out=both)
+
+
+def _weigh_rows(pixels: Floats, size: int) -> Floats:
+    """Replace the rows of ``pixels`` by ``size`` weighted sums of neighbours.
+
+    The sum runs over the neighbours in order, one float32 addition each, as TensorFlow's does; a
+    matrix product would add in another order and differ in single pixels.
+    """
+    if len(pixels) == size:
+        return pixels
+    flat = pixels.reshape(len(pixels), -1)
+    total = np.zeros((size, flat.shape[1]), np.float32)
+    term = np.empty_like(total)
+    for source, weight in _lanczos_taps(len(pixels), size):
+        np.take(flat, source, axis=0, out=term, mode="clip")
+        term *= weight
+        total += term
+    return total.reshape(size, *pixels.shape[1:])
+
+
+@lru_cache(maxsize=16)
+def _lanczos_taps(num_in: int, num_out: int) -> tuple[tuple[Indices, Floats], ...]:
+    """Say which rows make up a resized row, and how much of each.
+
+    Source: ``tf.image.resize(method="lanczos3", antialias=True)``, scale_and_translate_op.cc,
+    with its float32 roundings.
+
+    Returns:
+        One pair a neighbour: [num_out] rows of the input, [num_out, 1] weights.
+    """
+    one, half = np.float32(1), np.float32(0.5)
+    scale = one / (np.float32(num_out) / np.float32(num_in))
+    stretch = max(scale, one)
+    centre = (np.arange(num_out, dtype=np.float32) + half) * scale
+    reach = LANCZOS_RADIUS * stretch
+    first = np.maximum(np.ceil(centre - reach - half), 0).astype(np.int64)
+    last = np.minimum(np.floor(centre + reach - half), num_in - 1).astype(np.int64)
+    source = first[:, None] + np.arange(int((last - first).max()) + 1)
+    distance = np.abs(source.astype(np.float32) + half - centre[:, None]) * (one / stretch)
+    weight = np.where(source <= last[:, None], _lanczos(distance), np.float32(0))
+    weight *= one / np.cumsum(weight, axis=1, dtype=np.float32)[:, -1:]
+    source = np.minimum(source, num_in - 1)
+    return tuple(
+        (s, np.ascontiguousarray(w[:, None])) for s, w in zip(source.T, weight.T, strict=True)
+    )
+
+
+def _lanczos(distance: Floats) -> Floats:
+    pi = np.float32(np.pi)
+    angle = pi * distance
+    with np.errstate(invalid="ignore", divide="ignore"):
+        wave = LANCZOS_RADIUS * np.sin(angle) * np.sin(angle / LANCZOS_RADIUS)
+        wave /= pi * pi * distance * distance
+    wave = np.where(distance <= np.float32(1e-3), np.float32(1), wave)  # the limit at zero
+    return np.where(distance > LANCZOS_RADIUS, np.float32(0), wave)
+
+
+def _crop(columns_first: Floats, area: float) -> Floats:
+    """Cut out the centre of [W, H, 3] in 0..255 and enlarge it again; returns [H, W, 3].
+
+    Source: ``tf.image.crop_and_resize`` on values in 0..1, then
+    ``tf.image.convert_image_dtype(saturate=True)``, which rounds down from 255.5.
+    """
+    share = columns_first * np.float32(1 / 255)
+    across = _blend_rows(share, area)
+    both = _blend_rows(np.ascontiguousarray(across.transpose(1, 0, 2)), area)
+    np.clip(both, 0, 1, out=both)
+    both *= np.float32(255.5)
+    return both
+
+
+def _blend_rows(pixels: Floats, area: float) -> Floats:
+    below, above, part = _crop_positions(len(pixels), area)
+    flat = pixels.reshape(len(pixels), -1)
+    low = np.take(flat, below, axis=0, mode="clip")
+    high = np.take(flat, above, axis=0, mode="clip")
+    high -= low
+    high *= part
+    high += low
+    return high.reshape(pixels.shape)
+
+
+@lru_cache(maxsize=16)
+def _crop_positions(size: int, area: float) -> tuple[Indices, Indices, Floats]:
+    """Say between which two rows every row of the enlarged crop lies, and how far: [size, 1]."""
+    side = np.sqrt(np.float32(area))
+    start = (np.float32(1) - side) / np.float32(2)
+    stop = start + side
+    last = np.float32(size - 1)
+    step = (stop - start) * last / last
+    position = start * last + np.arange(size, dtype=np.float32) * step
+    below = np.floor(position)
+    part = (position - below)[:, None]
+    return below.astype(np.int64), np.ceil(position).astype(np.int64), part
