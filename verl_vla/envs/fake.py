@@ -1,0 +1,176 @@
+"""A two-dimensional stand-in for LIBERO: no MuJoCo, no GPU, the same contract.
+
+A white dot starts at a place that the init state picks and must reach a square whose place and
+colour the task picks. The picture shows all there is to know, so a policy can really learn it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from verl_vla.envs.base import ChunkResult, Snapshot
+from verl_vla.errors import ConfigError, ContractError
+from verl_vla.types import Observation, Outcome
+
+ACTION_DIM = 7
+"""As in LIBERO; the first two values move the dot right and up, the others do nothing."""
+
+PROPRIO_DIM = 8
+"""As in LIBERO; the first two values are the dot's place, the others are zero."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Where a task ends and what it looks like."""
+
+    name: str
+    place: tuple[float, float]
+    """Right and up, in a field that reaches from -1 to 1."""
+    rgb: tuple[int, int, int]
+
+
+TARGET_DISTANCE = 0.6
+"""How far every target is from the middle, along each axis."""
+
+TARGETS = (
+    Target(name="red", place=(TARGET_DISTANCE, TARGET_DISTANCE), rgb=(220, 40, 40)),
+    Target(name="green", place=(-TARGET_DISTANCE, TARGET_DISTANCE), rgb=(40, 200, 60)),
+    Target(name="blue", place=(-TARGET_DISTANCE, -TARGET_DISTANCE), rgb=(50, 80, 230)),
+    Target(name="yellow", place=(TARGET_DISTANCE, -TARGET_DISTANCE), rgb=(230, 210, 40)),
+)
+"""One for each task."""
+
+GROUND_RGB = (40, 40, 48)
+DOT_RGB = (255, 255, 255)
+
+START_REACH = 0.25
+"""A dot starts at most this far from the middle, along each axis."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FakeEnvConfig:
+    """Sizes and difficulty of the stand-in.
+
+    With the defaults, actions drawn evenly from -1..1 in chunks of 8 solve one episode in six,
+    and heading straight for the target takes at most 4 steps.
+    """
+
+    image_size: int = 32
+    """Height and width of an image, pixels."""
+    num_views: int = 1
+    """Pictures per observation; each is the one before it turned by 90 degrees."""
+    step_limit: int = 24
+    """Steps after which an episode has failed."""
+    stride: float = 0.15
+    """How far an action of 1 moves the dot."""
+    tolerance: float = 0.3
+    """How near to the target, along each axis, counts as solved."""
+    num_init_states: int = 100
+    """Recorded starts of each task."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_views", "step_limit", "stride", "tolerance", "num_init_states"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; set a positive number")
+        if self.image_size < 8:
+            raise ConfigError(f"image_size is {self.image_size}; the dot needs at least 8 pixels")
+        if self.tolerance >= TARGET_DISTANCE - START_REACH:
+            raise ConfigError(
+                f"tolerance is {self.tolerance}, so some starts would be solved already; set less "
+                f"than {TARGET_DISTANCE - START_REACH}"
+            )
+
+
+class FakeEnv:
+    """One field with a dot and a target; see `verl_vla.envs.base.Env`."""
+
+    def __init__(self, config: FakeEnvConfig) -> None:
+        self._config = config
+        self._task_id = 0
+        self._num_steps = 0
+        self._place = np.zeros(2)
+        self._is_over = True
+
+    def reset(self, task_id: int, init_state_id: int) -> Observation:
+        """Put the dot where the init state says."""
+        if not 0 <= task_id < len(TARGETS):
+            raise ConfigError(f"task_id is {task_id}; the fake suite has 0..{len(TARGETS) - 1}")
+        if not 0 <= init_state_id < self._config.num_init_states:
+            last = self._config.num_init_states - 1
+            raise ConfigError(f"init_state_id is {init_state_id}; the fake suite has 0..{last}")
+        rng = np.random.default_rng([task_id, init_state_id])
+        self._place = rng.uniform(-START_REACH, START_REACH, size=2)
+        self._task_id, self._num_steps, self._is_over = task_id, 0, False
+        return self._observe()
+
+    def step_chunk(self, actions: npt.NDArray[np.float32]) -> ChunkResult:
+        """Move the dot by each action, until it is there or out of time."""
+        if self._is_over:
+            raise ContractError("the episode has ended; reset or restore first")
+        if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or not len(actions):
+            raise ContractError(
+                f"actions must be [K, {ACTION_DIM}] with K >= 1, got {list(actions.shape)}"
+            )
+        for executed, action in enumerate(actions, start=1):
+            outcome = self._step(action)
+            if outcome is not None:
+                self._is_over = True
+                return ChunkResult(executed=executed, outcome=outcome, observation=None)
+        return ChunkResult(executed=len(actions), outcome=None, observation=self._observe())
+
+    def snapshot(self) -> Snapshot:
+        """Return the dot's place and the steps made."""
+        if self._is_over:
+            raise ContractError("the episode has ended; there is nothing to continue")
+        return Snapshot(task_id=self._task_id, num_steps=self._num_steps, state=self._place.copy())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put the dot where it was."""
+        self._task_id, self._num_steps = snapshot.task_id, snapshot.num_steps
+        self._place, self._is_over = snapshot.state.copy(), False
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _step(self, action: npt.NDArray[np.float32]) -> Outcome | None:
+        move = self._config.stride * np.clip(action[:2].astype(np.float64), -1, 1)
+        self._place = np.clip(self._place + move, -1, 1)
+        self._num_steps += 1
+        distance = np.abs(self._place - TARGETS[self._task_id].place).max()
+        if distance <= self._config.tolerance:
+            return Outcome.SUCCESS
+        return Outcome.TIMEOUT if self._num_steps >= self._config.step_limit else None
+
+    def _observe(self) -> Observation:
+        proprio = np.zeros(PROPRIO_DIM, dtype=np.float32)
+        proprio[:2] = self._place
+        return Observation(
+            image=self._draw(),
+            proprio=proprio,
+            instruction=f"move the dot to the {TARGETS[self._task_id].name} square",
+        )
+
+    def _draw(self) -> npt.NDArray[np.uint8]:
+        size = self._config.image_size
+        image = np.empty((size, size, 3), dtype=np.uint8)
+        image[...] = GROUND_RGB
+        target = TARGETS[self._task_id]
+        _fill_square(image, np.array(target.place), self._config.tolerance, target.rgb)
+        _fill_square(image, self._place, 2 / size, DOT_RGB)
+        return np.stack([np.rot90(image, turns) for turns in range(self._config.num_views)])
+
+
+def _fill_square(
+    image: npt.NDArray[np.uint8],
+    place: npt.NDArray[np.float64],
+    reach: float,
+    rgb: tuple[int, int, int],
+) -> None:
+    """Paint ``place`` +- ``reach`` of the field [-1, 1] x [-1, 1]; up is up in the picture."""
+    size = len(image)
+    corners = np.array([place - reach, place + reach]) * (1, -1)
+    low, high = np.sort((corners + 1) / 2 * size, axis=0).round().astype(int).clip(0, size)
+    image[low[1] : high[1], low[0] : high[0]] = rgb

@@ -1,0 +1,53 @@
+"""Which GL the simulators draw with, decided before MuJoCo is imported."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping, MutableMapping
+
+from verl_vla.errors import ConfigError
+
+LIBRARIES: Mapping[str, str] = {"egl": "libEGL.so.1", "osmesa": "libOSMesa.so.8"}
+"""Shared library that each headless backend of MuJoCo loads, in order of preference."""
+
+REMEDY = (
+    "install a headless GL, e.g. `apt-get install libegl1 libgl1-mesa-dri` (or `libosmesa6` with "
+    "MUJOCO_GL=osmesa)"
+)
+
+
+def prepare_gl(environ: MutableMapping[str, str] = os.environ) -> str:
+    """Choose a headless GL backend and write it to ``environ``; keep a choice already made.
+
+    A software renderer gets one thread per process (``LP_NUM_THREADS``), since simulators run in
+    many processes at once.
+
+    Returns:
+        The value of ``MUJOCO_GL``, e.g. ``egl``.
+
+    Raises:
+        ConfigError: the chosen backend, or every backend, lacks its library.
+    """
+    chosen = environ.get("MUJOCO_GL", "")
+    if chosen in LIBRARIES:
+        if not _loads(LIBRARIES[chosen]):
+            raise ConfigError(f"MUJOCO_GL={chosen} needs {LIBRARIES[chosen]}, not found; {REMEDY}")
+    elif not chosen:
+        found = [name for name, library in LIBRARIES.items() if _loads(library)]
+        if not found:
+            missing = " nor ".join(LIBRARIES.values())
+            raise ConfigError(f"nothing to render with: neither {missing} was found; {REMEDY}")
+        chosen = environ["MUJOCO_GL"] = found[0]
+    if chosen in LIBRARIES:
+        environ.setdefault("PYOPENGL_PLATFORM", chosen)
+    environ.setdefault("LP_NUM_THREADS", "1")
+    return chosen
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,219 @@
+"""A LIBERO suite, or the embedded mini suite, as an `Env`: one episode at a time.
+
+MuJoCo and LIBERO are imported when the first simulator is built, not when this module is.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from verl_vla.config import nearest
+from verl_vla.envs.assets import asset_folder, find_assets, import_libero
+from verl_vla.envs.base import ChunkResult, Snapshot
+from verl_vla.envs.suites import StepLimit, Suite, suite
+from verl_vla.errors import ConfigError, ContractError
+from verl_vla.observations import prepare_image
+from verl_vla.types import Observation, Outcome
+
+if TYPE_CHECKING:
+    from verl_vla.envs.simulator import Simulator
+
+ACTION_DIM = 7
+"""Three translations, three rotations, the gripper (-1 opens, +1 closes)."""
+SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+"""openvla-oft ``experiments/robot/libero/libero_utils.py:28``."""
+MINI_ASSETS = Path(__file__).parent / "mini" / "assets"
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+"""The views that published policies use: third person and wrist."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvConfig:
+    """What is simulated and what is seen of it."""
+
+    suite: str = "mini"
+    step_limit: StepLimit = "published"
+    """Steps the policy may choose before an episode has failed; see `Suite.step_limit`."""
+    render_size: int = 256
+    """Height and width of a camera's picture, pixels."""
+    image_size: int = 224
+    """Height and width of what the policy sees, pixels."""
+    cameras: tuple[str, ...] = ("agentview",)
+    settle_steps: int = 10
+    """Steps with an open, resting gripper before the first observation; objects drop meanwhile."""
+    max_simulators: int = 10
+    """Tasks whose simulators are kept; the one unused for longest goes first."""
+
+    def __post_init__(self) -> None:
+        suite(self.suite).step_limit(self.step_limit, task_id=0)
+        for name in ("render_size", "image_size", "max_simulators"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.settle_steps < 0:
+            raise ConfigError(f"settle_steps is {self.settle_steps}; it must be at least 0")
+        if not self.cameras:
+            raise ConfigError(f"cameras is empty; choose from {', '.join(CAMERAS)}")
+        for camera in self.cameras:
+            if camera not in CAMERAS:
+                raise ConfigError(f"camera {camera!r} is unknown; {nearest(camera, CAMERAS)}")
+
+
+def make_env(config: EnvConfig) -> LiberoEnv:
+    """Build an environment; ``functools.partial(make_env, config)`` is its picklable factory.
+
+    Raises:
+        ConfigError: LIBERO, its assets or a GL library are missing.
+    """
+    return LiberoEnv(config)
+
+
+@dataclass(slots=True)
+class _Episode:
+    task_id: int
+    step_limit: int
+    num_steps: int = 0
+    has_ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    simulator: object
+    has_ended: bool
+
+
+class LiberoEnv:
+    """Plays episodes of every task of one suite; see `verl_vla.envs.base.Env`."""
+
+    def __init__(self, config: EnvConfig) -> None:
+        """Check that everything is there; simulators are built when their tasks are played."""
+        import_libero()
+        self.config = config
+        self.suite: Suite = suite(config.suite)
+        self._assets = find_assets() if self.suite.needs_assets else MINI_ASSETS
+        self._simulators: OrderedDict[int, Simulator] = OrderedDict()
+        self._load_init_states = lru_cache(maxsize=None)(self.suite.load_init_states)
+        self._episode: _Episode | None = None
+
+    def reset(self, task_id: int, init_state_id: int) -> Observation:
+        """Start an episode from a recorded init state, settle, and return the first observation.
+
+        Raises:
+            ConfigError: there is no such task or init state.
+        """
+        self.suite.task(task_id)
+        if not 0 <= init_state_id < self.suite.num_init_states:
+            raise ConfigError(
+                f"init state {init_state_id} is not in {self.suite.name}; "
+                f"its init states are 0..{self.suite.num_init_states - 1}"
+            )
+        return self.reset_to(task_id, self._load_init_states(task_id)[init_state_id])
+
+    def reset_to(self, task_id: int, init_state: npt.NDArray[np.float64]) -> Observation:
+        """Start an episode from a state [1 + nq + nv] that is not among the recorded ones."""
+        simulator = self.simulator(task_id)
+        self._episode = _Episode(task_id, self.suite.step_limit(self.config.step_limit, task_id))
+        simulator.begin(init_state)
+        for _ in range(self.config.settle_steps):
+            simulator.step(np.array(SETTLE_ACTION))
+        return self.observe()
+
+    def step_chunk(self, actions: npt.NDArray[np.float32]) -> ChunkResult:
+        """Run ``actions`` [K, 7] open loop until they are used up or the episode ends.
+
+        Raises:
+            ContractError: no episode is under way, it has ended, or ``actions`` has a wrong shape.
+        """
+        episode = self._current()
+        if episode.has_ended:
+            raise ContractError("the episode has ended; call reset before the next chunk")
+        if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or not len(actions):
+            raise ContractError(f"actions must be [K, {ACTION_DIM}], got {list(actions.shape)}")
+        if not np.isfinite(actions).all():
+            raise ContractError("actions hold a value that is not finite")
+        outcome = None
+        executed = 0
+        while outcome is None and executed < len(actions):
+            outcome = self.step(actions[executed].astype(np.float64))
+            executed += 1
+        observation = None if outcome is not None else self.observe()
+        return ChunkResult(executed=executed, outcome=outcome, observation=observation)
+
+    def step(self, action: npt.NDArray[np.float64]) -> Outcome | None:
+        """Run one action [7] without drawing anything; `step_chunk` is made of these."""
+        episode = self._current()
+        if episode.has_ended:
+            raise ContractError("the episode has ended; call reset before the next step")
+        solved = self.simulator(episode.task_id).step(action)
+        episode.num_steps += 1
+        episode.has_ended = solved or episode.num_steps >= episode.step_limit
+        if not episode.has_ended:
+            return None
+        return Outcome.SUCCESS if solved else Outcome.TIMEOUT
+
+    def observe(self) -> Observation:
+        """Draw the cameras and read the arm, as a policy sees them at this moment."""
+        task_id = self._current().task_id
+        simulator = self.simulator(task_id)
+        size = self.config.image_size
+        views = [prepare_image(simulator.render(name), size=size) for name in self.config.cameras]
+        return Observation(
+            image=np.stack(views),
+            proprio=simulator.proprio(),
+            instruction=self.suite.task(task_id).instruction,
+        )
+
+    def snapshot(self) -> Snapshot:
+        """Return this moment of the current episode."""
+        episode = self._current()
+        moment = _Moment(self.simulator(episode.task_id).state, episode.has_ended)
+        return Snapshot(task_id=episode.task_id, num_steps=episode.num_steps, state=moment)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continue from ``snapshot``, whoever made it."""
+        task_id = snapshot.task_id
+        self.simulator(task_id).state = snapshot.state.simulator
+        self._episode = _Episode(
+            task_id,
+            self.suite.step_limit(self.config.step_limit, task_id),
+            snapshot.num_steps,
+            snapshot.state.has_ended,
+        )
+
+    def simulator(self, task_id: int) -> Simulator:
+        """Return the simulator of a task, building it where needed."""
+        if task_id not in self._simulators:
+            while len(self._simulators) >= self.config.max_simulators:
+                self._simulators.popitem(last=False)[1].close()
+            self._simulators[task_id] = self._build_simulator(task_id)
+        self._simulators.move_to_end(task_id)
+        return self._simulators[task_id]
+
+    def close(self) -> None:
+        """Free the simulators."""
+        while self._simulators:
+            self._simulators.popitem()[1].close()
+        self._episode = None
+
+    def _build_simulator(self, task_id: int) -> Simulator:
+        # MuJoCo reads MUJOCO_GL when it is imported, LIBERO its config: both must be set first
+        from verl_vla.envs.rendering import Look  # noqa: PLC0415
+        from verl_vla.envs.simulator import Simulator  # noqa: PLC0415
+
+        is_mini = not self.suite.needs_assets
+        if is_mini:
+            import verl_vla.envs.mini.problem  # noqa: F401, PLC0415 -- registers itself
+        look = Look(size=self.config.render_size, is_cheap=is_mini)
+        with asset_folder(self._assets):
+            return Simulator(self.suite.task(task_id).bddl_file, look)
+
+    def _current(self) -> _Episode:
+        if self._episode is None:
+            raise ContractError("no episode is under way; call reset or restore first")
+        return self._episode

@@ -1,0 +1,44 @@
+"""Write the mini suite's init states: ``python -m verl_vla.envs.mini.make_init_states [FOLDER]``.
+
+The files are part of the package and this command writes the same bytes again. Each start is one
+draw of LIBERO's placement samplers from the regions of the task's BDDL file, with a seed of its
+own, so the states differ from each other and from those that `sample_init_state` gives out.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from verl_vla.envs.libero import EnvConfig, LiberoEnv, make_env
+from verl_vla.envs.suites import MINI_INIT_STATES, suite
+
+RECORDED, SAMPLED = 0, 1
+"""Streams of placements: those of the files, and those for demonstrations."""
+
+
+def main(folder: Path) -> None:
+    """Write one file a task into ``folder``."""
+    env = make_env(EnvConfig(suite="mini"))
+    for task_id, task in enumerate(env.suite.tasks):
+        states = [_place(env, task_id, RECORDED, i) for i in range(MINI_INIT_STATES)]
+        np.savez_compressed(folder / f"{task.name}.npz", states=np.stack(states))
+    env.close()
+
+
+def sample_init_state(env: LiberoEnv, task_id: int, seed: int) -> npt.NDArray[np.float64]:
+    """Draw a start [1 + nq + nv] that is in neither split; the same seed gives the same start."""
+    return _place(env, task_id, SAMPLED, seed)
+
+
+def _place(env: LiberoEnv, task_id: int, stream: int, index: int) -> npt.NDArray[np.float64]:
+    seed = np.random.SeedSequence([stream, task_id, index]).generate_state(1)[0]
+    return env.simulator(task_id).place_objects(int(seed))
+
+
+if __name__ == "__main__":
+    target = sys.argv[1] if len(sys.argv) > 1 else suite("mini").tasks[0].init_states_file.parent
+    main(Path(target))

@@ -1,0 +1,136 @@
+"""The mini suite's table-top problem, registered with LIBERO's BDDL machinery.
+
+Importing this module imports LIBERO and robosuite: call `verl_vla.envs.assets.import_libero` first.
+The objects come from robosuite's wheel or are primitives, so none of LIBERO's assets are needed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from libero.libero.envs import TASK_MAPPING
+from libero.libero.envs.base_object import register_object
+from libero.libero.envs.bddl_base_domain import register_problem
+from libero.libero.envs.regions import REGION_SAMPLERS, TableRegionSampler
+from robosuite.models.objects import BoxObject, CanObject, CylinderObject, MilkObject
+
+ASSETS = Path(__file__).parent / "assets"
+CUBE_HALF_M = 0.025
+"""Half an edge; the gripper opens 0.08 m."""
+TABLE_M = 0.9
+"""Height of the table top; fixed by LIBERO's table problem."""
+PLATE_RADIUS_M = 0.06
+PLATE_HALF_HEIGHT_M = 0.005
+START_JOINTS_RAD = (0.0, 0.3956, 0.0, -2.1852, 0.0, 2.5808, np.pi / 4)
+"""The arm above the near edge of the work area, gripper pointing down."""
+EYE_M = (0.42, 0.0, 1.32)
+LOOK_AT_M = (-0.02, 0.0, 0.93)
+
+# `register_problem` returns nothing, so LIBERO's module holds None under the name of the class
+_Tabletop: Any = TASK_MAPPING["libero_tabletop_manipulation"]
+
+
+class Mini_Tabletop(_Tabletop):  # noqa: N801 -- LIBERO finds a problem by its lower-case class name
+    """LIBERO's table top with an arena, a camera and a start pose of our own."""
+
+    def __init__(self, bddl_file_name: str, *args: Any, **kwargs: Any) -> None:
+        kwargs["scene_xml"] = str(ASSETS / "mini_table.xml")
+        super().__init__(bddl_file_name, *args, **kwargs)
+
+    def _load_robots(self) -> None:
+        super()._load_robots()
+        self.robots[0].init_qpos = np.array(START_JOINTS_RAD)
+
+    def _setup_camera(self, mujoco_arena: Any) -> None:
+        super()._setup_camera(mujoco_arena)
+        mujoco_arena.set_camera(
+            camera_name="agentview", pos=EYE_M, quat=look_at(EYE_M, LOOK_AT_M)
+        )
+
+
+def look_at(eye: tuple[float, ...], target: tuple[float, ...]) -> npt.NDArray[np.float64]:
+    """Return the orientation [4] (w, x, y, z) of a camera at ``eye`` that looks at ``target``."""
+    backward = np.subtract(eye, target)
+    backward /= np.linalg.norm(backward)
+    right = np.cross([0.0, 0.0, 1.0], backward)
+    right /= np.linalg.norm(right)
+    up = np.cross(backward, right)
+    w = np.sqrt(1.0 + right[0] + up[1] + backward[2]) / 2.0
+    skew = [up[2] - backward[1], backward[0] - right[2], right[1] - up[0]]
+    return np.array([w, *np.divide(skew, 4.0 * w)])
+
+
+class _Movable:
+    """What LIBERO asks of every object besides its model."""
+
+    rotation = (0.0, 0.0)
+    rotation_axis = "z"
+
+    def __init__(self, name: str, category_name: str, **kwargs: Any) -> None:
+        super().__init__(name=name, **kwargs)
+        self.category_name = category_name
+        self.object_properties: dict[str, Any] = {"vis_site_names": {}}
+
+
+def _cube(rgba: tuple[float, ...]) -> dict[str, Any]:
+    return {
+        "size": (CUBE_HALF_M,) * 3,
+        "rgba": rgba,
+        "density": 200.0,
+        "friction": (1.0, 0.005, 0.0001),
+        "solref": (0.01, 1.0),
+    }
+
+
+@register_object
+class MiniRedCube(_Movable, BoxObject):
+    """A red cube that fits the gripper."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, "mini_red_cube", **_cube((0.85, 0.08, 0.08, 1.0)))
+
+
+@register_object
+class MiniBlueCube(_Movable, BoxObject):
+    """A blue cube of the same size."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, "mini_blue_cube", **_cube((0.1, 0.2, 0.85, 1.0)))
+
+
+@register_object
+class MiniWhitePlate(_Movable, CylinderObject):
+    """A flat disc, heavy enough to stay where it is."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            name,
+            "mini_white_plate",
+            size=(PLATE_RADIUS_M, PLATE_HALF_HEIGHT_M),
+            rgba=(0.97, 0.97, 1.0, 1.0),
+            density=5000.0,
+            friction=(1.0, 0.005, 0.0001),
+        )
+
+
+@register_object
+class MiniCan(_Movable, CanObject):
+    """The soda can of robosuite's wheel."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, "mini_can")
+
+
+@register_object
+class MiniMilk(_Movable, MilkObject):
+    """The milk carton of robosuite's wheel."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, "mini_milk")
+
+
+register_problem(Mini_Tabletop)
+REGION_SAMPLERS["mini_tabletop"] = {"table": TableRegionSampler}

@@ -1,0 +1,200 @@
+"""One MuJoCo simulator of one task, which can be put into any state.
+
+Importing this module imports MuJoCo, robosuite and LIBERO: call
+`verl_vla.envs.assets.import_libero` first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mujoco
+import numpy as np
+import numpy.typing as npt
+from libero.libero.envs.env_wrapper import ControlEnv
+from robosuite.utils.transform_utils import convert_quat, quat2axisangle
+
+from verl_vla.envs.control import ArmControl, ArmState, Floats
+from verl_vla.envs.rendering import Look, Renderer
+
+PHYSICS_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
+"""Everything that MuJoCo's next step depends on, the solver's warm start included."""
+UNSEEN_SUBSTEPS = 2
+"""Physics steps at the end of a control step whose motion the observation misses; see `Seen`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What an observation shows, which is not quite the end of a step.
+
+    robosuite samples its observables once in a step's 25 physics steps. After LIBERO's protocol, a
+    reset and an init state, that is in the 24th, with every body where the 23rd left it. What is
+    seen here is what a stock environment returns, to the bit.
+    """
+
+    qpos: Floats
+    """[nq] after 23 physics steps; places every body."""
+    fingers_m: Floats
+    """[2] the gripper's joints, after 24."""
+    site_alpha: Floats
+    """[nsite] which sites are visible, e.g. the flame of a burner."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatorState:
+    """One moment of a simulator; independent of the process that made it."""
+
+    physics: Floats
+    """`PHYSICS_STATE` as MuJoCo lays it out."""
+    arm: ArmState
+    seen: Seen
+
+
+class Simulator:
+    """One task's physics, success test and cameras; knows nothing of episodes."""
+
+    def __init__(self, bddl_file: Path, look: Look) -> None:
+        """Build the task as ``env.seed(0); env.reset()`` leaves it in published evaluations."""
+        with _seeded(0):
+            self._env = _build(bddl_file)
+        self._model: mujoco.MjModel = self._env.sim.model._model
+        self._data: mujoco.MjData = self._env.sim.data._data
+        self._shown = mujoco.MjData(self._model)
+        self._robot: Any = self._env.robots[0]
+        self._finger_index: list[int] = self._robot._ref_gripper_joint_pos_indexes
+        self._arm = ArmControl(self._robot)
+        self._substeps = int(self._env.control_timestep / self._env.model_timestep)
+        self._start = self._physics()
+        self._seen = self._see()
+        self._look = look
+        self._renderer: Renderer | None = None
+        _trim_heap()
+
+    def begin(self, init_state: Floats) -> None:
+        """Start over from a recorded init state [1 + nq + nv] (time, positions, velocities)."""
+        mujoco.mj_setState(self._model, self._data, self._start, PHYSICS_STATE)
+        self._env.sim.set_state_from_flattened(init_state)
+        self._arm.begin()
+        mujoco.mj_forward(self._model, self._data)
+        self._env._post_process()
+        self._seen = self._see()
+
+    def step(self, action: Floats) -> bool:
+        """Run one control step (1/20 s) and say whether LIBERO calls the task solved."""
+        self._env._post_process()  # switches lights that follow a joint
+        self._arm.start(action)
+        self._arm.go_on(self._substeps - UNSEEN_SUBSTEPS - 1)
+        before = self._see()
+        self._arm.go_on(1)
+        self._seen = replace(before, fingers_m=self._fingers())
+        self._arm.go_on(UNSEEN_SUBSTEPS - 1)
+        return bool(self._env._check_success())
+
+    @property
+    def state(self) -> SimulatorState:
+        """This moment, complete."""
+        return SimulatorState(self._physics(), self._arm.state, self._seen)
+
+    @state.setter
+    def state(self, state: SimulatorState) -> None:
+        mujoco.mj_setState(self._model, self._data, state.physics, PHYSICS_STATE)
+        mujoco.mj_forward(self._model, self._data)
+        # a forward pass moves the warm start, on which the last bits of the next step depend
+        mujoco.mj_setState(self._model, self._data, state.physics, PHYSICS_STATE)
+        self._arm.state = state.arm
+        self._seen = state.seen
+
+    def render(self, camera: str) -> npt.NDArray[np.uint8]:
+        """Draw what a camera has `Seen`; see `Renderer.draw`."""
+        if self._renderer is None:
+            self._renderer = Renderer(self._model, self._look)
+        self._show()
+        return self._renderer.draw(self._shown, camera)
+
+    def proprio(self) -> npt.NDArray[np.float32]:
+        """Return [8], as `Seen`: position (m), orientation (axis-angle, rad), two fingers (m)."""
+        self._show()
+        position = self._shown.site_xpos[self._robot.eef_site_id]
+        body = self._model.body(self._robot.robot_model.eef_name).id
+        turn = quat2axisangle(convert_quat(np.array(self._shown.xquat[body]), to="xyzw"))
+        return np.concatenate([position, turn, self._seen.fingers_m]).astype(np.float32)
+
+    def place_objects(self, seed: int) -> Floats:
+        """Draw a start [1 + nq + nv] from the regions of the task; the episode played is lost."""
+        with _seeded(seed):
+            self._env.reset()
+        return self._env.sim.get_state().flatten()
+
+    def gripper_position(self) -> Floats:
+        """Return the point between the fingertips, [3] m."""
+        return np.array(self._data.site_xpos[self._robot.eef_site_id])
+
+    def object_position(self, name: str) -> Floats:
+        """Return where an object of the task is, [3] m; for scripted experts, not for policies."""
+        return np.array(self._data.xpos[self._env.obj_body_id[name]])
+
+    def close(self) -> None:
+        """Free the renderer and the model."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+        self._env.close()
+
+    def _see(self) -> Seen:
+        alpha = np.array(self._model.site_rgba[:, 3])
+        return Seen(np.array(self._data.qpos), self._fingers(), alpha)
+
+    def _show(self) -> None:
+        self._model.site_rgba[:, 3] = self._seen.site_alpha
+        self._shown.qpos[:] = self._seen.qpos
+        mujoco.mj_kinematics(self._model, self._shown)
+        mujoco.mj_comPos(self._model, self._shown)  # cameras and lights that follow a body
+        mujoco.mj_camlight(self._model, self._shown)
+
+    def _fingers(self) -> Floats:
+        return self._data.qpos[self._finger_index]
+
+    def _physics(self) -> Floats:
+        state = np.empty(mujoco.mj_stateSize(self._model, PHYSICS_STATE))
+        mujoco.mj_getState(self._model, self._data, state, PHYSICS_STATE)
+        return state
+
+
+def _build(bddl_file: Path) -> Any:
+    wrapper = ControlEnv(
+        bddl_file_name=str(bddl_file),
+        has_offscreen_renderer=False,
+        use_camera_obs=False,
+        hard_reset=False,
+        ignore_done=True,
+    )
+    env = wrapper.env
+    # A stock environment rebuilds its model at the first reset and thereby lists these twice; each
+    # draws a random number, and the places of the fixtures follow from the numbers after it
+    env.object_property_initializers *= 2
+    np.random.seed(0)
+    wrapper.reset()
+    return env
+
+
+@contextmanager
+def _seeded(seed: int) -> Generator[None]:
+    """Let LIBERO draw from numpy's global generator and leave no trace of it."""
+    before = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
+
+
+def _trim_heap() -> None:
+    # the compiler of a model leaves 100 MB of freed memory that glibc would keep
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
