@@ -1,0 +1,262 @@
+"""From a recipe to the parts of a run: the one place that chooses classes.
+
+Everything that can be wrong with a recipe is found here, before a process is started.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from verl_vla.envs.assets import find_assets
+from verl_vla.envs.libero import EnvConfig, make_env
+from verl_vla.envs.pool import EnvPool
+from verl_vla.envs.suites import Suite, suite
+from verl_vla.errors import ConfigError
+from verl_vla.evaluation import Evaluation
+from verl_vla.policies.base import PolicyShape
+from verl_vla.policies.openvla_oft import OpenVLAOFTProcessor
+from verl_vla.recipe import EnvironmentConfig, Recipe
+from verl_vla.reward import TrajectoryReward, load_reward
+from verl_vla.sampling import Start
+
+logger = logging.getLogger(__name__)
+
+PROJECT_FOLDER = Path(__file__).resolve().parent.parent
+
+MAY_CHANGE = ("out", "trainer", "evaluation", "cluster.address")
+"""Parts of a recipe that may differ when a run is resumed; anything else would make the second
+half of the curve another experiment."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A checked recipe and the parts made from it."""
+
+    recipe: Recipe
+    folder: Path
+    policy_folder: Path
+    processor: OpenVLAOFTProcessor
+    simulators: EnvPool
+    reward: TrajectoryReward
+    training_starts: tuple[Start, ...]
+    evaluation_starts: tuple[Start, ...]
+    task_names: dict[int, str]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are kept."""
+        return self.folder / "checkpoints"
+
+    def keep_evaluation(self, step: int, result: Evaluation) -> None:
+        """Write one evaluation of the run, with the outcome of each of its episodes."""
+        folder = self.folder / "evaluations"
+        folder.mkdir(exist_ok=True)
+        (folder / f"step_{step}.json").write_text(
+            json.dumps(
+                evaluation_record(result, self.recipe.environment, self.task_names), indent=1
+            )
+        )
+
+
+@contextmanager
+def open_run(recipe: Recipe) -> Generator[Run]:
+    """Check ``recipe``, claim its folder, start the simulators, and end them afterwards.
+
+    Raises:
+        ConfigError: anything about the recipe that cannot work, before a process is started.
+    """
+    env = recipe.environment
+    chosen = suite(env.suite)
+    tasks = task_ids(chosen, env.tasks)
+    policy_folder = find_policy(recipe.policy.path)
+    processor = OpenVLAOFTProcessor.from_pretrained(policy_folder, recipe.policy.unnorm_key)
+    reward = load_reward(recipe.reward, recipe.reward_args)
+    config = env_config(env, processor.shape)
+    check_assets(chosen)
+    training = starts(chosen, tasks, "train")
+    held_out = starts(chosen, tasks, "held_out", per_task=recipe.evaluation.episodes_per_task)
+    folder = Path(recipe.out).expanduser().resolve()
+    _claim_folder(folder, recipe)
+    with open_simulators(env, config, processor.shape) as simulators:
+        yield Run(
+            recipe=recipe,
+            folder=folder,
+            policy_folder=policy_folder,
+            processor=processor,
+            simulators=simulators,
+            reward=reward,
+            training_starts=training,
+            evaluation_starts=held_out,
+            task_names={task: chosen.tasks[task].name for task in tasks},
+        )
+
+
+@contextmanager
+def open_simulators(
+    env: EnvironmentConfig, config: EnvConfig, shape: PolicyShape
+) -> Generator[EnvPool]:
+    """A pool of simulators that is closed whatever happens."""
+    with EnvPool(
+        partial(make_env, config),
+        num_workers=env.num_workers,
+        num_slots=env.num_slots,
+        image_shape=(shape.num_views, shape.image_size, shape.image_size, 3),
+        timeout_s=env.timeout_s,
+        worker_env={},
+    ) as pool:
+        yield pool
+
+
+def check_assets(chosen: Suite) -> None:
+    """Make sure that a LIBERO suite can be drawn; the mini suite brings what it needs.
+
+    Raises:
+        ConfigError: LIBERO's assets are missing, with the remedy.
+    """
+    if chosen.needs_assets:
+        find_assets()
+
+
+def find_policy(path: str) -> Path:
+    """The folder of a checkpoint: as given, or relative to the project's root."""
+    for folder in (Path(path), PROJECT_FOLDER / path):
+        if (folder / "config.json").is_file():
+            return folder.resolve()
+    raise ConfigError(
+        f"policy.path is {path!r}, but there is no config.json in {Path(path).resolve()}; "
+        "name the folder of an OpenVLA-OFT checkpoint"
+    )
+
+
+def task_ids(chosen: Suite, wanted: Sequence[int] | None) -> tuple[int, ...]:
+    """The tasks to play, checked against the suite."""
+    known = range(len(chosen.tasks))
+    if wanted is None:
+        return tuple(known)
+    if not wanted:
+        raise ConfigError("environment.tasks is empty; name at least one task, or null for all")
+    for task in wanted:
+        if task not in known:
+            raise ConfigError(
+                f"environment.tasks has {task}, but suite {chosen.name!r} has tasks "
+                f"0 to {len(known) - 1}; choose among those"
+            )
+    if len(set(wanted)) != len(wanted):
+        raise ConfigError(f"environment.tasks is {list(wanted)}; name each task once")
+    return tuple(wanted)
+
+
+def env_config(env: EnvironmentConfig, shape: PolicyShape) -> EnvConfig:
+    """What a simulator process needs to know."""
+    if env.render_size < shape.image_size:
+        raise ConfigError(
+            f"environment.render_size is {env.render_size}, but the policy sees images of "
+            f"{shape.image_size} px; render at least that large (openvla-oft: 256 for 224)"
+        )
+    if shape.num_views != 1:
+        raise ConfigError(
+            f"the policy takes {shape.num_views} images, but the environments show one camera "
+            "(agentview); use a checkpoint with num_images_in_input 1"
+        )
+    return EnvConfig(
+        suite=env.suite,
+        step_limit=env.step_limit,
+        render_size=env.render_size,
+        image_size=shape.image_size,
+    )
+
+
+def starts(
+    chosen: Suite,
+    tasks: Sequence[int],
+    split: Literal["train", "held_out"],
+    *,
+    per_task: int | None = None,
+) -> tuple[Start, ...]:
+    """All starts of a split, or the first ``per_task`` of each task."""
+    found: list[Start] = []
+    for task in tasks:
+        states = chosen.init_state_ids(task, split)
+        if per_task is not None and per_task > len(states):
+            raise ConfigError(
+                f"evaluation.episodes_per_task is {per_task}, but task {task} of "
+                f"{chosen.name!r} has {len(states)} {split} init states; set at most that"
+            )
+        found += [Start(task_id=task, init_state_id=s) for s in states[:per_task]]
+    return tuple(found)
+
+
+def evaluation_record(
+    result: Evaluation, env: EnvironmentConfig, task_names: dict[int, str]
+) -> dict[str, Any]:
+    """An evaluation as JSON, with what decides whether two of them compare."""
+    chosen = suite(env.suite)
+    episodes = result.trajectories.episodes
+    return {
+        "suite": env.suite,
+        "step_limits": {
+            name: chosen.step_limit(env.step_limit, task) for task, name in task_names.items()
+        },
+        "states": "held_out",
+        "render_size": env.render_size,
+        "total": result.total.as_json(),
+        "tasks": {task_names[t]: rate.as_json() for t, rate in result.per_task.items()},
+        "episodes": [
+            {"task": task, "init_state": state, "outcome": outcome, "steps": steps}
+            for task, state, outcome, steps in zip(
+                episodes.task_id.tolist(),
+                episodes.init_state_id.tolist(),
+                episodes.outcome.tolist(),
+                episodes.num_steps.tolist(),
+                strict=True,
+            )
+        ],
+        "crashes": {str(key): why for key, why in result.trajectories.crashes.items()},
+    }
+
+
+def _claim_folder(folder: Path, recipe: Recipe) -> None:
+    """Make the run's folder, or check that it holds the same run."""
+    file = folder / "recipe.yaml"
+    wanted = recipe.as_dict()
+    if file.exists():
+        changed = _differences(yaml.safe_load(file.read_text()), json.loads(json.dumps(wanted)))
+        if changed:
+            raise ConfigError(
+                f"{folder} holds a run with other settings ({'; '.join(changed)}); "
+                "choose another out=FOLDER, or use the same settings to resume it"
+            )
+    partial_file = file.with_suffix(".tmp")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial_file.write_text(yaml.safe_dump(json.loads(json.dumps(wanted)), sort_keys=False))
+        partial_file.replace(file)
+    except OSError as error:
+        raise ConfigError(
+            f"out is {folder}, which cannot be written ({error.strerror}); "
+            "choose another out=FOLDER"
+        ) from error
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any], path: str = "") -> list[str]:
+    """Knobs that differ and may not, as ``key: old -> new``."""
+    found: list[str] = []
+    for key in sorted(before.keys() | after.keys()):
+        name = f"{path}.{key}" if path else key
+        if name in MAY_CHANGE:
+            continue
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, name)
+        elif old != new:
+            found.append(f"{name}: {old!r} -> {new!r}")
+    return found

@@ -1,0 +1,76 @@
+"""Find the verb and run it.
+
+A verb's module is imported when it is called, so that ``recipes`` answers at once and ``eval``
+needs neither veRL nor Ray.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from verl_vla.config import nearest
+from verl_vla.errors import ConfigError, StarvedError
+
+VERBS = {
+    "train": "improve a policy: train recipe=NAME key=value ...",
+    "eval": "measure a policy on held-out starts: eval --policy DIR --suite NAME ...",
+    "demos": "record scripted demonstrations of mini: demos --out FILE ...",
+    "sft": "fine-tune a tiny policy on demonstrations: sft --demos FILE --out DIR ...",
+    "quickstart": "train the embedded policy and show what it learned",
+    "recipes": "list the recipes that come with the project",
+}
+"""Verb to its one-line help; each is a module of `verl_vla.cli`."""
+
+EXIT_USAGE = 2
+"""Something was asked for that cannot be; nothing was started."""
+
+EXIT_STARVED = 3
+"""Training stopped because nothing could be learned."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; return the exit code of the process."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    _speak_plainly()
+    _one_thread_each()
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(_help())
+        return 0 if words else EXIT_USAGE
+    try:
+        if words[0] not in VERBS:
+            raise ConfigError(f"{words[0]!r} is no verb; {nearest(words[0], list(VERBS))}")
+        verb = importlib.import_module(f"verl_vla.cli.{words[0]}")
+        return verb.run(words[1:])
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_USAGE
+    except StarvedError as error:
+        sys.stderr.write(f"stopped: {error}\n")
+        return EXIT_STARVED
+
+
+def _speak_plainly() -> None:
+    """Our own lines go to the console as they are; libraries keep their own ways."""
+    console = logging.StreamHandler(sys.stdout)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    ours = logging.getLogger("verl_vla")
+    ours.addHandler(console)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+
+
+def _one_thread_each() -> None:
+    """Many small processes share the cores; more threads in each only get in the way."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        if name not in os.environ:
+            os.environ[name] = "1"
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
+    return "python -m verl_vla VERB ...\n\n" + "\n".join(lines) + "\n"

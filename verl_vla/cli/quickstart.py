@@ -1,0 +1,157 @@
+"""``quickstart [--steps N] [--seed S] [--out DIR]``: train the embedded policy and show it.
+
+Writes ``summary.json``, ``metrics.jsonl``, ``curve.png`` and ``before_after.mp4``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from verl_vla.build import Run, env_config, open_run
+from verl_vla.film import film, write_side_by_side
+from verl_vla.metrics import read_metrics
+from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
+from verl_vla.progress import format_seconds
+from verl_vla.provenance import provenance
+from verl_vla.recipe import Recipe, load_recipe
+from verl_vla.report import draw_curve, success_table, text_curve
+from verl_vla.sampling import Start
+from verl_vla.trainer import checkpoint
+from verl_vla.trainer.launch import train
+from verl_vla.types import Outcome
+
+logger = logging.getLogger(__name__)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Train, then print a table and a curve."""
+    recipe = load_recipe(_recipe_words(_parser().parse_args(arguments)))
+    began = time.perf_counter()
+    with open_run(recipe) as opened:
+        logger.info("run folder %s", opened.folder)
+        train(opened)
+    wall_s = time.perf_counter() - began
+    _show(opened, wall_s)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="quickstart.sh", description=__doc__)
+    parser.add_argument("--steps", type=int, help="training steps; the recipe's if not given")
+    parser.add_argument("--seed", type=int, help="of the run; 0 if not given")
+    parser.add_argument("--out", help="run folder; runs/quickstart_seedS if not given")
+    return parser
+
+
+def _recipe_words(options: argparse.Namespace) -> list[str]:
+    seed = 0 if options.seed is None else options.seed
+    out = f"runs/quickstart_seed{seed}" if options.out is None else options.out
+    words = ["recipe=quickstart", f"seed={seed}", f"out='{out}'"]
+    if options.steps is not None:
+        words.append(f"trainer.total_training_steps={options.steps}")
+    return words
+
+
+def _show(run: Run, wall_s: float) -> None:
+    """Write what the run brought, and print the heart of it."""
+    steps = run.recipe.trainer.total_training_steps
+    before, after = _evaluation(run, 0), _evaluation(run, steps)
+    lines = read_metrics(run.folder / "metrics.jsonl")
+    summary = _summary(run.recipe, before, after, lines, _wall_s(run, wall_s))
+    policies = run.policy_folder, checkpoint.step_folder(run.checkpoints, steps) / "policy"
+    summary["policy_parameters"] = _film_and_count(run, policies, before, after)
+    draw_curve(
+        run.folder / "curve.png",
+        lines,
+        f"GRPO on {run.recipe.environment.suite}, seed {run.recipe.seed}",
+    )
+    (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    rates = [line["rollout/success_rate"] for line in lines if "rollout/success_rate" in line]
+    logger.info("\n%s\n", success_table(before, after))
+    logger.info(
+        "training success by step  %s  %.0f%% to %.0f%%",
+        text_curve(rates),
+        100 * rates[0],
+        100 * rates[-1],
+    )
+    logger.info(
+        "%s of training, %d episodes; see curve.png, before_after.mp4 and summary.json in %s",
+        format_seconds(summary["wall_s"]),
+        summary["episodes_played"],
+        run.folder,
+    )
+
+
+def _summary(
+    recipe: Recipe,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    lines: Sequence[Mapping[str, float]],
+    wall_s: float,
+) -> dict[str, Any]:
+    counted = ("rate", "successes", "episodes", "ci95")
+    return {
+        "suite": recipe.environment.suite,
+        "seed": recipe.seed,
+        "steps": recipe.trainer.total_training_steps,
+        "held_out_before": {name: before["total"][name] for name in counted},
+        "held_out_after": {name: after["total"][name] for name in counted},
+        "step_limits": before["step_limits"],
+        "wall_s": wall_s,
+        "episodes_played": int(
+            sum(line["rollout/episodes"] for line in lines if "rollout/episodes" in line)
+        ),
+        "verl_version": metadata.version("verl"),
+        "versions": provenance(),
+    }
+
+
+def _evaluation(run: Run, step: int) -> dict[str, Any]:
+    return json.loads((run.folder / "evaluations" / f"step_{step}.json").read_text())
+
+
+def _wall_s(run: Run, wall_s: float) -> float:
+    """Seconds of training over all starts of this run: a resumed one adds to what it had."""
+    file = run.folder / "wall_s.json"
+    earlier = json.loads(file.read_text()) if file.exists() else 0.0
+    file.write_text(json.dumps(earlier + wall_s))
+    return earlier + wall_s
+
+
+def _film_and_count(
+    run: Run,
+    folders: tuple[Path, Path],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+) -> int:
+    """Film the most telling held-out start with both policies; return the parameter count."""
+    start = _telling_start(before["episodes"], after["episodes"])
+    config = env_config(run.recipe.environment, run.processor.shape)
+    policies = [OpenVLAOFTPolicy.from_pretrained(folder) for folder in folders]
+    takes = [film(policy, config, start) for policy in policies]
+    write_side_by_side(
+        run.folder / "before_after.mp4",
+        list(zip(("before training", "after training"), takes, strict=True)),
+    )
+    return sum(p.numel() for p in policies[0].model.parameters())
+
+
+def _telling_start(
+    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
+) -> Start:
+    """The first start that was learned, or simply the first one."""
+    pairs = list(zip(before, after, strict=True))
+    learned = [
+        new
+        for old, new in pairs
+        if old["outcome"] != Outcome.SUCCESS and new["outcome"] == Outcome.SUCCESS
+    ]
+    episode = learned[0] if learned else pairs[0][1]
+    return Start(task_id=episode["task"], init_state_id=episode["init_state"])

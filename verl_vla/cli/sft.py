@@ -1,0 +1,104 @@
+"""``sft --demos FILE --out DIR ...``: train a tiny policy from scratch on demonstrations."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from verl_vla.demonstrations import Demonstration, DemonstrationFile
+from verl_vla.envs.suites import SUITES, suite
+from verl_vla.errors import ConfigError
+from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
+from verl_vla.sft import SFTConfig, StepReport, action_statistics, fit, make_samples
+
+logger = logging.getLogger(__name__)
+
+SHOW_EVERY = 20
+"""Steps between lines on the console."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Fit, say how it goes, and write a checkpoint folder."""
+    options = _parser().parse_args(arguments)
+    config = SFTConfig(
+        steps=options.steps, batch_size=options.batch_size, lr=options.lr, seed=options.seed
+    )
+    if options.threads < 1:
+        raise ConfigError(f"--threads is {options.threads}; set at least 1")
+    torch.set_num_threads(options.threads)
+    with DemonstrationFile(Path(options.demos)) as file:
+        demonstrations = _chosen(file, options.tasks, options.per_task)
+        key = file.suite
+    _, num_views, image_size, _, _ = demonstrations[0].images.shape
+    policy = build_tiny_policy(
+        # the words of every suite, so that any of them can be played with these weights
+        [task.instruction for name in SUITES for task in suite(name).tasks],
+        action_statistics(demonstrations, key=key),
+        sizes=TinySizes(image_size=image_size, num_views=num_views),
+        seed=options.seed,
+    )
+    samples = make_samples(demonstrations, policy.processor.codec)
+    logger.info(
+        "%.2f M parameters, %d demonstrations, %d images",
+        sum(p.numel() for p in policy.model.parameters()) / 1e6,
+        len(demonstrations),
+        len(samples),
+    )
+    _show(fit(policy, samples, config), config.steps)
+    policy.save_pretrained(options.out)
+    logger.info("written to %s", options.out)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    config = SFTConfig()
+    parser = argparse.ArgumentParser(prog="python -m verl_vla sft", description=__doc__)
+    add = parser.add_argument
+    add("--demos", required=True, help="file that `demos` wrote")
+    add("--tasks", type=int, nargs="+", help="task ids to learn; all in the file if not given")
+    add("--per-task", type=int, help="demonstrations of each task to use; all if not given")
+    add("--steps", type=int, default=config.steps, help="optimizer steps")
+    add("--batch-size", type=int, default=config.batch_size, help="images per step")
+    add("--lr", type=float, default=config.lr, help="highest learning rate")
+    add("--seed", type=int, default=0, help="of the weights and of the order of the images")
+    add("--threads", type=int, default=2, help="of this process; part of what decides the result")
+    add("--out", required=True, help="checkpoint folder to write")
+    return parser
+
+
+def _chosen(
+    file: DemonstrationFile, tasks: Sequence[int] | None, per_task: int | None
+) -> list[Demonstration]:
+    """The first ``per_task`` demonstrations of each task."""
+    by_task: dict[int, list[Demonstration]] = {}
+    for demonstration in file:
+        by_task.setdefault(demonstration.task_id, []).append(demonstration)
+    for task in tasks or ():
+        if task not in by_task:
+            raise ConfigError(f"--tasks has {task}, but the file holds tasks {sorted(by_task)}")
+    if per_task is not None and per_task < 1:
+        raise ConfigError(f"--per-task is {per_task}; set at least 1")
+    wanted = sorted(by_task) if tasks is None else tasks
+    return [demonstration for task in wanted for demonstration in by_task[task][:per_task]]
+
+
+def _show(reports: Iterable[StepReport], total: int) -> None:
+    began = time.perf_counter()
+    recent: list[StepReport] = []
+    for report in reports:
+        recent.append(report)
+        if report.step % SHOW_EVERY == 0 or report.step == total:
+            logger.info(
+                "step %4d/%d  loss %.3f  accuracy %4.1f%%  %.0f s",
+                report.step,
+                total,
+                sum(r.loss for r in recent) / len(recent),
+                100 * sum(r.accuracy for r in recent) / len(recent),
+                time.perf_counter() - began,
+            )
+            recent.clear()

@@ -1,0 +1,145 @@
+"""veRL's FSDP engine around OpenVLA-OFT.
+
+One row is one decision: a picture, a prompt and T action tokens. The engine runs the model's
+own ``forward``, so that FSDP2's hooks fire, and never builds logits of the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id, get_device_name
+from verl.utils.fsdp_utils import fsdp2_load_full_state_dict
+from verl.utils.torch_dtypes import PrecisionType
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
+from verl.workers.engine.utils import detach_tree
+
+from verl_vla.action_distribution import entropy, log_prob
+from verl_vla.policies.openvla_oft import OpenVLAOFTModel, OpenVLAOFTProcessor
+from verl_vla.trainer.rows import dense, pack_like_language_model, right_padded, stacked
+
+MODEL_TYPE = "openvla_oft"
+"""veRL's key for this engine; set as ``actor_rollout_ref.model.model_type``."""
+
+
+@EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp2"], device=["cuda", "npu", "cpu"])
+class OpenVLAOFTEngine(FSDPEngine):
+    """Builds, shards, runs, saves and exports the policy on one rank."""
+
+    num_optimizer_steps = 0
+    """Since the last rollout: 0 while the first mini-batch of an update runs."""
+
+    def _build_module(self) -> nn.Module:
+        folder = self.model_config.local_path
+        self.processor = OpenVLAOFTProcessor.from_pretrained(folder)
+        module = OpenVLAOFTModel.from_pretrained(
+            folder,
+            dtype=PrecisionType.to_dtype(self.engine_config.model_dtype),
+            attn_implementation=self.model_config.hf_config._attn_implementation,
+        )
+        if self.model_config.enable_gradient_checkpointing:
+            module.gradient_checkpointing_enable({"use_reentrant": False})
+        return module
+
+    def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
+        """Shard layer by layer.
+
+        veRL would also wrap the embedding and the head, whose weights this model reads directly:
+        under FSDP2 those would be shards there.
+        """
+        precision = self.engine_config.mixed_precision
+        param_dtype = PrecisionType.to_dtype(precision["param_dtype"])
+        self._autocast_dtype, self.scaler = param_dtype, None
+        offload = CPUOffloadPolicy() if self.engine_config.offload_policy else None
+        self._uses_fsdp2_cpu_offload_policy = offload is not None
+        options: dict[str, Any] = {
+            "mesh": self.device_mesh,
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=param_dtype,
+                reduce_dtype=PrecisionType.to_dtype(precision["reduce_dtype"]),
+                cast_forward_inputs=True,
+            ),
+            "reshard_after_forward": self.engine_config.reshard_after_forward,
+        }
+        if offload is not None:
+            options["offload_policy"] = offload
+        full_state = module.state_dict()
+        layers = set(module._no_split_modules)
+        for part in module.modules():
+            if type(part).__name__ in layers:
+                fully_shard(part, **options)
+        fully_shard(module, **options)
+        fsdp2_load_full_state_dict(module, full_state, self.device_mesh, offload)
+        return module
+
+    def _build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        trained = [p for p in module.parameters() if p.requires_grad]
+        options = self.optimizer_config
+        return torch.optim.AdamW(
+            trained, lr=options.lr, betas=tuple(options.betas), weight_decay=options.weight_decay
+        )
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor, images: Tensor) -> Tensor:
+        """[B, T, C] float32 from right-padded prompts [B, L] and images [B, V, H, W, 3] uint8."""
+        output = self.module(
+            pixel_values=self.processor.pixel_values(images),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+        )
+        return output.logits
+
+    def forward_step(
+        self,
+        micro_batch: TensorDict,
+        loss_function: Callable[..., Any] | None,
+        forward_only: bool,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Run one micro-batch; veRL calls ``backward`` on the loss."""
+        micro_batch = micro_batch.to(get_device_id())
+        temperature = float(tu.get_non_tensor_data(micro_batch, "temperature", None))
+        prompts, responses = micro_batch["prompts"], micro_batch["responses"]
+        ids, attention = right_padded(prompts)
+        logits = self.logits(ids, attention, stacked(micro_batch["images"]))
+        bins = dense(responses, logits.shape[1]).clamp(max=logits.shape[2] - 1)
+        logp = log_prob(logits, bins, temperature)
+        with torch.no_grad():
+            spread = entropy(logits.detach(), temperature)
+        if loss_function is None:
+            output = {
+                "log_probs": pack_like_language_model(logp, prompts, responses),
+                "entropy": pack_like_language_model(spread, prompts, responses),
+            }
+            return logp.sum(), {"model_output": detach_tree(output), "loss": 0.0, "metrics": {}}
+        loss, metrics = loss_function(logp=logp, entropy=spread, data=micro_batch)
+        metrics["optimizer_step"] = self.num_optimizer_steps
+        return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": metrics}
+
+    def optimizer_step(self) -> float:
+        """Clip, step, and count."""
+        norm = super().optimizer_step()
+        self.num_optimizer_steps += 1
+        return norm
+
+    def save_checkpoint(
+        self,
+        local_path: str,
+        hdfs_path: str | None = None,
+        global_step: int = 0,
+        max_ckpt_to_keep: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As veRL does; on a CPU there is nothing to move to a device first."""
+        if get_device_name() != "cpu":
+            super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
+            return
+        self.checkpoint_manager.save_checkpoint(
+            local_path=local_path, global_step=global_step, max_ckpt_to_keep=max_ckpt_to_keep
+        )
+        torch.distributed.barrier()

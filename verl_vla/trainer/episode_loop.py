@@ -1,0 +1,155 @@
+"""The environment-loop manager: what veRL calls to have groups played."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import transfer_queue as tq
+from tensordict import TensorDict
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+from verl_vla.reward import TrajectoryReward, score
+from verl_vla.rollout import NoiseSource, RolloutTimes, Simulators, play
+from verl_vla.trainer.cluster_policy import ClusterPolicy
+from verl_vla.trainer.rows import group_key, group_of, make_rows
+from verl_vla.types import EpisodeSpec, Trajectories
+
+TRAINING_STREAM = 0
+"""Stream of the noise source; evaluation plays from stream 1."""
+
+
+@dataclass(slots=True)
+class StepAccount:
+    """What all rounds of one training step cost and brought."""
+
+    times: RolloutTimes = field(default_factory=RolloutTimes)
+    reward_s: float = 0.0
+    transfer_s: float = 0.0
+    episodes: int = 0
+    crashes: int = 0
+    solved: int = 0
+    steps: int = 0
+    decisions: int = 0
+    score_sum: float = 0.0
+    reward_metrics: dict[str, float] = field(default_factory=dict[str, float])
+
+    def as_metrics(self) -> dict[str, float]:
+        """Under the names of `verl_vla.metrics`."""
+        judged = max(self.episodes - self.crashes, 1)
+        rollout_s = max(self.times.total_s, 1e-9)
+        return {
+            "rollout/success_rate": self.solved / judged,
+            "rollout/reward": self.score_sum / judged,
+            "rollout/episodes": float(self.episodes),
+            "rollout/crashes": float(self.crashes),
+            "rollout/steps": float(self.steps),
+            "rollout/decisions": float(self.decisions),
+            "rollout/decisions_per_s": self.decisions / rollout_s,
+            "rollout/env_wait_share": self.times.wait_s / rollout_s,
+            "rollout/policy_share": self.times.policy_s / rollout_s,
+            "time/rollout_s": self.times.total_s,
+            "time/reward_s": self.reward_s,
+            "time/transfer_s": self.transfer_s,
+        } | {f"reward/{name}": value for name, value in self.reward_metrics.items()}
+
+
+class EpisodeLoop:
+    """Plays the groups veRL asks for and puts one row per decision into TransferQueue.
+
+    `generate_sequences` is the name veRL calls. It blocks until every episode has ended and
+    every group is scored, so the replay buffer never has to poll.
+    """
+
+    def __init__(
+        self,
+        policy: ClusterPolicy,
+        simulators: Simulators,
+        reward: TrajectoryReward,
+        *,
+        suite: str,
+        temperature: float,
+        seed: int,
+        specs_of: Callable[[int], list[EpisodeSpec]],
+    ) -> None:
+        self._policy = policy
+        self._simulators = simulators
+        self._reward = reward
+        self._suite = suite
+        self._temperature = temperature
+        self._noise = NoiseSource(seed=seed, stream=TRAINING_STREAM)
+        self._specs_of = specs_of
+        self.account = StepAccount()
+        """Of the training step under way; replaced when a step begins."""
+
+    def begin_step(self) -> None:
+        """Open a new account."""
+        self.account = StepAccount()
+
+    def generate_sequences(self, prompts: TensorDict) -> None:
+        """Play the groups named by ``prompts["uid"]`` to their end and store their rows."""
+        global_step = int(prompts["global_steps"])
+        groups = [group_of(str(uid)) for uid in prompts["uid"]]
+        played = play(
+            [spec for group in groups for spec in self._specs_of(group)],
+            self._policy,
+            self._simulators,
+            temperature=self._temperature,
+            noise=self._noise,
+            times=self.account.times,
+        )
+        self._enter(played)
+        alive = played.select(~played.episodes.crashed)
+        if len(alive.episodes):
+            self._score_and_store(alive, global_step)
+        began = time.perf_counter()
+        tq.kv_batch_put(
+            keys=[group_key(group) for group in groups],
+            partition_id="train",
+            tags=[_prompt_tag(played, group, global_step) for group in groups],
+        )
+        self.account.transfer_s += time.perf_counter() - began
+
+    def _score_and_store(self, alive: Trajectories, global_step: int) -> None:
+        began = time.perf_counter()
+        batch, result = score(self._reward, alive, suite=self._suite, split="train")
+        learned = self._reward.update(batch)
+        self.account.reward_metrics = dict(result.metrics) | dict(learned)
+        self.account.score_sum += float(result.score.sum())
+        scored = time.perf_counter()
+        self.account.reward_s += scored - began
+        keys, fields, tags = make_rows(
+            alive,
+            result.score,
+            chunk_length=self._policy.shape.chunk_length,
+            global_step=global_step,
+        )
+        tq.kv_batch_put(
+            keys=keys, fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id="train"
+        )
+        self.account.transfer_s += time.perf_counter() - scored
+
+    def _enter(self, played: Trajectories) -> None:
+        episodes = played.episodes
+        self.account.episodes += len(episodes)
+        self.account.crashes += int(episodes.crashed.sum())
+        self.account.solved += int(episodes.success.sum())
+        self.account.steps += int(episodes.num_steps.sum())
+        self.account.decisions += len(played.decisions)
+
+
+def _prompt_tag(played: Trajectories, group: int, global_step: int) -> dict[str, int | bool | str]:
+    """The tag of a finished group: its outcome, which decides whether it is kept."""
+    member = played.episodes.group_id == group
+    solved = int((played.episodes.success & member).sum())
+    crashed = int((played.episodes.crashed & member).sum())
+    return {
+        "is_prompt": True,
+        "status": "finished",
+        "global_steps": global_step,
+        "task_id": int(played.episodes.task_id[member][0]),
+        "num_solved": solved,
+        "num_failed": int(member.sum()) - solved - crashed,
+        "num_crashed": crashed,
+    }

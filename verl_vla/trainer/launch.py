@@ -1,0 +1,127 @@
+"""Start Ray and TransferQueue, train, and end both whatever happens.
+
+The trainer runs in the process that was started, not in an actor: signals, the console and the
+simulators then belong to one process, and veRL is imported once less (ADR-0004).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+
+import ray
+import transfer_queue as tq
+import verl
+from omegaconf import DictConfig, OmegaConf
+from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+from verl.utils.device import get_device_name
+
+from verl_vla.build import Run
+from verl_vla.errors import ConfigError
+from verl_vla.recipe import ClusterConfig
+from verl_vla.trainer.placement import choose_device
+from verl_vla.trainer.trainer import VLATrainer
+from verl_vla.trainer.translate import to_verl
+
+logger = logging.getLogger(__name__)
+
+VERL_VERSION = "0.9.1"
+"""The release whose hooks `VLATrainer` answers; others have other hooks."""
+
+OBJECT_STORE_BYTES = 256 * 1024**2
+"""Ray's shared memory on one machine. Only actor calls pass through it, a few MB each;
+images travel through TransferQueue."""
+
+LOGICAL_CPUS_BESIDE_RANKS = 3
+"""Ray slots, not cores: TransferQueue's controller, its storage, and one spare. Ray starts an
+idle Python process for every slot, so more would only cost start-up time."""
+
+
+def train(run: Run) -> None:
+    """Train to the last step of ``run``'s recipe, from its newest checkpoint if it has one."""
+    _check_versions(run)
+    config = to_verl(run)
+    with ExitStack() as stack:
+        stack.enter_context(_quiet(run))
+        stack.enter_context(_ray_cluster(run, config))
+        stack.enter_context(_transfer_queue(config))
+        logger.info("starting the learner (about half a minute on two cores)")
+        trainer = VLATrainer(config, run)
+        trainer.init()
+        trainer.train()
+
+
+def _check_versions(run: Run) -> None:
+    if verl.__version__ != VERL_VERSION:
+        raise ConfigError(
+            f"veRL {verl.__version__} is installed, but this project extends {VERL_VERSION}; "
+            f"install verl=={VERL_VERSION}"
+        )
+    wanted = choose_device(run.recipe.cluster)
+    os.environ["VERL_PLATFORM"] = "nvidia" if wanted == "cuda" else "cpu"
+    if get_device_name() != wanted:
+        raise ConfigError(
+            f"cluster.device asks for {wanted}, but veRL found {get_device_name()}; "
+            "install this project (pip install -e .) so that veRL finds its CPU platform, "
+            "or set cluster.device"
+        )
+
+
+@contextmanager
+def _quiet(run: Run) -> Iterator[None]:
+    """Send what veRL prints and logs to ``verl.log``; only our own lines reach the console."""
+    os.environ["TENSORBOARD_DIR"] = str(run.folder / "tensorboard")
+    with (run.folder / "verl.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        handler = logging.StreamHandler(log)
+        logging.getLogger().addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger().removeHandler(handler)
+
+
+@contextmanager
+def _ray_cluster(run: Run, config: DictConfig) -> Iterator[None]:
+    cluster = run.recipe.cluster
+    environment = OmegaConf.to_container(OmegaConf.create(get_ppo_ray_runtime_env(config)))
+    assert isinstance(environment, dict)
+    variables = {
+        "TRANSFER_QUEUE_ENABLE": "1",
+        "VERL_PLATFORM": os.environ["VERL_PLATFORM"],
+        "OMP_NUM_THREADS": "1",
+    }
+    environment["env_vars"] = {**environment["env_vars"], **variables}
+    if cluster.address is not None:
+        ray.init(address=cluster.address, runtime_env=environment, log_to_driver=False)
+    else:
+        ray.init(
+            address="local",
+            logging_level=logging.WARNING,
+            num_cpus=_logical_cpus(cluster),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env=environment,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _logical_cpus(cluster: ClusterConfig) -> int | None:
+    """Slots for the embedded profile; on a GPU node Ray counts the cores itself."""
+    if choose_device(cluster) == "cuda":
+        return None
+    return LOGICAL_CPUS_BESIDE_RANKS + cluster.ranks_per_node
+
+
+@contextmanager
+def _transfer_queue(config: DictConfig) -> Iterator[None]:
+    tq.init(config.transfer_queue)
+    try:
+        yield
+    finally:
+        tq.close()

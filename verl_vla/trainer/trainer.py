@@ -1,0 +1,216 @@
+"""veRL's synchronous trainer, told what a group, a step and an evaluation are here.
+
+The loop itself is veRL's ``PPOTrainer.fit``; this class answers its hooks.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import ray
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils import tensordict_utils as tu
+
+from verl_vla.build import Run
+from verl_vla.evaluation import evaluate
+from verl_vla.metrics import MetricsFile
+from verl_vla.progress import Progress
+from verl_vla.sampling import StartSampler
+from verl_vla.trainer import checkpoint
+from verl_vla.trainer.cluster_policy import ClusterPolicy
+from verl_vla.trainer.episode_loop import EpisodeLoop
+from verl_vla.trainer.placement import CorePoolManager
+from verl_vla.trainer.rows import group_key
+from verl_vla.trainer.update_metrics import summarise_update
+from verl_vla.trainer.worker import VLAWorker
+from verl_vla.types import EpisodeSpec
+
+logger = logging.getLogger(__name__)
+
+
+class VLATrainer(PPOTrainerSync):
+    """Groups of episodes instead of prompts, decisions instead of sequences."""
+
+    def __init__(self, config: Any, run: Run) -> None:
+        super().__init__(config)
+        recipe = run.recipe
+        self.run = run
+        self.recipe = recipe
+        self.starts = StartSampler(
+            run.training_starts, seed=recipe.seed, group_size=recipe.sampling.group_size
+        )
+        self.metrics_file = MetricsFile(run.folder / "metrics.jsonl")
+        self.progress = Progress(recipe.trainer.total_training_steps)
+        self._specs: dict[int, list[EpisodeSpec]] = {}
+        self._evaluation_s = 0.0
+        self._checkpoint_s = 0.0
+        self._save_is_due = False
+
+    def init(self) -> None:
+        """Start the workers, load the newest whole checkpoint, and make the episode loop."""
+        super().init()
+        cluster = self.recipe.cluster
+        self.policy = ClusterPolicy(
+            self.actor_rollout_wg,
+            self.run.processor,
+            num_ranks=cluster.num_nodes * cluster.ranks_per_node,
+        )
+        self.loop = EpisodeLoop(
+            self.policy,
+            self.run.simulators,
+            self.run.reward,
+            suite=self.recipe.environment.suite,
+            temperature=self.recipe.sampling.temperature,
+            seed=self.recipe.seed,
+            specs_of=self._specs.__getitem__,
+        )
+        self.actor_rollout_wg.set_policy_loss(
+            self.recipe.loss.clip, self.run.processor.shape.action_dim
+        )
+        if self.global_steps > 0:
+            self.config.trainer.val_before_train = False
+        self.metrics_file.rewind(self.global_steps if self.global_steps else -1)
+
+    def train(self) -> None:
+        """Run veRL's loop to the last step."""
+        self.fit(self.loop)
+
+    def on_step_begin(self) -> None:
+        """Forget the groups of the last step and open a new account."""
+        self._specs.clear()
+        self.loop.begin_step()
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        played = (Role.ActorRollout, Role.ActorRolloutRef)
+        self.role_worker_mapping = {
+            role: ray.remote(VLAWorker) if role in played else worker
+            for role, worker in self.role_worker_mapping.items()
+        }
+        if self.config.trainer.device == "cpu":
+            self.resource_pool_manager = CorePoolManager(
+                resource_pool_spec=self.resource_pool_manager.resource_pool_spec,
+                mapping=self.mapping,
+            )
+
+    def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
+        wanted = self.recipe.sampling.groups_per_step if num_prompts is None else num_prompts
+        groups = self.starts.draw(wanted)
+        self._specs.update({group[0].group_id: group for group in groups})
+        batch = tu.get_tensordict({"uid": [group_key(group[0].group_id) for group in groups]})
+        tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
+        return batch
+
+    def _get_required_batch_multiple(self, dp_size: int) -> int:
+        return dp_size * self.recipe.optimizer.num_mini_batches
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        """One pass over the batch, in ``num_mini_batches`` optimizer steps."""
+        episodes = {key.rsplit("_", 1)[0] for key in batch.keys if key.startswith("g")}
+        num_mini_batches = self.recipe.optimizer.num_mini_batches
+        batch.extra_info.update(
+            {
+                "num_mini_batch": num_mini_batches,
+                "num_trajectories": len(episodes) / num_mini_batches,
+                "temperature": self.recipe.sampling.temperature,
+                "epochs": 1,
+            }
+        )
+        output = self.actor_rollout_wg.update_actor(batch)
+        metrics.update(summarise_update(tu.get(output, "metrics")))
+        return batch
+
+    def _validate(self) -> dict[str, float]:
+        began = time.perf_counter()
+        result = evaluate(
+            self.run.evaluation_starts,
+            self.policy,
+            self.run.simulators,
+            config=self.recipe.evaluation,
+            seed=self.recipe.seed,
+        )
+        self._evaluation_s = time.perf_counter() - began
+        values = result.as_metrics(self.run.task_names)
+        self.progress.show_evaluation(self.global_steps, result.total)
+        self.run.keep_evaluation(self.global_steps, result)
+        if self.global_steps == 0:
+            self.metrics_file.append(0, values | {"time/evaluation_s": self._evaluation_s})
+        return values
+
+    def _compute_metrics(
+        self,
+        batch: KVBatchMeta,
+        metrics: dict[str, Any],
+        timing_raw: dict[str, float],
+        global_steps: int,
+        epoch: int,
+    ) -> None:
+        """Replace what veRL collected by the declared metrics of the step, and report them."""
+        declared = ("groups/", "actor/", "eval/")
+        values = {k: float(v) for k, v in metrics.items() if k.startswith(declared)}
+        values |= self.loop.account.as_metrics()
+        values |= self._memory()
+        parts = ("old_log_prob", "adv", "update_actor")
+        values |= {
+            "time/step_s": timing_raw["step"],
+            "time/update_s": sum(timing_raw[part] for part in parts),
+            "time/checkpoint_s": self._checkpoint_s,
+        }
+        if "testing" in timing_raw:
+            values["time/evaluation_s"] = self._evaluation_s
+        metrics.clear()
+        metrics.update(values)
+        self.metrics_file.append(global_steps, values)
+        self.progress.show_step(global_steps, values)
+        if self._save_is_due:
+            self._write_checkpoint()
+
+    def _memory(self) -> dict[str, float]:
+        peaks = self.actor_rollout_wg.peak_memory()
+        gib = 1024**3
+        return {
+            "memory/process_peak": max(process for process, _ in peaks) / gib,
+            "memory/device_peak": max(device for _, device in peaks) / gib,
+        }
+
+    def _save_checkpoint(self) -> None:
+        """Only note it: veRL saves before it evaluates and reports.
+
+        Saving last, a checkpoint of step N means that the metrics of step N are on disk.
+        """
+        self._save_is_due = True
+
+    def _write_checkpoint(self) -> None:
+        began = time.perf_counter()
+        folder = checkpoint.step_folder(self.run.checkpoints, self.global_steps)
+        checkpoint.discard_partial(folder)
+        super()._save_checkpoint()
+        self.actor_rollout_wg.export_policy(str(folder / "policy"))
+        checkpoint.save_run_state(
+            folder,
+            {"num_drawn": self.starts.num_drawn, "reward": self.run.reward.state_dict()},
+        )
+        checkpoint.mark_complete(folder, self.global_steps)
+        checkpoint.remove_old(self.run.checkpoints, self.recipe.trainer.keep_checkpoints)
+        self._save_is_due = False
+        self._checkpoint_s = time.perf_counter() - began
+
+    def _load_checkpoint(self) -> None:
+        steps = checkpoint.complete_steps(self.run.checkpoints)
+        if not steps:
+            self.config.trainer.resume_mode = "disable"
+            super()._load_checkpoint()
+            return
+        folder = checkpoint.step_folder(self.run.checkpoints, steps[-1])
+        self.config.trainer.resume_mode = "resume_path"
+        self.config.trainer.resume_from_path = str(folder)
+        super()._load_checkpoint()
+        state = checkpoint.load_run_state(folder)
+        self.starts.num_drawn = state["num_drawn"]
+        self.run.reward.load_state_dict(state["reward"])
+        logger.info("resumed after training step %d", self.global_steps)

@@ -1,0 +1,163 @@
+"""A recipe in veRL's words: the only list of veRL's knobs that we set, each with its reason."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import verl
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from verl_vla.build import Run
+from verl_vla.errors import ConfigError
+from verl_vla.trainer.engine import MODEL_TYPE
+from verl_vla.trainer.placement import choose_device
+from verl_vla.trainer.worker import ROLLOUT_NAME
+
+MAX_PROMPT_TOKENS = 64
+"""Bound on a prompt's length in the token budget of a micro-batch; LIBERO's are 20 to 38
+(measured on all 130 instructions with the published tokenizer)."""
+
+PRECISION = {"float32": "fp32", "bfloat16": "bf16"}
+
+Knobs = dict[str, Any]
+
+
+def to_verl(run: Run) -> DictConfig:
+    """veRL's configuration for ``run``, complete and resolved.
+
+    Raises:
+        ConfigError: the recipe's ``verl`` section names a knob that veRL does not have.
+    """
+    folder = os.path.join(os.path.dirname(verl.__file__), "trainer", "config")
+    with initialize_config_dir(folder, version_base=None):
+        config = compose("ppo_trainer")
+    knobs = _algorithm(run) | _model(run) | _actor(run) | _rollout(run) | _run(run)
+    for name, value in knobs.items():
+        OmegaConf.update(config, name, value, force_add=True)
+    OmegaConf.set_struct(config, True)
+    try:
+        config = OmegaConf.merge(config, run.recipe.verl)
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"the recipe's verl section does not fit veRL {verl.__version__}: {error}"
+        ) from error
+    assert isinstance(config, DictConfig)
+    OmegaConf.resolve(config)
+    return config
+
+
+def _algorithm(run: Run) -> Knobs:
+    sampling = run.recipe.sampling
+    return {
+        "algorithm.adv_estimator": "grpo",
+        "algorithm.use_kl_in_reward": False,
+        # Our replay buffer filters and refills; veRL's own filter has no cap.
+        "algorithm.filter_groups.enable": False,
+        "algorithm.rollout_correction.bypass_mode": not run.recipe.loss.recompute_logp,
+        "critic.enable": False,
+        "reward.num_workers": 0,
+        "trainer.v1.sampler.custom_sampler.path": "pkg://verl_vla.trainer.replay_buffer",
+        "trainer.v1.sampler.custom_sampler.name": "GroupReplayBuffer",
+        "trainer.v1.sampler.sampler_kwargs": {
+            "groups_per_step": sampling.groups_per_step,
+            "group_size": sampling.group_size,
+            "temperature": sampling.temperature,
+            "dynamic": sampling.dynamic,
+            "max_rounds": sampling.max_rounds,
+        },
+    }
+
+
+def _model(run: Run) -> Knobs:
+    policy = run.recipe.policy
+    model = "actor_rollout_ref.model"
+    return {
+        f"{model}.path": str(run.policy_folder),
+        f"{model}.model_type": MODEL_TYPE,
+        f"{model}.external_lib": "verl_vla.policies.openvla_oft",
+        f"{model}.trust_remote_code": False,
+        f"{model}.use_remove_padding": False,
+        f"{model}.enable_gradient_checkpointing": policy.gradient_checkpointing,
+        f"{model}.override_config.attn_implementation": policy.attention,
+    }
+
+
+def _actor(run: Run) -> Knobs:
+    recipe, actor = run.recipe, "actor_rollout_ref.actor"
+    precision = PRECISION[recipe.policy.dtype]
+    tokens = MAX_PROMPT_TOKENS + run.processor.shape.num_tokens
+    budget = recipe.optimizer.micro_batch_size * tokens
+    fsdp, optim = f"{actor}.fsdp_config", f"{actor}.optim"
+    return {
+        f"{actor}.strategy": "fsdp2",
+        f"{actor}.use_kl_loss": False,
+        f"{actor}.use_torch_compile": False,
+        # Micro-batches by token budget: rows need not divide, ranks run equally many.
+        f"{actor}.use_dynamic_bsz": True,
+        f"{actor}.ppo_max_token_len_per_gpu": budget,
+        f"{actor}.ppo_mini_batch_size": recipe.sampling.groups_per_step,
+        "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz": True,
+        "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": budget,
+        f"{fsdp}.strategy": "fsdp2",
+        f"{fsdp}.use_torch_compile": False,
+        f"{fsdp}.seed": recipe.seed,
+        # Weights stay float32 for the optimizer; FSDP casts them for the arithmetic.
+        f"{fsdp}.model_dtype": "fp32",
+        f"{fsdp}.mixed_precision": {
+            "param_dtype": precision,
+            "reduce_dtype": "fp32",
+            "buffer_dtype": "fp32",
+        },
+        f"{optim}.lr": recipe.optimizer.lr,
+        f"{optim}.lr_warmup_steps": recipe.optimizer.warmup_steps,
+        f"{optim}.weight_decay": recipe.optimizer.weight_decay,
+        f"{optim}.betas": list(recipe.optimizer.betas),
+        f"{optim}.clip_grad": recipe.optimizer.clip_grad,
+    }
+
+
+def _rollout(run: Run) -> Knobs:
+    rollout = "actor_rollout_ref.rollout"
+    return {
+        f"{rollout}.name": ROLLOUT_NAME,
+        f"{rollout}.n": run.recipe.sampling.group_size,
+        f"{rollout}.temperature": run.recipe.sampling.temperature,
+        f"{rollout}.tensor_model_parallel_size": 1,
+        f"{rollout}.free_cache_engine": False,
+        f"{rollout}.calculate_log_probs": True,
+        f"{rollout}.n_gpus_per_node": run.recipe.cluster.ranks_per_node,
+    }
+
+
+def _run(run: Run) -> Knobs:
+    recipe = run.recipe
+    groups, steps = recipe.sampling.groups_per_step, recipe.trainer.total_training_steps
+    never = -1
+    save, evaluate = recipe.trainer.save_every, recipe.trainer.eval_every
+    return {
+        "data.train_batch_size": groups,
+        "data.val_batch_size": groups,
+        "data.dataloader_num_workers": 0,
+        "data.seed": recipe.seed,
+        "data.train_files": "unused",
+        "data.val_files": "unused",
+        "data.custom_cls.path": "pkg://verl_vla.trainer.placement",
+        "data.custom_cls.name": "NoDataset",
+        "transfer_queue.enable": True,
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units": recipe.cluster.num_nodes,
+        "trainer.device": choose_device(recipe.cluster),
+        "trainer.nnodes": recipe.cluster.num_nodes,
+        "trainer.n_gpus_per_node": recipe.cluster.ranks_per_node,
+        "trainer.logger": list(recipe.trainer.loggers),
+        "trainer.project_name": recipe.trainer.project,
+        "trainer.experiment_name": run.folder.name,
+        "trainer.total_training_steps": steps,
+        "trainer.total_epochs": steps + 1,
+        "trainer.save_freq": save if save else never,
+        "trainer.test_freq": evaluate if evaluate else never,
+        "trainer.val_before_train": recipe.trainer.eval_before,
+        "trainer.default_local_dir": str(run.checkpoints),
+    }

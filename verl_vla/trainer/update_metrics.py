@@ -1,0 +1,45 @@
+"""From what the ranks report of an update to the declared metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def summarise_update(reported: Mapping[str, Any]) -> dict[str, float]:
+    """Add up the sums of all micro-batches and ranks.
+
+    Args:
+        reported: lists with one entry per micro-batch (in the same order under every name), as
+            `verl_vla.trainer.worker` makes them, and ``grad_norm`` and ``lr`` per optimizer step.
+    """
+    tokens = _array(reported["num_tokens"])
+    first = _array(reported["optimizer_step"]) == 0
+    first_tokens = max(float(tokens[first].sum()), 1.0)
+    total = max(float(tokens.sum()), 1.0)
+    steps = len(np.unique(_array(reported["optimizer_step"])))
+    return {
+        "actor/loss": float(_array(reported["loss_sum"]).sum()) / steps,
+        "actor/grad_norm": float(_array(reported["grad_norm"]).mean()),
+        "actor/lr": float(_array(reported["lr"])[-1]),
+        "actor/entropy": float(_array(reported["entropy_sum"]).sum()) / total,
+        "actor/ratio_first": float(_array(reported["ratio_sum"])[first].sum()) / first_tokens,
+        "actor/ratio_first_deviation": float(_array(reported["ratio_deviation"])[first].max()),
+        "actor/clip_low": float(_array(reported["num_clipped_low"]).sum()) / total,
+        "actor/clip_high": float(_array(reported["num_clipped_high"]).sum()) / total,
+    }
+
+
+def _array(values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Flatten the lists of lists that veRL makes of micro-batches, mini-batches and ranks."""
+    flat: list[float] = []
+    pending: list[Any] = [values]
+    while pending:
+        value = pending.pop(0)
+        if isinstance(value, Sequence):
+            pending = [*value, *pending]
+        else:
+            flat.append(float(value))
+    return np.asarray(flat, dtype=np.float64)

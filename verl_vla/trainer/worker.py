@@ -1,0 +1,191 @@
+"""The worker extension: one rank that plays and learns with the same weights."""
+
+from __future__ import annotations
+
+import os
+import resource
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from tensordict import TensorDict
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from verl.single_controller.base.decorator import (
+    Dispatch,
+    make_nd_compute_dataproto_dispatch_fn,
+    register,
+)
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id, get_device_name, get_torch_device
+from verl.workers.engine_workers import ActorRolloutRefWorker
+from verl.workers.rollout.base import _ROLLOUT_REGISTRY, BaseRollout
+from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
+
+from verl_vla.action_distribution import log_prob, sample
+from verl_vla.loss import ClipRange, policy_loss, trajectory_weight
+from verl_vla.trainer.engine import OpenVLAOFTEngine
+from verl_vla.trainer.rows import dense, stacked
+
+ROLLOUT_NAME = "shared_weights"
+"""veRL's name for a rollout that needs no server: the learner's module plays."""
+
+
+class VLAWorker(ActorRolloutRefWorker):
+    """veRL's actor worker, with `generate_actions` beside it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if get_device_name() == "cpu":
+            torch.set_num_threads(1)
+            if not torch.distributed.is_initialized():
+                # veRL would ask for "cpu:gloo,cpu:gloo", which torch refuses as a duplicate.
+                torch.distributed.init_process_group(
+                    "gloo", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
+                )
+
+    @property
+    def engine(self) -> OpenVLAOFTEngine:
+        """This rank's model, optimizer and shards."""
+        return self.actor.engine
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def set_policy_loss(self, clip: ClipRange, action_dim: int) -> None:
+        """Replace veRL's loss, whose clipping always has a third bound, by ours."""
+        self.actor.set_loss_fn(
+            partial(
+                _row_loss,
+                clip=clip,
+                action_dim=action_dim,
+                num_ranks=torch.distributed.get_world_size(),
+            )
+        )
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    def generate_actions(self, data: TensorDict) -> TensorDict:
+        """Choose bins for a batch of observations.
+
+        Args:
+            data: ``input_ids`` and ``attention_mask`` [n, L] right-padded, ``images``
+                [n, V, H, W, 3] uint8, ``noise`` [n, T] float64, and the number ``temperature``.
+
+        Returns:
+            ``bins`` [n, T] int64 and ``logp`` [n, T] float32, zeros where play is greedy.
+        """
+        temperature = float(tu.get_non_tensor_data(data, "temperature", None))
+        engine = self.engine
+        engine.num_optimizer_steps = 0
+        device = get_device_id()
+        with engine.eval_mode(), torch.no_grad():
+            logits = engine.logits(
+                data["input_ids"].to(device),
+                data["attention_mask"].to(device),
+                data["images"].to(device),
+            )
+            bins = sample(logits, data["noise"].to(device), temperature)
+            logp = (
+                log_prob(logits, bins, temperature)
+                if temperature > 0
+                else torch.zeros(bins.shape, dtype=torch.float32)
+            )
+        return tu.get_tensordict({"bins": bins.cpu(), "logp": logp.cpu()})
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    async def update_weights(self, global_steps: int | None = None, mode: str = "auto") -> dict:
+        """Rollout and learner share their weights, so there is nothing to send."""
+        return {}
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def export_policy(self, folder: str) -> None:
+        """Write a checkpoint folder that `verl_vla eval` and transformers load."""
+        state = get_model_state_dict(
+            self.engine.module,
+            options=StateDictOptions(full_state_dict=True, cpu_offload=True),
+        )
+        if torch.distributed.get_rank() == 0:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.engine.module.save_pretrained(folder, state_dict=state)
+            self.engine.processor.save_pretrained(folder)
+        torch.distributed.barrier()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def peak_memory(self) -> tuple[int, int]:
+        """(resident bytes of this process, device bytes allocated), both since it began."""
+        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        device = 0 if get_device_name() == "cpu" else get_torch_device().max_memory_allocated()
+        return kib * 1024, int(device)
+
+
+class SharedWeightsRollout(BaseRollout):
+    """veRL insists on a rollout; the learner's module is the one that plays."""
+
+    async def resume(self, tags: list[str]) -> None:
+        """Nothing was released."""
+
+    async def update_weights(self, weights: Any, wire_format: str = "", **kwargs: Any) -> None:
+        """The weights are the same tensors."""
+
+    async def release(self) -> None:
+        """Nothing to release."""
+
+
+class SharedWeightsReplica(RolloutReplica):
+    """The server side of such a rollout: none."""
+
+    async def launch_servers(self) -> None:
+        """Name the first worker; nobody calls it."""
+        self._server_address = f"{ROLLOUT_NAME}-{self.replica_rank}"
+        self._server_handle = self.workers[0]
+        self.servers: list[Any] = []
+
+
+def register_rollout() -> None:
+    """Tell veRL's two registries of the rollout's name."""
+    _ROLLOUT_REGISTRY[(ROLLOUT_NAME, "async")] = f"{__name__}.SharedWeightsRollout"
+    RolloutReplicaRegistry.register(ROLLOUT_NAME, lambda: SharedWeightsReplica)
+
+
+def _row_loss(
+    *,
+    logp: Tensor,
+    entropy: Tensor,
+    data: TensorDict,
+    clip: ClipRange,
+    action_dim: int,
+    num_ranks: int,
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of one micro-batch of rows, and sums for the metrics.
+
+    FSDP averages gradients over ranks, the loss is a sum: hence the factor.
+    """
+    width = logp.shape[1]
+    mask = dense(data["response_mask"], width).bool()
+    advantage = dense(data["advantages"], width)[:, 0]
+    steps = stacked(data["trajectory_steps"]).flatten()
+    parts = policy_loss(
+        logp,
+        dense(data["old_log_probs"], width),
+        advantage,
+        mask,
+        trajectory_weight(
+            steps,
+            action_dim=action_dim,
+            num_trajectories=tu.get_non_tensor_data(data, "num_trajectories", None),
+        ),
+        clip,
+    )
+    metrics = {
+        "loss_sum": parts.loss.item(),
+        "num_tokens": parts.num_tokens.item(),
+        "num_clipped_low": parts.num_clipped_low.item(),
+        "num_clipped_high": parts.num_clipped_high.item(),
+        "ratio_sum": parts.ratio_sum.item(),
+        "ratio_deviation": parts.ratio_deviation.item(),
+        "entropy_sum": (entropy * mask).sum().item(),
+    }
+    return parts.loss * num_ranks, metrics
+
+
+register_rollout()
