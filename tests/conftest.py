@@ -1,0 +1,35 @@
+"""What every test finds: where LIBERO's assets are, and no test on a device that is not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBERO_ASSETS = ROOT.parent / "shared" / "libero-assets"
+
+
+def pytest_configure() -> None:
+    if LIBERO_ASSETS.is_dir():
+        os.environ.setdefault("VERL_VLA_LIBERO_ASSETS", str(LIBERO_ASSETS))
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; this machine has none"))
+
+
+@pytest.fixture(scope="session")
+def libero_assets() -> Path:
+    """The assets of LIBERO's own suites, which no package contains; the test skips without them."""
+    folder = os.environ.get("VERL_VLA_LIBERO_ASSETS")
+    if folder is None:
+        pytest.skip("LIBERO's assets are not on this machine; set VERL_VLA_LIBERO_ASSETS")
+    return Path(folder)

@@ -1,0 +1,155 @@
+"""What every policy owes a rollout and a learner, asked of each that we have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from verl_vla.actions import ActionStatistics
+from verl_vla.policies.base import Policy
+from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
+from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
+from verl_vla.types import Observation
+
+INSTRUCTIONS = ["push the cube onto the marker", "lift the cube"]
+STATISTICS = ActionStatistics(
+    q01=[-0.6, -0.6, -0.6, 0.0, 0.0, 0.0, 0.0],
+    q99=[0.7, 0.7, 0.7, 0.0, 0.0, 0.0, 1.0],
+    mask=[True] * 6 + [False],
+)
+
+
+def tiny() -> OpenVLAOFTPolicy:
+    return build_tiny_policy(INSTRUCTIONS, STATISTICS, sizes=TinySizes(image_size=56))
+
+
+def fused() -> OpenVLAOFTPolicy:
+    sizes = TinySizes(image_size=28, vision_width=24, llm_depth=2, fused=True, num_views=2)
+    return build_tiny_policy(INSTRUCTIONS, STATISTICS, sizes=sizes)
+
+
+@pytest.fixture(params=[tiny, fused], ids=lambda build: build.__name__, scope="module")
+def policy(request: pytest.FixtureRequest) -> OpenVLAOFTPolicy:
+    build: Callable[[], OpenVLAOFTPolicy] = request.param
+    return build()
+
+
+def observe(policy: Policy, count: int) -> list[Observation]:
+    rng = np.random.default_rng(0)
+    size, views = policy.shape.image_size, policy.shape.num_views
+    return [
+        Observation(
+            image=rng.integers(0, 256, (views, size, size, 3), dtype=np.uint8),
+            proprio=np.zeros(8, np.float32),
+            instruction=INSTRUCTIONS[index % 2],
+        )
+        for index in range(count)
+    ]
+
+
+def draw(policy: Policy, count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, policy.shape.num_tokens, dtype=torch.float64, generator=generator)
+
+
+def test_a_chunk_has_the_promised_shapes_and_types(policy: Policy) -> None:
+    shape = policy.shape
+    chunk = policy.act(observe(policy, 3), draw(policy, 3), temperature=1.6)
+    assert chunk.bins.shape == chunk.logp.shape == (3, shape.num_tokens)
+    assert chunk.bins.dtype == torch.int64 and chunk.logp.dtype == torch.float32
+    assert not chunk.logp.requires_grad
+    assert 0 <= chunk.bins.min() and chunk.bins.max() < shape.num_bins
+    assert chunk.actions.shape == (3, shape.chunk_length, shape.action_dim)
+    assert chunk.actions.dtype == np.float32 and np.isfinite(chunk.actions).all()
+    assert [prompt.dtype for prompt in chunk.prompt_ids] == [torch.int64] * 3
+    assert len(chunk.prompt_ids[0]) != len(chunk.prompt_ids[1])  # unpadded
+
+
+def test_noise_is_the_only_randomness(policy: Policy) -> None:
+    observations = observe(policy, 2)
+    first = policy.act(observations, draw(policy, 2), temperature=1.6)
+    torch.manual_seed(99)
+    again = policy.act(observations, draw(policy, 2), temperature=1.6)
+    other = policy.act(observations, draw(policy, 2, seed=1), temperature=1.6)
+    assert torch.equal(first.bins, again.bins) and torch.equal(first.logp, again.logp)
+    assert not torch.equal(first.bins, other.bins)
+
+
+def test_a_decision_does_not_depend_on_its_batch(policy: Policy) -> None:
+    observations, noise = observe(policy, 5), draw(policy, 5)
+    together = policy.act(observations, noise, temperature=1.6)
+    for row in range(5):
+        one = slice(row, row + 1)
+        alone = policy.act(observations[one], noise[one], temperature=1.6)
+        assert torch.equal(alone.bins, together.bins[one])
+        assert torch.allclose(alone.logp, together.logp[one], atol=1e-4)
+        assert np.array_equal(alone.actions, together.actions[one])
+        assert torch.equal(alone.prompt_ids[0], together.prompt_ids[row])
+
+
+def test_greedy_ignores_noise_and_gives_no_probabilities(policy: Policy) -> None:
+    observations = observe(policy, 2)
+    first = policy.act(observations, draw(policy, 2), temperature=0.0)
+    other = policy.act(observations, draw(policy, 2, seed=1), temperature=0.0)
+    assert torch.equal(first.bins, other.bins)
+    assert torch.equal(first.logp, torch.zeros(2, policy.shape.num_tokens))
+
+
+def test_image_and_instruction_both_matter(policy: Policy) -> None:
+    seen = observe(policy, 2)
+    noise = draw(policy, 1)
+    first = policy.act([seen[0]], noise, temperature=1.0).logp
+    told = Observation(
+        image=seen[0].image, proprio=seen[0].proprio, instruction=seen[1].instruction
+    )
+    shown = Observation(
+        image=seen[1].image, proprio=seen[0].proprio, instruction=seen[0].instruction
+    )
+    for changed in (told, shown):
+        assert not torch.equal(policy.act([changed], noise, temperature=1.0).logp, first)
+
+
+def test_the_learner_sees_the_log_prob_of_the_rollout(policy: OpenVLAOFTPolicy) -> None:
+    observations = observe(policy, 4)
+    chunk = policy.act(observations, draw(policy, 4), temperature=1.6)
+    images = torch.from_numpy(np.stack([o.image for o in observations]))
+    logp = policy.log_prob(images, chunk.prompt_ids, chunk.bins, temperature=1.6)
+    assert torch.equal(logp.detach(), chunk.logp)  # same layout, same float32 operations
+    logp.sum().backward()
+    assert policy.model.get_input_embeddings().weight.grad is not None
+    policy.model.zero_grad()
+    hotter = policy.log_prob(images, chunk.prompt_ids, chunk.bins, temperature=3.0)
+    assert not torch.allclose(hotter, logp)
+
+
+def test_the_actions_are_those_of_the_bins(policy: OpenVLAOFTPolicy) -> None:
+    chunk = policy.act(observe(policy, 2), draw(policy, 2), temperature=1.6)
+    assert np.array_equal(chunk.actions, policy.processor.codec.to_simulator(chunk.bins))
+    assert set(np.unique(chunk.actions[..., 6])) <= {-1.0, 1.0}
+
+
+def test_a_saved_policy_acts_the_same(policy: OpenVLAOFTPolicy, tmp_path: Path) -> None:
+    policy.save_pretrained(tmp_path)
+    again = OpenVLAOFTPolicy.from_pretrained(tmp_path)
+    observations, noise = observe(policy, 3), draw(policy, 3)
+    first = policy.act(observations, noise, temperature=1.6)
+    second = again.act(observations, noise, temperature=1.6)
+    assert torch.equal(first.bins, second.bins)
+    assert torch.equal(first.logp, second.logp)
+    assert np.array_equal(first.actions, second.actions)
+
+
+def test_in_bfloat16_it_still_scores_in_float32(policy: OpenVLAOFTPolicy, tmp_path: Path) -> None:
+    policy.save_pretrained(tmp_path)
+    half = OpenVLAOFTPolicy.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    observations, noise = observe(policy, 2), draw(policy, 2)
+    assert half.model.dtype == torch.bfloat16
+    chunk = half.act(observations, noise, temperature=1.6)
+    images = torch.from_numpy(np.stack([o.image for o in observations]))
+    exact = policy.log_prob(images, chunk.prompt_ids, chunk.bins, temperature=1.6)
+    assert chunk.logp.dtype == torch.float32
+    assert (chunk.logp - exact).abs().max() < 0.2

@@ -1,0 +1,139 @@
+"""What every reward in ``rewards/`` must keep to; the list is read from the folder."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+
+from verl_vla.errors import ConfigError
+from verl_vla.metrics import OPEN_FAMILIES, check_declared
+from verl_vla.reward import REWARDS_FOLDER, Need, TrajectoryBatch, TrajectoryReward, load_reward
+
+NAMES = sorted(p.stem for p in REWARDS_FOLDER.glob("*.py") if not p.stem.startswith("_"))
+
+
+@pytest.fixture(params=NAMES)
+def reward(request) -> TrajectoryReward:
+    """Each reward as a recipe without ``reward_args`` makes it."""
+    try:
+        return load_reward(request.param, {})
+    except ConfigError as error:
+        pytest.skip(f"{request.param} cannot be made without arguments: {error}")
+
+
+def make_batch(seed: int = 0, split: str = "train") -> TrajectoryBatch:
+    """Two groups of four on two tasks; pictures and readings are noise."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 4, 8)
+    return TrajectoryBatch(
+        episode_id=np.arange(8) + 8 * seed,
+        group_id=np.repeat([seed, seed + 100], 4),
+        task_key=("mini/0",) * 4 + ("mini/1",) * 4,
+        init_state_id=np.repeat([3, 5], 4),
+        success=np.array([True, False, False, True, False, True, False, False]),
+        num_steps=lengths * 8,
+        frames=tuple(rng.integers(0, 255, (n, 1, 32, 32, 3), dtype=np.uint8) for n in lengths),
+        proprio=tuple(rng.normal(size=(n, 8)).astype(np.float32) for n in lengths),
+        split=split,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def reorder(batch: TrajectoryBatch, order: np.ndarray) -> TrajectoryBatch:
+    changed: dict[str, Any] = {}
+    for f in fields(batch):
+        value = getattr(batch, f.name)
+        if isinstance(value, tuple):
+            changed[f.name] = tuple(value[i] for i in order)
+        elif isinstance(value, np.ndarray):
+            changed[f.name] = value[order]
+    return replace(batch, **changed)
+
+
+def show(reward: TrajectoryReward, batch: TrajectoryBatch) -> TrajectoryBatch:
+    """Leave out what the reward did not ask for, as a run does."""
+    return replace(
+        batch,
+        frames=batch.frames if "frames" in reward.requires else None,
+        proprio=batch.proprio if "proprio" in reward.requires else None,
+    )
+
+
+def test_it_asks_for_nothing_that_does_not_exist(reward):
+    assert reward.requires <= set(get_args(Need))
+
+
+def test_one_finite_float32_and_one_word_per_episode(reward):
+    batch = show(reward, make_batch())
+    result = reward(batch)
+    assert (result.score.dtype, result.score.shape) == (np.float32, (8,))
+    assert np.isfinite(result.score).all()
+    assert (result.progress.dtype, result.progress.shape) == (np.float32, (8,))
+    assert len(result.status) == 8 and all(isinstance(word, str) for word in result.status)
+
+
+def test_every_success_is_worth_the_same_and_no_failure_is_worth_more(reward):
+    batch = show(reward, make_batch())
+    scores = reward(batch).score
+    assert len(set(scores[batch.success].tolist())) == 1
+    assert scores[~batch.success].max() <= scores[batch.success].min()
+
+
+def test_the_order_of_the_episodes_does_not_matter(reward):
+    batch = make_batch()
+    order = np.random.default_rng(1).permutation(len(batch))
+    straight = reward(show(reward, batch)).score
+    mixed = reward(show(reward, reorder(batch, order))).score
+    np.testing.assert_allclose(mixed, straight[order], atol=1e-5)
+
+
+def test_scoring_changes_nothing_and_repeats_itself(reward):
+    batch = show(reward, make_batch())
+    before = str(reward.state_dict())
+    first, second = reward(batch).score, reward(batch).score
+    np.testing.assert_array_equal(first, second)
+    assert str(reward.state_dict()) == before
+
+
+def test_it_takes_groups_in_which_all_fail_or_all_succeed(reward):
+    for success in (True, False):
+        batch = show(reward, replace(make_batch(), success=np.full(8, success)))
+        assert np.isfinite(reward(batch).score).all()
+
+
+def test_its_metrics_are_declared_numbers(reward):
+    batch = show(reward, make_batch())
+    learned = reward.update(batch)
+    for metrics in (reward(batch).metrics, learned):
+        check_declared({f"reward/{name}": value for name, value in metrics.items()})
+        assert all(np.isscalar(value) for value in metrics.values())
+    assert "reward/" in OPEN_FAMILIES
+
+
+def test_its_state_survives_a_restart(reward, request, tmp_path):
+    """Written and read as a checkpoint is: without executing anything."""
+    reward.update(show(reward, make_batch(seed=1)))
+    torch.save(reward.state_dict(), tmp_path / "state.pt")
+    name = request.node.callspec.params["reward"]
+    again = load_reward(name, {})
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    batch = show(reward, make_batch(seed=2))
+    np.testing.assert_array_equal(again(batch).score, reward(batch).score)
+
+
+def test_it_says_what_it_is(reward):
+    assert inspect.getdoc(type(reward))
+    assert (inspect.getsourcefile(type(reward)) or "").startswith(str(Path(REWARDS_FOLDER)))
+
+
+def test_binary_is_the_outcome_and_nothing_else():
+    batch = make_batch()
+    result = load_reward("binary", {})(replace(batch, frames=None, proprio=None))
+    assert result.score.tolist() == batch.success.astype(float).tolist()
+    assert result.progress.tolist() == result.score.tolist()
+    assert result.status == tuple("success" if s else "failure" for s in batch.success)

@@ -1,0 +1,118 @@
+"""The whole system: veRL's trainer, Ray, real physics, the embedded policy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import PROJECT, TrainingRun
+
+from verl_vla.envs.assets import assets_available
+from verl_vla.metrics import METRICS, OPEN_FAMILIES, is_reproducible, read_metrics
+from verl_vla.trainer.checkpoint import complete_steps, step_folder
+
+pytestmark = [pytest.mark.smoke, pytest.mark.sim]
+
+EQUAL_UPDATE = 1e-5
+"""How far one rank's first update may be from that of two: float32 sums in another order."""
+
+RATIO_TOLERANCE = 1e-3
+"""The first mini-batch is scored by the weights that acted."""
+
+
+def reproducible(folder: Path) -> list[dict[str, float]]:
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if is_reproducible(k)} for line in lines]
+
+
+def weights(run: TrainingRun, step: int) -> dict[str, torch.Tensor]:
+    folder = step_folder(run.folder / "checkpoints", step) / "policy"
+    return load_file(folder / "model.safetensors")
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def test_a_run_reports_every_declared_metric(whole_run: TrainingRun) -> None:
+    lines = read_metrics(whole_run.folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    seen = set().union(*lines) - {"step"}
+    assert set(METRICS) <= seen
+    assert all(name in METRICS or name.startswith(OPEN_FAMILIES) for name in seen)
+
+
+def test_rollout_and_update_agree_on_the_log_probs(whole_run: TrainingRun) -> None:
+    for line in read_metrics(whole_run.folder / "metrics.jsonl"):
+        assert abs(line["actor/ratio_first"] - 1) < RATIO_TOLERANCE
+        assert line["actor/ratio_first_deviation"] < RATIO_TOLERANCE
+
+
+def test_a_training_step_moves_the_weights(whole_run: TrainingRun) -> None:
+    base = load_file(PROJECT / "bases" / "mini" / "model.safetensors")
+    moved = weights(whole_run, 1)
+    assert largest_difference(base, moved) > EQUAL_UPDATE
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    whole_run: TrainingRun, small_words: list[str], tmp_path: Path
+) -> None:
+    run = TrainingRun(tmp_path / "run", small_words)
+    checkpoints = run.folder / "checkpoints"
+    run.kill_when(lambda: complete_steps(checkpoints)[-1:] == [2])
+    run.finish()
+    assert reproducible(run.folder) == reproducible(whole_run.folder)
+    assert largest_difference(weights(run, 4), weights(whole_run, 4)) == 0
+
+
+def test_two_ranks_make_the_same_first_update_as_one(
+    whole_run: TrainingRun, small_words: list[str], tmp_path: Path
+) -> None:
+    run = TrainingRun(
+        tmp_path / "run",
+        [*small_words, "cluster.ranks_per_node=2", "trainer.total_training_steps=1"],
+    )
+    run.finish()
+    assert largest_difference(weights(run, 1), weights(whole_run, 1)) < EQUAL_UPDATE
+    one, two = (read_metrics(r.folder / "metrics.jsonl")[0] for r in (whole_run, run))
+    for name in ("rollout/success_rate", "rollout/steps", "groups/kept"):
+        assert one[name] == two[name]
+
+
+def test_the_embedded_policy_learns(tmp_path: Path) -> None:
+    run = TrainingRun(
+        tmp_path / "run",
+        ["recipe=quickstart", "trainer.total_training_steps=4", "trainer.save_every=0"],
+    )
+    run.finish()
+    before, after = (
+        json.loads((run.folder / "evaluations" / f"step_{step}.json").read_text())["total"]
+        for step in (0, 4)
+    )
+    assert before["episodes"] >= 100
+    # Beyond chance: the interval of the trained policy lies above the rate of the base.
+    assert after["ci95"][0] > before["rate"], (before, after)
+
+
+@pytest.mark.skipif(not assets_available(), reason="LIBERO's assets are not on this machine")
+def test_one_update_on_real_libero_spatial(tmp_path: Path) -> None:
+    run = TrainingRun(
+        tmp_path / "run",
+        [
+            "recipe=libero_spatial_tiny",
+            "trainer.total_training_steps=1",
+            "environment.tasks=[0]",
+            "environment.step_limit=24",
+            "sampling.groups_per_step=1",
+        ],
+    )
+    run.finish()
+    (line,) = read_metrics(run.folder / "metrics.jsonl")
+    assert line["rollout/episodes"] == 2
+    assert line["rollout/crashes"] == 0
+    assert line["rollout/steps"] == 48
+    assert line["eval/episodes"] == 1

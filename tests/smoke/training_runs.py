@@ -1,0 +1,57 @@
+"""A real run of the command line, for the tests of this folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
+RUN_LIMIT_S = 900
+"""Start-up is most of it; a loaded machine may need three times as long."""
+
+
+class TrainingRun:
+    """One ``python -m verl_vla train`` process and its run folder."""
+
+    def __init__(self, folder: Path, words: list[str]) -> None:
+        self.folder = folder
+        self._words = ["train", *words, f"out='{folder}'"]
+
+    def start(self) -> subprocess.Popen[str]:
+        """Start it in a process group of its own."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "verl_vla", *self._words],
+            cwd=PROJECT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(self) -> str:
+        """Run it to its end and return what it said."""
+        process = self.start()
+        try:
+            said, _ = process.communicate(timeout=RUN_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        assert process.returncode == 0, said
+        return said
+
+    def kill_when(self, condition: Callable[[], bool]) -> None:
+        """Run it until ``condition`` holds, then kill the process without warning."""
+        process = self.start()
+        deadline = time.monotonic() + RUN_LIMIT_S
+        while not condition():
+            assert process.poll() is None, process.stdout.read() if process.stdout else ""
+            assert time.monotonic() < deadline, "the moment to kill never came"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()

@@ -1,0 +1,197 @@
+"""Demonstrations: what is recorded, and the file they are kept in."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from verl_vla.demonstrations import (
+    FASTEST,
+    Demonstration,
+    DemonstrationFile,
+    RecordingConfig,
+    play_expert,
+    record,
+    write,
+)
+from verl_vla.envs.libero import EnvConfig, LiberoEnv, make_env
+from verl_vla.errors import ConfigError
+
+PUSH, LIFT = 0, 1
+SMALL = EnvConfig(suite="mini", render_size=32, image_size=28)
+
+
+def demonstration(task_id: int = 3, num_frames: int = 4) -> Demonstration:
+    rng = np.random.default_rng(task_id)
+    return Demonstration(
+        task_id=task_id,
+        instruction=f"do number {task_id}",
+        images=rng.integers(0, 256, (num_frames, 1, 6, 6, 3), dtype=np.uint8),
+        frame_steps=np.arange(num_frames) * 2,
+        actions=rng.uniform(-1, 1, (2 * num_frames + 8, 7)).astype(np.float32),
+        num_steps=2 * num_frames,
+    )
+
+
+def same(a: Demonstration, b: Demonstration) -> bool:
+    return (a.task_id, a.instruction, a.num_steps) == (b.task_id, b.instruction, b.num_steps) and (
+        all(
+            np.array_equal(getattr(a, name), getattr(b, name))
+            and getattr(a, name).dtype == getattr(b, name).dtype
+            for name in ("images", "frame_steps", "actions")
+        )
+    )
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    path = tmp_path / "demos.npz"
+    write(path, iter([demonstration(3), demonstration(5, 7)]), suite="mini", horizon=8)
+    return path
+
+
+def test_a_file_gives_back_what_was_written(written: Path) -> None:
+    with DemonstrationFile(written) as file:
+        assert (file.suite, file.horizon, len(file)) == ("mini", 8, 2)
+        assert same(file[0], demonstration(3))
+        assert same(file[-1], demonstration(5, 7))
+        assert [d.task_id for d in file] == [3, 5]
+        with pytest.raises(IndexError):
+            file[2]
+
+
+def test_reading_an_episode_reads_no_other(written: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.npz"
+    with zipfile.ZipFile(written) as source, zipfile.ZipFile(broken, "w") as target:
+        for name in source.namelist():
+            is_first = name.startswith("episode_00000")
+            target.writestr(name, b"\x93NUMPY rubbish" if is_first else source.read(name))
+    with DemonstrationFile(broken) as file:
+        assert same(file[1], demonstration(5, 7))
+        with pytest.raises(ValueError):  # noqa: PT011 -- numpy words it differently by version
+            file[0]
+
+
+def test_numpy_alone_can_read_a_file(written: Path) -> None:
+    with np.load(written, allow_pickle=False) as members:
+        header = json.loads(str(members["header"]))
+        assert header["episodes"][1]["instruction"] == "do number 5"
+        assert members["episode_00001/images"].shape == (7, 1, 6, 6, 3)
+
+
+def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "demos.npz"
+
+    def interrupted() -> Iterator[Demonstration]:
+        yield demonstration()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(path, interrupted(), suite="mini", horizon=8)
+    assert not path.exists()
+
+
+def test_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no demonstrations at .*missing\.npz; record some"):
+        DemonstrationFile(tmp_path / "missing.npz")
+    np.savez(tmp_path / "other.npz", states=np.zeros(3))
+    (tmp_path / "text.npz").write_text("rubbish")
+    for name in ("other.npz", "text.npz"):
+        with pytest.raises(ConfigError, match="holds no demonstrations"):
+            DemonstrationFile(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"slowest_pace": 0.0},
+        {"fastest_pace": FASTEST + 0.01},
+        {"slowest_pace": 0.8, "fastest_pace": 0.7},
+        {"noise": -0.1},
+        {"label_noise": -0.1},
+        {"hold": 0},
+        {"every": 0},
+        {"horizon": 0},
+    ],
+)
+def test_impossible_recordings_are_refused(change: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(change)).split("_")[-1]):
+        replace(RecordingConfig(), **change)
+
+
+@pytest.fixture(scope="module")
+def env() -> Iterator[LiberoEnv]:
+    made = make_env(SMALL)
+    yield made
+    made.close()
+
+
+@pytest.mark.sim
+def test_an_attempt_is_what_an_sft_sample_needs(env: LiberoEnv) -> None:
+    config = RecordingConfig(every=3, horizon=8)
+    made = play_expert(env, LIFT, config, seed=1, index=0)
+    assert made is not None
+    assert made.instruction == "lift the red cube"
+    assert made.images.shape == (len(made.frame_steps), 1, 28, 28, 3)
+    assert made.frame_steps.tolist() == list(range(0, made.num_steps, 3))
+    assert made.actions.shape == (made.num_steps + 8, 7)
+    assert np.abs(made.actions[:, :3]).max() <= np.float32(FASTEST)
+    assert np.ptp(made.actions[:, 3:6]) == 0
+    assert set(made.actions[:, 6].tolist()) == {-1.0, 1.0}
+
+
+@pytest.mark.sim
+def test_an_attempt_starts_from_neither_split(env: LiberoEnv) -> None:
+    recorded = env.suite.load_init_states(LIFT)
+    starts: list[np.ndarray] = []
+    reset_to = env.reset_to
+    env.reset_to = lambda task_id, state: (starts.append(state), reset_to(task_id, state))[1]  # type: ignore[method-assign]
+    for index in range(3):
+        play_expert(env, LIFT, RecordingConfig(), seed=1, index=index)
+    env.reset_to = reset_to  # type: ignore[method-assign]
+    assert len({start.tobytes() for start in starts}) == 3
+    for start in starts:
+        assert np.abs(recorded - start).max(1).min() > 1e-4
+
+
+@pytest.mark.sim
+def test_the_disturbance_is_executed_and_not_recorded(env: LiberoEnv) -> None:
+    still = RecordingConfig(noise=0.0, label_noise=0.0, every=1)
+    calm = play_expert(env, LIFT, still, seed=2, index=0)
+    shaken = play_expert(env, LIFT, replace(still, noise=0.4), seed=2, index=0)
+    assert calm is not None
+    assert shaken is not None
+    assert np.array_equal(calm.actions[0], shaken.actions[0])
+    assert np.array_equal(calm.images[0], shaken.images[0])
+    assert not np.array_equal(calm.images[4], shaken.images[4])
+    assert not np.array_equal(calm.actions[4], shaken.actions[4])
+
+
+@pytest.mark.sim
+def test_a_failed_attempt_is_dropped(env: LiberoEnv) -> None:
+    hopeless = replace(env.config, step_limit=5)
+    short = make_env(hopeless)
+    assert play_expert(short, PUSH, RecordingConfig(), seed=0, index=0) is None
+    short.close()
+    with pytest.raises(ConfigError, match="solved 0 of"):
+        list(
+            record(hopeless, [PUSH], episodes=2, config=RecordingConfig(), seed=0, workers=1)
+        )
+
+
+@pytest.mark.sim
+def test_a_recording_depends_on_the_seed_and_not_on_the_workers() -> None:
+    config = RecordingConfig(every=8)
+    parts = [
+        list(record(SMALL, [LIFT, PUSH], episodes=2, config=config, seed=seed, workers=workers))
+        for seed, workers in ((0, 1), (0, 2), (1, 2))
+    ]
+    assert [d.task_id for d in parts[0]] == [LIFT, LIFT, PUSH, PUSH]
+    assert all(same(a, b) for a, b in zip(parts[0], parts[1], strict=True))
+    assert not any(same(a, b) for a, b in zip(parts[0], parts[2], strict=True))

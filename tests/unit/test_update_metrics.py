@@ -1,0 +1,94 @@
+"""What the ranks report of an update, added up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from verl_vla.metrics import check_declared
+from verl_vla.trainer.update_metrics import summarise_update
+
+REPORTED = {
+    "optimizer_step": [0, 0, 1],
+    "loss_sum": [0.5, -0.25, 1.0],
+    "num_tokens": [10, 30, 20],
+    "num_clipped_low": [1, 0, 2],
+    "num_clipped_high": [0, 0, 6],
+    "ratio_sum": [10.0, 30.2, 26.0],
+    "ratio_deviation": [0.01, 0.02, 0.7],
+    "entropy_sum": [10.0, 60.0, 50.0],
+    "grad_norm": [3.0, 5.0],
+    "lr": [1e-4, 2e-4],
+}
+"""Two micro-batches in a first optimizer step and one in a second."""
+
+
+def test_the_sums_become_the_declared_metrics():
+    values = summarise_update(REPORTED)
+    check_declared(values)
+    assert values == pytest.approx(
+        {
+            "actor/loss": 1.25 / 2,
+            "actor/grad_norm": 4.0,
+            "actor/lr": 2e-4,
+            "actor/entropy": 120 / 60,
+            "actor/ratio_first": 40.2 / 40,
+            "actor/ratio_first_deviation": 0.02,
+            "actor/clip_low": 3 / 60,
+            "actor/clip_high": 6 / 60,
+        }
+    )
+
+
+def nest(values):
+    """The same numbers as veRL hands them on: a list per rank of lists per mini-batch."""
+    return [[list(values[:2])], [list(values[2:])]]
+
+
+def test_however_verl_nests_the_lists_the_result_is_the_same():
+    nested = {name: nest(values) for name, values in REPORTED.items()}
+    assert summarise_update(nested) == summarise_update(REPORTED)
+
+
+def test_single_numbers_and_numpy_numbers_are_lists_of_one():
+    single = {name: np.float32(values[0]) for name, values in REPORTED.items()}
+    assert summarise_update(single) == pytest.approx(
+        summarise_update({name: values[:1] for name, values in REPORTED.items()})
+    )
+
+
+def test_the_first_mini_batch_alone_shows_whether_rollout_and_update_agree():
+    drifted = REPORTED | {"ratio_sum": [10.0, 30.0, 99.0], "ratio_deviation": [0.0, 0.0, 9.0]}
+    values = summarise_update(drifted)
+    assert values["actor/ratio_first"] == 1.0
+    assert values["actor/ratio_first_deviation"] == 0.0
+
+
+def test_the_split_into_micro_batches_does_not_show():
+    sums = (
+        "loss_sum",
+        "num_tokens",
+        "num_clipped_low",
+        "num_clipped_high",
+        "ratio_sum",
+        "entropy_sum",
+    )
+    merged = {
+        name: [values[0] + values[1], values[2]]
+        for name, values in REPORTED.items()
+        if name in sums
+    }
+    merged |= {"optimizer_step": [0, 1], "ratio_deviation": [0.02, 0.7]}
+    whole = summarise_update(REPORTED | merged)
+    assert whole == pytest.approx(summarise_update(REPORTED))
+
+
+def test_an_update_without_a_token_is_zero_and_not_an_error():
+    nothing = {name: [0.0] for name in REPORTED}
+    values = summarise_update(nothing)
+    assert values["actor/entropy"] == values["actor/clip_low"] == 0
+
+
+def test_a_missing_report_is_not_hidden():
+    with pytest.raises(KeyError, match="entropy_sum"):
+        summarise_update({k: v for k, v in REPORTED.items() if k != "entropy_sum"})
