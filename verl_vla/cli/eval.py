@@ -57,7 +57,8 @@ def run(arguments: Sequence[str]) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = OpenVLAOFTPolicy.from_pretrained(
         folder, dtype=DTYPES[options.dtype], unnorm_key=options.unnorm_key
-    ).to(device)
+    )
+    policy.model.to(device)
     began = time.perf_counter()
     with open_simulators(env, env_config(env, policy.shape), policy.shape) as simulators:
         result = evaluate(held_out, policy, simulators, config=config, seed=options.seed)

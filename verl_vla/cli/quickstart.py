@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_vla.build import Run, env_config, open_run
+from verl_vla.cli.train import start_training
 from verl_vla.film import film, write_side_by_side
 from verl_vla.metrics import read_metrics
 from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
@@ -24,7 +25,6 @@ from verl_vla.recipe import Recipe, load_recipe
 from verl_vla.report import draw_curve, success_table, text_curve
 from verl_vla.sampling import Start
 from verl_vla.trainer import checkpoint
-from verl_vla.trainer.launch import train
 from verl_vla.types import Outcome
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
     began = time.perf_counter()
     with open_run(recipe) as opened:
         logger.info("run folder %s", opened.folder)
-        train(opened)
+        start_training(opened)
     wall_s = time.perf_counter() - began
     _show(opened, wall_s)
     return 0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Sequence
 
-from verl_vla.build import open_run
+from verl_vla.build import Run, open_run
 from verl_vla.recipe import load_recipe
-from verl_vla.trainer.launch import train
 
 logger = logging.getLogger(__name__)
 
@@ -17,5 +17,14 @@ def run(arguments: Sequence[str]) -> int:
     recipe = load_recipe(arguments)
     with open_run(recipe) as opened:
         logger.info("run folder %s", opened.folder)
-        train(opened)
+        start_training(opened)
     return 0
+
+
+def start_training(opened: Run) -> None:
+    """Hand a checked run to veRL.
+
+    veRL is imported only here: a wrong recipe answers in seconds, and the simulators start while
+    the import runs.
+    """
+    importlib.import_module("verl_vla.trainer.launch").train(opened)

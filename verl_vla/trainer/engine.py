@@ -37,7 +37,7 @@ class OpenVLAOFTEngine(FSDPEngine):
     """Since the last rollout: 0 while the first mini-batch of an update runs."""
 
     def _build_module(self) -> nn.Module:
-        folder = self.model_config.local_path
+        folder = str(self.model_config.local_path)
         self.processor = OpenVLAOFTProcessor.from_pretrained(folder)
         module = OpenVLAOFTModel.from_pretrained(
             folder,
@@ -54,7 +54,7 @@ class OpenVLAOFTEngine(FSDPEngine):
         veRL would also wrap the embedding and the head, whose weights this model reads directly:
         under FSDP2 those would be shards there.
         """
-        precision = self.engine_config.mixed_precision
+        precision: dict[str, Any] = dict(self.engine_config.mixed_precision or {})
         param_dtype = PrecisionType.to_dtype(precision["param_dtype"])
         self._autocast_dtype, self.scaler = param_dtype, None
         offload = CPUOffloadPolicy() if self.engine_config.offload_policy else None
@@ -71,7 +71,7 @@ class OpenVLAOFTEngine(FSDPEngine):
         if offload is not None:
             options["offload_policy"] = offload
         full_state = module.state_dict()
-        layers = set(module._no_split_modules)
+        layers: set[str] = set(module._no_split_modules)  # pyright: ignore[reportArgumentType]
         for part in module.modules():
             if type(part).__name__ in layers:
                 fully_shard(part, **options)
@@ -82,8 +82,9 @@ class OpenVLAOFTEngine(FSDPEngine):
     def _build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         trained = [p for p in module.parameters() if p.requires_grad]
         options = self.optimizer_config
+        first, second = options.betas
         return torch.optim.AdamW(
-            trained, lr=options.lr, betas=tuple(options.betas), weight_decay=options.weight_decay
+            trained, lr=options.lr, betas=(first, second), weight_decay=options.weight_decay
         )
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor, images: Tensor) -> Tensor:
@@ -140,6 +141,8 @@ class OpenVLAOFTEngine(FSDPEngine):
             super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
             return
         self.checkpoint_manager.save_checkpoint(
-            local_path=local_path, global_step=global_step, max_ckpt_to_keep=max_ckpt_to_keep
+            local_path=local_path,
+            global_step=global_step,
+            max_ckpt_to_keep=max_ckpt_to_keep,  # pyright: ignore[reportArgumentType]
         )
         torch.distributed.barrier()

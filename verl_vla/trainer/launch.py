@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 
 import ray
@@ -48,7 +48,7 @@ def train(run: Run) -> None:
         stack.enter_context(_ray_cluster(run, config))
         stack.enter_context(_transfer_queue(config))
         logger.info("starting the learner (about half a minute on two cores)")
-        trainer = VLATrainer(config, run)
+        trainer = VLATrainer(config, run)  # pyright: ignore[reportAbstractUsage] -- veRL's decorator hides the base
         trainer.init()
         trainer.train()
 
@@ -70,7 +70,7 @@ def _check_versions(run: Run) -> None:
 
 
 @contextmanager
-def _quiet(run: Run) -> Iterator[None]:
+def _quiet(run: Run) -> Generator[None]:
     """Send what veRL prints and logs to ``verl.log``; only our own lines reach the console."""
     os.environ["TENSORBOARD_DIR"] = str(run.folder / "tensorboard")
     with (run.folder / "verl.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
@@ -83,7 +83,7 @@ def _quiet(run: Run) -> Iterator[None]:
 
 
 @contextmanager
-def _ray_cluster(run: Run, config: DictConfig) -> Iterator[None]:
+def _ray_cluster(run: Run, config: DictConfig) -> Generator[None]:
     cluster = run.recipe.cluster
     environment = OmegaConf.to_container(OmegaConf.create(get_ppo_ray_runtime_env(config)))
     assert isinstance(environment, dict)
@@ -119,7 +119,7 @@ def _logical_cpus(cluster: ClusterConfig) -> int | None:
 
 
 @contextmanager
-def _transfer_queue(config: DictConfig) -> Iterator[None]:
+def _transfer_queue(config: DictConfig) -> Generator[None]:
     tq.init(config.transfer_queue)
     try:
         yield

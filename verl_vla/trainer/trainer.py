@@ -78,7 +78,7 @@ class VLATrainer(PPOTrainerSync):
 
     def train(self) -> None:
         """Run veRL's loop to the last step."""
-        self.fit(self.loop)
+        self.fit(self.loop)  # pyright: ignore[reportArgumentType] -- needs generate_sequences only
 
     def on_step_begin(self) -> None:
         """Forget the groups of the last step and open a new account."""
@@ -113,14 +113,15 @@ class VLATrainer(PPOTrainerSync):
         """One pass over the batch, in ``num_mini_batches`` optimizer steps."""
         episodes = {key.rsplit("_", 1)[0] for key in batch.keys if key.startswith("g")}
         num_mini_batches = self.recipe.optimizer.num_mini_batches
-        batch.extra_info.update(
-            {
+        batch.extra_info = {
+            **(batch.extra_info or {}),
+            **{
                 "num_mini_batch": num_mini_batches,
                 "num_trajectories": len(episodes) / num_mini_batches,
                 "temperature": self.recipe.sampling.temperature,
                 "epochs": 1,
-            }
-        )
+            },
+        }
         output = self.actor_rollout_wg.update_actor(batch)
         metrics.update(summarise_update(tu.get(output, "metrics")))
         return batch

@@ -6,7 +6,7 @@ import os
 import resource
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed
@@ -20,8 +20,8 @@ from verl.single_controller.base.decorator import (
 )
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name, get_torch_device
-from verl.workers.engine_workers import ActorRolloutRefWorker
-from verl.workers.rollout.base import _ROLLOUT_REGISTRY, BaseRollout
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+from verl.workers.rollout import base as rollout_base
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from verl_vla.action_distribution import log_prob, sample
@@ -31,6 +31,10 @@ from verl_vla.trainer.rows import dense, stacked
 
 ROLLOUT_NAME = "shared_weights"
 """veRL's name for a rollout that needs no server: the learner's module plays."""
+
+
+EVERY_RANK: Any = vars(Dispatch)["ONE_TO_ALL"]
+"""veRL's enumeration makes its members at run time."""
 
 
 class VLAWorker(ActorRolloutRefWorker):
@@ -49,12 +53,17 @@ class VLAWorker(ActorRolloutRefWorker):
     @property
     def engine(self) -> OpenVLAOFTEngine:
         """This rank's model, optimizer and shards."""
-        return self.actor.engine
+        return cast("OpenVLAOFTEngine", self._learner.engine)
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @property
+    def _learner(self) -> TrainingWorker:
+        assert self.actor is not None, "veRL calls init_model first"
+        return self.actor
+
+    @register(dispatch_mode=EVERY_RANK)
     def set_policy_loss(self, clip: ClipRange, action_dim: int) -> None:
         """Replace veRL's loss, whose clipping always has a third bound, by ours."""
-        self.actor.set_loss_fn(
+        self._learner.set_loss_fn(
             partial(
                 _row_loss,
                 clip=clip,
@@ -92,12 +101,14 @@ class VLAWorker(ActorRolloutRefWorker):
             )
         return tu.get_tensordict({"bins": bins.cpu(), "logp": logp.cpu()})
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
-    async def update_weights(self, global_steps: int | None = None, mode: str = "auto") -> dict:
+    @register(dispatch_mode=EVERY_RANK, blocking=False)
+    async def update_weights(
+        self, global_steps: int | None = None, mode: str = "auto"
+    ) -> dict[str, Any]:
         """Rollout and learner share their weights, so there is nothing to send."""
         return {}
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @register(dispatch_mode=EVERY_RANK)
     def export_policy(self, folder: str) -> None:
         """Write a checkpoint folder that `verl_vla eval` and transformers load."""
         state = get_model_state_dict(
@@ -110,7 +121,7 @@ class VLAWorker(ActorRolloutRefWorker):
             self.engine.processor.save_pretrained(folder)
         torch.distributed.barrier()
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @register(dispatch_mode=EVERY_RANK)
     def peak_memory(self) -> tuple[int, int]:
         """(resident bytes of this process, device bytes allocated), both since it began."""
         kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -118,7 +129,7 @@ class VLAWorker(ActorRolloutRefWorker):
         return kib * 1024, int(device)
 
 
-class SharedWeightsRollout(BaseRollout):
+class SharedWeightsRollout(rollout_base.BaseRollout):
     """veRL insists on a rollout; the learner's module is the one that plays."""
 
     async def resume(self, tags: list[str]) -> None:
@@ -143,7 +154,8 @@ class SharedWeightsReplica(RolloutReplica):
 
 def register_rollout() -> None:
     """Tell veRL's two registries of the rollout's name."""
-    _ROLLOUT_REGISTRY[(ROLLOUT_NAME, "async")] = f"{__name__}.SharedWeightsRollout"
+    known: dict[tuple[str, str], str] = vars(rollout_base)["_ROLLOUT_REGISTRY"]
+    known[(ROLLOUT_NAME, "async")] = f"{__name__}.SharedWeightsRollout"
     RolloutReplicaRegistry.register(ROLLOUT_NAME, lambda: SharedWeightsReplica)
 
 
