@@ -39,8 +39,8 @@ class PolicyConfig:
     """Which entry of ``dataset_statistics.json``; null where there is only one."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the weights and the body's arithmetic; the head is always float32."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Back end of the language model's attention, bidirectional in each."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Back end of the language model's attention, bidirectional in both."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
 

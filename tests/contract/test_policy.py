@@ -62,7 +62,7 @@ def test_a_chunk_has_the_promised_shapes_and_types(policy: Policy) -> None:
     assert chunk.bins.shape == chunk.logp.shape == (3, shape.num_tokens)
     assert chunk.bins.dtype == torch.int64 and chunk.logp.dtype == torch.float32
     assert not chunk.logp.requires_grad
-    assert 0 <= chunk.bins.min() and chunk.bins.max() < shape.num_bins
+    assert chunk.bins.min() >= 0 and chunk.bins.max() < shape.num_bins
     assert chunk.actions.shape == (3, shape.chunk_length, shape.action_dim)
     assert chunk.actions.dtype == np.float32 and np.isfinite(chunk.actions).all()
     assert [prompt.dtype for prompt in chunk.prompt_ids] == [torch.int64] * 3

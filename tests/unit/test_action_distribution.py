@@ -116,6 +116,15 @@ def test_noise_decides_and_moves_upwards_through_the_bins() -> None:
     assert action_distribution.sample(logits, noise, 1.0).tolist() == [[0, 1, 2, 3]]
 
 
+def test_a_bin_too_unlikely_for_float32_can_still_be_drawn() -> None:
+    logits = torch.tensor([[[0.0, math.log(1e-9)]]])
+    for noise, expected in ((1 - 2e-9, 0), (1 - 5e-10, 1)):
+        drawn = action_distribution.sample(
+            logits, torch.tensor([[noise]], dtype=torch.float64), 1.0
+        )
+        assert drawn.item() == expected
+
+
 def test_temperature_zero_takes_the_likeliest_and_ignores_noise() -> None:
     logits = torch.tensor([[[0.0, 2.0, 1.0]]])
     for noise in (0.0, 0.999):

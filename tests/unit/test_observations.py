@@ -67,7 +67,8 @@ def test_crop_is_a_bilinear_look_at_the_middle() -> None:
     rows = values[low] * (1 - part)[:, None, None] + values[low + 1] * part[:, None, None]
     both = rows[:, low] * (1 - part)[:, None] + rows[:, low + 1] * part[:, None]
     cropped = prepare_image(render, size=64, jpeg=False)
-    assert np.abs(cropped - np.floor(both * 255.5)).max() <= 1
+    difference = np.abs(cropped - np.floor(both * 255.5))
+    assert difference.max() <= 1 and difference.mean() < 0.01
 
 
 def test_the_border_that_the_crop_removes_has_no_influence() -> None:
@@ -85,10 +86,10 @@ def test_nothing_to_do_changes_nothing() -> None:
     assert np.array_equal(prepare_image(render, size=56, jpeg=False, crop_area=1.0), render)
 
 
-@pytest.mark.parametrize("value", range(0, 256, 15))
-def test_one_grey_stays_that_grey(value: int) -> None:
-    render = np.full((64, 64, 3), value, np.uint8)
-    assert np.all(prepare_image(render, size=48) == value)
+def test_one_grey_stays_that_grey() -> None:
+    for value in range(256):
+        render = np.full((24, 24, 3), value, np.uint8)
+        assert np.all(prepare_image(render, size=16) == value)
 
 
 def test_upright_stays_upright() -> None:

@@ -80,7 +80,7 @@ def test_it_learns_what_it_sees_and_what_it_is_told() -> None:
     bins = policy.processor.codec.from_simulator(actions)
     trainable = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=3e-3)
-    for _ in range(150):
+    for _ in range(250):
         loss = -policy.log_prob(images, prompts, bins, temperature=1.0).mean()
         optimizer.zero_grad()
         loss.backward()
