@@ -1,8 +1,9 @@
 """Demonstrations of the mini suite by its scripted experts, and the file they are kept in.
 
-An expert that never errs shows no way back from an error. So what an episode *executes* is the
-expert's action plus a disturbance, while what is *recorded* is the expert's own answer to where
-that led (DART, arXiv:1703.09327).
+An expert that never errs shows no way back from an error. So now and then the arm is pushed off
+its way (DART, arXiv:1703.09327, disturbs every step). Images are recorded only where the expert is
+then left alone for as long as a policy acts blindly: the actions after an image are exactly what
+led to what comes next.
 
 A file is an ``.npz`` that numpy alone can read, one episode a member, so that reading an episode
 reads nothing else.
@@ -39,21 +40,21 @@ HEADER = "header"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordingConfig:
-    """How demonstrations are made."""
+    """How demonstrations are made; spans are in simulator steps."""
 
-    slowest_pace: float = 0.7
+    slowest_pace: float = 0.75
     """Each episode draws the largest commanded translation, of 1, between these two."""
     fastest_pace: float = 0.85
-    noise: float = 0.3
-    """Standard deviation of the disturbance of each translation, of 1."""
-    hold: int = 3
-    """Steps that a disturbance lasts, so that it leads somewhere."""
-    label_noise: float = 0.03
-    """Standard deviation of what blurs the recorded translations over neighbouring bins."""
+    noise: float = 0.5
+    """Standard deviation of a disturbance of each translation, of 1."""
+    disturbed_steps: int = 5
+    """Longest disturbance; the shortest is one step."""
+    calm_steps: int = 24
+    """Longest span between disturbances; the shortest is ``horizon``."""
     every: int = 2
-    """Steps between recorded images."""
+    """Steps between images within a calm span."""
     horizon: int = 8
-    """Actions recorded after each image, past the success if need be."""
+    """Calm actions recorded from each image on, past the success if need be."""
 
     def __post_init__(self) -> None:
         if not 0 < self.slowest_pace <= self.fastest_pace <= FASTEST:
@@ -61,12 +62,18 @@ class RecordingConfig:
                 f"the pace is {self.slowest_pace} to {self.fastest_pace}; it must rise, above 0 "
                 f"and up to {FASTEST}"
             )
-        for name in ("noise", "label_noise"):
-            if self.__getattribute__(name) < 0:
-                raise ConfigError(f"{name} is {self.__getattribute__(name)}; set 0 or more")
-        for name in ("hold", "every", "horizon"):
-            if self.__getattribute__(name) < 1:
-                raise ConfigError(f"{name} is {self.__getattribute__(name)}; set at least 1")
+        if self.noise < 0:
+            raise ConfigError(f"noise is {self.noise}; set 0 or more")
+        if min(self.every, self.horizon, self.disturbed_steps) < 1:
+            raise ConfigError(
+                f"every is {self.every}, horizon {self.horizon} and disturbed_steps "
+                f"{self.disturbed_steps}; set at least 1 each"
+            )
+        if self.calm_steps < self.horizon:
+            raise ConfigError(
+                f"calm_steps is {self.calm_steps}, less than horizon, {self.horizon}; no image "
+                "would be followed by enough calm actions"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,41 +221,60 @@ def play_expert(
     The start is drawn from the task's regions and is in neither split of the suite.
     """
     rng = np.random.default_rng([seed, task_id, index])
-    start_seed = int(rng.integers(2**31))
-    env.reset_to(task_id, sample_init_state(env, task_id, start_seed))
-    simulator = env.simulator(task_id)
-    make_expert = _expert_of(env.suite.tasks[task_id].name)
-    expert = make_expert(simulator, rng.uniform(config.slowest_pace, config.fastest_pace))
+    env.reset_to(task_id, sample_init_state(env, task_id, int(rng.integers(2**31))))
+    simulator, task = env.simulator(task_id), env.suite.tasks[task_id]
+    pace = rng.uniform(config.slowest_pace, config.fastest_pace)
+    expert = _expert_of(task.name)(simulator, pace)
+    limit = env.suite.step_limit(env.config.step_limit, task_id)
+    disturbances = _disturbances(config, limit + config.horizon, rng)
     images: list[npt.NDArray[np.uint8]] = []
+    frame_steps: list[int] = []
     actions: list[npt.NDArray[np.float64]] = []
     num_steps: int | None = None
-    limit = env.suite.step_limit(env.config.step_limit, task_id)
-    while num_steps is None or len(actions) < num_steps + config.horizon:
-        if num_steps is None and len(actions) % config.every == 0:
+    for step, disturbance in enumerate(disturbances):
+        if num_steps is None and _is_recorded(disturbances, step, config):
             images.append(env.observe().image)
-        if len(actions) % config.hold == 0:
-            disturbance = rng.normal(0.0, config.noise, 3)
-        action = expert.act()
-        actions.append(_shift(action, rng.normal(0.0, config.label_noise, 3)))
-        solved = simulator.step(_shift(action, disturbance))
-        if solved and num_steps is None:
-            num_steps = len(actions)
-        if num_steps is None and len(actions) >= limit:
-            return None
+            frame_steps.append(step)
+        actions.append(expert.act())
+        executed = actions[-1].copy()
+        executed[:3] = np.clip(executed[:3] + disturbance, -FASTEST, FASTEST)
+        if simulator.step(executed) and num_steps is None:
+            num_steps = step + 1
+        if num_steps is not None and step >= num_steps - 1 + config.horizon:
+            break
+    if num_steps is None or num_steps > limit or not images:
+        return None
     return Demonstration(
         task_id=task_id,
-        instruction=env.suite.tasks[task_id].instruction,
+        instruction=task.instruction,
         images=np.stack(images),
-        frame_steps=np.arange(len(images)) * config.every,
+        frame_steps=np.array(frame_steps),
         actions=np.stack(actions).astype(np.float32),
         num_steps=num_steps,
     )
 
 
-def _shift(action: npt.NDArray[np.float64], by: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    moved = action.copy()
-    moved[:3] = np.clip(action[:3] + by, -FASTEST, FASTEST)
-    return moved
+def _disturbances(
+    config: RecordingConfig, num_steps: int, rng: np.random.Generator
+) -> npt.NDArray[np.float64]:
+    """[num_steps, 3] added to the executed translations: steady pushes with calm spans between.
+
+    Half of the episodes begin with a push, so that the arm is seen in many places early on.
+    """
+    pushes = np.zeros((num_steps, 3))
+    step = 0 if rng.random() < 0.5 else int(rng.integers(config.horizon, config.calm_steps + 1))
+    while step < num_steps:
+        length = int(rng.integers(1, config.disturbed_steps + 1))
+        pushes[step : step + length] = rng.normal(0.0, config.noise, 3)
+        step += length + int(rng.integers(config.horizon, config.calm_steps + 1))
+    return pushes
+
+
+def _is_recorded(
+    disturbances: npt.NDArray[np.float64], step: int, config: RecordingConfig
+) -> bool:
+    """Whether the expert's next actions are also what will be executed, every few steps."""
+    return step % config.every == 0 and not disturbances[step : step + config.horizon].any()
 
 
 def _expert_of(task_name: str) -> Callable[[Any, float], Any]:

@@ -88,11 +88,6 @@ def refuse() -> NoReturn:
     raise ConfigError("suite is 'libero_spatail'; did you mean 'libero_spatial'?")
 
 
-def exit_at_start() -> NoReturn:
-    sys.stderr.write("no licence\n")
-    os._exit(5)
-
-
 def raise_at_start() -> NoReturn:
     raise OSError("libEGL.so.1 is missing")
 
@@ -104,7 +99,9 @@ def faulty_start(fault: str) -> int:
 
 def faulty_chunk(fault: str) -> np.ndarray:
     """An action chunk that brings about ``fault``."""
-    return np.full((8, ACTION_DIM), FAULTY_ACTION + list(FAULTS).index(fault), dtype=np.float32)
+    chunk = np.zeros((8, ACTION_DIM), dtype=np.float32)
+    chunk[:, -1] = FAULTY_ACTION + list(FAULTS).index(fault)
+    return chunk
 
 
 def _faults() -> list:

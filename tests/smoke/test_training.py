@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import PROJECT, TrainingRun
+from training_runs import PROJECT, RUN_LIMIT_S, TrainingRun
 
+from verl_vla.cli.main import EXIT_STARVED
 from verl_vla.envs.assets import assets_available
 from verl_vla.metrics import METRICS, OPEN_FAMILIES, is_reproducible, read_metrics
 from verl_vla.trainer.checkpoint import complete_steps, step_folder
@@ -116,3 +117,23 @@ def test_one_update_on_real_libero_spatial(tmp_path: Path) -> None:
     assert line["rollout/crashes"] == 0
     assert line["rollout/steps"] == 48
     assert line["eval/episodes"] == 1
+
+
+def test_a_run_that_cannot_learn_stops_and_says_why(tmp_path: Path) -> None:
+    run = TrainingRun(
+        tmp_path / "run",
+        [
+            "recipe=quickstart",
+            "environment.tasks=[1]",
+            "environment.step_limit=2",
+            "sampling.groups_per_step=2",
+            "sampling.group_size=2",
+            "sampling.max_rounds=2",
+            "trainer.eval_before=false",
+        ],
+    )
+    process = run.start()
+    said, _ = process.communicate(timeout=RUN_LIMIT_S)
+    assert process.returncode == EXIT_STARVED, said
+    assert "4 groups (8 episodes) were played in 2 rounds, 0 episodes solved, 8 failed" in said
+    assert "too hard for this policy" in said

@@ -114,10 +114,10 @@ def test_something_else_is_refused(tmp_path: Path) -> None:
         {"fastest_pace": FASTEST + 0.01},
         {"slowest_pace": 0.8, "fastest_pace": 0.7},
         {"noise": -0.1},
-        {"label_noise": -0.1},
-        {"hold": 0},
         {"every": 0},
         {"horizon": 0},
+        {"disturbed_steps": 0},
+        {"calm_steps": 7},
     ],
 )
 def test_impossible_recordings_are_refused(change: dict[str, float]) -> None:
@@ -134,7 +134,7 @@ def env() -> Iterator[LiberoEnv]:
 
 @pytest.mark.sim
 def test_an_attempt_is_what_an_sft_sample_needs(env: LiberoEnv) -> None:
-    config = RecordingConfig(every=3, horizon=8)
+    config = RecordingConfig(every=3, horizon=8, noise=0.0)
     made = play_expert(env, LIFT, config, seed=1, index=0)
     assert made is not None
     assert made.instruction == "lift the red cube"
@@ -161,16 +161,34 @@ def test_an_attempt_starts_from_neither_split(env: LiberoEnv) -> None:
 
 
 @pytest.mark.sim
-def test_the_disturbance_is_executed_and_not_recorded(env: LiberoEnv) -> None:
-    still = RecordingConfig(noise=0.0, label_noise=0.0, every=1)
-    calm = play_expert(env, LIFT, still, seed=2, index=0)
-    shaken = play_expert(env, LIFT, replace(still, noise=0.4), seed=2, index=0)
-    assert calm is not None
-    assert shaken is not None
-    assert np.array_equal(calm.actions[0], shaken.actions[0])
-    assert np.array_equal(calm.images[0], shaken.images[0])
-    assert not np.array_equal(calm.images[4], shaken.images[4])
-    assert not np.array_equal(calm.actions[4], shaken.actions[4])
+def test_what_follows_an_image_is_what_was_executed(env: LiberoEnv) -> None:
+    made = play_expert(env, LIFT, RecordingConfig(every=1), seed=2, index=0)
+    assert made is not None
+    assert made.frame_steps.tolist() != list(range(made.num_steps)), "nothing disturbed it"
+    executed: list[np.ndarray] = []
+    simulator = env.simulator(LIFT)
+    run = simulator.step
+    simulator.step = lambda action: (executed.append(action), run(action))[1]  # type: ignore[method-assign]
+    again = play_expert(env, LIFT, RecordingConfig(every=1), seed=2, index=0)
+    del simulator.step
+    assert again is not None
+    assert same(made, again)
+    commanded = np.stack(executed)[env.config.settle_steps :].astype(np.float32)
+    for step in made.frame_steps:
+        assert np.array_equal(commanded[step : step + 8], made.actions[step : step + 8])
+    disturbed = np.abs(commanded - made.actions).max(1) > 0
+    assert 0 < disturbed.sum() < len(disturbed) / 2
+
+
+@pytest.mark.sim
+def test_a_disturbance_leads_elsewhere(env: LiberoEnv) -> None:
+    seen = [
+        play_expert(env, LIFT, RecordingConfig(noise=noise), seed=2, index=0)
+        for noise in (0.0, 0.5)
+    ]
+    assert seen[0] is not None
+    assert seen[1] is not None
+    assert not np.array_equal(seen[0].actions[-8:], seen[1].actions[-8:])
 
 
 @pytest.mark.sim

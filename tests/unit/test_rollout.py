@@ -226,16 +226,24 @@ def test_no_decision_is_made_for_an_episode_that_ended():
 
 
 def test_a_freed_slot_takes_the_next_episode_before_anybody_decides():
-    """Two slots and three episodes: the third starts where the short one ended, at once."""
-    scripts = [Script(decisions=4), Script(decisions=1), Script(decisions=1)]
-    _, simulators, _ = play_scripts(scripts, num_slots=2)
+    """The fifth episode starts where the short one ended; its neighbour's next chunk comes after."""
+    scripts = [Script(decisions=4), Script(decisions=1), *[Script(decisions=4)] * 3]
+    _, simulators, _ = play_scripts(scripts, num_slots=4)
     over = simulators.events.index(("over", 1, 11))
-    assert simulators.events[over + 1] == ("reset", 1, 12)
+    assert simulators.events[over + 1 : over + 3] == [("reset", 1, 14), ("step", 0, 10)]
 
 
-def test_more_slots_than_episodes_are_left_alone():
-    _, simulators, _ = play_scripts([Script(), Script()], num_slots=8)
+def test_few_episodes_in_many_slots_still_take_turns():
+    _, simulators, policy = play_scripts([Script(), Script()], num_slots=8)
     assert {slot for _, slot, _ in simulators.events} == {0, 1}
+    assert policy.batches == [[(10, 0)], [(11, 0)]]
+
+
+def test_the_order_in_which_simulators_answer_does_not_reach_the_policy():
+    """A batched matrix product may differ in its last bit with the order of its rows."""
+    _, _, policy = play_scripts([Script(decisions=2)] * 6, num_slots=6)
+    assert all(batch == sorted(batch) for batch in policy.batches)
+    assert [len(batch) for batch in policy.batches] == [3, 3, 3, 3]
 
 
 def test_one_half_simulates_while_the_policy_decides_for_the_other():

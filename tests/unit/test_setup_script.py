@@ -1,4 +1,4 @@
-"""What `scripts/_setup.sh` makes of pip's settings, of the Pythons it finds and of a second call."""
+"""What `scripts/_setup.sh` makes of pip's settings, of the Pythons there are, of a second call."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from verl_vla.action_distribution import entropy
 from verl_vla.actions import ActionStatistics
 from verl_vla.demonstrations import Demonstration
 from verl_vla.errors import ConfigError
@@ -22,6 +23,7 @@ from verl_vla.sft import (
     fit,
     learning_rate,
     make_samples,
+    soft_targets,
 )
 
 SIZES = TinySizes(
@@ -119,7 +121,7 @@ def test_the_loss_is_the_cross_entropy_over_the_action_classes(
     demonstrations: list[Demonstration],
 ) -> None:
     policy, samples = policy_for(demonstrations), samples_for(demonstrations)
-    report = next(fit(policy, samples, SFTConfig(steps=1, batch_size=8, seed=3)))
+    report = next(fit(policy, samples, SFTConfig(steps=1, batch_size=8, seed=3, smoothing=3.0)))
     untrained = policy_for(demonstrations)
     prompts = [untrained.processor.prompt(words) for words in samples.instructions]
     with torch.no_grad():
@@ -132,9 +134,40 @@ def test_the_loss_is_the_cross_entropy_over_the_action_classes(
     assert float(uniform) == pytest.approx(math.log(256))
 
 
+def test_targets_spread_over_neighbouring_motions_only(
+    demonstrations: list[Demonstration],
+) -> None:
+    codec = policy_for(demonstrations).processor.codec
+    bins = torch.full((2, 28), 100)
+    bins[1, 0] = 0
+    soft = soft_targets(bins, codec, 4.0)
+    assert torch.allclose(soft.sum(-1), torch.ones(2, 28))
+    assert torch.equal(soft.argmax(-1), bins)
+    moving = soft[0, 0]
+    assert moving[104] / moving[100] == pytest.approx(math.exp(-0.5), rel=1e-4)
+    assert moving[96] == moving[104]
+    for still in (3, 4, 5, 6):
+        assert soft[0, still].max() == 1.0
+    assert torch.equal(soft_targets(bins, codec, 0.0).argmax(-1), bins)
+    assert soft_targets(bins, codec, 0.0).max(-1).values.min() == 1.0
+
+
+def test_smoothing_changes_what_is_learned(demonstrations: list[Demonstration]) -> None:
+    samples = samples_for(demonstrations)
+    entropies: list[float] = []
+    for smoothing in (0.0, 8.0):
+        policy = policy_for(demonstrations)
+        config = SFTConfig(steps=60, batch_size=8, lr=4e-3, warmup_steps=5, smoothing=smoothing)
+        list(fit(policy, samples, config))
+        prompts = [policy.processor.prompt(words) for words in samples.instructions]
+        with torch.no_grad():
+            entropies.append(float(entropy(policy.logits(samples.images, prompts), 1.0).mean()))
+    assert entropies[1] > entropies[0] + 0.3
+
+
 def test_it_fits_a_handful_of_samples(demonstrations: list[Demonstration]) -> None:
     policy, samples = policy_for(demonstrations), samples_for(demonstrations)
-    config = SFTConfig(steps=250, batch_size=8, lr=4e-3, warmup_steps=10)
+    config = SFTConfig(steps=250, batch_size=8, lr=4e-3, warmup_steps=10, smoothing=0.0)
     reports = list(fit(policy, samples, config))
     assert [r.step for r in reports] == list(range(1, 251))
     assert reports[0].loss > 4.0
@@ -196,7 +229,7 @@ def test_the_rate_rises_then_falls() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"warmup_steps": -1}]
+    "change", [{"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"warmup_steps": -1}, {"smoothing": -1.0}]
 )
 def test_impossible_knobs_are_refused(change: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):

@@ -26,7 +26,11 @@ def run(arguments: Sequence[str]) -> int:
     """Fit, say how it goes, and write a checkpoint folder."""
     options = _parser().parse_args(arguments)
     config = SFTConfig(
-        steps=options.steps, batch_size=options.batch_size, lr=options.lr, seed=options.seed
+        steps=options.steps,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        smoothing=options.smoothing,
+        seed=options.seed,
     )
     if options.threads < 1:
         raise ConfigError(f"--threads is {options.threads}; set at least 1")
@@ -65,8 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=config.steps, help="optimizer steps")
     add("--batch-size", type=int, default=config.batch_size, help="images per step")
     add("--lr", type=float, default=config.lr, help="highest learning rate")
+    add("--smoothing", type=float, default=config.smoothing, help="of the targets, in bins")
     add("--seed", type=int, default=0, help="of the weights and of the order of the images")
-    add("--threads", type=int, default=2, help="of this process; part of what decides the result")
+    add("--threads", type=int, default=1, help="of this process; part of what decides the result")
     add("--out", required=True, help="checkpoint folder to write")
     return parser
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 import atexit
 import importlib
 import importlib.util
+import logging
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 from verl_vla.envs.gl import prepare_gl
 from verl_vla.errors import ConfigError
@@ -26,7 +27,7 @@ ASSETS_VARIABLE = "VERL_VLA_LIBERO_ASSETS"
 CACHED_ASSETS = Path("~/.cache/libero/assets")
 """Where hf-libero keeps its download."""
 ASSETS_REPOSITORY = "lerobot/libero-assets"
-"""The dataset on the Hugging Face hub that hf-libero downloads; `libero/utils/download_utils.py`."""
+"""The dataset on the Hugging Face hub that hf-libero downloads; its `utils/download_utils.py`."""
 ASSET_FOLDERS = (
     "articulated_objects",
     "scenes",
@@ -49,7 +50,7 @@ def libero_root() -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / "libero"
 
 
-def import_libero() -> ModuleType:
+def import_libero() -> Any:
     """Import ``libero.libero``: no question on stdin, nothing written to the user's home.
 
     Raises:
@@ -57,12 +58,13 @@ def import_libero() -> ModuleType:
     """
     if "libero.libero" not in sys.modules:
         prepare_gl()
+        logging.getLogger("robosuite_logs").addFilter(_is_news)
         os.environ["LIBERO_CONFIG_PATH"] = _write_config(libero_root())
     return importlib.import_module("libero.libero")
 
 
 @contextmanager
-def asset_folder(folder: Path) -> Iterator[None]:
+def asset_folder(folder: Path) -> Generator[None]:
     """Let LIBERO load its meshes and textures from ``folder`` while the block runs."""
     libero = import_libero()
     before = libero._assets_path_cache
@@ -116,15 +118,20 @@ def _download() -> Path:
     target = CACHED_ASSETS.expanduser()
     try:
         hub.snapshot_download(repo_id=ASSETS_REPOSITORY, repo_type="dataset", local_dir=target)
-    except Exception as error:  # noqa: BLE001 -- the network fails in too many ways to name
+    except Exception as error:  # the network fails in too many ways to name
+        reason = str(error).partition("\n")[0]
         raise ConfigError(
             f"LIBERO's assets are not on this machine and {ASSETS_REPOSITORY} cannot be downloaded "
-            f"({type(error).__name__}: {error}); export {ASSETS_VARIABLE}=FOLDER with a copy, or "
+            f"({type(error).__name__}: {reason}); export {ASSETS_VARIABLE}=FOLDER with a copy, or "
             "start once where a hub can be reached. The suite 'mini' needs none of them"
         ) from error
     if _missing(target):
         raise ConfigError(f"{ASSETS_REPOSITORY} came without {', '.join(_missing(target))}")
     return target
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "macro" not in record.getMessage()  # three lines at each import, on an optional file
 
 
 def _write_config(root: Path) -> str:

@@ -12,8 +12,10 @@ import queue
 import selectors
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Protocol, TypeVar
 
 from verl_vla.envs.messages import Failed, Ready, Reply, Request, Result, Started, Stepped
 from verl_vla.envs.process import WorkerProcess
@@ -29,6 +31,16 @@ LEAVE_S = 5.0
 
 PATIENCE_S = 2.0
 """How long workers may take to follow each of: a polite word, SIGTERM, SIGKILL."""
+
+
+class Experienced(Protocol):
+    """What the choice of a worker depends on."""
+
+    tasks: dict[int, float]
+    """When it last served each task, in seconds of any one clock."""
+
+
+Worker = TypeVar("Worker", bound=Experienced)
 
 Launch = Callable[[float], WorkerProcess]
 """Starts a process that must be ready by the deadline given, on `time.monotonic`'s clock."""
@@ -135,7 +147,7 @@ class Dispatcher:
                 self._waiting.append(self._inbox.get_nowait())
         idle = [worker for worker in self._workers if worker.state == "idle"]
         while idle and self._waiting:
-            worker, request = _best_pair(idle, self._waiting)
+            worker, request = best_pair(self._workers, idle, self._waiting)
             idle.remove(worker)
             self._give(worker, request)
         coming = sum(worker.state == "starting" for worker in self._workers)
@@ -213,14 +225,14 @@ class Dispatcher:
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
 
-def _best_pair(
-    idle: Sequence[WorkerProcess], waiting: Sequence[Request]
-) -> tuple[WorkerProcess, Request]:
-    """Choose who does what next.
+def best_pair(
+    workers: Sequence[Worker], idle: Sequence[Worker], waiting: Sequence[Request]
+) -> tuple[Worker, Request]:
+    """Choose which idle worker does what next.
 
     A worker that served a task lately is likely to hold a simulator for it, and building another
-    takes seconds. Where nobody knows any of the tasks, the request that waits longest goes to the
-    worker that holds least.
+    takes seconds. Where no idle worker knows any of the tasks, the one that holds least takes the
+    task that the fewest workers hold.
     """
     oldest = {request.task_id: request for request in reversed(waiting)}
     known = [
@@ -232,4 +244,8 @@ def _best_pair(
     if known:
         _, worker, request = max(known, key=lambda pair: pair[0])
         return worker, request
-    return min(idle, key=lambda worker: len(worker.tasks)), waiting[0]
+    holders = Counter(task_id for worker in workers for task_id in worker.tasks)
+    return (
+        min(idle, key=lambda worker: len(worker.tasks)),
+        min(waiting, key=lambda request: holders[request.task_id]),
+    )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 from collections.abc import Mapping, MutableMapping
 
+from verl_vla.config import nearest
 from verl_vla.errors import ConfigError
 
 LIBRARIES: Mapping[str, str] = {"egl": "libEGL.so.1", "osmesa": "libOSMesa.so.8"}
@@ -30,19 +32,33 @@ def prepare_gl(environ: MutableMapping[str, str] = os.environ) -> str:
         ConfigError: the chosen backend, or every backend, lacks its library.
     """
     chosen = environ.get("MUJOCO_GL", "")
-    if chosen in LIBRARIES:
-        if not _loads(LIBRARIES[chosen]):
-            raise ConfigError(f"MUJOCO_GL={chosen} needs {LIBRARIES[chosen]}, not found; {REMEDY}")
-    elif not chosen:
+    if not chosen:
         found = [name for name, library in LIBRARIES.items() if _loads(library)]
         if not found:
             missing = " nor ".join(LIBRARIES.values())
             raise ConfigError(f"nothing to render with: neither {missing} was found; {REMEDY}")
         chosen = environ["MUJOCO_GL"] = found[0]
-    if chosen in LIBRARIES:
-        environ.setdefault("PYOPENGL_PLATFORM", chosen)
+    if chosen not in LIBRARIES:
+        raise ConfigError(f"MUJOCO_GL is {chosen!r}; {nearest(chosen, list(LIBRARIES))}")
+    if not _loads(LIBRARIES[chosen]):
+        raise ConfigError(f"MUJOCO_GL={chosen} needs {LIBRARIES[chosen]}, not found; {REMEDY}")
+    environ.setdefault("PYOPENGL_PLATFORM", chosen)
     environ.setdefault("LP_NUM_THREADS", "1")
     return chosen
+
+
+def check_gl() -> None:
+    """Make a GL context and drop it; imports MuJoCo.
+
+    Raises:
+        ConfigError: the library is there but no device that it can draw on.
+    """
+    chosen = prepare_gl()
+    try:
+        context = importlib.import_module("mujoco.gl_context").GLContext(64, 64)
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(f"MUJOCO_GL={chosen} makes no context ({error}); {REMEDY}") from error
+    context.free()
 
 
 def _loads(library: str) -> bool:

@@ -42,7 +42,8 @@ class EnvPool:
         image_shape: (V, H, W, 3) of an observation's image.
         timeout_s: a process that takes longer for one request is killed. The first request for a
             task includes the building of its simulator.
-        worker_env: environment variables of the processes, on top of this one's.
+        worker_env: environment variables of the processes, on top of this process's own and of
+            `verl_vla.envs.process.ONE_THREAD`.
         max_cached_starts: recorded starts that are remembered instead of simulated again.
         start_timeout_s: a process that takes longer to start and make its environment is killed.
 

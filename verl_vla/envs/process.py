@@ -22,7 +22,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LP_NUM_THREADS": 
 """Simulators run one per core; LP_NUM_THREADS is Mesa's software renderer."""
 
 OUTPUT_LIMIT = 1 << 20
-"""Bytes of a worker's output after which it is forgotten before the next request."""
+"""Bytes of a worker's output; with the next request, all but the last of it are forgotten."""
 
 OUTPUT_TAIL = 4000
 """Bytes of a worker's output that are told when it dies."""
@@ -31,7 +31,7 @@ STACK_S = 0.2
 """How long a worker that hangs has to write down where."""
 
 LAST_BREATH_S = 1.0
-"""How long a worker that closed its socket may take to exit."""
+"""How long a process may take to end once its socket is closed."""
 
 State = Literal["starting", "idle", "busy", "leaving"]
 """``leaving``: its simulator has raised and it was left to exit by itself."""
@@ -102,8 +102,7 @@ class WorkerProcess:
         Raises:
             OSError: the worker died before it could take the request.
         """
-        if os.fstat(self._output.fileno()).st_size > OUTPUT_LIMIT:
-            os.ftruncate(self._output.fileno(), 0)
+        self._forget_old_output()
         self._connection.send(request)
         self.state, self.request, self.deadline = "busy", request, deadline
         self.tasks[request.task_id] = time.monotonic()
@@ -157,13 +156,19 @@ class WorkerProcess:
         self._connection.close()
         ending = f"exit code {code}" if code >= 0 else _describe_signal(-code)
         with self._output:
-            return f"{ending}; {self._last_lines()}"
+            text = self._last_output().decode(errors="replace").strip()
+        return f"{ending}; its last output:\n{text}" if text else f"{ending}; it wrote nothing"
 
-    def _last_lines(self) -> str:
-        size = self._output.seek(0, os.SEEK_END)
-        self._output.seek(max(0, size - OUTPUT_TAIL))
-        text = self._output.read().decode(errors="replace").strip()
-        return f"its last output:\n{text}" if text else "it wrote nothing"
+    def _forget_old_output(self) -> None:
+        file = self._output.fileno()
+        if os.fstat(file).st_size > OUTPUT_LIMIT:
+            kept = self._last_output()
+            os.ftruncate(file, 0)
+            os.write(file, kept)
+
+    def _last_output(self) -> bytes:
+        file = self._output.fileno()
+        return os.pread(file, OUTPUT_TAIL, max(0, os.fstat(file).st_size - OUTPUT_TAIL))
 
 
 def _describe_signal(number: int) -> str:

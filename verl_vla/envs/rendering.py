@@ -39,8 +39,7 @@ class Renderer:
         self._options = mujoco.MjvOption()
         self._options.geomgroup[COLLISION_GROUP] = 0
         self._renderer = mujoco.Renderer(model, look.size, look.size)
-        # a context that outlives MuJoCo's own exit handler fails noisily
-        atexit.register(self._renderer.close)
+        atexit.register(self.close)  # before MuJoCo's own handler, after which freeing fails
 
     def draw(self, data: mujoco.MjData, camera: str) -> npt.NDArray[np.uint8]:
         """Draw one camera: [size, size, 3] RGB, upright, mirrored as LIBERO's policies see it.
@@ -53,7 +52,11 @@ class Renderer:
 
     def close(self) -> None:
         """Free the GL context."""
-        atexit.unregister(self._renderer.close)
+        atexit.unregister(self.close)
+        # freeing deletes by number in whatever context is current, be it another renderer's
+        context = self._renderer._gl_context
+        if context is not None:
+            context.make_current()
         self._renderer.close()
 
 

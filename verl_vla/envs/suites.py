@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -122,7 +122,7 @@ class Suite:
                     "choose 'published' or a number of steps"
                 )
             return SIMPLEVLA_STEPS
-        if isinstance(limit, str) or isinstance(limit, bool) or limit < 1:
+        if isinstance(limit, (str, bool)) or limit < 1:
             raise ConfigError(
                 f"step_limit is {limit!r}; choose 'published', 'simplevla' or at least 1 step"
             )
@@ -194,7 +194,7 @@ def instruction_of(task_name: str) -> str:
     return " ".join(words)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _mini_suite() -> Suite:
     tasks = [
         Task(
@@ -209,7 +209,7 @@ def _mini_suite() -> Suite:
     return Suite(name="mini", tasks=tuple(tasks), num_init_states=MINI_INIT_STATES)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _libero_suite(name: str) -> Suite:
     root = libero_root()
     tasks = [

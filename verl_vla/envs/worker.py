@@ -51,14 +51,15 @@ def main(socket_descriptor: int, frames_descriptor: int) -> None:
     for descriptor in (socket_descriptor, frames_descriptor):
         os.set_inheritable(descriptor, False)  # else a child would keep the socket open
     threading.Thread(target=_follow_pool, args=(socket_descriptor,), daemon=True).start()
-    with Connection(socket_descriptor) as connection:
-        setup = connection.recv()
-        frames = map_frames(frames_descriptor, setup.frames_shape)
-        env = _make_env(setup, connection)
-        if env is not None:
-            connection.send(Ready())
-            _serve(env, frames, connection)
-            env.close()
+    # a copy, so that the pool hears of the end when the process ends and not before
+    connection = Connection(os.dup(socket_descriptor))
+    setup: Setup = connection.recv()
+    frames = map_frames(frames_descriptor, setup.frames_shape)
+    env = _make_env(setup, connection)
+    if env is not None:
+        connection.send(Ready())
+        _serve(env, frames, connection)
+        env.close()
 
 
 def _make_env(setup: Setup, connection: Connection) -> Env | None:

@@ -1,0 +1,5 @@
+"""The embedded suite: six table-top tasks on LIBERO's machinery, without LIBERO's assets.
+
+Tasks 0 to 3 rise in difficulty: push, lift, place, stack. Tasks 4 and 5 share one scene and differ
+by what the instruction asks for.
+"""

@@ -9,47 +9,30 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from verl_vla.envs.mini.problem import CUBE_HALF_M, PLATE_HALF_HEIGHT_M, TABLE_M
-from verl_vla.envs.simulator import Simulator
-from verl_vla.errors import ConfigError
+from verl_vla.envs.mini.geometry import CUBE_HALF_M, PLATE_HALF_HEIGHT_M, TABLE_M
+
+if TYPE_CHECKING:
+    from verl_vla.envs.simulator import Simulator
 
 Floats = npt.NDArray[np.float64]
 
 OPEN, CLOSED = -1.0, 1.0
-FASTEST = 0.9
-"""No component of a commanded translation exceeds it."""
 GAIN = 40.0
 """Action per metre of error; an action of 1 asks for 0.05 m."""
 CLOSING_STEPS = 5
 """The fingers meet a cube after four."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Style:
-    """How an expert moves."""
-
-    pace: float = 0.8
-    """Largest commanded translation, of 1."""
-    noise: float = 0.0
-    """Standard deviation of what is added to the executed translations, but not to the labels:
-    the expert is seen to correct its mistakes."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.pace <= FASTEST:
-            raise ConfigError(f"pace is {self.pace}; it must be above 0 and at most {FASTEST}")
-        if self.noise < 0:
-            raise ConfigError(f"noise is {self.noise}; it must be at least 0")
-
-
 class Expert(ABC):
     """Solves one task from any of its starts; make a new one for each episode."""
 
     def __init__(self, simulator: Simulator, pace: float) -> None:
+        """Move by at most ``pace`` (of 1) in each direction."""
         self._simulator = simulator
         self._pace = pace
 
@@ -68,8 +51,10 @@ class Expert(ABC):
 class Push(Expert):
     """Pushes an object away from the robot, with closed fingers."""
 
-    CONTACT_M = CUBE_HALF_M + 0.022
-    """From the object's centre to the gripper's while pushing."""
+    BEHIND_M = CUBE_HALF_M + 0.037
+    """From the object's centre to the gripper's before the push; the fingers are 0.02 m thick."""
+    HEIGHT_M = TABLE_M + CUBE_HALF_M + 0.005
+    """Of the fingertips, a little above the middle of a cube."""
 
     def __init__(self, simulator: Simulator, pace: float, *, item: str) -> None:
         super().__init__(simulator, pace)
@@ -80,14 +65,10 @@ class Push(Expert):
         """Go behind the object, then through it."""
         item = self._simulator.object_position(self._item)
         gripper = self._simulator.gripper_position()
-        height = TABLE_M + CUBE_HALF_M + 0.005
-        behind = np.array([item[0] - self.CONTACT_M - 0.015, item[1], height])
-        if abs(gripper[1] - item[1]) < 0.008 and gripper[2] < height + 0.02:
+        if abs(gripper[1] - item[1]) < 0.008 and gripper[2] < self.HEIGHT_M + 0.02:
             self._is_behind = True
-        if not self._is_behind:
-            return self._move(behind, CLOSED)
-        ahead = np.array([gripper[0] + 1.0, item[1], height])
-        return self._move(ahead, CLOSED)
+        x = gripper[0] + 1.0 if self._is_behind else item[0] - self.BEHIND_M
+        return self._move(np.array([x, item[1], self.HEIGHT_M]), CLOSED)
 
 
 class Pick(Expert):

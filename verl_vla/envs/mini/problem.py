@@ -1,12 +1,12 @@
-"""The mini suite's table-top problem, registered with LIBERO's BDDL machinery.
+"""The mini suite's table-top problem, registered with LIBERO's BDDL machinery when imported.
 
-Importing this module imports LIBERO and robosuite: call `verl_vla.envs.assets.import_libero` first.
-The objects come from robosuite's wheel or are primitives, so none of LIBERO's assets are needed.
+Importing this module imports LIBERO and robosuite: call `verl_vla.envs.assets.import_libero` first,
+and build within `asset_folder(geometry.ASSETS)`. The objects come from robosuite's wheel or are
+primitives, so none of LIBERO's assets are needed.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,17 +17,23 @@ from libero.libero.envs.bddl_base_domain import register_problem
 from libero.libero.envs.regions import REGION_SAMPLERS, TableRegionSampler
 from robosuite.models.objects import BoxObject, CanObject, CylinderObject, MilkObject
 
-ASSETS = Path(__file__).parent / "assets"
-CUBE_HALF_M = 0.025
-"""Half an edge; the gripper opens 0.08 m."""
-TABLE_M = 0.9
-"""Height of the table top; fixed by LIBERO's table problem."""
-PLATE_RADIUS_M = 0.06
-PLATE_HALF_HEIGHT_M = 0.005
-START_JOINTS_RAD = (0.0, 0.3956, 0.0, -2.1852, 0.0, 2.5808, np.pi / 4)
-"""The arm above the near edge of the work area, gripper pointing down."""
-EYE_M = (0.42, 0.0, 1.32)
-LOOK_AT_M = (-0.02, 0.0, 0.93)
+from verl_vla.envs.mini.geometry import (
+    ASSETS,
+    CUBE_HALF_M,
+    EYE_M,
+    LOOK_AT_M,
+    PLATE_HALF_HEIGHT_M,
+    PLATE_RADIUS_M,
+    START_JOINTS_RAD,
+)
+
+_FRICTION = (1.0, 0.005, 0.0001)
+_CUBE: dict[str, Any] = {
+    "size": (CUBE_HALF_M,) * 3,
+    "density": 200.0,
+    "friction": _FRICTION,
+    "solref": (0.01, 1.0),
+}
 
 # `register_problem` returns nothing, so LIBERO's module holds None under the name of the class
 _Tabletop: Any = TASK_MAPPING["libero_tabletop_manipulation"]
@@ -46,9 +52,7 @@ class Mini_Tabletop(_Tabletop):  # noqa: N801 -- LIBERO finds a problem by its l
 
     def _setup_camera(self, mujoco_arena: Any) -> None:
         super()._setup_camera(mujoco_arena)
-        mujoco_arena.set_camera(
-            camera_name="agentview", pos=EYE_M, quat=look_at(EYE_M, LOOK_AT_M)
-        )
+        mujoco_arena.set_camera(camera_name="agentview", pos=EYE_M, quat=look_at(EYE_M, LOOK_AT_M))
 
 
 def look_at(eye: tuple[float, ...], target: tuple[float, ...]) -> npt.NDArray[np.float64]:
@@ -63,73 +67,62 @@ def look_at(eye: tuple[float, ...], target: tuple[float, ...]) -> npt.NDArray[np
     return np.array([w, *np.divide(skew, 4.0 * w)])
 
 
-class _Movable:
-    """What LIBERO asks of every object besides its model."""
-
-    rotation = (0.0, 0.0)
-    rotation_axis = "z"
-
-    def __init__(self, name: str, category_name: str, **kwargs: Any) -> None:
-        super().__init__(name=name, **kwargs)
-        self.category_name = category_name
-        self.object_properties: dict[str, Any] = {"vis_site_names": {}}
-
-
-def _cube(rgba: tuple[float, ...]) -> dict[str, Any]:
-    return {
-        "size": (CUBE_HALF_M,) * 3,
-        "rgba": rgba,
-        "density": 200.0,
-        "friction": (1.0, 0.005, 0.0001),
-        "solref": (0.01, 1.0),
-    }
-
-
 @register_object
-class MiniRedCube(_Movable, BoxObject):
+class MiniRedCube(BoxObject):
     """A red cube that fits the gripper."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(name, "mini_red_cube", **_cube((0.85, 0.08, 0.08, 1.0)))
+        super().__init__(name=name, rgba=(0.85, 0.08, 0.08, 1.0), **_CUBE)
+        _describe(self, "mini_red_cube")
 
 
 @register_object
-class MiniBlueCube(_Movable, BoxObject):
+class MiniBlueCube(BoxObject):
     """A blue cube of the same size."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(name, "mini_blue_cube", **_cube((0.1, 0.2, 0.85, 1.0)))
+        super().__init__(name=name, rgba=(0.1, 0.2, 0.85, 1.0), **_CUBE)
+        _describe(self, "mini_blue_cube")
 
 
 @register_object
-class MiniWhitePlate(_Movable, CylinderObject):
+class MiniWhitePlate(CylinderObject):
     """A flat disc, heavy enough to stay where it is."""
 
     def __init__(self, name: str) -> None:
         super().__init__(
-            name,
-            "mini_white_plate",
+            name=name,
             size=(PLATE_RADIUS_M, PLATE_HALF_HEIGHT_M),
             rgba=(0.97, 0.97, 1.0, 1.0),
             density=5000.0,
-            friction=(1.0, 0.005, 0.0001),
+            friction=_FRICTION,
         )
+        _describe(self, "mini_white_plate")
 
 
 @register_object
-class MiniCan(_Movable, CanObject):
+class MiniCan(CanObject):
     """The soda can of robosuite's wheel."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(name, "mini_can")
+        super().__init__(name=name)
+        _describe(self, "mini_can")
 
 
 @register_object
-class MiniMilk(_Movable, MilkObject):
+class MiniMilk(MilkObject):
     """The milk carton of robosuite's wheel."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(name, "mini_milk")
+        super().__init__(name=name)
+        _describe(self, "mini_milk")
+
+
+def _describe(thing: Any, category: str) -> None:
+    """Add what LIBERO asks of every object besides its model."""
+    thing.category_name = category
+    thing.rotation, thing.rotation_axis = (0.0, 0.0), "z"
+    thing.object_properties = {"vis_site_names": {}}
 
 
 register_problem(Mini_Tabletop)

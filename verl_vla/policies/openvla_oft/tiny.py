@@ -29,8 +29,8 @@ UNKNOWN, BOS, STOP, PAD = "<unk>", "<s>", "</s>", "<pad>"
 SPECIAL_PIECES = (UNKNOWN, BOS, STOP, PAD, EMPTY_PIECE)
 VOCABULARY_MULTIPLE = 64
 """The vocabulary is padded by this many rows, and to a multiple of it, as the published one is."""
-WEIGHT_STD = 0.05
-POSITION_STD = 0.25
+WEIGHT_STD = 0.1
+POSITION_STD = 1.0
 """At the 0.02 of large models a vision transformer from scratch is slow to find out where things
 are, and a language model of this width starts with nearly constant outputs."""
 

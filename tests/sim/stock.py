@@ -1,0 +1,55 @@
+"""Play LIBERO's own environment as the published evaluations do, and write down all of it.
+
+``python stock.py SUITE TASK FOLDER``: reads ``question.npz`` (init_state, moves), writes
+``answer.npz`` (qpos, qvel, solved, proprio and the pictures, after each move).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from verl_vla.envs.assets import asset_folder
+from verl_vla.envs.libero import CAMERAS, EnvConfig, make_env
+
+SIZE = 128
+
+
+def main(suite_name: str, task_id: int, folder: Path) -> None:
+    ours = make_env(EnvConfig(suite=suite_name))
+    if suite_name == "mini":
+        import verl_vla.envs.mini.problem  # noqa: F401, PLC0415 -- registers itself
+    from libero.libero.envs import OffScreenRenderEnv  # noqa: PLC0415 -- after `make_env`
+    from robosuite.utils.transform_utils import quat2axisangle  # noqa: PLC0415 -- the same
+
+    with np.load(folder / "question.npz") as question:
+        init_state, moves = question["init_state"], question["moves"]
+    bddl_file = str(ours.suite.task(task_id).bddl_file)
+    trace: dict[str, list[np.ndarray]] = {}
+    with asset_folder(ours._assets):
+        env = OffScreenRenderEnv(
+            bddl_file_name=bddl_file, camera_heights=SIZE, camera_widths=SIZE, ignore_done=True
+        )
+        env.seed(0)
+        env.reset()
+    env.set_init_state(init_state)
+    for move in moves:
+        seen, _, done, _ = env.step(move)
+        turn = quat2axisangle(seen["robot0_eef_quat"])
+        proprio = [seen["robot0_eef_pos"], turn, seen["robot0_gripper_qpos"]]
+        row = {
+            "qpos": np.array(env.sim.data.qpos),
+            "qvel": np.array(env.sim.data.qvel),
+            "solved": np.array(done),
+            "proprio": np.concatenate(proprio).astype(np.float32),
+            **{camera: seen[f"{camera}_image"] for camera in CAMERAS},
+        }
+        for name, value in row.items():
+            trace.setdefault(name, []).append(value)
+    np.savez(folder / "answer.npz", **{name: np.stack(rows) for name, rows in trace.items()})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,29 @@
+"""Sizes and places that the scene and the scripted experts agree on."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+ASSETS = Path(__file__).parent / "assets"
+"""The arena and its two textures; all that LIBERO's loader is pointed at."""
+TABLE_M = 0.9
+"""Height of the table top; fixed by LIBERO's table problem."""
+CUBE_HALF_M = 0.025
+"""Half an edge; the gripper opens 0.08 m."""
+PLATE_RADIUS_M = 0.06
+PLATE_HALF_HEIGHT_M = 0.005
+START_JOINTS_RAD = (0.0, 0.3956, 0.0, -2.1852, 0.0, 2.5808, math.pi / 4)
+"""The gripper at (-0.10, 0, 1.02) m, pointing down: near the objects, so that episodes are short,
+and behind all of them, so that it can push."""
+EYE_M = (0.42, 0.0, 1.32)
+LOOK_AT_M = (-0.02, 0.0, 0.93)
+HIDDEN_BODIES = (
+    *(f"robot0_link{i}" for i in range(5)),
+    *(
+        f"mount0_{part}"
+        for part in ("base", "controller_box", "pedestal_feet", "torso", "pedestal")
+    ),
+)
+"""The robot behind the upper edge of the picture; drawing it takes a quarter of the time and shows
+a corner of the base."""
