@@ -270,9 +270,7 @@ def _disturbances(
     return pushes
 
 
-def _is_recorded(
-    disturbances: npt.NDArray[np.float64], step: int, config: RecordingConfig
-) -> bool:
+def _is_recorded(disturbances: npt.NDArray[np.float64], step: int, config: RecordingConfig) -> bool:
     """Whether the expert's next actions are also what will be executed, every few steps."""
     return step % config.every == 0 and not disturbances[step : step + config.horizon].any()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
@@ -48,7 +48,6 @@ def ours(rewards, groups):
 
 
 @given(rewarded_groups(min_members=1))
-@settings(deadline=None)
 def test_it_is_the_formula(batch):
     rewards, groups = batch
     np.testing.assert_allclose(
@@ -57,7 +56,6 @@ def test_it_is_the_formula(batch):
 
 
 @given(rewarded_groups())
-@settings(deadline=None)
 def test_it_is_what_verl_computes(batch):
     rewards, groups = batch
     width = 3
@@ -88,7 +86,6 @@ def test_nothing_gives_nothing():
 
 
 @given(rewarded_groups(), st.floats(-3, 3), st.floats(0.5, 4))
-@settings(deadline=None)
 def test_neither_shift_nor_scale_of_a_reward_matters(batch, shift, scale):
     rewards, groups = batch
     moved = ours(rewards * scale + shift, groups)
@@ -96,7 +93,6 @@ def test_neither_shift_nor_scale_of_a_reward_matters(batch, shift, scale):
 
 
 @given(rewarded_groups())
-@settings(deadline=None)
 def test_the_advantages_of_a_group_sum_to_nothing(batch):
     rewards, groups = batch
     mine = ours(rewards, groups)
@@ -105,7 +101,6 @@ def test_the_advantages_of_a_group_sum_to_nothing(batch):
 
 
 @given(rewarded_groups(min_members=1))
-@settings(deadline=None)
 def test_a_group_is_informative_as_a_whole_or_not_at_all(batch):
     rewards, groups = batch
     found = is_informative(torch.tensor(rewards), torch.tensor(groups)).tolist()

@@ -99,7 +99,7 @@ def loss_by_hand(batch: Batch, clip: ClipRange) -> float:
 
 
 @given(batches, st.floats(0.05, 0.9), st.floats(0.05, 0.9))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_it_is_the_formula(batch, low, high):
     clip = ClipRange(low=low, high=high)
     parts, _ = batch.loss(clip=clip)
@@ -107,7 +107,7 @@ def test_it_is_the_formula(batch, low, high):
 
 
 @given(batches)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_it_is_what_verl_computes_without_its_third_bound(batch):
     """veRL knows one row per trajectory, so the decisions of each stand side by side there."""
     longest = int(np.bincount(batch.trajectory).max())
@@ -142,12 +142,12 @@ def test_it_is_what_verl_computes_without_its_third_bound(batch):
 
 
 @given(batches, st.integers(1, 4), st.integers(0, 1000))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_split_into_micro_batches_gives_the_same_sum_and_gradient(batch, size, seed):
     whole, gradient = batch.loss()
     order = torch.tensor(np.random.default_rng(seed).permutation(len(batch.logp)))
     pieces = [(rows, *batch.loss(rows)) for rows in order.split(size)]
-    assert float(sum(p.loss for _, p, _ in pieces)) == pytest.approx(float(whole.loss), abs=1e-9)
+    assert sum(p.loss.item() for _, p, _ in pieces) == pytest.approx(whole.loss.item(), abs=1e-9)
     for rows, _, piece_gradient in pieces:
         torch.testing.assert_close(piece_gradient, gradient[rows])
     for name in ("num_tokens", "num_clipped_low", "num_clipped_high"):
@@ -157,7 +157,7 @@ def test_any_split_into_micro_batches_gives_the_same_sum_and_gradient(batch, siz
 
 
 @given(batches)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_long_trajectory_weighs_as_much_as_a_short_one(batch):
     per_token = batch.mask * batch.weight[:, None]
     for trajectory in range(batch.num_trajectories):
@@ -202,7 +202,8 @@ def test_tokens_that_never_ran_touch_neither_value_nor_gradient(junk, name):
     clean, clean_gradient = batch.loss()
     getattr(batch, name)[~batch.mask] = junk
     parts, gradient = batch.loss()
-    for field in ("loss", "num_tokens", "ratio_sum", "ratio_deviation", "num_clipped_low"):
+    assert parts.loss.item() == clean.loss.item()
+    for field in ("num_tokens", "ratio_sum", "ratio_deviation", "num_clipped_low"):
         assert float(getattr(parts, field)) == float(getattr(clean, field))
     assert torch.equal(gradient, clean_gradient)
     assert (gradient[~batch.mask] == 0).all()
@@ -251,7 +252,6 @@ def test_the_sums_are_over_executed_tokens():
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(1, 3))
-@settings(deadline=None)
 def test_the_mask_covers_whole_actions_from_the_first(executed, action_dim):
     mask = executed_mask(torch.tensor(executed), chunk_length=5, action_dim=action_dim)
     for row, ran in zip(mask.tolist(), executed, strict=True):

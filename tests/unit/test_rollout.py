@@ -226,7 +226,7 @@ def test_no_decision_is_made_for_an_episode_that_ended():
 
 
 def test_a_freed_slot_takes_the_next_episode_before_anybody_decides():
-    """The fifth episode starts where the short one ended; its neighbour's next chunk comes after."""
+    """The fifth episode starts where the short one ended, before its neighbour's next chunk."""
     scripts = [Script(decisions=4), Script(decisions=1), *[Script(decisions=4)] * 3]
     _, simulators, _ = play_scripts(scripts, num_slots=4)
     over = simulators.events.index(("over", 1, 11))

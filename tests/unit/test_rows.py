@@ -176,7 +176,7 @@ ragged = st.lists(st.tuples(st.integers(1, 6), st.integers(1, TOKENS)), min_size
 
 
 @given(ragged)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_packed_values_are_what_verl_takes_for_a_language_models(sizes):
     prompts = jagged(torch.zeros(p, dtype=torch.int64) for p, _ in sizes)
     responses = jagged(torch.zeros(t, dtype=torch.int64) for _, t in sizes)

@@ -229,7 +229,8 @@ def test_the_rate_rises_then_falls() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"warmup_steps": -1}, {"smoothing": -1.0}]
+    "change",
+    [{"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"warmup_steps": -1}, {"smoothing": -1.0}],
 )
 def test_impossible_knobs_are_refused(change: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):

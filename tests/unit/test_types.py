@@ -145,7 +145,7 @@ def test_the_key_must_point_at_an_episode(row):
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=8))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_select_keeps_each_kept_episode_with_its_own_decisions(episodes):
     lengths, keep = [n for n, _ in episodes], [k for _, k in episodes]
     whole = make_trajectories(lengths)
@@ -164,7 +164,7 @@ def test_select_refuses_anything_but_a_mask(keep):
 
 
 @given(st.lists(st.lists(st.integers(0, 3), max_size=4), min_size=1, max_size=4))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_concat_joins_parts_without_mixing_their_decisions(parts):
     made, first_id = [], 0
     for lengths in parts:

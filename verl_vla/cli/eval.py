@@ -58,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
     policy = OpenVLAOFTPolicy.from_pretrained(
         folder, dtype=DTYPES[options.dtype], unnorm_key=options.unnorm_key
     )
-    policy.model.to(device)
+    torch.nn.Module.to(policy.model, device)
     began = time.perf_counter()
     with open_simulators(env, env_config(env, policy.shape), policy.shape) as simulators:
         result = evaluate(held_out, policy, simulators, config=config, seed=options.seed)

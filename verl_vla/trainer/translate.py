@@ -77,7 +77,8 @@ def _model(run: Run) -> Knobs:
     return {
         f"{model}.path": str(run.policy_folder),
         f"{model}.model_type": MODEL_TYPE,
-        f"{model}.external_lib": "verl_vla.policies.openvla_oft",
+        # Importing it registers the engine and the model, in every process that reads this.
+        f"{model}.external_lib": "verl_vla.trainer.engine",
         f"{model}.trust_remote_code": False,
         f"{model}.use_remove_padding": False,
         f"{model}.enable_gradient_checkpointing": policy.gradient_checkpointing,

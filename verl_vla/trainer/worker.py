@@ -6,7 +6,7 @@ import os
 import resource
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed
@@ -26,7 +26,6 @@ from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from verl_vla.action_distribution import log_prob, sample
 from verl_vla.loss import ClipRange, policy_loss, trajectory_weight
-from verl_vla.trainer.engine import OpenVLAOFTEngine
 from verl_vla.trainer.rows import dense, stacked
 
 ROLLOUT_NAME = "shared_weights"
@@ -51,9 +50,9 @@ class VLAWorker(ActorRolloutRefWorker):
                 )
 
     @property
-    def engine(self) -> OpenVLAOFTEngine:
-        """This rank's model, optimizer and shards."""
-        return cast("OpenVLAOFTEngine", self._learner.engine)
+    def engine(self) -> Any:
+        """This rank's `OpenVLAOFTEngine`; veRL's registry hides its type."""
+        return self._learner.engine
 
     @property
     def _learner(self) -> TrainingWorker:

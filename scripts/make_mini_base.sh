@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Makes bases/mini again: some minutes of demonstrations and of fine-tuning on two cores.
+#   make_mini_base.sh [FOLDER]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
+cd "$root"
+set_up_packages run
+set_up_renderer
+out=${1:-runs/mini_base}
+mkdir -p "$out"
+"$python" -m verl_vla demos --suite mini --tasks 0 1 4 5 --episodes 250 --seed 11 --workers 2 --out "$out/demonstrations.npz"
+"$python" -m verl_vla sft --demos "$out/demonstrations.npz" --steps 4000 --smoothing 5 --threads 1 --out "$out/policy"
