@@ -164,7 +164,7 @@ def learning_rate(config: SFTConfig, step: int) -> float:
 
     >>> config = SFTConfig(steps=100, warmup_steps=10, lr=1.0, final_lr=0.1)
     >>> [round(learning_rate(config, step), 2) for step in (0, 9, 54, 99)]
-    [0.1, 1.0, 0.56, 0.1]
+    [0.1, 1.0, 0.55, 0.1]
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

@@ -87,12 +87,12 @@ def test_two_ranks_make_the_same_first_update_as_one(
 def test_the_embedded_policy_learns(tmp_path: Path) -> None:
     run = TrainingRun(
         tmp_path / "run",
-        ["recipe=quickstart", "trainer.total_training_steps=4", "trainer.save_every=0"],
+        ["recipe=quickstart", "trainer.total_training_steps=8", "trainer.save_every=0"],
     )
     run.finish()
     before, after = (
         json.loads((run.folder / "evaluations" / f"step_{step}.json").read_text())["total"]
-        for step in (0, 4)
+        for step in (0, 8)
     )
     assert before["episodes"] >= 100
     # Beyond chance: the interval of the trained policy lies above the rate of the base.

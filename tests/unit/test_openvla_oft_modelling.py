@@ -13,7 +13,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig, OpenVLAOFTModel
-from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tokenizer, tiny_config
+from verl_vla.policies.openvla_oft.tiny import (
+    POSITION_STD,
+    WEIGHT_STD,
+    TinySizes,
+    build_tokenizer,
+    tiny_config,
+)
 
 SIZES = TinySizes(
     image_size=28, vision_width=24, llm_width=32, llm_depth=2, llm_mlp=64, chunk_length=4
@@ -271,10 +277,10 @@ def test_weights_that_do_not_belong_are_refused(tmp_path: Path) -> None:
 def test_initial_weights_follow_the_config() -> None:
     model = make_model(FUSED)
     tower = model.vision_backbone.featurizer
-    assert tower.pos_embed.std().item() == pytest.approx(0.25, rel=0.2)
+    assert tower.pos_embed.std().item() == pytest.approx(POSITION_STD, rel=0.2)
     assert torch.all(tower.blocks[0].ls1.scale_factor == 1.0)
-    assert model.projector.fc1.weight.std().item() == pytest.approx(0.05, rel=0.1)
-    assert model.language_model.lm_head.weight.std().item() == pytest.approx(0.05, rel=0.1)
+    assert model.projector.fc1.weight.std().item() == pytest.approx(WEIGHT_STD, rel=0.1)
+    assert model.language_model.lm_head.weight.std().item() == pytest.approx(WEIGHT_STD, rel=0.1)
     assert torch.all(model.get_input_embeddings().weight[PAD] == 0)
 
 

@@ -31,7 +31,7 @@ def prepare_gl(environ: MutableMapping[str, str] = os.environ) -> str:
     Raises:
         ConfigError: the chosen backend, or every backend, lacks its library.
     """
-    chosen = environ.get("MUJOCO_GL", "")
+    chosen = environ["MUJOCO_GL"] if "MUJOCO_GL" in environ else ""
     if not chosen:
         found = [name for name, library in LIBRARIES.items() if _loads(library)]
         if not found:

@@ -202,9 +202,8 @@ class LiberoEnv:
         self._episode = None
 
     def _build_simulator(self, task_id: int) -> Simulator:
-        # not at the top: MuJoCo reads MUJOCO_GL when it is imported, LIBERO its config
-        from verl_vla.envs.rendering import Look  # noqa: PLC0415
-        from verl_vla.envs.simulator import Simulator  # noqa: PLC0415
+        from verl_vla.envs.rendering import Look  # noqa: PLC0415 -- MuJoCo reads MUJOCO_GL first
+        from verl_vla.envs.simulator import Simulator  # noqa: PLC0415 -- LIBERO, its config
 
         look = Look(self.config.render_size)
         if not self.suite.needs_assets:

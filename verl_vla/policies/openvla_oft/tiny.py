@@ -30,9 +30,11 @@ SPECIAL_PIECES = (UNKNOWN, BOS, STOP, PAD, EMPTY_PIECE)
 VOCABULARY_MULTIPLE = 64
 """The vocabulary is padded by this many rows, and to a multiple of it, as the published one is."""
 WEIGHT_STD = 0.1
+"""Tried on first frames of the mini suite, 350 steps of 16: the lateral action's error fell from
+0.76 to 0.45 at (0.1, 1.0) for weights and positions, to 0.47 at (0.15, 1.0), and to 0.69 at
+(0.05, 0.25); large models use 0.02."""
 POSITION_STD = 1.0
-"""At the 0.02 of large models a vision transformer from scratch is slow to find out where things
-are, and a language model of this width starts with nearly constant outputs."""
+"""Of the vision tower's position embeddings; chosen with `WEIGHT_STD`."""
 
 
 @dataclass(frozen=True, kw_only=True)
