@@ -16,7 +16,7 @@ def small_words() -> list[str]:
         "sampling.groups_per_step=3",
         "sampling.group_size=4",
         "sampling.max_rounds=2",
-        "optimizer.num_mini_batches=2",
+        "optimizer.num_mini_batches=1",
         "trainer.total_training_steps=4",
         "trainer.save_every=1",
         "trainer.keep_checkpoints=4",
