@@ -74,12 +74,13 @@ def _quiet(run: Run) -> Generator[None]:
     """Send what veRL prints and logs to ``verl.log``; only our own lines reach the console."""
     os.environ["TENSORBOARD_DIR"] = str(run.folder / "tensorboard")
     with (run.folder / "verl.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        handler = logging.StreamHandler(log)
-        logging.getLogger().addHandler(handler)
+        root = logging.getLogger()
+        before = root.handlers[:]
+        root.handlers[:] = [logging.StreamHandler(log)]
         try:
             yield
         finally:
-            logging.getLogger().removeHandler(handler)
+            root.handlers[:] = before
 
 
 @contextmanager
