@@ -115,12 +115,10 @@ class VLATrainer(PPOTrainerSync):
         num_mini_batches = self.recipe.optimizer.num_mini_batches
         batch.extra_info = {
             **(batch.extra_info or {}),
-            **{
-                "num_mini_batch": num_mini_batches,
-                "num_trajectories": len(episodes) / num_mini_batches,
-                "temperature": self.recipe.sampling.temperature,
-                "epochs": 1,
-            },
+            "num_mini_batch": num_mini_batches,
+            "num_trajectories": len(episodes) / num_mini_batches,
+            "temperature": self.recipe.sampling.temperature,
+            "epochs": 1,
         }
         output = self.actor_rollout_wg.update_actor(batch)
         metrics.update(summarise_update(tu.get(output, "metrics")))
