@@ -5,17 +5,20 @@ its way (DART, arXiv:1703.09327, disturbs every step). Images are recorded only 
 then left alone for as long as a policy acts blindly: the actions after an image are exactly what
 led to what comes next.
 
+Operators may be careless: they misjudge how high objects lie, and what they fail at is recorded
+too. A policy that imitates them does the right thing at the wrong height, which no further
+imitation mends and reinforcement learning does.
+
 A file is an ``.npz`` that numpy alone can read, one episode a member, so that reading an episode
 reads nothing else.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import multiprocessing
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,13 +31,14 @@ import numpy as np
 import numpy.typing as npt
 
 from verl_vla.envs.libero import EnvConfig, LiberoEnv, make_env
+from verl_vla.envs.mini.experts import EXPERTS
 from verl_vla.envs.mini.make_init_states import sample_init_state
 from verl_vla.errors import ConfigError
 
 FASTEST = 0.9
 """No translation of a recorded action exceeds it: values on a bound all fall into one bin."""
-MIN_SUCCESS = 0.5
-"""An expert that solves fewer of its attempts is broken, not unlucky."""
+MIN_ENDED = 0.5
+"""An expert that ends fewer of its attempts in time is broken, not unlucky."""
 HEADER = "header"
 
 
@@ -55,6 +59,9 @@ class RecordingConfig:
     """Steps between images within a calm span."""
     horizon: int = 8
     """Calm actions recorded from each image on, past the success if need be."""
+    height_error_m: float = 0.0
+    """Largest error of an operator who takes objects to lie higher than they do; each episode
+    draws its own, and failed attempts are recorded too. 0 records flawless operators."""
 
     def __post_init__(self) -> None:
         if not 0 < self.slowest_pace <= self.fastest_pace <= FASTEST:
@@ -62,8 +69,9 @@ class RecordingConfig:
                 f"the pace is {self.slowest_pace} to {self.fastest_pace}; it must rise, above 0 "
                 f"and up to {FASTEST}"
             )
-        if self.noise < 0:
-            raise ConfigError(f"noise is {self.noise}; set 0 or more")
+        for name, value in (("noise", self.noise), ("height_error_m", self.height_error_m)):
+            if value < 0:
+                raise ConfigError(f"{name} is {value}; set 0 or more")
         if min(self.every, self.horizon, self.disturbed_steps) < 1:
             raise ConfigError(
                 f"every is {self.every}, horizon {self.horizon} and disturbed_steps "
@@ -78,7 +86,7 @@ class RecordingConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demonstration:
-    """One solved episode; F images, S steps."""
+    """One episode; F images, S steps."""
 
     task_id: int
     instruction: str
@@ -89,11 +97,11 @@ class Demonstration:
     actions: npt.NDArray[np.float32]
     """[S, A] the expert's answers, simulator units; at least ``horizon`` after each image."""
     num_steps: int
-    """Steps until the success."""
+    """Steps until the success, or until a careless operator had missed."""
 
 
 class DemonstrationFile:
-    """Solved episodes on disk, read one at a time; a context manager and a sequence."""
+    """Episodes on disk, read one at a time; a context manager and a sequence."""
 
     def __init__(self, path: Path) -> None:
         """Open a file.
@@ -170,13 +178,14 @@ def record(
     seed: int,
     workers: int,
 ) -> Iterator[Demonstration]:
-    """Yield ``episodes`` solved episodes of each task, task by task.
+    """Yield ``episodes`` episodes of each task, task by task.
 
     The result depends on ``seed`` alone, not on ``workers``: the n-th attempt at a task is a pure
-    function of the seed, the task and n, and the first attempts that succeed are kept.
+    function of the seed, the task and n, and the first attempts that ended are kept: in a success,
+    or, of careless operators, with a miss.
 
     Raises:
-        ConfigError: an expert fails more often than it succeeds.
+        ConfigError: an expert runs out of steps more often than not.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -189,9 +198,9 @@ def record(
             for n in count():
                 if num_kept == episodes:
                     break
-                if n - num_kept > max(episodes * (1 / MIN_SUCCESS - 1), 3):
+                if n - num_kept > max(episodes * (1 / MIN_ENDED - 1), 3):
                     raise ConfigError(
-                        f"the expert of task {task} solved {num_kept} of {n} attempts; "
+                        f"the expert of task {task} ended {num_kept} of {n} attempts in time; "
                         "record with less noise"
                     )
                 late = n >= episodes
@@ -209,14 +218,14 @@ def record(
 def attempt(
     config: EnvConfig, recording: RecordingConfig, task_id: int, seed: int, index: int
 ) -> Demonstration | None:
-    """Let the expert try once; None where it failed within the task's step limit."""
+    """Let the expert try once; None where the task's step limit ended it."""
     return play_expert(_env(config), task_id, recording, seed=seed, index=index)
 
 
 def play_expert(
     env: LiberoEnv, task_id: int, config: RecordingConfig, *, seed: int, index: int
 ) -> Demonstration | None:
-    """Play the ``index``-th attempt at a task; None where it failed.
+    """Play the ``index``-th attempt at a task; None where it took too long.
 
     The start is drawn from the task's regions and is in neither split of the suite.
     """
@@ -224,7 +233,8 @@ def play_expert(
     env.reset_to(task_id, sample_init_state(env, task_id, int(rng.integers(2**31))))
     simulator, task = env.simulator(task_id), env.suite.tasks[task_id]
     pace = rng.uniform(config.slowest_pace, config.fastest_pace)
-    expert = _expert_of(task.name)(simulator, pace)
+    height_error_m = rng.uniform(0.0, config.height_error_m)
+    expert = EXPERTS[task.name](simulator, pace, height_error_m)
     limit = env.suite.step_limit(env.config.step_limit, task_id)
     disturbances = _disturbances(config, limit + config.horizon, rng)
     images: list[npt.NDArray[np.uint8]] = []
@@ -238,7 +248,8 @@ def play_expert(
         actions.append(expert.act())
         executed = actions[-1].copy()
         executed[:3] = np.clip(executed[:3] + disturbance, -FASTEST, FASTEST)
-        if simulator.step(executed) and num_steps is None:
+        is_solved = simulator.step(executed)
+        if (is_solved or (height_error_m > 0 and expert.has_missed())) and num_steps is None:
             num_steps = step + 1
         if num_steps is not None and step >= num_steps - 1 + config.horizon:
             break
@@ -273,11 +284,6 @@ def _disturbances(
 def _is_recorded(disturbances: npt.NDArray[np.float64], step: int, config: RecordingConfig) -> bool:
     """Whether the expert's next actions are also what will be executed, every few steps."""
     return step % config.every == 0 and not disturbances[step : step + config.horizon].any()
-
-
-def _expert_of(task_name: str) -> Callable[[Any, float], Any]:
-    # the experts' module imports MuJoCo, which must wait until the environment has chosen a GL
-    return importlib.import_module("verl_vla.envs.mini.experts").EXPERTS[task_name]
 
 
 @lru_cache(maxsize=1)

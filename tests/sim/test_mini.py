@@ -37,12 +37,17 @@ def env() -> Iterator[LiberoEnv]:
 
 
 def play_expert(
-    env: LiberoEnv, task_id: int, *, expert_of: int | None = None, noise: float = 0.0
+    env: LiberoEnv,
+    task_id: int,
+    *,
+    expert_of: int | None = None,
+    noise: float = 0.0,
+    height_error_m: float = 0.0,
 ) -> tuple[Outcome, list[np.ndarray]]:
     """Let an expert play the episode under way; by default the expert of the task."""
     rng = np.random.default_rng(task_id)
     name = env.suite.task(task_id if expert_of is None else expert_of).name
-    expert = EXPERTS[name](env.simulator(task_id), PACE)
+    expert = EXPERTS[name](env.simulator(task_id), PACE, height_error_m)
     outcome, moves = None, []
     while outcome is None:
         moves.append(expert.act())
@@ -72,6 +77,21 @@ def test_an_expert_solves_its_task_with_time_to_spare(env: LiberoEnv, task_id: i
 def test_an_expert_corrects_what_disturbs_it(env: LiberoEnv, task_id: int) -> None:
     env.reset(task_id, 0)
     assert play_expert(env, task_id, noise=0.2)[0] is Outcome.SUCCESS
+
+
+@pytest.mark.parametrize("task_id", range(6))
+def test_an_expert_that_misjudges_heights_misses(env: LiberoEnv, task_id: int) -> None:
+    env.reset(task_id, 0)
+    assert play_expert(env, task_id, height_error_m=0.01)[0] is Outcome.SUCCESS
+    env.reset(task_id, 0)
+    expert = EXPERTS[env.suite.task(task_id).name](env.simulator(task_id), PACE, 0.06)
+    outcome, missed = None, []
+    while outcome is None:
+        missed.append(expert.has_missed())
+        outcome = env.step(expert.act())
+    assert outcome is Outcome.TIMEOUT
+    assert not missed[0]
+    assert missed[-1]
 
 
 @pytest.mark.parametrize("task_id", range(6))

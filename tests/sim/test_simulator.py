@@ -217,7 +217,7 @@ def test_a_success_ends_the_episode_at_its_step() -> None:
 
     env = make_env(EnvConfig(render_size=64, image_size=56))
     env.reset(1, 0)
-    expert = EXPERTS["lift_the_red_cube"](env.simulator(1), 0.8)
+    expert = EXPERTS["lift_the_red_cube"](env.simulator(1), 0.8, 0.0)
     moves = []
     outcome = None
     while outcome is None:

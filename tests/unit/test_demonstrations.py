@@ -114,6 +114,7 @@ def test_something_else_is_refused(tmp_path: Path) -> None:
         {"fastest_pace": FASTEST + 0.01},
         {"slowest_pace": 0.8, "fastest_pace": 0.7},
         {"noise": -0.1},
+        {"height_error_m": -0.01},
         {"every": 0},
         {"horizon": 0},
         {"disturbed_steps": 0},
@@ -193,13 +194,29 @@ def test_a_disturbance_leads_elsewhere(env: LiberoEnv) -> None:
 
 
 @pytest.mark.sim
-def test_a_failed_attempt_is_dropped(env: LiberoEnv) -> None:
+def test_an_attempt_that_takes_too_long_is_dropped(env: LiberoEnv) -> None:
     hopeless = replace(env.config, step_limit=5)
     short = make_env(hopeless)
     assert play_expert(short, PUSH, RecordingConfig(), seed=0, index=0) is None
     short.close()
-    with pytest.raises(ConfigError, match="solved 0 of"):
+    with pytest.raises(ConfigError, match="ended 0 of"):
         list(record(hopeless, [PUSH], episodes=2, config=RecordingConfig(), seed=0, workers=1))
+
+
+@pytest.mark.sim
+def test_a_careless_operators_miss_is_recorded_until_just_after_it(env: LiberoEnv) -> None:
+    config = RecordingConfig(noise=0.0, height_error_m=0.06)
+    made = [play_expert(env, LIFT, config, seed=3, index=index) for index in range(6)]
+    lowest = []
+    for demonstration in made:
+        assert demonstration is not None
+        assert len(demonstration.actions) == demonstration.num_steps + config.horizon
+        closing = int(np.argmax(demonstration.actions[:, 6] > 0))
+        lowest.append(float(demonstration.actions[:closing, 2].sum()))
+    # who believes the cube to lie higher comes down less before the fingers close
+    assert np.ptp(lowest) > 0.5
+    flawless = play_expert(env, LIFT, replace(config, height_error_m=0.0), seed=3, index=0)
+    assert flawless is not None
 
 
 @pytest.mark.sim

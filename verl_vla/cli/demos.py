@@ -26,7 +26,9 @@ def run(arguments: Sequence[str]) -> int:
     tasks = task_ids(chosen, options.tasks)
     if options.episodes < 1 or options.workers < 1:
         raise ConfigError("--episodes and --workers must be at least 1")
-    config = RecordingConfig(noise=options.noise, every=options.every)
+    config = RecordingConfig(
+        noise=options.noise, every=options.every, height_error_m=options.height_error
+    )
     env = EnvConfig(
         suite=chosen.name, render_size=options.render_size, image_size=options.image_size
     )
@@ -55,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--episodes", type=int, default=60, help="solved episodes per task")
     add("--noise", type=float, default=config.noise, help="of the executed translations")
     add("--every", type=int, default=config.every, help="steps between images")
+    add(
+        "--height-error",
+        type=float,
+        default=config.height_error_m,
+        help="largest error of a careless operator, who takes objects to lie higher, metres",
+    )
     add("--render-size", type=int, default=128, help="camera picture, pixels")
     add("--image-size", type=int, default=112, help="what the policy sees, pixels")
     add("--seed", type=int, default=0)

@@ -38,7 +38,9 @@ class OpenVLAOFTEngine(FSDPEngine):
 
     def _build_module(self) -> nn.Module:
         folder = str(self.model_config.local_path)
-        self.processor = OpenVLAOFTProcessor.from_pretrained(folder)
+        self.processor = OpenVLAOFTProcessor.from_pretrained(
+            folder, self.model_config.override_config["unnorm_key"]
+        )
         module = OpenVLAOFTModel.from_pretrained(
             folder,
             dtype=PrecisionType.to_dtype(self.engine_config.model_dtype),

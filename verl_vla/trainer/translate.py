@@ -83,6 +83,7 @@ def _model(run: Run) -> Knobs:
         f"{model}.use_remove_padding": False,
         f"{model}.enable_gradient_checkpointing": policy.gradient_checkpointing,
         f"{model}.override_config.attn_implementation": policy.attention,
+        f"{model}.override_config.unnorm_key": run.processor.codec.statistics.key,
     }
 
 

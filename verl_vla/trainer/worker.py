@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from verl_vla.action_distribution import log_prob, sample
 from verl_vla.loss import ClipRange, policy_loss, trajectory_weight
+from verl_vla.trainer.platform import peak_process_bytes
 from verl_vla.trainer.rows import dense, stacked
 
 ROLLOUT_NAME = "shared_weights"
@@ -123,9 +123,8 @@ class VLAWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=EVERY_RANK)
     def peak_memory(self) -> tuple[int, int]:
         """(resident bytes of this process, device bytes allocated), both since it began."""
-        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         device = 0 if get_device_name() == "cpu" else get_torch_device().max_memory_allocated()
-        return kib * 1024, int(device)
+        return peak_process_bytes(), int(device)
 
 
 class SharedWeightsRollout(rollout_base.BaseRollout):

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from verl_vla.envs.mini.geometry import CUBE_HALF_M, PLATE_HALF_HEIGHT_M, TABLE_M
+from verl_vla.envs.mini.geometry import CUBE_HALF_M, PLATE_HALF_HEIGHT_M
 
 if TYPE_CHECKING:
     from verl_vla.envs.simulator import Simulator
@@ -26,19 +27,40 @@ GAIN = 40.0
 """Action per metre of error; an action of 1 asks for 0.05 m."""
 CLOSING_STEPS = 5
 """The fingers meet a cube after four."""
+MISSED_M = 0.1
+"""A gripper that is this far past an object, or over it after closing, works without it."""
 
 
 class Expert(ABC):
     """Solves one task from any of its starts; make a new one for each episode."""
 
-    def __init__(self, simulator: Simulator, pace: float) -> None:
-        """Move by at most ``pace`` (of 1) in each direction."""
+    def __init__(
+        self, simulator: Simulator, pace: float, height_error_m: float, *, item: str
+    ) -> None:
+        """Make one.
+
+        Args:
+            simulator: where the objects are.
+            pace: the largest translation in each direction, of 1.
+            height_error_m: by how much it takes every object to lie higher than it does.
+            item: the object to be moved.
+        """
         self._simulator = simulator
         self._pace = pace
+        self._height_error = np.array([0.0, 0.0, height_error_m])
+        self._item = item
 
     @abstractmethod
     def act(self) -> Floats:
         """Return the action [7] for this moment; call it once a step."""
+
+    @abstractmethod
+    def has_missed(self) -> bool:
+        """Whether it goes on without the object."""
+
+    def _place_of(self, item: str) -> Floats:
+        """Where it takes an object to be."""
+        return self._simulator.object_position(item) + self._height_error
 
     def _move(self, target: Floats, gripper: float) -> Floats:
         error = target - self._simulator.gripper_position()
@@ -53,22 +75,29 @@ class Push(Expert):
 
     BEHIND_M = CUBE_HALF_M + 0.037
     """From the object's centre to the gripper's before the push; the fingers are 0.02 m thick."""
-    HEIGHT_M = TABLE_M + CUBE_HALF_M + 0.005
-    """Of the fingertips, a little above the middle of a cube."""
+    ABOVE_CENTRE_M = 0.005
+    """Height of the fingertips over the object's centre."""
 
-    def __init__(self, simulator: Simulator, pace: float, *, item: str) -> None:
-        super().__init__(simulator, pace)
-        self._item = item
+    def __init__(
+        self, simulator: Simulator, pace: float, height_error_m: float, *, item: str
+    ) -> None:
+        super().__init__(simulator, pace, height_error_m, item=item)
         self._is_behind = False
 
     def act(self) -> Floats:
         """Go behind the object, then through it."""
-        item = self._simulator.object_position(self._item)
+        item = self._place_of(self._item)
+        height = item[2] + self.ABOVE_CENTRE_M
         gripper = self._simulator.gripper_position()
-        if abs(gripper[1] - item[1]) < 0.008 and gripper[2] < self.HEIGHT_M + 0.02:
+        if abs(gripper[1] - item[1]) < 0.008 and gripper[2] < height + 0.02:
             self._is_behind = True
         x = gripper[0] + 1.0 if self._is_behind else item[0] - self.BEHIND_M
-        return self._move(np.array([x, item[1], self.HEIGHT_M]), CLOSED)
+        return self._move(np.array([x, item[1], height]), CLOSED)
+
+    def has_missed(self) -> bool:
+        """Whether the gripper has passed the object."""
+        ahead = self._simulator.gripper_position() - self._place_of(self._item)
+        return bool(ahead[0] > MISSED_M)
 
 
 class Pick(Expert):
@@ -78,17 +107,22 @@ class Pick(Expert):
     """Height over the grasp from which the gripper comes down."""
 
     def __init__(
-        self, simulator: Simulator, pace: float, *, item: str, grasp_m: float = 0.0
+        self,
+        simulator: Simulator,
+        pace: float,
+        height_error_m: float,
+        *,
+        item: str,
+        grasp_m: float = 0.0,
     ) -> None:
         """Grasp ``item`` at ``grasp_m`` above its centre."""
-        super().__init__(simulator, pace)
-        self._item = item
+        super().__init__(simulator, pace, height_error_m, item=item)
         self._grasp_m = grasp_m
         self._steps_closing: int | None = None
 
     def act(self) -> Floats:
         """Come down over the object, close, lift."""
-        item = self._simulator.object_position(self._item)
+        item = self._place_of(self._item)
         grasp = item + [0.0, 0.0, self._grasp_m]
         gripper = self._simulator.gripper_position()
         if self._steps_closing is None:
@@ -99,6 +133,11 @@ class Pick(Expert):
         if self._steps_closing <= CLOSING_STEPS:
             return self._move(grasp, CLOSED)
         return self._carry(gripper, item)
+
+    def has_missed(self) -> bool:
+        """Whether the fingers have closed and the gripper has left the object below."""
+        above = self._simulator.gripper_position() - self._place_of(self._item)
+        return self._steps_closing is not None and bool(above[2] > self._grasp_m + MISSED_M)
 
     def _carry(self, gripper: Floats, item: Floats) -> Floats:
         return self._move(gripper + [0.0, 0.0, 1.0], CLOSED)
@@ -117,16 +156,23 @@ class Place(Pick):
     """Height over the goal at which the object travels."""
 
     def __init__(
-        self, simulator: Simulator, pace: float, *, item: str, onto: str, height_m: float
+        self,
+        simulator: Simulator,
+        pace: float,
+        height_error_m: float,
+        *,
+        item: str,
+        onto: str,
+        height_m: float,
     ) -> None:
         """Put ``item`` down with its centre ``height_m`` above that of ``onto``."""
-        super().__init__(simulator, pace, item=item)
+        super().__init__(simulator, pace, height_error_m, item=item)
         self._onto = onto
         self._height_m = height_m
         self._is_high = False
 
     def _carry(self, gripper: Floats, item: Floats) -> Floats:
-        goal = self._simulator.object_position(self._onto) + [0.0, 0.0, self._height_m]
+        goal = self._place_of(self._onto) + [0.0, 0.0, self._height_m]
         if item[2] > goal[2] + 0.015:
             self._is_high = True
         if not self._is_high:
@@ -136,20 +182,20 @@ class Place(Pick):
         return self._move(over, OPEN if is_down else CLOSED)
 
 
-EXPERTS: Mapping[str, Callable[[Simulator, float], Expert]] = {
-    "push_the_red_cube_onto_the_green_marker": lambda sim, pace: Push(sim, pace, item="red_cube"),
-    "lift_the_red_cube": lambda sim, pace: Pick(sim, pace, item="red_cube"),
-    "put_the_red_cube_on_the_white_plate": lambda sim, pace: Place(
-        sim,
-        pace,
+EXPERTS: Mapping[str, Callable[[Simulator, float, float], Expert]] = {
+    "push_the_red_cube_onto_the_green_marker": partial(Push, item="red_cube"),
+    "lift_the_red_cube": partial(Pick, item="red_cube"),
+    "put_the_red_cube_on_the_white_plate": partial(
+        Place,
         item="red_cube",
         onto="white_plate",
         height_m=CUBE_HALF_M + PLATE_HALF_HEIGHT_M,
     ),
-    "stack_the_red_cube_on_the_blue_cube": lambda sim, pace: Place(
-        sim, pace, item="red_cube", onto="blue_cube", height_m=2 * CUBE_HALF_M
+    "stack_the_red_cube_on_the_blue_cube": partial(
+        Place, item="red_cube", onto="blue_cube", height_m=2 * CUBE_HALF_M
     ),
-    "lift_the_can": lambda sim, pace: Pick(sim, pace, item="can", grasp_m=0.01),
-    "lift_the_milk_carton": lambda sim, pace: Pick(sim, pace, item="milk", grasp_m=0.05),
+    "lift_the_can": partial(Pick, item="can", grasp_m=0.01),
+    "lift_the_milk_carton": partial(Pick, item="milk", grasp_m=0.05),
 }
-"""The expert of each task, by the task's name."""
+"""The expert of each task, by the task's name; called with the simulator, the pace and the error
+in height."""
