@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
-from training_runs import TrainingRun
+from training_runs import PROJECT, TrainingRun
 
 
 @pytest.fixture(scope="session")
-def small_words() -> list[str]:
+def base_of_two_datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded policy, with the action statistics of another data set beside its own."""
+    folder = tmp_path_factory.mktemp("base") / "policy"
+    shutil.copytree(PROJECT / "bases" / "mini", folder)
+    file = folder / "dataset_statistics.json"
+    statistics = json.loads(file.read_text())
+    file.write_text(json.dumps({"another": statistics["mini"]} | statistics))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_words(base_of_two_datasets: Path) -> list[str]:
     """A training run of four short steps on the mini suite."""
     return [
         "recipe=quickstart",
+        f"policy.path='{base_of_two_datasets}'",
+        "policy.unnorm_key=mini",
         "seed=7",
         "environment.tasks=[0,1]",
         "sampling.groups_per_step=3",
