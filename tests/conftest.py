@@ -16,7 +16,9 @@ LIBERO_ASSETS = ROOT.parent / "shared" / "libero-assets"
 
 def pytest_configure() -> None:
     # other work on the machine may stop a test for a second
-    hypothesis.settings.register_profile("shared-machine", deadline=None)
+    hypothesis.settings.register_profile(
+        "shared-machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
     hypothesis.settings.load_profile("shared-machine")
     if LIBERO_ASSETS.is_dir():
         os.environ.setdefault("VERL_VLA_LIBERO_ASSETS", str(LIBERO_ASSETS))

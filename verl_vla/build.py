@@ -32,7 +32,14 @@ logger = logging.getLogger(__name__)
 
 PROJECT_FOLDER = Path(__file__).resolve().parent.parent
 
-MAY_CHANGE = ("out", "trainer", "evaluation", "cluster.address")
+MAY_CHANGE = (
+    "out",
+    "trainer",
+    "evaluation",
+    "cluster.address",
+    "environment.num_workers",
+    "environment.timeout_s",
+)
 """Parts of a recipe that may differ when a run is resumed; anything else would make the second
 half of the curve another experiment."""
 

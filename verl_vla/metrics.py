@@ -136,7 +136,11 @@ def check_declared(values: Mapping[str, float]) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a ``metrics.jsonl``, each a mapping that also holds ``step``."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        {name: math.nan if value is None else value for name, value in line.items()}
+        for line in lines
+    ]
 
 
 def _plain(value: float) -> float | None:

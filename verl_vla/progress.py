@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 
 from verl_vla.evaluation import SuccessRate
@@ -19,7 +18,6 @@ class Progress:
 
     def __init__(self, total_steps: int) -> None:
         self._total_steps = total_steps
-        self._step_began = time.perf_counter()
         self._seconds_per_step: float | None = None
 
     def show_step(self, step: int, values: Mapping[str, float]) -> None:
@@ -41,7 +39,7 @@ class Progress:
             100 * values["actor/clip_high"],
             values["actor/ratio_first"],
             values["time/step_s"],
-            format_seconds(self._time_left_s(step)),
+            format_seconds(self._time_left_s(step, values["time/step_s"])),
         )
 
     def show_evaluation(self, step: int, rate: SuccessRate) -> None:
@@ -57,9 +55,7 @@ class Progress:
             f", {rate.crashes} crashed" if rate.crashes else "",
         )
 
-    def _time_left_s(self, step: int) -> float:
-        seconds = time.perf_counter() - self._step_began
-        self._step_began = time.perf_counter()
+    def _time_left_s(self, step: int, seconds: float) -> float:
         past = seconds if self._seconds_per_step is None else self._seconds_per_step
         self._seconds_per_step = SMOOTHING * past + (1 - SMOOTHING) * seconds
         return self._seconds_per_step * (self._total_steps - step)

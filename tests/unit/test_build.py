@@ -167,6 +167,7 @@ def test_a_run_may_grow_longer_and_be_reported_elsewhere(recipe, no_simulators):
         trainer=TrainerConfig(total_training_steps=500, save_every=1, loggers=()),
         evaluation=EvaluationConfig(episodes_per_task=1),
         cluster=ClusterConfig(address="auto"),
+        environment=replace(recipe.environment, num_workers=7, timeout_s=77.0),
     )
     open_and_close(longer)
     written = yaml.safe_load((Path(recipe.out) / "recipe.yaml").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -50,6 +51,8 @@ def test_every_line_is_json_even_where_a_number_is_unknown(path):
 
     record = json.loads(path.read_text(), parse_constant=refuse)
     assert record == {"step": 1, "eval/success_rate": None, "actor/loss": None}
+    (line,) = read_metrics(path)
+    assert math.isnan(line["eval/success_rate"])
 
 
 def test_any_kind_of_number_is_written_as_one(path):
