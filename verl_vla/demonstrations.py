@@ -1,13 +1,4 @@
-"""Demonstrations of the mini suite by its scripted experts, and the file they are kept in.
-
-An expert that never errs shows no way back from an error. So now and then the arm is pushed off
-its way (DART, arXiv:1703.09327, disturbs every step). Images are recorded only where the expert is
-then left alone for as long as a policy acts blindly: the actions after an image are exactly what
-led to what comes next.
-
-Operators may be careless: they misjudge how high objects lie, and what they fail at is recorded
-too. A policy that imitates them does the right thing at the wrong height, which no further
-imitation mends and reinforcement learning does.
+"""Demonstrations, and the file they are kept in.
 
 A file is an ``.npz`` that numpy alone can read, one episode a member, so that reading an episode
 reads nothing else.
@@ -16,13 +7,9 @@ reads nothing else.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import zipfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,58 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from verl_vla.envs.libero import EnvConfig, LiberoEnv, make_env
-from verl_vla.envs.mini.experts import EXPERTS
-from verl_vla.envs.mini.make_init_states import sample_init_state
 from verl_vla.errors import ConfigError
 
-FASTEST = 0.9
-"""No translation of a recorded action exceeds it: values on a bound all fall into one bin."""
-MIN_ENDED = 0.5
-"""An expert that ends fewer of its attempts in time is broken, not unlucky."""
 HEADER = "header"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordingConfig:
-    """How demonstrations are made; spans are in simulator steps."""
-
-    slowest_pace: float = 0.75
-    """Each episode draws the largest commanded translation, of 1, between these two."""
-    fastest_pace: float = 0.85
-    noise: float = 0.5
-    """Standard deviation of a disturbance of each translation, of 1."""
-    disturbed_steps: int = 5
-    """Longest disturbance; the shortest is one step."""
-    calm_steps: int = 24
-    """Longest span between disturbances; the shortest is ``horizon``."""
-    every: int = 2
-    """Steps between images within a calm span."""
-    horizon: int = 8
-    """Calm actions recorded from each image on, past the success if need be."""
-    height_error_m: float = 0.0
-    """Largest error of an operator who takes objects to lie higher than they do; each episode
-    draws its own, and failed attempts are recorded too. 0 records flawless operators."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.slowest_pace <= self.fastest_pace <= FASTEST:
-            raise ConfigError(
-                f"the pace is {self.slowest_pace} to {self.fastest_pace}; it must rise, above 0 "
-                f"and up to {FASTEST}"
-            )
-        for name, value in (("noise", self.noise), ("height_error_m", self.height_error_m)):
-            if value < 0:
-                raise ConfigError(f"{name} is {value}; set 0 or more")
-        if min(self.every, self.horizon, self.disturbed_steps) < 1:
-            raise ConfigError(
-                f"every is {self.every}, horizon {self.horizon} and disturbed_steps "
-                f"{self.disturbed_steps}; set at least 1 each"
-            )
-        if self.calm_steps < self.horizon:
-            raise ConfigError(
-                f"calm_steps is {self.calm_steps}, less than horizon, {self.horizon}; no image "
-                "would be followed by enough calm actions"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,129 +105,6 @@ def write(path: Path, demonstrations: Iterator[Demonstration], *, suite: str, ho
         header = {"suite": suite, "horizon": horizon, "episodes": episodes}
         _write_member(archive, HEADER, np.array(json.dumps(header)))
     partial_file.replace(path)
-
-
-def record(
-    env: EnvConfig,
-    tasks: Sequence[int],
-    *,
-    episodes: int,
-    config: RecordingConfig,
-    seed: int,
-    workers: int,
-) -> Iterator[Demonstration]:
-    """Yield ``episodes`` episodes of each task, task by task.
-
-    The result depends on ``seed`` alone, not on ``workers``: the n-th attempt at a task is a pure
-    function of the seed, the task and n, and the first attempts that ended are kept: in a success,
-    or, of careless operators, with a miss.
-
-    Raises:
-        ConfigError: an expert runs out of steps more often than not.
-    """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        first = {
-            task: [pool.submit(attempt, env, config, task, seed, n) for n in range(episodes)]
-            for task in tasks
-        }
-        for task in tasks:
-            num_kept = 0
-            for n in count():
-                if num_kept == episodes:
-                    break
-                if n - num_kept > max(episodes * (1 / MIN_ENDED - 1), 3):
-                    raise ConfigError(
-                        f"the expert of task {task} ended {num_kept} of {n} attempts in time; "
-                        "record with less noise"
-                    )
-                late = n >= episodes
-                future = (
-                    pool.submit(attempt, env, config, task, seed, n) if late else first[task][n]
-                )
-                demonstration = future.result()
-                if not late:
-                    first[task][n].cancel()
-                if demonstration is not None:
-                    num_kept += 1
-                    yield demonstration
-
-
-def attempt(
-    config: EnvConfig, recording: RecordingConfig, task_id: int, seed: int, index: int
-) -> Demonstration | None:
-    """Let the expert try once; None where the task's step limit ended it."""
-    return play_expert(_env(config), task_id, recording, seed=seed, index=index)
-
-
-def play_expert(
-    env: LiberoEnv, task_id: int, config: RecordingConfig, *, seed: int, index: int
-) -> Demonstration | None:
-    """Play the ``index``-th attempt at a task; None where it took too long.
-
-    The start is drawn from the task's regions and is in neither split of the suite.
-    """
-    rng = np.random.default_rng([seed, task_id, index])
-    env.reset_to(task_id, sample_init_state(env, task_id, int(rng.integers(2**31))))
-    simulator, task = env.simulator(task_id), env.suite.tasks[task_id]
-    pace = rng.uniform(config.slowest_pace, config.fastest_pace)
-    height_error_m = rng.uniform(0.0, config.height_error_m)
-    expert = EXPERTS[task.name](simulator, pace, height_error_m)
-    limit = env.suite.step_limit(env.config.step_limit, task_id)
-    disturbances = _disturbances(config, limit + config.horizon, rng)
-    images: list[npt.NDArray[np.uint8]] = []
-    frame_steps: list[int] = []
-    actions: list[npt.NDArray[np.float64]] = []
-    num_steps: int | None = None
-    for step, disturbance in enumerate(disturbances):
-        if num_steps is None and _is_recorded(disturbances, step, config):
-            images.append(env.observe().image)
-            frame_steps.append(step)
-        actions.append(expert.act())
-        executed = actions[-1].copy()
-        executed[:3] = np.clip(executed[:3] + disturbance, -FASTEST, FASTEST)
-        is_solved = simulator.step(executed)
-        if (is_solved or (height_error_m > 0 and expert.has_missed())) and num_steps is None:
-            num_steps = step + 1
-        if num_steps is not None and step >= num_steps - 1 + config.horizon:
-            break
-    if num_steps is None or num_steps > limit or not images:
-        return None
-    return Demonstration(
-        task_id=task_id,
-        instruction=task.instruction,
-        images=np.stack(images),
-        frame_steps=np.array(frame_steps),
-        actions=np.stack(actions).astype(np.float32),
-        num_steps=num_steps,
-    )
-
-
-def _disturbances(
-    config: RecordingConfig, num_steps: int, rng: np.random.Generator
-) -> npt.NDArray[np.float64]:
-    """[num_steps, 3] added to the executed translations: steady pushes with calm spans between.
-
-    Half of the episodes begin with a push, so that the arm is seen in many places early on.
-    """
-    pushes = np.zeros((num_steps, 3))
-    step = 0 if rng.random() < 0.5 else int(rng.integers(config.horizon, config.calm_steps + 1))
-    while step < num_steps:
-        length = int(rng.integers(1, config.disturbed_steps + 1))
-        pushes[step : step + length] = rng.normal(0.0, config.noise, 3)
-        step += length + int(rng.integers(config.horizon, config.calm_steps + 1))
-    return pushes
-
-
-def _is_recorded(disturbances: npt.NDArray[np.float64], step: int, config: RecordingConfig) -> bool:
-    """Whether the expert's next actions are also what will be executed, every few steps."""
-    return step % config.every == 0 and not disturbances[step : step + config.horizon].any()
-
-
-@lru_cache(maxsize=1)
-def _env(config: EnvConfig) -> LiberoEnv:
-    """The environment of a recording process."""
-    return make_env(config)
 
 
 def _member(index: int) -> str:

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from verl_vla.build import task_ids
-from verl_vla.demonstrations import Demonstration, RecordingConfig, record, write
+from verl_vla.demonstrations import Demonstration, write
 from verl_vla.envs.libero import EnvConfig
 from verl_vla.envs.suites import suite
 from verl_vla.errors import ConfigError
+from verl_vla.recording import RecordingConfig, record
 
 logger = logging.getLogger(__name__)
 

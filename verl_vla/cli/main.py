@@ -18,6 +18,7 @@ from verl_vla.errors import ConfigError, StarvedError
 VERBS = {
     "train": "improve a policy: train recipe=NAME key=value ...",
     "eval": "measure a policy on held-out starts: eval --policy DIR --suite NAME ...",
+    "doctor": "say whether a checkpoint can be trained: doctor --checkpoint DIR ...",
     "demos": "record scripted demonstrations of mini: demos --out FILE ...",
     "sft": "fine-tune a tiny policy on demonstrations: sft --demos FILE --out DIR ...",
     "quickstart": "train the embedded policy and show what it learned",

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from verl_vla.errors import ConfigError
@@ -22,6 +23,9 @@ from verl_vla.policies.openvla_oft.modelling import OpenVLAOFTModel
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 IMAGE_FILE = "preprocessor_config.json"
+WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
+REGRESSION_HEAD_FILES = "action_head--*.pt"
 
 
 def register_auto_classes() -> None:
@@ -83,6 +87,71 @@ def read_image_statistics(folder: str | Path, num_towers: int) -> tuple[ImageSta
             "tvf_normalize_params needs one entry a tower"
         )
     return found
+
+
+def weight_files(folder: str | Path) -> tuple[Path, ...]:
+    """Name the files that hold the weights.
+
+    Raises:
+        ConfigError: if there are none, or one that the index names is missing.
+    """
+    root = Path(folder)
+    index = root / WEIGHTS_INDEX_FILE
+    if index.is_file():
+        parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [part for part in parts if not (root / part).is_file()]
+        if missing:
+            raise ConfigError(
+                f"{index} names {len(parts)} files, of which {missing} are missing; fetch them"
+            )
+        return tuple(root / part for part in parts)
+    if not (root / WEIGHTS_FILE).is_file():
+        raise ConfigError(
+            f"{folder} holds neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX_FILE}; weights are read "
+            "from safetensors alone: convert other formats first"
+        )
+    return (root / WEIGHTS_FILE,)
+
+
+def read_weight_layout(folder: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Read name, shape and type of every stored weight from the files' headers alone.
+
+    Returns:
+        Name to (shape, dtype as safetensors spells it).
+
+    Raises:
+        ConfigError: if a file is missing or cut off.
+    """
+    layout: dict[str, tuple[tuple[int, ...], str]] = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118 -- not a mapping
+                    part = stored.get_slice(name)
+                    layout[name] = (tuple(part.get_shape()), part.get_dtype())
+        except SafetensorError as error:
+            raise ConfigError(
+                f"{file} ({file.stat().st_size} bytes) is cut off or no safetensors file "
+                f"({error}); fetch it again"
+            ) from error
+    return layout
+
+
+def refuse_regression_head(folder: str | Path) -> None:
+    """Refuse a checkpoint whose actions come from a regression head instead of tokens.
+
+    Such a folder holds the head beside the weights (openvla-oft, ``vla-scripts/finetune.py``).
+
+    Raises:
+        ConfigError: names the head's file.
+    """
+    heads = sorted(path.name for path in Path(folder).glob(REGRESSION_HEAD_FILES))
+    if heads:
+        raise ConfigError(
+            f"{folder} holds {heads[0]}: an L1-regression checkpoint, whose language model was not "
+            "trained to say action tokens; take one fine-tuned with use_l1_regression False, for "
+            "example SimpleVLA-RL's, or fine-tune your own"
+        )
 
 
 def write_image_statistics(

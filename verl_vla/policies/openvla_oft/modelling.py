@@ -117,6 +117,29 @@ class OpenVLAOFTModel(PreTrainedModel):
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> ActionLogits:
         """Compute what `action_logits` returns; the entry that FSDP and adapters wrap."""
+        return ActionLogits(
+            logits=self._score(self._think(pixel_values, input_ids, attention_mask))
+        )
+
+    def action_mass(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """How much of the whole vocabulary's probability falls on the action ids.
+
+        Near 1 for a model that was trained to say action tokens, near 0 for one whose actions
+        come from a regression head. Arguments as of `action_logits`.
+
+        Returns:
+            [B, T] float32, 0 to 1.
+        """
+        hidden = self._think(pixel_values, input_ids, attention_mask).float()
+        of_all = functional.linear(hidden, self.language_model.lm_head.weight.float())
+        return (self._score(hidden).logsumexp(-1) - of_all.logsumexp(-1)).exp()
+
+    def _think(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:
+        """Run everything but the head: [B, T, D], the states that action tokens are read from."""
         require_bidirectional(self)
         num_prompts, num_ids = input_ids.shape
         lengths = _prompt_lengths(attention_mask)
@@ -133,7 +156,7 @@ class OpenVLAOFTModel(PreTrainedModel):
             inputs_embeds=sequence, attention_mask=mask, use_cache=False
         ).last_hidden_state
         first = patches.shape[1] - 1 + (num_ids if lengths is None else lengths)
-        return ActionLogits(logits=self._score(self._read(hidden, first)))
+        return self._read(hidden, first)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the table of token embeddings."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from verl_vla import action_distribution
 from verl_vla.errors import ConfigError
 from verl_vla.policies.base import PolicyShape
-from verl_vla.policies.openvla_oft.checkpoint import read_config
+from verl_vla.policies.openvla_oft.checkpoint import read_config, refuse_regression_head
 from verl_vla.policies.openvla_oft.modelling import OpenVLAOFTModel
 from verl_vla.policies.openvla_oft.processing import OpenVLAOFTProcessor
 from verl_vla.types import ActionChunk, Observation
@@ -53,8 +53,10 @@ class OpenVLAOFTPolicy:
             unnorm_key: which of its action statistics to use; see `load_statistics`.
 
         Raises:
-            ConfigError: names the file that is missing or does not fit.
+            ConfigError: names the file that is missing or does not fit, or the regression head of
+                a checkpoint that does not speak in action tokens.
         """
+        refuse_regression_head(folder)
         processor = OpenVLAOFTProcessor.from_pretrained(folder, unnorm_key)
         config = read_config(folder)
         model = OpenVLAOFTModel.from_pretrained(
@@ -124,7 +126,13 @@ class OpenVLAOFTPolicy:
         Returns:
             [n, T, C] float32, on the model's device.
         """
+        return self.model.action_logits(*self._inputs(images, prompts))
+
+    def action_mass(self, images: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+        """[n, T]: see `OpenVLAOFTModel.action_mass`; arguments as of `logits`."""
+        return self.model.action_mass(*self._inputs(images, prompts))
+
+    def _inputs(self, images: Tensor, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         device = self.model.device
-        pixel_values = self.processor.pixel_values(images.to(device))
         ids, mask = self.processor.collate(prompts)
-        return self.model.action_logits(pixel_values, ids.to(device), mask.to(device))
+        return self.processor.pixel_values(images.to(device)), ids.to(device), mask.to(device)

@@ -1,0 +1,95 @@
+"""``doctor --checkpoint DIR``: say in one table whether a checkpoint can be trained."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from verl_vla.build import check_assets, env_config, starts, task_ids
+from verl_vla.cli.eval import DTYPES
+from verl_vla.envs.libero import make_env
+from verl_vla.envs.suites import SUITES, suite
+from verl_vla.errors import ConfigError
+from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
+from verl_vla.policies.openvla_oft.doctor import Finding, examine, judge_action_mass
+from verl_vla.recipe import EnvironmentConfig
+
+logger = logging.getLogger(__name__)
+
+EXIT_FAULT = 1
+"""The checkpoint cannot be trained as it is."""
+WIDTH = 100
+"""Columns of the table."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Examine, print the table, and answer 1 where there is a fault."""
+    options = _parser().parse_args(arguments)
+    if options.images < 1:
+        raise ConfigError(f"--images is {options.images}; set at least 1")
+    findings = examine(options.checkpoint, options.unnorm_key)
+    is_sound = not any(finding.is_fault for finding in findings)
+    if is_sound and options.suite is not None:
+        findings.append(judge_action_mass(_action_mass(options)))
+    elif is_sound:
+        findings.append(
+            Finding(
+                subject="action mass",
+                says="not measured; name a suite to look at its images, for example --suite mini",
+                is_fault=False,
+            )
+        )
+    _show(findings)
+    return EXIT_FAULT if any(finding.is_fault for finding in findings) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m verl_vla doctor", description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="folder of a checkpoint")
+    add("--unnorm-key", help="entry of dataset_statistics.json")
+    add("--suite", help=f"load the weights and look at held-out images of {', '.join(SUITES)}")
+    add("--images", type=int, default=8, help="how many images to look at")
+    add("--render-size", type=int, default=256, help="camera picture, pixels")
+    add("--dtype", choices=sorted(DTYPES), default="float32")
+    return parser
+
+
+@torch.no_grad()
+def _action_mass(options: argparse.Namespace) -> torch.Tensor:
+    """[images, T] on the first held-out starts of a suite, task by task."""
+    chosen = suite(options.suite)
+    check_assets(chosen)
+    policy = OpenVLAOFTPolicy.from_pretrained(
+        Path(options.checkpoint), dtype=DTYPES[options.dtype], unnorm_key=options.unnorm_key
+    )
+    torch.nn.Module.to(policy.model, "cuda" if torch.cuda.is_available() else "cpu")
+    env = make_env(
+        env_config(
+            EnvironmentConfig(suite=options.suite, render_size=options.render_size), policy.shape
+        )
+    )
+    tasks = task_ids(chosen, None)
+    by_task = [starts(chosen, [task], "held_out") for task in tasks]
+    in_turn = [held_out[lap] for lap in range(len(by_task[0])) for held_out in by_task]
+    seen = [env.reset(start.task_id, start.init_state_id) for start in in_turn[: options.images]]
+    env.close()
+    images = torch.from_numpy(np.stack([observation.image for observation in seen]))
+    return policy.action_mass(images, [policy.processor.prompt(o.instruction) for o in seen])
+
+
+def _show(findings: Sequence[Finding]) -> None:
+    width = max(len(finding.subject) for finding in findings)
+    for finding in findings:
+        mark = "FAULT" if finding.is_fault else "ok"
+        indent = " " * (width + 9)
+        text = textwrap.fill(
+            finding.says, WIDTH, initial_indent=indent, subsequent_indent=indent
+        ).lstrip()
+        logger.info("%-*s  %-5s  %s", width, finding.subject, mark, text)
