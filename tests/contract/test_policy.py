@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from verl_vla.actions import ActionStatistics
-from verl_vla.policies.base import Policy
+from verl_vla.policies.base import Policy, TrainablePolicy
+from verl_vla.policies.loading import load_policy
 from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
 from verl_vla.types import Observation
@@ -33,8 +34,8 @@ def fused() -> OpenVLAOFTPolicy:
 
 
 @pytest.fixture(params=[tiny, fused], ids=lambda build: build.__name__, scope="module")
-def policy(request: pytest.FixtureRequest) -> OpenVLAOFTPolicy:
-    build: Callable[[], OpenVLAOFTPolicy] = request.param
+def policy(request: pytest.FixtureRequest) -> TrainablePolicy:
+    build: Callable[[], TrainablePolicy] = request.param
     return build()
 
 
@@ -113,7 +114,7 @@ def test_image_and_instruction_both_matter(policy: Policy) -> None:
         assert not torch.equal(policy.act([changed], noise, temperature=1.0).logp, first)
 
 
-def test_the_learner_sees_the_log_prob_of_the_rollout(policy: OpenVLAOFTPolicy) -> None:
+def test_the_learner_sees_the_log_prob_of_the_rollout(policy: TrainablePolicy) -> None:
     observations = observe(policy, 4)
     chunk = policy.act(observations, draw(policy, 4), temperature=1.6)
     images = torch.from_numpy(np.stack([o.image for o in observations]))
@@ -126,15 +127,15 @@ def test_the_learner_sees_the_log_prob_of_the_rollout(policy: OpenVLAOFTPolicy) 
     assert not torch.allclose(hotter, logp)
 
 
-def test_the_actions_are_those_of_the_bins(policy: OpenVLAOFTPolicy) -> None:
+def test_the_actions_are_those_of_the_bins(policy: TrainablePolicy) -> None:
     chunk = policy.act(observe(policy, 2), draw(policy, 2), temperature=1.6)
     assert np.array_equal(chunk.actions, policy.processor.codec.to_simulator(chunk.bins))
     assert set(np.unique(chunk.actions[..., 6])) <= {-1.0, 1.0}
 
 
-def test_a_saved_policy_acts_the_same(policy: OpenVLAOFTPolicy, tmp_path: Path) -> None:
+def test_a_saved_policy_acts_the_same(policy: TrainablePolicy, tmp_path: Path) -> None:
     policy.save_pretrained(tmp_path)
-    again = OpenVLAOFTPolicy.from_pretrained(tmp_path)
+    again = load_policy(tmp_path)
     observations, noise = observe(policy, 3), draw(policy, 3)
     first = policy.act(observations, noise, temperature=1.6)
     second = again.act(observations, noise, temperature=1.6)
@@ -143,9 +144,9 @@ def test_a_saved_policy_acts_the_same(policy: OpenVLAOFTPolicy, tmp_path: Path) 
     assert np.array_equal(first.actions, second.actions)
 
 
-def test_in_bfloat16_it_still_scores_in_float32(policy: OpenVLAOFTPolicy, tmp_path: Path) -> None:
+def test_in_bfloat16_it_still_scores_in_float32(policy: TrainablePolicy, tmp_path: Path) -> None:
     policy.save_pretrained(tmp_path)
-    half = OpenVLAOFTPolicy.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    half = load_policy(tmp_path, torch.bfloat16)
     observations, noise = observe(policy, 2), draw(policy, 2)
     assert half.model.dtype == torch.bfloat16
     chunk = half.act(observations, noise, temperature=1.6)

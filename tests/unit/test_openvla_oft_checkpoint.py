@@ -11,18 +11,14 @@ from transformers import AutoConfig, AutoModel
 from verl_vla.actions import ActionStatistics
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.observations import DINO_STATISTICS, OPENVLA_IMAGE_STATISTICS, SIGLIP_STATISTICS
+from verl_vla.policies.checkpoint import read_tokenizer, write_image_statistics
 from verl_vla.policies.openvla_oft import (
     OpenVLAOFTModel,
     OpenVLAOFTPolicy,
     OpenVLAOFTProcessor,
     register_auto_classes,
 )
-from verl_vla.policies.openvla_oft.checkpoint import (
-    read_config,
-    read_image_statistics,
-    read_tokenizer,
-    write_image_statistics,
-)
+from verl_vla.policies.openvla_oft.checkpoint import read_config, read_image_statistics
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
 
 INSTRUCTIONS = ["push the cube onto the marker", "lift the cube"]

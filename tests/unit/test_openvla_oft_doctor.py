@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from verl_vla.actions import ActionStatistics
 from verl_vla.cli import doctor as verb
 from verl_vla.errors import ConfigError
+from verl_vla.policies.loading import require_sound
 from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
-from verl_vla.policies.openvla_oft.doctor import examine, judge_action_mass, require_sound
+from verl_vla.policies.openvla_oft.doctor import examine, judge_action_mass
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
 
 SIZES = TinySizes(image_size=28, vision_width=12, llm_width=16, llm_depth=1, llm_mlp=16)

@@ -11,7 +11,6 @@ read one place before its zero vector, over the action ids alone. Source: openvl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -20,9 +19,10 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.utils.generic import ModelOutput
 
 from verl_vla.errors import ConfigError, ContractError
+from verl_vla.policies.base import ActionLogits, Chooser
+from verl_vla.policies.checkpoint import require_all_weights
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig
 from verl_vla.policies.openvla_oft.vision import (
     AttentionPool,
@@ -35,17 +35,6 @@ BIDIRECTIONAL_ATTENTION = ("sdpa", "eager")
 """Back ends of transformers 5 that honour ``is_causal=False`` with and without padding."""
 PROJECTOR_EXPANSION = 4
 """Width of the projector's first layer over the width of its input."""
-
-
-@dataclass
-class ActionLogits(ModelOutput):
-    """What the model answers.
-
-    Args:
-        logits: [B, T, C] float32, column ``k`` scores bin ``k``.
-    """
-
-    logits: Tensor | None = None
 
 
 class OpenVLAOFTModel(PreTrainedModel):
@@ -83,13 +72,7 @@ class OpenVLAOFTModel(PreTrainedModel):
         kwargs["output_loading_info"] = True
         loaded: Any = super().from_pretrained(folder, *args, **kwargs)
         model, report = loaded
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if report[problem]:
-                names = sorted(str(key) for key in report[problem])
-                raise ConfigError(
-                    f"{folder}: {len(names)} {problem.replace('_', ' ')}, first {names[:3]}; the "
-                    "weights do not belong to this config.json: take both from one checkpoint"
-                )
+        require_all_weights(folder, report)
         model.freeze_unused()  # loading makes every parameter trainable again
         return model
 
@@ -114,12 +97,24 @@ class OpenVLAOFTModel(PreTrainedModel):
         return self(pixel_values, input_ids, attention_mask).logits
 
     def forward(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        bins: Tensor | None = None,
+        chooser: Chooser | None = None,
     ) -> ActionLogits:
-        """Compute what `action_logits` returns; the entry that FSDP and adapters wrap."""
-        return ActionLogits(
-            logits=self._score(self._think(pixel_values, input_ids, attention_mask))
-        )
+        """Compute what `action_logits` returns; the entry that FSDP and adapters wrap.
+
+        Args:
+            pixel_values: see `action_logits`.
+            input_ids: see `action_logits`.
+            attention_mask: see `action_logits`.
+            bins: left alone; no token of a chunk sees another one's bin.
+            chooser: if given, chooses a bin for every token.
+        """
+        logits = self._score(self._think(pixel_values, input_ids, attention_mask))
+        return ActionLogits(logits=logits, bins=None if chooser is None else chooser.choose(logits))
 
     def action_mass(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
