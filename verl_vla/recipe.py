@@ -33,8 +33,8 @@ class PolicyConfig:
     """Which policy is improved, and how it is held."""
 
     path: str
-    """Folder of an OpenVLA-OFT checkpoint: weights, config, tokenizer and statistics. A relative
-    path starts at the project's root."""
+    """Folder of a checkpoint, OpenVLA-OFT or scratch VLA: weights, config, tokenizer and
+    statistics. A relative path starts at the project's root."""
     unnorm_key: str | None = None
     """Which entry of ``dataset_statistics.json``; null where there is only one."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

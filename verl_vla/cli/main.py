@@ -21,6 +21,7 @@ VERBS = {
     "doctor": "say whether a checkpoint can be trained: doctor --checkpoint DIR ...",
     "demos": "record scripted demonstrations of mini: demos --out FILE ...",
     "sft": "fine-tune a tiny policy on demonstrations: sft --demos FILE --out DIR ...",
+    "new-policy": "put a policy together: new-policy --language DIR --vision DIR --demos FILE ...",
     "quickstart": "train the embedded policy and show what it learned",
     "recipes": "list the recipes that come with the project",
 }
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[0] not in VERBS:
             raise ConfigError(f"{words[0]!r} is no verb; {nearest(words[0], list(VERBS))}")
-        verb = importlib.import_module(f"verl_vla.cli.{words[0]}")
+        verb = importlib.import_module(f"verl_vla.cli.{words[0].replace('-', '_')}")
         return verb.run(words[1:])
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")

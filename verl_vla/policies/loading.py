@@ -22,6 +22,13 @@ from verl_vla.policies.openvla_oft import (
     OpenVLAOFTProcessor,
 )
 from verl_vla.policies.openvla_oft.doctor import examine as examine_openvla_oft
+from verl_vla.policies.scratch_vla import (
+    ScratchVLAConfig,
+    ScratchVLAModel,
+    ScratchVLAPolicy,
+    ScratchVLAProcessor,
+)
+from verl_vla.policies.scratch_vla.doctor import examine as examine_scratch_vla
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +47,12 @@ ARCHITECTURES = {
         load_processor=OpenVLAOFTProcessor.from_pretrained,
         model=OpenVLAOFTModel,
         examine=examine_openvla_oft,
+    ),
+    ScratchVLAConfig.model_type: Architecture(
+        load_policy=ScratchVLAPolicy.from_pretrained,
+        load_processor=ScratchVLAProcessor.from_pretrained,
+        model=ScratchVLAModel,
+        examine=examine_scratch_vla,
     ),
 }
 """By the ``model_type`` of ``config.json``. Importing this module also registers them with
