@@ -250,15 +250,17 @@ def _compose(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Let Hydra merge the file, the files it builds on, and the overrides.
 
     Overrides may name keys that the file leaves at their default, so each is marked as one that
-    may be new; `parse` refuses those that nobody knows.
+    may be new; `parse` refuses those that nobody knows. A recipe of the user's own may build on
+    the project's recipes and profiles.
     """
     for override in overrides:
         _check_override(override)
+    words = [f"++{o.lstrip('+')}" for o in overrides]
+    if file.parent != RECIPES_FOLDER:
+        words.append(f"hydra.searchpath=['file://{RECIPES_FOLDER}']")
     try:
         with initialize_config_dir(str(file.parent), version_base=None):
-            composed = compose(
-                config_name=file.stem, overrides=[f"++{o.lstrip('+')}" for o in overrides]
-            )
+            composed = compose(config_name=file.stem, overrides=words)
         container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {file.stem!r} cannot be composed: {error}") from error

@@ -258,3 +258,10 @@ def _is_set(given, key: str) -> bool:
             return False
         given = given[part]
     return given != "???"
+
+
+def test_a_recipe_of_the_users_own_builds_on_the_projects(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("defaults: [quickstart, profile/two_cores, _self_]\nseed: 4\n")
+    recipe = load_recipe([f"recipe={path}"])
+    assert recipe == load_recipe(["recipe=quickstart", "seed=4"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,12 +37,12 @@ class StepAccount:
     reward_metrics: dict[str, float] = field(default_factory=dict[str, float])
 
     def as_metrics(self) -> dict[str, float]:
-        """Under the names of `verl_vla.metrics`."""
-        judged = max(self.episodes - self.crashes, 1)
+        """Under the names of `verl_vla.metrics`; rates of nothing are NaN."""
+        judged = self.episodes - self.crashes
         rollout_s = max(self.times.total_s, 1e-9)
         return {
-            "rollout/success_rate": self.solved / judged,
-            "rollout/reward": self.score_sum / judged,
+            "rollout/success_rate": self.solved / judged if judged else math.nan,
+            "rollout/reward": self.score_sum / judged if judged else math.nan,
             "rollout/episodes": float(self.episodes),
             "rollout/crashes": float(self.crashes),
             "rollout/steps": float(self.steps),
