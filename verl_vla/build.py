@@ -88,7 +88,7 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     policy_folder = find_policy(recipe.policy.path)
     require_sound(policy_folder, recipe.policy.unnorm_key)
     processor = OpenVLAOFTProcessor.from_pretrained(policy_folder, recipe.policy.unnorm_key)
-    reward = load_reward(recipe.reward, recipe.reward_args)
+    reward = load_reward(recipe.reward, recipe.reward_args, seed=recipe.seed)
     config = env_config(env, processor.shape)
     check_assets(chosen)
     training = starts(chosen, tasks, "train")

@@ -11,7 +11,7 @@ import transfer_queue as tq
 from tensordict import TensorDict
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from verl_vla.reward import TrajectoryReward, score
+from verl_vla.reward import TrajectoryReward, learn, score
 from verl_vla.rollout import NoiseSource, RolloutTimes, Simulators, play
 from verl_vla.trainer.cluster_policy import ClusterPolicy
 from verl_vla.trainer.rows import group_key, group_of, make_rows
@@ -115,7 +115,7 @@ class EpisodeLoop:
     def _score_and_store(self, alive: Trajectories, global_step: int) -> None:
         began = time.perf_counter()
         batch, result = score(self._reward, alive, suite=self._suite, split="train")
-        learned = self._reward.update(batch)
+        learned = learn(self._reward, batch)
         self.account.reward_metrics = dict(result.metrics) | dict(learned)
         self.account.score_sum += float(result.score.sum())
         scored = time.perf_counter()
