@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "out",
     "trainer",
     "evaluation",
+    "gate",
     "cluster.address",
     "environment.num_workers",
     "environment.timeout_s",

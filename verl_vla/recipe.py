@@ -21,6 +21,7 @@ from yaml import YAMLError
 from verl_vla.config import nearest, parse
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import EvaluationConfig
+from verl_vla.gate import GateConfig
 from verl_vla.loss import ClipRange
 from verl_vla.sampling import SamplingConfig
 
@@ -183,6 +184,7 @@ class Recipe:
     """The only source of randomness of a run."""
     policy: PolicyConfig
     environment: EnvironmentConfig
+    gate: GateConfig = field(default_factory=GateConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: str = "binary"
     """A file of ``rewards/``, or ``path/to/file.py:ClassName``."""

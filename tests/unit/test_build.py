@@ -27,6 +27,7 @@ from verl_vla.envs.pool import EnvPool
 from verl_vla.envs.suites import suite
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.evaluation import Evaluation, EvaluationConfig, SuccessRate, count
+from verl_vla.gate import GateConfig
 from verl_vla.policies.base import PolicyShape
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
 from verl_vla.recipe import (
@@ -166,6 +167,7 @@ def test_a_run_may_grow_longer_and_be_reported_elsewhere(recipe, no_simulators):
         recipe,
         trainer=TrainerConfig(total_training_steps=500, save_every=1, loggers=()),
         evaluation=EvaluationConfig(episodes_per_task=1),
+        gate=GateConfig(mode="off"),
         cluster=ClusterConfig(address="auto"),
         environment=replace(recipe.environment, num_workers=7, timeout_s=77.0),
     )

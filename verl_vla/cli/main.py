@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from verl_vla.config import nearest
-from verl_vla.errors import ConfigError, StarvedError
+from verl_vla.errors import ColdStartError, ConfigError, StarvedError
 
 VERBS = {
     "train": "improve a policy: train recipe=NAME key=value ...",
@@ -31,6 +31,9 @@ EXIT_USAGE = 2
 
 EXIT_STARVED = 3
 """Training stopped because nothing could be learned."""
+
+EXIT_COLD_START = 4
+"""Training did not begin: the policy succeeds too seldom to learn from its own episodes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StarvedError as error:
         sys.stderr.write(f"stopped: {error}\n")
         return EXIT_STARVED
+    except ColdStartError as error:
+        sys.stderr.write(f"stopped: {error}\n")
+        return EXIT_COLD_START
 
 
 def _speak_plainly() -> None:
