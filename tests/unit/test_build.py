@@ -134,6 +134,7 @@ def _is_running(pid: int) -> bool:
         ("environment", {"step_limit": 0}, "step_limit is 0"),
         ("environment", {"step_limit": "simplevla"}, "SimpleVLA-RL never played mini"),
         ("policy", {"path": "no/where"}, "policy.path is 'no/where', but there is no config.json"),
+        ("policy", {"attention": "flash_attention_2"}, "needs a CUDA device and the package flash"),
         ("evaluation", {"episodes_per_task": 999}, "evaluation.episodes_per_task is 999"),
         (None, {"reward": "binry"}, "did you mean 'binary'?"),
         (None, {"reward_args": {"scale": 1}}, "reward 'binary' has no argument 'scale'"),

@@ -154,6 +154,10 @@ def test_loading_twice_gives_the_same(load):
         ("loss.clip.high=1.5", "loss.clip.high is 1.5; a ratio is clipped between 0 and 2"),
         ("policy=x", "policy is 'x'; it is a section, set policy.KEY instead"),
         ("policy.dtype=float16", "policy.dtype is 'float16'; choose one of 'float32', 'bfloat16'"),
+        (
+            "policy={path: a, attention: flash_attention_2, dtype: float32}",
+            "policy.attention is 'flash_attention_2', which computes in 16 bits, and policy.dtype",
+        ),
         ("environment.step_limit=long", "environment.step_limit is 'long'; choose one of"),
         ("environment.num_slots=0", "environment.num_slots is 0; set at least 1"),
         ("environment.timeout_s=0", "environment.timeout_s is 0.0; set the seconds to wait"),
