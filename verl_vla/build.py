@@ -24,6 +24,7 @@ from verl_vla.errors import ConfigError
 from verl_vla.evaluation import Evaluation
 from verl_vla.policies.base import PolicyShape
 from verl_vla.policies.openvla_oft import OpenVLAOFTProcessor
+from verl_vla.policies.openvla_oft.attention import require_backend
 from verl_vla.policies.openvla_oft.doctor import require_sound
 from verl_vla.recipe import EnvironmentConfig, Recipe
 from verl_vla.reward import TrajectoryReward, load_reward
@@ -37,6 +38,7 @@ MAY_CHANGE = (
     "out",
     "trainer",
     "evaluation",
+    "gate",
     "cluster.address",
     "environment.num_workers",
     "environment.timeout_s",
@@ -86,6 +88,7 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     chosen = suite(env.suite)
     tasks = task_ids(chosen, env.tasks)
     policy_folder = find_policy(recipe.policy.path)
+    require_backend(recipe.policy.attention)
     require_sound(policy_folder, recipe.policy.unnorm_key)
     processor = OpenVLAOFTProcessor.from_pretrained(policy_folder, recipe.policy.unnorm_key)
     reward = load_reward(recipe.reward, recipe.reward_args, seed=recipe.seed)

@@ -21,6 +21,7 @@ from yaml import YAMLError
 from verl_vla.config import nearest, parse
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import EvaluationConfig
+from verl_vla.gate import GateConfig
 from verl_vla.loss import ClipRange
 from verl_vla.sampling import SamplingConfig
 
@@ -39,10 +40,18 @@ class PolicyConfig:
     """Which entry of ``dataset_statistics.json``; null where there is only one."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the weights and the body's arithmetic; the head is always float32."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Back end of the language model's attention, bidirectional in both."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Back end of the language model's attention, bidirectional in all. The last one needs a CUDA
+    device and the package flash-attn."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        if self.attention == "flash_attention_2" and self.dtype == "float32":
+            raise ConfigError(
+                "policy.attention is 'flash_attention_2', which computes in 16 bits, and "
+                "policy.dtype is 'float32'; set policy.dtype=bfloat16 or policy.attention=sdpa"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +192,7 @@ class Recipe:
     """The only source of randomness of a run."""
     policy: PolicyConfig
     environment: EnvironmentConfig
+    gate: GateConfig = field(default_factory=GateConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: str = "binary"
     """A file of ``rewards/``, or ``path/to/file.py:ClassName``."""
