@@ -24,6 +24,7 @@ from verl_vla.errors import ConfigError
 from verl_vla.evaluation import Evaluation
 from verl_vla.policies.base import PolicyShape, Processor
 from verl_vla.policies.loading import load_processor, require_sound
+from verl_vla.policies.openvla_oft.attention import require_backend
 from verl_vla.recipe import EnvironmentConfig, Recipe
 from verl_vla.reward import TrajectoryReward, load_reward
 from verl_vla.sampling import Start
@@ -36,6 +37,7 @@ MAY_CHANGE = (
     "out",
     "trainer",
     "evaluation",
+    "gate",
     "cluster.address",
     "environment.num_workers",
     "environment.timeout_s",
@@ -85,9 +87,10 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     chosen = suite(env.suite)
     tasks = task_ids(chosen, env.tasks)
     policy_folder = find_policy(recipe.policy.path)
+    require_backend(recipe.policy.attention)
     require_sound(policy_folder, recipe.policy.unnorm_key)
     processor = load_processor(policy_folder, recipe.policy.unnorm_key)
-    reward = load_reward(recipe.reward, recipe.reward_args)
+    reward = load_reward(recipe.reward, recipe.reward_args, seed=recipe.seed)
     config = env_config(env, processor.shape)
     check_assets(chosen)
     training = starts(chosen, tasks, "train")

@@ -23,6 +23,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.policies.base import ActionLogits, Chooser
 from verl_vla.policies.checkpoint import require_all_weights
+from verl_vla.policies.openvla_oft.attention import (
+    require_backend,
+    require_bidirectional_backend,
+)
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig
 from verl_vla.policies.openvla_oft.vision import (
     AttentionPool,
@@ -31,8 +35,6 @@ from verl_vla.policies.openvla_oft.vision import (
     VisionTransformer,
 )
 
-BIDIRECTIONAL_ATTENTION = ("sdpa", "eager")
-"""Back ends of transformers 5 that honour ``is_causal=False`` with and without padding."""
 PROJECTOR_EXPANSION = 4
 """Width of the projector's first layer over the width of its input."""
 
@@ -45,11 +47,13 @@ class OpenVLAOFTModel(PreTrainedModel):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _supports_flash_attn = True
     _no_split_modules = ["LlamaDecoderLayer", "Block"]
 
     config: OpenVLAOFTConfig
 
     def __init__(self, config: OpenVLAOFTConfig) -> None:
+        require_backend(config._attn_implementation)
         super().__init__(config)
         self.vision_backbone = FusedVisionBackbone(config)
         self.projector = Projector(self.vision_backbone.hidden_size, config.language.hidden_size)
@@ -227,12 +231,7 @@ def require_bidirectional(model: OpenVLAOFTModel) -> None:
         ConfigError: names what is wrong.
     """
     language = model.config.language
-    backend = language._attn_implementation  # pyright: ignore[reportPrivateUsage]
-    if backend not in BIDIRECTIONAL_ATTENTION:
-        raise ConfigError(
-            f"attn_implementation is '{backend}'; OpenVLA-OFT needs attention in both directions, "
-            f"which is ensured for {BIDIRECTIONAL_ATTENTION}: choose one of them"
-        )
+    require_bidirectional_backend(language._attn_implementation)  # pyright: ignore[reportPrivateUsage]
     layers = _layers(model.language_model)
     if language.is_causal or any(layer.self_attn.is_causal for layer in layers):
         raise ConfigError(

@@ -68,7 +68,9 @@ def assemble(
     if not 1 <= len(vision) <= 2:
         raise ConfigError(f"there are {len(vision)} vision folders; give one or two")
     require_file(language, CONFIG_FILE, "the sizes of the language model")
-    source = AutoModelForCausalLM.from_pretrained(str(language), dtype=dtype, local_files_only=True)
+    source: Any = AutoModelForCausalLM.from_pretrained(
+        str(language), dtype=dtype, local_files_only=True
+    )
     image_statistics = [_image_statistics(folder) for folder in vision]
     towers = [
         SiglipVisionModel.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
@@ -86,15 +88,17 @@ def assemble(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ScratchVLAModel(config).to(dtype)
+        model = ScratchVLAModel(config)
+    nn.Module.to(model, dtype)
     _take_over(model.language_model, source.base_model)
     for new, tower in zip(model.vision_towers, towers, strict=True):
         _take_over(new, tower)
     if config.action_rows == "trained":
-        rows = slice(first, first + NUM_BINS)
+        rows, head = slice(first, first + NUM_BINS), model.action_tokens.head
+        assert head is not None  # only a frozen tied head has none of its own
         with torch.no_grad():
             model.action_tokens.embedding.weight.copy_(embedding[rows])
-            model.action_tokens.head.weight.copy_(source.get_output_embeddings().weight[rows])
+            head.weight.copy_(source.get_output_embeddings().weight[rows])
     tokenizer = read_tokenizer(language)
     processor = ScratchVLAProcessor(config, tokenizer, image_statistics, statistics)
     return ScratchVLAPolicy(model, processor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 
@@ -44,7 +44,7 @@ class ScratchVLAConfig(PreTrainedConfig):
     """
 
     model_type = "scratch_vla"
-    sub_configs = {
+    sub_configs: ClassVar[dict[str, Any]] = {
         "text_config": AutoConfig,
         "vision_config": SiglipVisionConfig,
         "second_vision_config": SiglipVisionConfig,
@@ -91,10 +91,16 @@ class ScratchVLAConfig(PreTrainedConfig):
         return tuple(tower for tower in both if isinstance(tower, SiglipVisionConfig))
 
     @property
+    def image_size(self) -> int:
+        """Height and width of every image, pixels."""
+        size: Any = self.towers[0].image_size  # SigLIP's config would also take two numbers
+        return size
+
+    @property
     def num_patches(self) -> int:
         """Image tokens of one decision, over all views."""
-        tower = self.towers[0]
-        return self.num_views * (tower.image_size // tower.patch_size) ** 2
+        patch_size: Any = self.towers[0].patch_size
+        return self.num_views * (self.image_size // patch_size) ** 2
 
     @property
     def num_action_tokens(self) -> int:
@@ -106,7 +112,7 @@ class ScratchVLAConfig(PreTrainedConfig):
         """The sizes that the rest of the system must agree with."""
         return PolicyShape(
             num_views=self.num_views,
-            image_size=self.towers[0].image_size,
+            image_size=self.image_size,
             chunk_length=self.chunk_length,
             action_dim=self.action_dim,
             num_bins=self.n_action_bins,
