@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from verl_vla.errors import ConfigError
 

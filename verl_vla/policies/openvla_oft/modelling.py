@@ -53,7 +53,7 @@ class OpenVLAOFTModel(PreTrainedModel):
     config: OpenVLAOFTConfig
 
     def __init__(self, config: OpenVLAOFTConfig) -> None:
-        require_backend(config._attn_implementation)
+        require_backend(config._attn_implementation)  # pyright: ignore[reportPrivateUsage]
         super().__init__(config)
         self.vision_backbone = FusedVisionBackbone(config)
         self.projector = Projector(self.vision_backbone.hidden_size, config.language.hidden_size)
