@@ -17,7 +17,7 @@ from verl_vla.envs.suites import SUITES, instruction_of, step_limit, suite
 from verl_vla.errors import ConfigError
 
 SIZES = {
-    "mini": 6,
+    "mini": 7,
     "libero_spatial": 10,
     "libero_object": 10,
     "libero_goal": 10,
