@@ -11,18 +11,17 @@ read one place before its zero vector, over the action ids alone. Source: openvl
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.policies.base import ActionLogits, Chooser
-from verl_vla.policies.checkpoint import require_all_weights
 from verl_vla.policies.openvla_oft.attention import (
     require_backend,
     require_bidirectional_backend,
@@ -34,19 +33,16 @@ from verl_vla.policies.openvla_oft.vision import (
     LayerScale,
     VisionTransformer,
 )
+from verl_vla.policies.token_model import TokenModel
 
 PROJECTOR_EXPANSION = 4
 """Width of the projector's first layer over the width of its input."""
 
 
-class OpenVLAOFTModel(PreTrainedModel):
+class OpenVLAOFTModel(TokenModel):
     """Scores the action tokens of one chunk from images and a prompt."""
 
     config_class = OpenVLAOFTConfig
-    base_model_prefix = ""
-    main_input_name = "pixel_values"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
     _supports_flash_attn = True
     _no_split_modules = ["LlamaDecoderLayer", "Block"]
 
@@ -61,26 +57,10 @@ class OpenVLAOFTModel(PreTrainedModel):
         for layer in _layers(self.language_model):
             layer.self_attn.is_causal = False
         self.post_init()
-        self.freeze_unused()
+        self.choose_trained()
         require_bidirectional(self)
 
-    @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> OpenVLAOFTModel:
-        """Load config and weights; everything else that a folder holds is left alone.
-
-        Takes what `PreTrainedModel.from_pretrained` takes.
-
-        Raises:
-            ConfigError: if a weight is missing, superfluous or of another shape.
-        """
-        kwargs["output_loading_info"] = True
-        loaded: Any = super().from_pretrained(folder, *args, **kwargs)
-        model, report = loaded
-        require_all_weights(folder, report)
-        model.freeze_unused()  # loading makes every parameter trainable again
-        return model
-
-    def freeze_unused(self) -> None:
+    def choose_trained(self) -> None:
         """Take the weights that never run out of training."""
         for tower in self.vision_backbone.towers:
             tower.freeze_unused()

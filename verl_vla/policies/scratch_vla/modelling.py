@@ -18,14 +18,14 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModel, Cache, DynamicCache, PreTrainedModel, SiglipVisionModel
+from transformers import AutoModel, Cache, DynamicCache, SiglipVisionModel
 
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.policies.base import ActionLogits, Chooser
-from verl_vla.policies.checkpoint import require_all_weights
 from verl_vla.policies.scratch_vla.action_tokens import ActionTokens, embed_bins, score_bins
 from verl_vla.policies.scratch_vla.attention import align_right, pairwise_mask
 from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig
+from verl_vla.policies.token_model import TokenModel
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +45,10 @@ class Prefix:
     """[B, P + L] bool, false where padding is."""
 
 
-class ScratchVLAModel(PreTrainedModel):
+class ScratchVLAModel(TokenModel):
     """Scores or chooses the action tokens of one chunk from images and a prompt."""
 
     config_class = ScratchVLAConfig
-    base_model_prefix = ""
-    main_input_name = "pixel_values"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
 
     config: ScratchVLAConfig
 
@@ -74,22 +70,6 @@ class ScratchVLAModel(PreTrainedModel):
             )
             inject_adapter_in_model(adapter, self.language_model)
         self.choose_trained()
-
-    @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> ScratchVLAModel:
-        """Load config and weights; everything else that a folder holds is left alone.
-
-        Takes what `PreTrainedModel.from_pretrained` takes.
-
-        Raises:
-            ConfigError: if a weight is missing, superfluous or of another shape.
-        """
-        kwargs["output_loading_info"] = True
-        loaded: Any = super().from_pretrained(folder, *args, **kwargs)
-        model, report = loaded
-        require_all_weights(folder, report)
-        model.choose_trained()  # loading makes every parameter trainable again
-        return model
 
     def choose_trained(self) -> None:
         """Freeze what the configuration does not train."""
