@@ -28,8 +28,10 @@ from verl_vla.types import (
     Decisions,
     Episodes,
     EpisodeSpec,
+    GoalReadings,
     Observation,
     Outcome,
+    Reading,
     Trajectories,
 )
 
@@ -134,6 +136,7 @@ class _Record:
     logp: list[Tensor] = field(default_factory=list[Tensor])
     prompt_ids: list[Tensor] = field(default_factory=list[Tensor])
     executed: list[int] = field(default_factory=list[int])
+    goals: list[GoalReadings] = field(default_factory=list[GoalReadings])
     outcome: Outcome | None = None
     crash: EpisodeCrashed | None = None
 
@@ -216,6 +219,7 @@ def _note_answer(record: _Record, answer: Answer) -> Observation | None:
     if isinstance(answer, Observation):
         return answer
     record.executed.append(answer.executed)
+    record.goals.append(answer.goals)
     record.outcome = answer.outcome
     return answer.observation
 
@@ -236,8 +240,16 @@ def _tabulate(records: list[_Record], policy: Policy) -> Trajectories:
         ),
         decisions=_decisions(records, rows, policy),
         prompt_ids=tuple(records[b].prompt_ids[i] for b, i in rows),
+        goals=tuple(_goals(record) for record in records),
         crashes={r.spec.episode_id: str(r.crash) for r in records if r.crash is not None},
     )
+
+
+def _goals(record: _Record) -> GoalReadings:
+    """[decisions + 1, G, 3]; what holds after one chunk holds before the next."""
+    if not record.goals:  # its simulator was lost before it answered
+        return np.zeros((0, 0, len(Reading)), dtype=np.float32)
+    return np.concatenate([record.goals[0][:1], *(after[1:] for after in record.goals)])
 
 
 def _decisions(records: list[_Record], rows: list[tuple[int, int]], policy: Policy) -> Decisions:

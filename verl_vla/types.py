@@ -30,6 +30,9 @@ from verl_vla.errors import ContractError
 
 Table = TypeVar("Table")
 
+GoalReadings = npt.NDArray[np.float32]
+"""[..., G, 3], what a simulator knows about each of the G goals of its task, by `Reading`."""
+
 
 class Outcome(IntEnum):
     """How an episode ended. A crash is not a failure of the policy and is never trained on."""
@@ -37,6 +40,17 @@ class Outcome(IntEnum):
     SUCCESS = 0
     TIMEOUT = 1
     CRASH = 2
+
+
+class Reading(IntEnum):
+    """The columns of `GoalReadings`. Rewards may ask for them; a policy never sees them."""
+
+    REACH = 0
+    """From the gripper to what must be moved, m."""
+    REMAINING = 1
+    """From there to where the goal wants it, m; of a joint, how far it must still go, m or rad."""
+    HOLDS = 2
+    """1 where the simulator calls the goal reached, else 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,12 +154,18 @@ class Trajectories:
     decisions: Decisions
     prompt_ids: tuple[Tensor, ...]
     """N tensors [L] int64; ragged, so not a column."""
+    goals: tuple[GoalReadings, ...]
+    """B arrays [decisions + 1, G, 3]: before the first decision, and after each."""
     crashes: dict[int, str] = field(default_factory=dict[int, str])
 
     def __post_init__(self) -> None:
         if len(self.prompt_ids) != len(self.decisions):
             raise ContractError(
                 f"{len(self.prompt_ids)} prompts for {len(self.decisions)} decisions"
+            )
+        if len(self.goals) != len(self.episodes):
+            raise ContractError(
+                f"goal readings of {len(self.goals)} episodes for {len(self.episodes)}"
             )
         for row in self.decisions.episode.aminmax() if len(self.decisions) else ():
             if not 0 <= int(row) < len(self.episodes):
@@ -168,12 +188,13 @@ class Trajectories:
         rows = keep[self.decisions.episode]
         decisions = map_columns(self.decisions, lambda t: t[rows])
         episodes = map_columns(self.episodes, lambda t: t[keep])
-        kept = set(episodes.episode_id.tolist())
+        ids = set(episodes.episode_id.tolist())
         return Trajectories(
             episodes=episodes,
             decisions=replace(decisions, episode=new_row[decisions.episode]),
             prompt_ids=tuple(p for p, row in zip(self.prompt_ids, rows, strict=True) if row),
-            crashes={key: why for key, why in self.crashes.items() if key in kept},
+            goals=tuple(g for g, kept in zip(self.goals, keep, strict=True) if kept),
+            crashes={key: why for key, why in self.crashes.items() if key in ids},
         )
 
     @staticmethod
@@ -190,6 +211,7 @@ class Trajectories:
             episodes=concat_tables([p.episodes for p in parts]),
             decisions=concat_tables(with_rows or moved[:1]),
             prompt_ids=tuple(prompt for p in parts for prompt in p.prompt_ids),
+            goals=tuple(readings for p in parts for readings in p.goals),
             crashes={key: why for p in parts for key, why in p.crashes.items()},
         )
 

@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from verl_vla.envs.base import ChunkResult, Env, EnvFactory
 from verl_vla.envs.fake import FakeEnv, FakeEnvConfig
 from verl_vla.envs.libero import EnvConfig, make_env
 from verl_vla.errors import ConfigError, ContractError
-from verl_vla.types import Observation, Outcome
+from verl_vla.types import Observation, Outcome, Reading
 
 CHUNK = 8
 STEP_LIMIT = 44
@@ -102,6 +103,19 @@ def test_time_runs_out_inside_a_chunk(env: Env, case: Case) -> None:
     assert all(result.outcome is None for result in before)
     assert (last.executed, last.outcome) == (STEP_LIMIT % CHUNK, Outcome.TIMEOUT)
     assert last.observation is None
+
+
+def test_goals_are_read_before_and_after_every_chunk(env: Env, case: Case) -> None:
+    env.reset(0, 0)
+    results = play(env, case, range(6))
+    for result in results:
+        assert (result.goals.dtype, result.goals.shape) == (np.float32, (2, 1, len(Reading)))
+        assert np.isfinite(result.goals).all()
+        assert (result.goals >= 0).all()
+        assert not result.goals[..., Reading.HOLDS].any()
+    for before, after in pairwise(results):
+        assert np.array_equal(before.goals[1], after.goals[0])
+    assert not np.array_equal(results[0].goals[0], results[-1].goals[1])
 
 
 def test_nothing_is_played_after_the_end(env: Env, case: Case) -> None:

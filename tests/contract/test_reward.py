@@ -21,12 +21,15 @@ from verl_vla.reward import (
     judge,
     load_reward,
 )
+from verl_vla.types import Reading
 
 NAMES = sorted(p.stem for p in REWARDS_FOLDER.glob("*.py") if not p.stem.startswith("_"))
 PIXELS = {"encoder": "pixels", "encoder_args": {"grid": 4}}
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "binary": {},
     "knn_align": PIXELS,
+    "oracle": {},
+    "reaching": {},
     "siglip_t": {**PIXELS, "head_steps": 2},
     "srpo": PIXELS,
     "srpo_released": PIXELS,
@@ -40,6 +43,18 @@ def reward(request) -> TrajectoryReward:
     return load_reward(request.param, ARGUMENTS[request.param])
 
 
+SOLVED = (0, 3, 5)
+"""Rows of the batch."""
+
+
+def goals_of(rng: np.random.Generator, decisions: int, is_solved: bool) -> np.ndarray:
+    """Distances at random; the goals hold where the episode has solved its task."""
+    readings = rng.random((decisions + 1, 2, 3)).astype(np.float32)
+    readings[..., Reading.HOLDS] = 0
+    readings[-1, :, Reading.HOLDS] = is_solved
+    return readings
+
+
 def make_batch(seed: int = 0, split: str = "train") -> TrajectoryBatch:
     """Two groups of four on two tasks; pictures and readings are noise."""
     rng = np.random.default_rng(seed)
@@ -49,10 +64,11 @@ def make_batch(seed: int = 0, split: str = "train") -> TrajectoryBatch:
         group_id=np.repeat([seed, seed + 100], 4),
         task_key=("mini/0",) * 4 + ("mini/1",) * 4,
         init_state_id=np.repeat([3, 5], 4),
-        success=np.array([True, False, False, True, False, True, False, False]),
+        success=np.isin(np.arange(8), SOLVED),
         num_steps=lengths * 8,
         frames=tuple(rng.integers(0, 255, (n, 1, 32, 32, 3), dtype=np.uint8) for n in lengths),
         proprio=tuple(rng.normal(size=(n, 8)).astype(np.float32) for n in lengths),
+        goals=tuple(goals_of(rng, n, b in SOLVED) for b, n in enumerate(lengths)),
         split=split,  # pyright: ignore[reportArgumentType]
     )
 

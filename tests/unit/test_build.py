@@ -303,6 +303,7 @@ def make_evaluation(outcomes: list[Outcome]) -> Evaluation:
             executed=torch.zeros(0, dtype=torch.int64),
         ),
         prompt_ids=(),
+        goals=(np.zeros((1, 1, 3), dtype=np.float32),) * number,
         crashes={i: "lost" for i, o in enumerate(outcomes) if o == Outcome.CRASH},
     )
     rate = count(played, [2])

@@ -66,7 +66,8 @@ class OneChunkSimulators:
         outcome = Outcome(spec.init_state_id % 3)
         if outcome == Outcome.CRASH:
             return EpisodeCrashed("lost")
-        return ChunkResult(executed=2, outcome=outcome, observation=None)
+        goals = np.zeros((2, 1, 3), dtype=np.float32)
+        return ChunkResult(executed=2, outcome=outcome, observation=None, goals=goals)
 
 
 @dataclass

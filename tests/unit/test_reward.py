@@ -97,6 +97,7 @@ def make_trajectories() -> Trajectories:
             executed=torch.tensor([4, 2, 4, 4]),
         ),
         prompt_ids=(torch.tensor([1]),) * 4,
+        goals=tuple(np.full((n, 1, 3), b, dtype=np.float32) for b, n in enumerate((3, 2, 2))),
     )
 
 

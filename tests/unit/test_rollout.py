@@ -43,6 +43,24 @@ def see(spec: EpisodeSpec, decision: int) -> Observation:
     )
 
 
+def goals(before: int) -> np.ndarray:
+    """Readings that count the chunks."""
+    return np.array([before, before + 1], dtype=np.float32).repeat(3).reshape(2, 1, 3)
+
+
+def go_on(executed: int, spec: EpisodeSpec, decision: int) -> ChunkResult:
+    return ChunkResult(
+        executed=executed,
+        outcome=None,
+        observation=see(spec, decision + 1),
+        goals=goals(decision),
+    )
+
+
+def end(executed: int, outcome: Outcome, decision: int) -> ChunkResult:
+    return ChunkResult(executed=executed, outcome=outcome, observation=None, goals=goals(decision))
+
+
 class ScriptedSimulators:
     """Slots whose episodes follow scripts; refuses every call that a pool would refuse."""
 
@@ -101,10 +119,8 @@ class ScriptedSimulators:
         if script.crash_at == decision:
             return EpisodeCrashed(f"died on chunk {decision}")
         if decision == script.decisions - 1:
-            return ChunkResult(executed=script.last, outcome=script.outcome, observation=None)
-        return ChunkResult(
-            executed=len(actions), outcome=None, observation=see(self._specs[slot], decision + 1)
-        )
+            return end(script.last, script.outcome, decision)
+        return go_on(len(actions), self._specs[slot], decision)
 
 
 class ReactiveSimulators(ScriptedSimulators):
@@ -117,10 +133,8 @@ class ReactiveSimulators(ScriptedSimulators):
             return EpisodeCrashed(f"unlucky at {decision}")
         if luck % 5 == 0 or decision == 5:
             outcome = Outcome.TIMEOUT if decision == 5 else Outcome.SUCCESS
-            return ChunkResult(executed=1 + luck % 4, outcome=outcome, observation=None)
-        return ChunkResult(
-            executed=len(actions), outcome=None, observation=see(self._specs[slot], decision + 1)
-        )
+            return end(1 + luck % 4, outcome, decision)
+        return go_on(len(actions), self._specs[slot], decision)
 
 
 @dataclass
@@ -201,6 +215,16 @@ def test_every_decision_is_written_down_with_what_it_saw_and_chose():
         assert played.decisions.bins[i].tolist() == (noise * SHAPE.num_bins).astype(int).tolist()
         assert played.decisions.logp[i].tolist() == (-noise).astype(np.float32).tolist()
         assert bytes(played.prompt_ids[i][1:].tolist()).decode() == f"task {row}"
+
+
+def test_goal_readings_begin_before_the_first_decision_and_follow_each():
+    scripts = [Script(decisions=3), Script(decisions=2, crash_at=1), Script(crash_at=-1)]
+    played, _, _ = play_scripts(scripts, num_slots=3)
+    whole, cut, never_began = played.goals
+    assert whole[:, 0, 0].tolist() == [0, 1, 2, 3]
+    assert cut[:, 0, 0].tolist() == [0, 1]
+    assert whole.shape[1:] == (1, 3)
+    assert len(never_began) == 0
 
 
 def test_steps_and_outcomes_are_counted_to_the_action():

@@ -58,6 +58,7 @@ def make_trajectories(groups: list[int], num_decisions: list[int]) -> Trajectori
             executed=executed,
         ),
         prompt_ids=tuple(torch.arange(3 + i % 4) + 1000 for i in range(count)),
+        goals=(np.zeros((1, 1, 3), dtype=np.float32),) * len(groups),
     )
 
 

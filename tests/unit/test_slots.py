@@ -10,6 +10,7 @@ from verl_vla.errors import ContractError, EpisodeCrashed
 from verl_vla.types import EpisodeSpec, Observation, Outcome
 
 CHUNK = np.zeros((8, 7), dtype=np.float32)
+GOALS = np.arange(6, dtype=np.float32).reshape(2, 1, 3)
 
 
 def spec(init_state_id: int) -> EpisodeSpec:
@@ -25,7 +26,7 @@ def started(name: bytes = b"start") -> Started:
 
 
 def stepped(name: bytes) -> Stepped:
-    return Stepped(executed=8, outcome=None, moment=moment(name), busy_s=0.25)
+    return Stepped(executed=8, outcome=None, moment=moment(name), goals=GOALS, busy_s=0.25)
 
 
 @pytest.fixture
@@ -111,10 +112,11 @@ def test_a_request_keeps_its_actions_when_the_caller_reuses_the_array(slots):
 def test_a_slot_is_free_once_its_episode_has_ended(slots):
     slots.note(slots.start(0, spec(5)), started())
     slots.take_answers([0])[0]
-    end = Stepped(executed=3, outcome=Outcome.SUCCESS, moment=None, busy_s=0.25)
+    end = Stepped(executed=3, outcome=Outcome.SUCCESS, moment=None, goals=GOALS, busy_s=0.25)
     slots.note(slots.step(0, CHUNK), end)
     result = slots.take_answers([0])[0]
     assert (result.executed, result.outcome, result.observation) == (3, Outcome.SUCCESS, None)
+    assert np.array_equal(result.goals, GOALS)
     with pytest.raises(ContractError, match="plays no episode"):
         slots.check_playing(0)
     slots.check_free(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import FrozenInstanceError, fields, replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,6 +61,7 @@ def make_trajectories(lengths: list[int], first_id: int = 0) -> Trajectories:
         episodes=episodes,
         decisions=decisions,
         prompt_ids=tuple(row[:1].long() for row in decisions.logp),
+        goals=tuple(np.full((n, 1, 3), first_id + b) for b, n in enumerate(lengths)),
         crashes={key: f"lost {key}" for key in crashed},
     )
 
@@ -134,6 +136,19 @@ def test_trajectories_need_a_prompt_per_decision():
     whole = make_trajectories([2, 1])
     with pytest.raises(ContractError, match="2 prompts for 3 decisions"):
         replace(whole, prompt_ids=whole.prompt_ids[:2])
+
+
+def test_trajectories_need_goal_readings_of_every_episode():
+    whole = make_trajectories([2, 1])
+    with pytest.raises(ContractError, match="goal readings of 1 episodes for 2"):
+        replace(whole, goals=whole.goals[:1])
+
+
+def test_goal_readings_stay_with_their_episodes():
+    both = Trajectories.concat([make_trajectories([2, 1]), make_trajectories([1, 3], first_id=2)])
+    kept = both.select(torch.tensor([False, True, False, True]))
+    assert [len(readings) for readings in kept.goals] == [1, 3]
+    assert [float(readings.max()) for readings in kept.goals] == [1, 3]
 
 
 @pytest.mark.parametrize("row", [2, -1])

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from verl_vla.types import Observation, Outcome
+from verl_vla.types import GoalReadings, Observation, Outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +39,8 @@ class ChunkResult:
     chunk ends the episode there."""
     observation: Observation | None
     """What the policy sees next; None where the episode ended."""
+    goals: GoalReadings
+    """[2, G, 3], before the chunk and after it."""
 
 
 class Env(Protocol):

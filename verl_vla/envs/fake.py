@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from verl_vla.envs.base import ChunkResult, Snapshot
 from verl_vla.errors import ConfigError, ContractError
-from verl_vla.types import Observation, Outcome
+from verl_vla.types import GoalReadings, Observation, Outcome
 
 ACTION_DIM = 7
 """As in LIBERO; the first two values move the dot right and up, the others do nothing."""
@@ -114,12 +114,18 @@ class FakeEnv:
             raise ContractError(
                 f"actions must be [K, {ACTION_DIM}] with K >= 1, got {list(actions.shape)}"
             )
-        for executed, action in enumerate(actions, start=1):
-            outcome = self._step(action)
-            if outcome is not None:
-                self._is_over = True
-                return ChunkResult(executed=executed, outcome=outcome, observation=None)
-        return ChunkResult(executed=len(actions), outcome=None, observation=self._observe())
+        before = self._goals()
+        executed, outcome = 0, None
+        while outcome is None and executed < len(actions):
+            outcome = self._step(actions[executed])
+            executed += 1
+        self._is_over = outcome is not None
+        return ChunkResult(
+            executed=executed,
+            outcome=outcome,
+            observation=None if self._is_over else self._observe(),
+            goals=np.stack([before, self._goals()]),
+        )
 
     def snapshot(self) -> Snapshot:
         """Return the dot's place and the steps made."""
@@ -139,10 +145,18 @@ class FakeEnv:
         move = self._config.stride * np.clip(action[:2].astype(np.float64), -1, 1)
         self._place = np.clip(self._place + move, -1, 1)
         self._num_steps += 1
-        distance = np.abs(self._place - TARGETS[self._task_id].place).max()
-        if distance <= self._config.tolerance:
+        if self._distance() <= self._config.tolerance:
             return Outcome.SUCCESS
         return Outcome.TIMEOUT if self._num_steps >= self._config.step_limit else None
+
+    def _distance(self) -> float:
+        return float(np.abs(self._place - TARGETS[self._task_id].place).max())
+
+    def _goals(self) -> GoalReadings:
+        """[1, 3]; the dot is its own gripper."""
+        distance = self._distance()
+        holds = float(distance <= self._config.tolerance)
+        return np.array([[0.0, distance, holds]], dtype=np.float32)
 
     def _observe(self) -> Observation:
         proprio = np.zeros(PROPRIO_DIM, dtype=np.float32)

@@ -22,7 +22,7 @@ from verl_vla.envs.mini.geometry import ASSETS, HIDDEN_BODIES
 from verl_vla.envs.suites import StepLimit, Suite, suite
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.observations import prepare_image
-from verl_vla.types import Observation, Outcome
+from verl_vla.types import GoalReadings, Observation, Outcome
 
 if TYPE_CHECKING:
     from verl_vla.envs.simulator import Simulator, SimulatorState
@@ -80,6 +80,8 @@ def make_env(config: EnvConfig) -> LiberoEnv:
 class _Episode:
     task_id: int
     step_limit: int
+    goals: GoalReadings
+    """[G, 3], read at the start and at the end of each chunk."""
     num_steps: int = 0
     has_ended: bool = False
 
@@ -87,6 +89,7 @@ class _Episode:
 @dataclass(frozen=True, slots=True)
 class _Moment:
     simulator: SimulatorState
+    goals: GoalReadings
     has_ended: bool
 
 
@@ -121,10 +124,11 @@ class LiberoEnv:
     def reset_to(self, task_id: int, init_state: npt.NDArray[np.float64]) -> Observation:
         """Start an episode from a state [1 + nq + nv] that is not among the recorded ones."""
         simulator = self.simulator(task_id)
-        self._episode = _Episode(task_id, self.suite.step_limit(self.config.step_limit, task_id))
         simulator.begin(init_state)
         for _ in range(self.config.settle_steps):
             simulator.step(np.array(SETTLE_ACTION))
+        limit = self.suite.step_limit(self.config.step_limit, task_id)
+        self._episode = _Episode(task_id, limit, simulator.goals())
         return self.observe()
 
     def step_chunk(self, actions: npt.NDArray[np.float32]) -> ChunkResult:
@@ -133,7 +137,7 @@ class LiberoEnv:
         Raises:
             ContractError: no episode is under way, it has ended, or ``actions`` has a wrong shape.
         """
-        self._under_way()
+        episode = self._under_way()
         if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or not len(actions):
             raise ContractError(f"actions must be [K, {ACTION_DIM}], got {list(actions.shape)}")
         if not np.isfinite(actions).all():
@@ -143,8 +147,14 @@ class LiberoEnv:
         while outcome is None and executed < len(actions):
             outcome = self.step(actions[executed].astype(np.float64))
             executed += 1
+        before, episode.goals = episode.goals, self.simulator(episode.task_id).goals()
         observation = None if outcome is not None else self.observe()
-        return ChunkResult(executed=executed, outcome=outcome, observation=observation)
+        return ChunkResult(
+            executed=executed,
+            outcome=outcome,
+            observation=observation,
+            goals=np.stack([before, episode.goals]),
+        )
 
     def step(self, action: npt.NDArray[np.float64]) -> Outcome | None:
         """Run one action [7] without drawing anything; `step_chunk` is made of these."""
@@ -175,7 +185,8 @@ class LiberoEnv:
             ContractError: no episode has been started.
         """
         episode = self._current()
-        moment = _Moment(self.simulator(episode.task_id).state, episode.has_ended)
+        simulator = self.simulator(episode.task_id)
+        moment = _Moment(simulator.state, episode.goals, episode.has_ended)
         return Snapshot(task_id=episode.task_id, num_steps=episode.num_steps, state=moment)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -184,7 +195,7 @@ class LiberoEnv:
         task_id = snapshot.task_id
         limit = self.suite.step_limit(self.config.step_limit, task_id)
         self.simulator(task_id).state = moment.simulator
-        self._episode = _Episode(task_id, limit, snapshot.num_steps, moment.has_ended)
+        self._episode = _Episode(task_id, limit, moment.goals, snapshot.num_steps, moment.has_ended)
 
     def simulator(self, task_id: int) -> Simulator:
         """Return the simulator of a task, building it where needed."""

@@ -21,7 +21,9 @@ from libero.libero.envs.env_wrapper import ControlEnv
 from robosuite.utils.transform_utils import convert_quat, quat2axisangle
 
 from verl_vla.envs.control import ArmControl, ArmState, Floats
+from verl_vla.envs.goals import GoalMeter
 from verl_vla.envs.rendering import Look, Renderer
+from verl_vla.types import GoalReadings
 
 PHYSICS_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 """Everything that MuJoCo's next step depends on, the solver's warm start included."""
@@ -69,6 +71,7 @@ class Simulator:
         self._robot: Any = self._env.robots[0]
         self._finger_index: list[int] = self._robot._ref_gripper_joint_pos_indexes
         self._arm = ArmControl(self._robot)
+        self._goal_meter = GoalMeter(self._env)
         self._substeps = int(self._env.control_timestep / self._env.model_timestep)
         self._start = self._physics()
         self._seen = self._see()
@@ -124,6 +127,10 @@ class Simulator:
         body = self._model.body(self._robot.robot_model.eef_name).id
         turn = quat2axisangle(convert_quat(np.array(self._shown.xquat[body]), to="xyzw"))
         return np.concatenate([position, turn, self._seen.fingers_m]).astype(np.float32)
+
+    def goals(self) -> GoalReadings:
+        """Measure how far each goal of the task is, [G, 3]; see `Reading`."""
+        return self._goal_meter.read(self.gripper_position())
 
     def place_objects(self, seed: int) -> Floats:
         """Draw a start [1 + nq + nv] from the regions of the task; the episode played is lost."""

@@ -195,7 +195,10 @@ class Slots:
             episode.num_steps += result.executed
             observation = self._observe(slot, result.moment)
         self._answers[slot] = ChunkResult(
-            executed=result.executed, outcome=result.outcome, observation=observation
+            executed=result.executed,
+            outcome=result.outcome,
+            observation=observation,
+            goals=result.goals,
         )
 
     def _note_failure(self, request: Request, result: Failed) -> StartEpisode | None:

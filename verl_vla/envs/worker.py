@@ -113,6 +113,7 @@ def _do(env: Env, frames: Frames, request: Request) -> Reply:
         executed=result.executed,
         outcome=result.outcome,
         moment=moment,
+        goals=result.goals,
         busy_s=time.perf_counter() - began,
     )
 

@@ -8,6 +8,7 @@ from verl_vla.reward.features import (
     last_rows,
     normalised_time,
 )
+from verl_vla.reward.goals import goal_progress, smallest_reach
 from verl_vla.reward.interface import (
     FeatureExtractor,
     Need,
@@ -44,6 +45,7 @@ __all__ = [
     "align",
     "center_on_start",
     "complete",
+    "goal_progress",
     "import_file",
     "is_sound",
     "judge",
@@ -53,4 +55,5 @@ __all__ = [
     "make_batch",
     "normalised_time",
     "score",
+    "smallest_reach",
 ]

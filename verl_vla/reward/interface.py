@@ -14,12 +14,14 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from verl_vla.types import GoalReadings
+
 Rows = npt.NDArray[np.float32]
 """[T, D], the features of one episode in the order of its decisions."""
 
-Need = Literal["frames", "proprio", "features"]
-"""What a reward may ask for beyond the outcome: the decision images, the joint readings, or what
-its own `encoder` makes of the images."""
+Need = Literal["frames", "proprio", "features", "goals"]
+"""What a reward may ask for beyond the outcome: the decision images, the joint readings, what its
+own `encoder` makes of the images, or the simulator's distances to the goals."""
 
 Split = Literal["train", "held_out"]
 
@@ -47,6 +49,9 @@ class TrajectoryBatch:
     """B arrays [decisions, V, H, W, 3], what the policy saw; None unless required."""
     proprio: tuple[npt.NDArray[np.float32], ...] | None
     """B arrays [decisions, P]; None unless required."""
+    goals: tuple[GoalReadings, ...] | None = None
+    """B arrays [decisions + 1, G, 3], columns as in `Reading`, the start first and the end last;
+    None unless required. Only a simulator has them: a reward that needs them cannot leave it."""
     features: tuple[Rows, ...] | None = None
     """B arrays [T, D] of the reward's encoder, ragged in T; None unless required."""
     feature_space: str | None = None

@@ -85,6 +85,7 @@ def make_batch(trajectories: Trajectories, *, suite: str, split: Split) -> Traje
         num_steps=episodes.num_steps.numpy(),
         frames=tuple(image[r] for r in rows),
         proprio=tuple(proprio[r] for r in rows),
+        goals=trajectories.goals,
         split=split,
     )
 
@@ -107,6 +108,7 @@ def complete(reward: TrajectoryReward, batch: TrajectoryBatch) -> TrajectoryBatc
         batch,
         frames=batch.frames if "frames" in needs else None,
         proprio=batch.proprio if "proprio" in needs else None,
+        goals=batch.goals if "goals" in needs else None,
         features=features,
         feature_space=space,
     )
