@@ -192,6 +192,22 @@ def test_the_policys_towers_are_those_of_its_checkpoint(arguments):
     assert len(spaces) == 2
 
 
+def test_scrambled_towers_have_the_same_numbers_in_another_order(arguments):
+    own = arguments["policy_towers"]
+    plain, one, same, other = (
+        make_encoder("policy_towers", {**own, **extra})
+        for extra in ({}, *({"scramble_seed": seed} for seed in (1, 1, 2)))
+    )
+    assert one.feature_space == same.feature_space
+    assert len({e.feature_space for e in (plain, one, other)}) == 3
+    (features,), (repeated,) = one.encode([clip(2)]), same.encode([clip(2)])
+    assert np.array_equal(features, repeated)
+    assert not np.allclose(features, plain.encode([clip(2)])[0])
+    for name, weight in plain._backbone.state_dict().items():
+        mixed = one._backbone.state_dict()[name]
+        assert torch.equal(weight.flatten().sort().values, mixed.flatten().sort().values)
+
+
 def test_vjepa2_knows_the_order_of_frames_and_never_loops_a_clip(arguments):
     encoder = make_encoder("vjepa2", arguments["vjepa2"])
     episode = clip(6)

@@ -22,6 +22,7 @@ VERBS = {
     "demos": "record scripted demonstrations of mini: demos --out FILE ...",
     "sft": "fine-tune a tiny policy on demonstrations: sft --demos FILE --out DIR ...",
     "new-policy": "put a policy together: new-policy --language DIR --vision DIR --demos FILE ...",
+    "reward-bench": "measure rewards before training on them: reward-bench --rewards A,B --out DIR",
     "quickstart": "train the embedded policy and show what it learned",
     "bench": "measure the speed of a part: bench images ...",
     "recipes": "list the recipes that come with the project",

@@ -38,6 +38,7 @@ class PolicyTowersEncoder(ImageEncoder):
         path: str,
         *,
         tower: Tower = "all",
+        scramble_seed: int | None = None,
         dtype: str = "bfloat16",
         device: str = "cpu",
         batch_size: int = 32,
@@ -48,6 +49,8 @@ class PolicyTowersEncoder(ImageEncoder):
             path: folder of an OpenVLA-OFT checkpoint.
             tower: whose features: ``first`` is DINOv2 and ``last`` SigLIP in published
                 checkpoints; ``all`` puts them side by side.
+            scramble_seed: if given, the numbers of each weight are put in random order: a tower of
+                the same scale that has learned nothing, the control for one that has.
             dtype: that the towers compute in.
             device: as torch spells it.
             batch_size: pictures computed at once.
@@ -66,6 +69,8 @@ class PolicyTowersEncoder(ImageEncoder):
                 for name in stored.keys():  # noqa: SIM118 -- not a mapping
                     if name.startswith(VISION_PREFIX):
                         weights[name.removeprefix(VISION_PREFIX)] = stored.get_tensor(name)
+        if scramble_seed is not None:
+            weights = _scramble(weights, scramble_seed)
         try:
             backbone.load_state_dict(weights)
         except RuntimeError as error:
@@ -96,3 +101,11 @@ class PolicyTowersEncoder(ImageEncoder):
         """Map [n, H, W, 3] to [n, D]."""
         patches = self._backbone(self._network.pixels(pictures))
         return patches[..., self._columns].float().mean(dim=1).cpu().numpy()
+
+
+def _scramble(weights: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return {
+        name: weight.flatten()[torch.randperm(weight.numel(), generator=random)].view(weight.shape)
+        for name, weight in weights.items()
+    }
