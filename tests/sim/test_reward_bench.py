@@ -129,6 +129,8 @@ def test_a_stopped_play_goes_on_and_the_rule_stood_there_before(
         (["--seed", "4"], "holds other episodes (seed: 3 -> 4)"),
         (["--groups", "3"], "groups is 3 for 2 tasks"),
         (["--limit", "soon"], "step_limit"),
+        (["--render-size", "20"], "render at least that large"),
+        (["--workers", "0"], "num_workers is 0"),
         (["--policy", "nowhere"], "there is no config.json"),
         (["--episodes", "somewhere"], "would say what is played, but --episodes names what was"),
         (["--rewards", "knn_aling"], "did you mean 'knn_align'"),

@@ -21,7 +21,6 @@ from verl_vla.reward_bench import (
     BenchConfig,
     BenchRow,
     Sample,
-    as_json,
     describe,
     draw_features,
     draw_progress,
@@ -33,6 +32,7 @@ from verl_vla.reward_bench import (
     paper_table,
     ranking_table,
     read_rewards,
+    table_as_json,
     verdicts,
 )
 from verl_vla.reward_bench.bench import advantage_changes
@@ -194,7 +194,7 @@ def test_a_reward_that_knows_no_failure_is_unknown_with_count_zero(halves):
     rows = measure([contestant, clock], *halves, replace(CONFIG, curve_groups=0))
     assert rows[0].by_progress.spearman.count == 0
     assert rows[0].paper is None
-    found = as_json(rows, verdicts(rows))["blind"]
+    found = table_as_json(rows, verdicts(rows))["blind"]
     assert found["by_progress"]["spearman"] == {"value": None, "ci95": [None, None], "count": 0}
     assert found["verdict"] == {"ranks_failures": None, "beats_the_clock": None}
     json.dumps(found, allow_nan=False)
@@ -206,7 +206,7 @@ def test_tables_and_pictures_hold_every_row(rows, halves, tmp_path: Path):
     assert len(table) == 1 + len(every) and len(set(map(len, table))) == 1
     assert "yes" in next(line for line in table if line.startswith("oracle"))
     assert len(paper_table(every).splitlines()) == 1 + sum(r.paper is not None for r in every)
-    json.dumps(as_json(every, verdicts(every)), allow_nan=False)
+    json.dumps(table_as_json(every, verdicts(every)), allow_nan=False)
     success, truth = halves[1].batch.success, halves[1].truth
     draw_progress(tmp_path / "p.png", every, success)
     draw_reliability(tmp_path / "r.png", every, truth, success)

@@ -24,7 +24,7 @@ from verl_vla.envs.suites import SUITES, suite
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import count
 from verl_vla.policies.checkpoint import weight_files
-from verl_vla.policies.loading import load_policy
+from verl_vla.policies.loading import load_policy, load_processor
 from verl_vla.provenance import provenance
 from verl_vla.recipe import EnvironmentConfig
 from verl_vla.reward_bench import (
@@ -33,7 +33,6 @@ from verl_vla.reward_bench import (
     BenchRow,
     PlayConfig,
     Sample,
-    as_json,
     choose_groups,
     claim,
     describe,
@@ -51,9 +50,10 @@ from verl_vla.reward_bench import (
     ranking_table,
     read_rewards,
     read_trajectories,
+    table_as_json,
     verdicts,
 )
-from verl_vla.types import Trajectories
+from verl_vla.types import EpisodeSpec, Trajectories
 
 logger = logging.getLogger(__name__)
 
@@ -102,14 +102,14 @@ def run(arguments: Sequence[str]) -> int:
     # the rule stands in the result before there is anything to judge
     _write(out, result)
     if options.episodes is None:
-        _play(folder, played, options.workers)
+        _play(folder, played, _environment(played, options))
     trajectories = read_trajectories(folder, played.groups)
     learned, judged = halve(make_sample(trajectories, suite=played.suite, split="train"))
     rows = measure(contestants, learned, judged, config)
     result |= {
         "outcomes": _outcomes(trajectories, played),
         "judged": describe(judged),
-        "table": as_json(rows, verdicts(rows)),
+        "table": table_as_json(rows, verdicts(rows)),
         "wall_s": time.perf_counter() - began,
     }
     _write(out, result)
@@ -169,26 +169,31 @@ def _find_episodes(
     chosen = suite(played.suite)
     check_assets(chosen)
     _groups(played)
-    record = asdict(played) | {WEIGHTS: _digest(find_policy(played.policy))}
+    policy = find_policy(played.policy)
+    env_config(_environment(played, options), load_processor(policy, played.unnorm_key).shape)
+    record = asdict(played) | {WEIGHTS: _digest(policy)}
     folder = out / EPISODES_FOLDER
     claim(folder, record)
     return folder, played, record
 
 
-def _play(folder: Path, played: PlayConfig, workers: int) -> None:
+def _environment(played: PlayConfig, options: argparse.Namespace) -> EnvironmentConfig:
+    return EnvironmentConfig(
+        suite=played.suite,
+        step_limit=played.step_limit,
+        render_size=played.render_size,
+        num_workers=options.workers,
+        num_slots=played.slots,
+    )
+
+
+def _play(folder: Path, played: PlayConfig, env: EnvironmentConfig) -> None:
     """Play what is missing; where nothing is, neither policy nor simulator is loaded."""
     if is_complete(folder, played.groups):
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_policy(find_policy(played.policy), DTYPES[played.dtype], played.unnorm_key)
     torch.nn.Module.to(policy.model, device)
-    env = EnvironmentConfig(
-        suite=played.suite,
-        step_limit=played.step_limit,
-        render_size=played.render_size,
-        num_workers=workers,
-        num_slots=played.slots,
-    )
     with open_simulators(env, env_config(env, policy.shape), policy.shape) as simulators:
         play_missing(
             folder,
@@ -200,7 +205,7 @@ def _play(folder: Path, played: PlayConfig, workers: int) -> None:
         )
 
 
-def _groups(played: PlayConfig) -> Any:
+def _groups(played: PlayConfig) -> list[list[EpisodeSpec]]:
     chosen = suite(played.suite)
     training = starts(chosen, task_ids(chosen, played.tasks), "train")
     return choose_groups(
@@ -233,7 +238,7 @@ def _write(out: Path, result: dict[str, Any]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         partial = out / f"{RESULT_FILE}.tmp"
-        partial.write_text(json.dumps(result, indent=1))
+        partial.write_text(json.dumps(result, indent=1, allow_nan=False))
         partial.replace(out / RESULT_FILE)
     except OSError as error:
         raise ConfigError(

@@ -19,10 +19,10 @@ from verl_vla.reward_bench.episodes import (
 from verl_vla.reward_bench.plots import draw_features, draw_progress, draw_reliability
 from verl_vla.reward_bench.samples import Sample, halve, make_sample
 from verl_vla.reward_bench.table import (
-    as_json,
     describe,
     paper_table,
     ranking_table,
+    table_as_json,
     verdicts,
 )
 from verl_vla.reward_bench.verdict import VERDICT_RULE
@@ -33,7 +33,7 @@ __all__ = [
     "BenchRow",
     "PlayConfig",
     "Sample",
-    "as_json",
+    "table_as_json",
     "choose_groups",
     "claim",
     "describe",

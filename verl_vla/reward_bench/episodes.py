@@ -232,7 +232,7 @@ def _write(file: Path, trajectories: Trajectories) -> None:
     tables["crashes"] = np.array(json.dumps(trajectories.crashes))
     partial_file = file.with_suffix(".partial")
     with partial_file.open("wb") as stream:
-        np.savez_compressed(stream, allow_pickle=False, **tables)
+        np.savez_compressed(stream, **tables)  # pyright: ignore[reportArgumentType]
     partial_file.replace(file)
 
 

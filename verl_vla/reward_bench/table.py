@@ -25,7 +25,7 @@ def verdicts(rows: Sequence[BenchRow]) -> dict[str, Verdict]:
     return {row.label: decide(row.by_progress.spearman, clock) for row in rows}
 
 
-def as_json(rows: Sequence[BenchRow], found: Mapping[str, Verdict]) -> dict[str, Any]:
+def table_as_json(rows: Sequence[BenchRow], found: Mapping[str, Verdict]) -> dict[str, Any]:
     """Every row by its label, with its verdict."""
     return {row.label: row.as_json() | {"verdict": asdict(found[row.label])} for row in rows}
 
