@@ -24,6 +24,8 @@ from transformers.utils.generic import ModelOutput
 
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig
+from verl_vla.policies.openvla_oft.lora import head_rows
+from verl_vla.policies.openvla_oft.sequence import move_padding_last, prompt_lengths, read_from
 from verl_vla.policies.openvla_oft.vision import (
     AttentionPool,
     FusedVisionBackbone,
@@ -43,9 +45,12 @@ class ActionLogits(ModelOutput):
 
     Args:
         logits: [B, T, C] float32, column ``k`` scores bin ``k``.
+        nll: [B, T + 1] float32, nats: minus the log-probability of each demonstrated action token
+            and of the stop behind them, among the whole vocabulary; where bins were given.
     """
 
     logits: Tensor | None = None
+    nll: Tensor | None = None
 
 
 class OpenVLAOFTModel(PreTrainedModel):
@@ -114,12 +119,30 @@ class OpenVLAOFTModel(PreTrainedModel):
         return self(pixel_values, input_ids, attention_mask).logits
 
     def forward(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        demonstrated: Tensor | None = None,
     ) -> ActionLogits:
-        """Compute what `action_logits` returns; the entry that FSDP and adapters wrap."""
-        return ActionLogits(
-            logits=self._score(self._think(pixel_values, input_ids, attention_mask))
-        )
+        """Compute what `action_logits` returns; the entry that FSDP and adapters wrap.
+
+        Args:
+            pixel_values: see `action_logits`.
+            input_ids: see `action_logits`.
+            attention_mask: see `action_logits`.
+            demonstrated: [B, T] int64 bins to be imitated; with them comes `ActionLogits.nll`.
+        """
+        num_tokens = self.config.num_action_tokens
+        if demonstrated is None:
+            hidden = self._think(pixel_values, input_ids, attention_mask, num_tokens)
+            return ActionLogits(logits=self._score(hidden))
+        hidden = self._think(pixel_values, input_ids, attention_mask, num_tokens + 1)
+        of_all = self._score_all(hidden)
+        stop = demonstrated.new_full((len(demonstrated), 1), self.config.stop_id)
+        labels = torch.cat([self.config.first_action_id + demonstrated, stop], dim=1)
+        nll = functional.cross_entropy(of_all.transpose(1, 2), labels, reduction="none")
+        return ActionLogits(logits=of_all[:, :num_tokens, self._action_ids], nll=nll)
 
     def action_mass(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
@@ -132,20 +155,33 @@ class OpenVLAOFTModel(PreTrainedModel):
         Returns:
             [B, T] float32, 0 to 1.
         """
-        hidden = self._think(pixel_values, input_ids, attention_mask).float()
-        of_all = functional.linear(hidden, self.language_model.lm_head.weight.float())
-        return (self._score(hidden).logsumexp(-1) - of_all.logsumexp(-1)).exp()
+        num_tokens = self.config.num_action_tokens
+        of_all = self._score_all(self._think(pixel_values, input_ids, attention_mask, num_tokens))
+        return (of_all[..., self._action_ids].logsumexp(-1) - of_all.logsumexp(-1)).exp()
+
+    @property
+    def _action_ids(self) -> slice:
+        start = self.config.first_action_id
+        return slice(start, start + self.config.n_action_bins)
 
     def _think(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        num_positions: int,
     ) -> Tensor:
-        """Run everything but the head: [B, T, D], the states that action tokens are read from."""
+        """Run everything but the head.
+
+        Returns:
+            [B, num_positions, D], the states that the first tokens behind the prompt are read from.
+        """
         require_bidirectional(self)
         num_prompts, num_ids = input_ids.shape
-        lengths = _prompt_lengths(attention_mask)
+        lengths = prompt_lengths(attention_mask)
         embeddings = self._embed(input_ids)
         patches = self.projector(self.vision_backbone(pixel_values))
-        embeddings, keep = _move_padding_last(embeddings, lengths, num_ids)
+        embeddings, keep = move_padding_last(embeddings, lengths, num_ids)
         sequence = torch.cat([embeddings[:, :1], patches, embeddings[:, 1:]], dim=1)
         self._check_length(sequence.shape[1], num_ids)
         mask = None
@@ -156,7 +192,7 @@ class OpenVLAOFTModel(PreTrainedModel):
             inputs_embeds=sequence, attention_mask=mask, use_cache=False
         ).last_hidden_state
         first = patches.shape[1] - 1 + (num_ids if lengths is None else lengths)
-        return self._read(hidden, first)
+        return read_from(hidden, first, num_positions)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the table of token embeddings."""
@@ -179,20 +215,17 @@ class OpenVLAOFTModel(PreTrainedModel):
         )
         return torch.cat([embedded[:, :-1], slots, embedded[:, -1:]], dim=1)
 
-    def _read(self, hidden: Tensor, first: int | Tensor) -> Tensor:
-        """Pick T neighbouring positions out of [B, S, D], from ``first`` on; gives [B, T, D]."""
-        num_tokens = self.config.num_action_tokens
-        if isinstance(first, int):
-            return hidden[:, first : first + num_tokens]
-        positions = first[:, None] + torch.arange(num_tokens, device=hidden.device)
-        return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-
     def _score(self, hidden: Tensor) -> Tensor:
         """Apply the action ids' rows of the head in float32, under autocast too."""
-        start = self.config.first_action_id
-        rows = self.language_model.lm_head.weight[start : start + self.config.n_action_bins]
+        rows = head_rows(self.language_model.lm_head, self._action_ids)
         with torch.autocast(device_type=hidden.device.type, enabled=False):
-            return functional.linear(hidden.float(), rows.float())
+            return functional.linear(hidden.float(), rows)
+
+    def _score_all(self, hidden: Tensor) -> Tensor:
+        """Apply every row of the head, as `_score` applies some."""
+        rows = head_rows(self.language_model.lm_head, slice(None))
+        with torch.autocast(device_type=hidden.device.type, enabled=False):
+            return functional.linear(hidden.float(), rows)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -248,37 +281,3 @@ def require_bidirectional(model: OpenVLAOFTModel) -> None:
 
 def _layers(language_model: LlamaForCausalLM) -> list[LlamaDecoderLayer]:
     return cast("list[LlamaDecoderLayer]", list(language_model.model.layers))
-
-
-def _prompt_lengths(attention_mask: Tensor | None) -> Tensor | None:
-    """Count the ids of every prompt, [B]; None where no prompt is padded."""
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
-        raise ContractError(
-            "attention_mask has padding before a prompt's end; prompts are padded on the right"
-        )
-    return attention_mask.sum(1)
-
-
-def _move_padding_last(
-    embeddings: Tensor, lengths: Tensor | None, num_ids: int
-) -> tuple[Tensor, Tensor | None]:
-    """Close the gap between a short prompt and its action slots.
-
-    Args:
-        embeddings: [B, L + T + 1, D] padded prompts, action slots, stop.
-        lengths: [B] ids of every prompt, or None where no prompt is padded.
-        num_ids: L.
-
-    Returns:
-        ``embeddings`` with all padding at the end, and [B, L + T] bool, true where no padding
-        is, for all places but the first; None where there is no padding.
-    """
-    if lengths is None:
-        return embeddings, None
-    places = torch.arange(embeddings.shape[1], device=embeddings.device)
-    padding = (places >= lengths[:, None]) & (places < num_ids)
-    order = padding.int().argsort(dim=1, stable=True)
-    moved = embeddings.gather(1, order.unsqueeze(-1).expand_as(embeddings))
-    return moved, ~padding.gather(1, order)[:, 1:]
