@@ -216,24 +216,32 @@ def load_recipe(arguments: Sequence[str]) -> Recipe:
     Raises:
         ConfigError: no recipe named, unknown recipe or key, or a value that cannot be.
     """
+    return parse(Recipe, compose_recipe(arguments, RECIPES_FOLDER))
+
+
+def compose_recipe(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Merge the recipe that ``arguments`` name, one of ``folder`` or a file, and their overrides.
+
+    Raises:
+        ConfigError: no recipe named, an unknown one, or one that cannot be read.
+    """
     recipes = [a.removeprefix("recipe=") for a in arguments if a.startswith("recipe=")]
     if len(recipes) != 1:
         raise ConfigError(
             f"{len(recipes)} recipes were named; say which one with recipe=NAME. "
-            f"Known: {', '.join(recipe_names())}"
+            f"Known: {', '.join(recipe_names(folder))}"
         )
-    file = find_recipe(recipes[0])
     overrides = [a for a in arguments if not a.startswith("recipe=")]
-    return parse(Recipe, _compose(file, overrides))
+    return _compose(find_recipe(recipes[0], folder), overrides)
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with the project."""
-    return sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
+def recipe_names(folder: Path | None = None) -> list[str]:
+    """Names of the recipes in ``folder``, by default those of training that come with us."""
+    return sorted(path.stem for path in (folder or RECIPES_FOLDER).glob("*.yaml"))
 
 
-def find_recipe(name: str) -> Path:
-    """The YAML file that ``name`` stands for."""
+def find_recipe(name: str, folder: Path | None = None) -> Path:
+    """The YAML file that ``name`` stands for; ``folder`` as of `recipe_names`."""
     if name.endswith(".yml"):
         raise ConfigError(f"recipe is {name!r}, but Hydra reads .yaml alone; rename the file")
     if name.endswith(".yaml"):
@@ -241,9 +249,10 @@ def find_recipe(name: str) -> Path:
         if not path.is_file():
             raise ConfigError(f"recipe is {name!r}, but there is no such file; check the path")
         return path
-    if name not in recipe_names():
-        raise ConfigError(f"recipe is {name!r}, which is unknown; {nearest(name, recipe_names())}")
-    return RECIPES_FOLDER / f"{name}.yaml"
+    known = recipe_names(folder)
+    if name not in known:
+        raise ConfigError(f"recipe is {name!r}, which is unknown; {nearest(name, known)}")
+    return (folder or RECIPES_FOLDER) / f"{name}.yaml"
 
 
 def _compose(file: Path, overrides: Sequence[str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ VERBS = {
     "eval": "measure a policy on held-out starts: eval --policy DIR --suite NAME ...",
     "doctor": "say whether a checkpoint can be trained: doctor --checkpoint DIR ...",
     "demos": "record scripted demonstrations of mini: demos --out FILE ...",
-    "sft": "fine-tune a tiny policy on demonstrations: sft --demos FILE --out DIR ...",
+    "sft": "fine-tune a policy on demonstrations: sft recipe=NAME key=value ...",
     "quickstart": "train the embedded policy and show what it learned",
     "recipes": "list the recipes that come with the project",
 }

@@ -1,8 +1,13 @@
-"""``sft --demos FILE --out DIR ...``: train a tiny policy from scratch on demonstrations."""
+"""``sft``: fine-tune a policy on demonstrations.
+
+``sft recipe=NAME key=value ...`` learns from LIBERO's files, in as many processes as there are
+GPUs; ``sft --demos FILE --out DIR ...`` trains a tiny policy from scratch on a file of `demos`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import time
 from collections.abc import Iterable, Sequence
@@ -13,6 +18,8 @@ import torch
 from verl_vla.demonstrations import Demonstration, DemonstrationFile
 from verl_vla.envs.suites import SUITES, suite
 from verl_vla.errors import ConfigError
+from verl_vla.finetuning.recipe import load_sft_recipe
+from verl_vla.finetuning.run import prepare_run
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
 from verl_vla.sft import SFTConfig, StepReport, action_statistics, fit, make_samples
 
@@ -24,6 +31,8 @@ SHOW_EVERY = 20
 
 def run(arguments: Sequence[str]) -> int:
     """Fit, say how it goes, and write a checkpoint folder."""
+    if any(argument.startswith("recipe=") for argument in arguments):
+        return _run_recipe(arguments)
     options = _parser().parse_args(arguments)
     config = SFTConfig(
         steps=options.steps,
@@ -56,6 +65,15 @@ def run(arguments: Sequence[str]) -> int:
     _show(fit(policy, samples, config), config.steps)
     policy.save_pretrained(options.out)
     logger.info("written to %s", options.out)
+    return 0
+
+
+def _run_recipe(arguments: Sequence[str]) -> int:
+    """Carry out a recipe; the same command again resumes."""
+    opened = prepare_run(load_sft_recipe(arguments))
+    logger.info("run folder %s", opened.folder)
+    # veRL is imported only here: a wrong recipe answers in seconds
+    importlib.import_module("verl_vla.trainer.sft_launch").train(opened)
     return 0
 
 
