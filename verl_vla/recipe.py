@@ -21,6 +21,7 @@ from yaml import YAMLError
 from verl_vla.config import nearest, parse
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import EvaluationConfig
+from verl_vla.gate import GateConfig
 from verl_vla.loss import ClipRange
 from verl_vla.sampling import SamplingConfig
 
@@ -33,16 +34,24 @@ class PolicyConfig:
     """Which policy is improved, and how it is held."""
 
     path: str
-    """Folder of an OpenVLA-OFT checkpoint: weights, config, tokenizer and statistics. A relative
-    path starts at the project's root."""
+    """Folder of a checkpoint, OpenVLA-OFT or scratch VLA: weights, config, tokenizer and
+    statistics. A relative path starts at the project's root."""
     unnorm_key: str | None = None
     """Which entry of ``dataset_statistics.json``; null where there is only one."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the weights and the body's arithmetic; the head is always float32."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Back end of the language model's attention, bidirectional in both."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Back end of the language model's attention, bidirectional in all. The last one needs a CUDA
+    device and the package flash-attn."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        if self.attention == "flash_attention_2" and self.dtype == "float32":
+            raise ConfigError(
+                "policy.attention is 'flash_attention_2', which computes in 16 bits, and "
+                "policy.dtype is 'float32'; set policy.dtype=bfloat16 or policy.attention=sdpa"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +192,7 @@ class Recipe:
     """The only source of randomness of a run."""
     policy: PolicyConfig
     environment: EnvironmentConfig
+    gate: GateConfig = field(default_factory=GateConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: str = "binary"
     """A file of ``rewards/``, or ``path/to/file.py:ClassName``."""
@@ -220,7 +230,15 @@ def load_recipe(arguments: Sequence[str]) -> Recipe:
 
 
 def compose_recipe(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Merge the recipe that ``arguments`` name, one of ``folder`` or a file, and their overrides.
+    """Let Hydra merge the recipe that ``arguments`` name, the files it builds on, and overrides.
+
+    Overrides may name keys that the file leaves at their default, so each is marked as one that
+    may be new; `parse` refuses those that nobody knows. A recipe of the user's own may build on
+    the project's recipes and profiles.
+
+    Args:
+        arguments: ``recipe=NAME key=value ...``.
+        folder: of the recipes with a plain name.
 
     Raises:
         ConfigError: no recipe named, an unknown one, or one that cannot be read.
@@ -231,16 +249,28 @@ def compose_recipe(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
             f"{len(recipes)} recipes were named; say which one with recipe=NAME. "
             f"Known: {', '.join(recipe_names(folder))}"
         )
+    file = find_recipe(recipes[0], folder)
     overrides = [a for a in arguments if not a.startswith("recipe=")]
-    return _compose(find_recipe(recipes[0], folder), overrides)
+    for override in overrides:
+        _check_override(override)
+    words = [f"++{o.lstrip('+')}" for o in overrides]
+    if file.parent != folder:
+        words.append(f"hydra.searchpath=['file://{folder}']")
+    try:
+        with initialize_config_dir(str(file.parent), version_base=None):
+            composed = compose(config_name=file.stem, overrides=words)
+        container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {file.stem!r} cannot be composed: {error}") from error
+    return cast("dict[str, Any]", container)
 
 
-def recipe_names(folder: Path | None = None) -> list[str]:
-    """Names of the recipes in ``folder``, by default those of training that come with us."""
-    return sorted(path.stem for path in (folder or RECIPES_FOLDER).glob("*.yaml"))
+def recipe_names(folder: Path = RECIPES_FOLDER) -> list[str]:
+    """Names of the recipes in a folder, those of training that come with the project."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def find_recipe(name: str, folder: Path | None = None) -> Path:
+def find_recipe(name: str, folder: Path = RECIPES_FOLDER) -> Path:
     """The YAML file that ``name`` stands for; ``folder`` as of `recipe_names`."""
     if name.endswith(".yml"):
         raise ConfigError(f"recipe is {name!r}, but Hydra reads .yaml alone; rename the file")
@@ -249,29 +279,9 @@ def find_recipe(name: str, folder: Path | None = None) -> Path:
         if not path.is_file():
             raise ConfigError(f"recipe is {name!r}, but there is no such file; check the path")
         return path
-    known = recipe_names(folder)
-    if name not in known:
+    if name not in (known := recipe_names(folder)):
         raise ConfigError(f"recipe is {name!r}, which is unknown; {nearest(name, known)}")
-    return (folder or RECIPES_FOLDER) / f"{name}.yaml"
-
-
-def _compose(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Let Hydra merge the file, the files it builds on, and the overrides.
-
-    Overrides may name keys that the file leaves at their default, so each is marked as one that
-    may be new; `parse` refuses those that nobody knows.
-    """
-    for override in overrides:
-        _check_override(override)
-    try:
-        with initialize_config_dir(str(file.parent), version_base=None):
-            composed = compose(
-                config_name=file.stem, overrides=[f"++{o.lstrip('+')}" for o in overrides]
-            )
-        container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {file.stem!r} cannot be composed: {error}") from error
-    return cast("dict[str, Any]", container)
+    return folder / f"{name}.yaml"
 
 
 def _check_override(override: str) -> None:

@@ -3,87 +3,63 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from scratch_parts import write_language, write_vision
+from training_runs import TrainingRun
+from transformers import AutoModel
 
+from verl_vla.actions import ActionStatistics
+from verl_vla.cli.main import EXIT_USAGE, main
+from verl_vla.envs.suites import suite
 from verl_vla.finetuning.metrics import SFT_METRICS
 from verl_vla.metrics import is_reproducible, read_metrics
-from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
-from verl_vla.policies.openvla_oft.doctor import require_sound
+from verl_vla.policies.loading import load_policy, require_sound
+from verl_vla.policies.scratch_vla import ScratchVLAModel, ScratchVLAPolicy
+from verl_vla.policies.scratch_vla.assembly import assemble
 from verl_vla.trainer.checkpoint import complete_steps, step_folder
 
 pytestmark = [pytest.mark.smoke, pytest.mark.sim]
 
-PROJECT = Path(__file__).resolve().parents[2]
-RUN_LIMIT_S = 900
 RANKS_DIFFER = 1e-5
 """How far two ranks' weights may be from one's: float32 sums in another order."""
+SMALL = (
+    "recipe=sft_mini",
+    "demos.pictures=stored",
+    "demos.num_loaders=0",
+    "environment.tasks=[0,1]",
+    "environment.num_workers=1",
+    "environment.render_size=112",
+    "environment.step_limit=8",
+    "evaluation.episodes_per_task=1",
+    "optimizer.batch_size=4",
+    "optimizer.micro_batch_size=2",
+    "optimizer.warmup_steps=2",
+    "optimizer.decay_at=[5]",
+    "trainer.total_steps=6",
+    "trainer.save_every=2",
+    "trainer.test_every=3",
+    "trainer.play_every=0",
+    "trainer.keep_checkpoints=9",
+)
+DRAWN_AGAIN = ("demos.pictures=rerendered", "trainer.play_every=100")
+BRIEF = ("trainer.total_steps=2", "trainer.test_every=0", "trainer.play_every=2")
 
 
-class FineTuning:
-    """One ``python -m verl_vla sft recipe=...`` and its run folder."""
+class FineTuning(TrainingRun):
+    """One ``sft recipe=...`` and its run folder."""
 
     def __init__(self, folder: Path, demos: Path, *words: str) -> None:
-        self.folder = folder
-        self._words = [
-            "recipe=sft_mini",
-            f"out='{folder}'",
-            f"demos.folder='{demos}'",
-            "demos.pictures=stored",
-            "demos.num_loaders=0",
-            "environment.tasks=[0,1]",
-            "environment.num_workers=1",
-            "optimizer.batch_size=4",
-            "optimizer.micro_batch_size=2",
-            "optimizer.warmup_steps=2",
-            "optimizer.decay_at=[5]",
-            "trainer.total_steps=6",
-            "trainer.save_every=2",
-            "trainer.test_every=3",
-            "trainer.play_every=0",
-            "trainer.keep_checkpoints=9",
-            *words,
-        ]
+        super().__init__(folder, [*SMALL, f"demos.folder='{demos}'", *words], verb="sft")
 
-    def start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "verl_vla", "sft", *self._words],
-            cwd=PROJECT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
-
-    def finish(self) -> str:
-        process = self.start()
-        try:
-            said, _ = process.communicate(timeout=RUN_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-        assert process.returncode == 0, said
-        return said
-
-    def kill_when(self, condition: Callable[[], bool]) -> None:
-        process = self.start()
-        deadline = time.monotonic() + RUN_LIMIT_S
-        while not condition():
-            assert process.poll() is None, process.stdout.read() if process.stdout else ""
-            assert time.monotonic() < deadline, "the moment to kill never came"
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    def here(self, *words: str) -> FineTuning:
+        """Carry it out, or go on with it, in this process, which knows veRL already."""
+        assert main([*self.words, *words]) == 0
+        return self
 
     def reproducible(self) -> list[dict[str, float]]:
         lines = read_metrics(self.folder / "metrics.jsonl")
@@ -102,24 +78,8 @@ def largest_difference(a: Path, b: Path) -> float:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, mini_demos: Path) -> tuple[FineTuning, str]:
     """A run that was never interrupted, and what it said; it plays at its end."""
-    run = FineTuning(
-        tmp_path_factory.mktemp("whole") / "run",
-        mini_demos,
-        "demos.pictures=rerendered",
-        "environment.render_size=112",
-        "environment.step_limit=8",
-        "evaluation.episodes_per_task=1",
-        "trainer.play_every=100",
-    )
+    run = FineTuning(tmp_path_factory.mktemp("whole") / "run", mini_demos, *DRAWN_AGAIN)
     return run, run.finish()
-
-
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory: pytest.TempPathFactory, mini_demos: Path) -> FineTuning:
-    """A run on the stored pictures, never interrupted."""
-    run = FineTuning(tmp_path_factory.mktemp("stored") / "run", mini_demos)
-    run.finish()
-    return run
 
 
 def test_a_run_reports_every_declared_metric(whole: tuple[FineTuning, str]) -> None:
@@ -142,70 +102,117 @@ def test_what_it_leaves_behind_can_be_played_and_trained(whole: tuple[FineTuning
     run, said = whole
     assert str(run.policy(6)) in said
     require_sound(run.policy(6), "mini")
-    policy = OpenVLAOFTPolicy.from_pretrained(run.policy(6), unnorm_key="mini")
+    policy = load_policy(run.policy(6), unnorm_key="mini")
     assert policy.processor.codec.statistics.key == "mini_no_noops"
     assert largest_difference(run.policy(6), run.policy(1)) > 1e-4
 
 
-def test_an_epoch_lost_without_step_checkpoints(stored: FineTuning) -> None:
+def test_an_epoch_lost_without_step_checkpoints(whole: tuple[FineTuning, str]) -> None:
     """A run saves from its first step on, so that what fails later can cost no more than a few."""
-    assert complete_steps(stored.folder / "checkpoints") == [1, 2, 4, 6]
+    assert complete_steps(whole[0].folder / "checkpoints") == [1, 2, 4, 6]
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    stored: FineTuning, mini_demos: Path, tmp_path: Path
+    whole: tuple[FineTuning, str], mini_demos: Path, tmp_path: Path
 ) -> None:
-    run = FineTuning(tmp_path / "run", mini_demos, "demos.num_loaders=1")
+    run = FineTuning(tmp_path / "run", mini_demos, *DRAWN_AGAIN, "demos.num_loaders=1")
     run.kill_when(lambda: complete_steps(run.folder / "checkpoints")[-1:] == [2])
     said = run.finish()
     assert "resumed after step" in said
-    assert run.reproducible() == stored.reproducible()
-    assert largest_difference(run.policy(6), stored.policy(6)) == 0
+    assert run.reproducible() == whole[0].reproducible()
+    assert largest_difference(run.policy(6), whole[0].policy(6)) == 0
 
 
-def test_two_ranks_learn_as_one(stored: FineTuning, mini_demos: Path, tmp_path: Path) -> None:
-    run = FineTuning(
-        tmp_path / "run",
-        mini_demos,
-        "ranks.num_ranks=2",
-        "trainer.total_steps=1",
-        "trainer.play_every=1",
-        "environment.step_limit=8",
-        "evaluation.episodes_per_task=1",
-    )
-    run.finish()
-    one, two = stored.reproducible()[0], run.reproducible()[0]
+def test_two_ranks_learn_as_one(mini_demos: Path, tmp_path: Path) -> None:
+    words = ("trainer.total_steps=1", "trainer.play_every=1")
+    alone = FineTuning(tmp_path / "one", mini_demos, *words).here()
+    both = FineTuning(tmp_path / "two", mini_demos, *words, "ranks.num_ranks=2").here()
+    (one,), (two,) = alone.reproducible(), both.reproducible()
     assert two["sft/loss"] == pytest.approx(one["sft/loss"], abs=RANKS_DIFFER)
+    assert two["sft/held_out_loss"] == pytest.approx(one["sft/held_out_loss"], abs=1e-3)
     assert two["sft/grad_norm"] == pytest.approx(one["sft/grad_norm"], rel=1e-4)
-    assert two["eval/episodes"] == 2
+    assert two["eval/episodes"] == one["eval/episodes"] == 2
     # at the first step, Adam moves every weight by its rate in the direction of its gradient's sign
-    assert largest_difference(run.policy(1), stored.policy(1)) < 2.1 * two["sft/lr"]
+    assert largest_difference(alone.policy(1), both.policy(1)) < 2.1 * two["sft/lr"]
 
 
-def test_adapters_learn_and_are_merged(mini_demos: Path, tmp_path: Path) -> None:
+def test_adapters_learn_are_resumed_and_merged(mini_demos: Path, tmp_path: Path) -> None:
     words = ("policy.lora_rank=4", "policy.gradient_checkpointing=true")
-    whole = FineTuning(tmp_path / "whole", mini_demos, *words)
-    whole.finish()
-    losses = [line["sft/loss"] for line in whole.reproducible()]
+    run = FineTuning(tmp_path / "whole", mini_demos, *words).here()
+    losses = [line["sft/loss"] for line in run.reproducible()]
     assert losses[-1] < losses[0]
-    policy = OpenVLAOFTPolicy.from_pretrained(whole.policy(6))
+    policy = load_policy(run.policy(6))
     assert not any("lora" in name for name in policy.model.state_dict())
-    first = load_file(whole.folder / "first_policy" / "model.safetensors")
-    last = load_file(whole.policy(6) / "model.safetensors")
+    first = load_file(run.folder / "first_policy" / "model.safetensors")
+    last = load_file(run.policy(6) / "model.safetensors")
     still = {name for name in first if torch.equal(first[name], last[name])}
     assert "language_model.model.embed_tokens.weight" in still
     assert "language_model.lm_head.weight" not in still
-    run = FineTuning(tmp_path / "run", mini_demos, *words)
-    run.kill_when(lambda: complete_steps(run.folder / "checkpoints")[-1:] == [4])
-    run.finish()
-    assert run.reproducible() == whole.reproducible()
+    again = FineTuning(tmp_path / "again", mini_demos, *words)
+    again.here("trainer.total_steps=3").here()
+    assert [line["sft/loss"] for line in again.reproducible()] == losses
+    assert largest_difference(run.policy(6), again.policy(6)) == 0
+
+
+def new_policy(folder: Path, **choices: Any) -> ScratchVLAPolicy:
+    """What ``new-policy`` makes, in small, with the action ranges of some other data."""
+    instructions = [task.instruction for task in suite("mini").tasks]
+    policy = assemble(
+        write_language(folder / "language", instructions),
+        [write_vision(folder / "vision")],
+        ActionStatistics(q01=[-9.0] * 7, q99=[9.0] * 7, mask=[True] * 6 + [False], key="x"),
+        dtype=torch.float32,
+        chunk_length=2,
+        **choices,
+    )
+    policy.save_pretrained(folder / "new")
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("decoding", "own_rank", "words"),
+    [
+        ("parallel", 0, []),
+        ("parallel", 0, ["policy.lora_rank=4"]),
+        ("autoregressive", 4, []),
+    ],
+    ids=["whole", "adapters of the recipe", "adapters of the policy"],
+)
+def test_a_scratch_vla_is_fine_tuned(
+    decoding: str, own_rank: int, words: list[str], mini_demos: Path, tmp_path: Path
+) -> None:
+    before = new_policy(tmp_path, decoding=decoding, lora_rank=own_rank).model.state_dict()
+    path = f"policy.path='{tmp_path / 'new'}'"
+    run = FineTuning(tmp_path / "run", mini_demos, path, *BRIEF, *words).here()
+    assert run.reproducible()[1]["eval/episodes"] == 2
+    folder = run.policy(2)
+    assert main(["doctor", "--checkpoint", str(folder)]) == 0
+    assert load_policy(folder).processor.codec.statistics.key == "mini_no_noops"
+    model = AutoModel.from_pretrained(folder)
+    assert isinstance(model, ScratchVLAModel)
+    assert model.config.lora_rank == 0
+    plain = {name.replace(".base_layer.", "."): weight for name, weight in before.items()}
+    after = model.state_dict()
+    moved = {name for name in after if not torch.equal(after[name], plain[name])}
+    assert {"projector.fc1.weight", "action_tokens.head.weight"} <= moved
+    assert "language_model.layers.0.mlp.up_proj.weight" in moved
+    assert not any(name.startswith("vision_towers.") for name in moved)
+    has_adapters = bool(own_rank or words)
+    assert ("language_model.norm.weight" in moved) != has_adapters
+
+
+def test_adapters_are_not_put_on_adapters(
+    mini_demos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new_policy(tmp_path, lora_rank=4)
+    words = [f"policy.path='{tmp_path / 'new'}'", "policy.lora_rank=2"]
+    assert main(FineTuning(tmp_path / "run", mini_demos, *words).words) == EXIT_USAGE
+    assert "has adapters of rank 4 already" in capsys.readouterr().err
 
 
 def test_other_demonstrations_do_not_continue_a_run(
-    stored: FineTuning, mini_demos: Path, tmp_path: Path
+    whole: tuple[FineTuning, str], mini_demos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changed = FineTuning(stored.folder, mini_demos, "demos.choice.per_task=1")
-    process = changed.start()
-    said, _ = process.communicate(timeout=RUN_LIMIT_S)
-    assert process.returncode == 2
-    assert "demos.choice.per_task: 'all' -> 1" in said
+    changed = FineTuning(whole[0].folder, mini_demos, *DRAWN_AGAIN, "demos.choice.per_task=1")
+    assert main(changed.words) == EXIT_USAGE
+    assert "demos.choice.per_task: 'all' -> 1" in capsys.readouterr().err

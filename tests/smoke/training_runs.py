@@ -16,16 +16,16 @@ RUN_LIMIT_S = 900
 
 
 class TrainingRun:
-    """One ``python -m verl_vla train`` process and its run folder."""
+    """One ``python -m verl_vla`` process of a verb with recipes, and its run folder."""
 
-    def __init__(self, folder: Path, words: list[str]) -> None:
+    def __init__(self, folder: Path, words: list[str], verb: str = "train") -> None:
         self.folder = folder
-        self._words = ["train", *words, f"out='{folder}'"]
+        self.words = [verb, *words, f"out='{folder}'"]
 
     def start(self) -> subprocess.Popen[str]:
         """Start it in a process group of its own."""
         return subprocess.Popen(
-            [sys.executable, "-m", "verl_vla", *self._words],
+            [sys.executable, "-m", "verl_vla", *self.words],
             cwd=PROJECT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -34,15 +34,15 @@ class TrainingRun:
             start_new_session=True,
         )
 
-    def finish(self) -> str:
-        """Run it to its end and return what it said."""
+    def finish(self, exit_code: int = 0) -> str:
+        """Run it to its end, which must come with ``exit_code``, and return what it said."""
         process = self.start()
         try:
             said, _ = process.communicate(timeout=RUN_LIMIT_S)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-        assert process.returncode == 0, said
+        assert process.returncode == exit_code, said
         return said
 
     def kill_when(self, condition: Callable[[], bool]) -> None:

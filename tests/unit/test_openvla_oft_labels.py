@@ -1,8 +1,7 @@
-"""The loss of fine-tuning, and adapters: what the model answers to demonstrated bins."""
+"""The loss of fine-tuning: what OpenVLA-OFT answers to demonstrated bins."""
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -10,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from verl_vla.errors import ConfigError
 from verl_vla.policies.openvla_oft import OpenVLAOFTModel
-from verl_vla.policies.openvla_oft.lora import add_adapters, merge_adapters
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tokenizer, tiny_config
 
 PLAIN = TinySizes(
@@ -53,7 +50,7 @@ def test_labels_are_the_action_ids_and_the_stop_among_the_whole_vocabulary() -> 
     bins = demonstrated(model, 2)
     seen: list[Tensor] = []
     model.language_model.model.register_forward_hook(lambda _, __, out: seen.append(out[0]))
-    output = model(pixels, ids, None, bins)
+    output = model(pixels, ids, None, bins, with_nll=True)
     (hidden,) = seen
     num_patches = hidden.shape[1] - 9 - model.config.num_action_tokens - 1
     first = num_patches + 9 - 1
@@ -70,17 +67,17 @@ def test_prompts_of_different_lengths_are_scored_as_alone() -> None:
     model = make_model(PLAIN)
     pixels, ids, mask = make_inputs(model, LENGTHS)
     bins = demonstrated(model, 3)
-    together = model(pixels, ids, mask, bins).nll
+    together = model(pixels, ids, mask, bins, with_nll=True).nll
     for row, length in enumerate(LENGTHS):
         part = slice(row, row + 1)
-        alone = model(pixels[part], ids[part, :length], None, bins[part]).nll
+        alone = model(pixels[part], ids[part, :length], None, bins[part], with_nll=True).nll
         assert torch.allclose(together[part], alone, atol=1e-4)
 
 
 def test_the_gradient_reaches_every_weight_that_runs() -> None:
     model = make_model(FUSED)
     pixels, ids, mask = make_inputs(model, LENGTHS)
-    model(pixels, ids, mask, demonstrated(model, 3)).nll.sum().backward()
+    model(pixels, ids, mask, demonstrated(model, 3), with_nll=True).nll.sum().backward()
     idle = [
         name
         for name, weight in model.named_parameters()
@@ -104,71 +101,8 @@ def test_logits_of_other_positions_are_never_made(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(functional, "linear", watched)
     pixels, ids, mask = make_inputs(model, LENGTHS)
-    model(pixels, ids, mask, demonstrated(model, 3))
+    model(pixels, ids, mask, demonstrated(model, 3), with_nll=True)
     assert sizes == [model.config.num_action_tokens + 1]
     sizes.clear()
     model.action_logits(pixels, ids, mask)
     assert sizes == []
-
-
-@pytest.fixture
-def adapted() -> OpenVLAOFTModel:
-    """A model whose adapters have moved away from their start."""
-    model = make_model(FUSED)
-    add_adapters(model, rank=4, alpha=8, seed=1)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.3)
-    return model
-
-
-def test_new_adapters_change_nothing_and_are_all_that_learns() -> None:
-    plain = make_model(FUSED)
-    model = copy.deepcopy(plain)
-    state = torch.get_rng_state()
-    add_adapters(model, rank=4, alpha=8, seed=1)
-    assert torch.equal(torch.get_rng_state(), state)
-    inputs = make_inputs(model, LENGTHS)
-    assert torch.equal(model.action_logits(*inputs), plain.action_logits(*inputs))
-    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert trained
-    assert all(".lora_" in name for name in trained)
-    for part in ("lm_head", "projector.fc1", "self_attn.q_proj", "mlp.fc1", "attn.qkv"):
-        assert any(part in name for name in trained), part
-    same = copy.deepcopy(plain)
-    add_adapters(same, rank=4, alpha=8, seed=1)
-    other = copy.deepcopy(plain)
-    add_adapters(other, rank=4, alpha=8, seed=2)
-    name = next(iter(sorted(n for n in trained if "lora_A" in n)))
-    assert torch.equal(same.get_parameter(name), model.get_parameter(name))
-    assert not torch.equal(other.get_parameter(name), model.get_parameter(name))
-
-
-def test_the_head_learns_through_its_adapter(adapted: OpenVLAOFTModel) -> None:
-    inputs = make_inputs(adapted, LENGTHS)
-    adapted(*inputs, demonstrated(adapted, 3)).nll.sum().backward()
-    idle = [
-        name
-        for name, weight in adapted.named_parameters()
-        if weight.requires_grad and (weight.grad is None or not weight.grad.any())
-    ]
-    assert idle == []
-
-
-def test_merged_weights_answer_as_the_adapters_do(adapted: OpenVLAOFTModel) -> None:
-    merged = merge_adapters(adapted.state_dict(), rank=4, alpha=8)
-    plain = make_model(FUSED, seed=9)
-    plain.load_state_dict(merged, strict=True)
-    inputs = make_inputs(plain, LENGTHS)
-    bins = demonstrated(plain, 3)
-    assert not torch.allclose(
-        plain.action_logits(*inputs), make_model(FUSED).action_logits(*inputs), atol=0.1
-    )
-    mine, theirs = plain(*inputs, bins), adapted(*inputs, bins)
-    assert torch.allclose(mine.logits, theirs.logits, atol=1e-3)
-    assert torch.allclose(mine.nll, theirs.nll, atol=1e-3)
-
-
-def test_an_impossible_rank_is_refused() -> None:
-    with pytest.raises(ConfigError, match="lora_rank is 0"):
-        add_adapters(make_model(PLAIN), rank=0, alpha=8, seed=1)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib
 import logging
+import warnings
 from collections.abc import Sequence
 
 from verl_vla.build import Run, open_run
+from verl_vla.finetuning.run import SFTRun
 from verl_vla.recipe import load_recipe
 
 logger = logging.getLogger(__name__)
+
+NOT_OURS = ".* engine is not available"
+"""Start of veRL's warnings about back ends that are not installed and not used."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -21,10 +26,11 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def start_training(opened: Run) -> None:
-    """Hand a checked run to veRL.
+def start_training(opened: Run | SFTRun, launcher: str = "launch") -> None:
+    """Hand a checked run to veRL, by the module of `verl_vla.trainer` that starts its kind.
 
     veRL is imported only here: a wrong recipe answers in seconds, and the simulators start while
     the import runs.
     """
-    importlib.import_module("verl_vla.trainer.launch").train(opened)
+    warnings.filterwarnings("ignore", message=NOT_OURS, category=UserWarning)
+    importlib.import_module(f"verl_vla.trainer.{launcher}").train(opened)

@@ -10,6 +10,7 @@ from verl_vla.config import parse
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import EvaluationConfig
 from verl_vla.finetuning.hdf5 import DemoChoice
+from verl_vla.policies.lora import LORA_ALPHA
 from verl_vla.recipe import RECIPES_FOLDER, EnvironmentConfig, compose_recipe
 
 SFT_RECIPES_FOLDER = RECIPES_FOLDER / "sft"
@@ -25,14 +26,14 @@ class LearnerConfig:
     """Which policy is fine-tuned, how much of it, and how it is held."""
 
     path: str | None = None
-    """Folder of an OpenVLA checkpoint; null makes a tiny policy from scratch. A relative path
-    starts at the project's root."""
+    """Folder of a checkpoint, OpenVLA-OFT or scratch VLA; null makes a tiny policy from scratch. A
+    relative path starts at the project's root."""
     lora_rank: int | None = None
-    """Rank of the adapters on all linear layers, merged into the weights of the policy that is
-    saved; null trains every weight."""
-    lora_alpha: int = 16
-    """The adapters' product is scaled by ``lora_alpha / lora_rank`` (openvla-oft
-    ``vla-scripts/finetune.py:848``: the smaller of the rank and 16)."""
+    """Rank of new adapters: on all linear layers of OpenVLA-OFT, on those of a scratch VLA's
+    language model; null trains what the checkpoint itself trains. Adapters are merged into the
+    weights of the policy that is saved."""
+    lora_alpha: int = LORA_ALPHA
+    """The adapters' product is scaled by ``lora_alpha / lora_rank``."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the arithmetic and of the saved weights; the head is always float32."""
     attention: Literal["sdpa", "eager"] = "sdpa"

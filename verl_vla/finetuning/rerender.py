@@ -24,7 +24,7 @@ from verl_vla.envs.libero import EnvConfig, LiberoEnv, make_env
 from verl_vla.envs.suites import suite
 from verl_vla.errors import ConfigError
 from verl_vla.finetuning.hdf5 import AGENTVIEW, demo_file
-from verl_vla.finetuning.processes import end_with_parent
+from verl_vla.processes import end_with_parent
 from verl_vla.progress import format_seconds
 
 logger = getLogger(__name__)

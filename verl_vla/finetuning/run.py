@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from transformers import AutoConfig
 
 from verl_vla.actions import (
     NO_NOOPS_SUFFIX,
@@ -32,12 +33,14 @@ from verl_vla.envs.pool import EnvPool
 from verl_vla.envs.suites import SUITES, suite
 from verl_vla.errors import ConfigError
 from verl_vla.finetuning.hdf5 import Demo, read_demos
-from verl_vla.finetuning.recipe import SFTRecipe
+from verl_vla.finetuning.recipe import LearnerConfig, SFTRecipe
 from verl_vla.finetuning.rerender import Rerendering, rerender
 from verl_vla.finetuning.samples import DemoSamples
 from verl_vla.finetuning.targets import measure_statistics
-from verl_vla.policies.openvla_oft import OpenVLAOFTProcessor
+from verl_vla.policies.base import Processor
+from verl_vla.policies.loading import load_processor, require_sound
 from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
+from verl_vla.policies.scratch_vla import ScratchVLAConfig
 from verl_vla.sampling import Start
 
 logger = logging.getLogger(__name__)
@@ -74,7 +77,7 @@ class SFTRun:
         """Where checkpoints are kept."""
         return self.folder / "checkpoints"
 
-    def samples(self, processor: OpenVLAOFTProcessor) -> DemoSamples:
+    def samples(self, processor: Processor) -> DemoSamples:
         """What is learned."""
         recipe = self.recipe
         return DemoSamples(
@@ -84,7 +87,7 @@ class SFTRun:
             augment_seed=recipe.seed if recipe.demos.augment else None,
         )
 
-    def held_out_samples(self, processor: OpenVLAOFTProcessor) -> DemoSamples:
+    def held_out_samples(self, processor: Processor) -> DemoSamples:
         """What is tested open loop."""
         return DemoSamples(
             self.held_out,
@@ -94,7 +97,7 @@ class SFTRun:
         )
 
     @contextmanager
-    def open_simulators(self, processor: OpenVLAOFTProcessor) -> Generator[EnvPool]:
+    def open_simulators(self, processor: Processor) -> Generator[EnvPool]:
         """The simulators of the closed-loop evaluations."""
         env = self.recipe.environment
         with open_simulators(env, env_config(env, processor.shape), processor.shape) as pool:
@@ -180,7 +183,9 @@ def _first_policy(recipe: SFTRecipe, folder: Path, statistics: ActionStatistics)
 
 def _check_shapes(run: SFTRun) -> None:
     """Find what would stop a rank, as long as nothing has been started."""
-    processor = OpenVLAOFTProcessor.from_pretrained(run.policy_folder)
+    require_sound(run.policy_folder)
+    _refuse_second_adapters(run.recipe.policy, run.policy_folder)
+    processor = load_processor(run.policy_folder)
     env_config(run.recipe.environment, processor.shape)
     samples = run.samples(processor)
     batch = run.recipe.optimizer.batch_size
@@ -197,3 +202,13 @@ def _check_shapes(run: SFTRun) -> None:
         len(samples),
         len(run.held_out),
     )
+
+
+def _refuse_second_adapters(policy: LearnerConfig, folder: Path) -> None:
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    has_adapters = isinstance(config, ScratchVLAConfig) and config.lora_rank > 0
+    if has_adapters and policy.lora_rank is not None:
+        raise ConfigError(
+            f"policy.lora_rank is {policy.lora_rank}, but {policy.path} has adapters of rank "
+            f"{config.lora_rank} already, which are trained; set policy.lora_rank=null"
+        )

@@ -14,13 +14,10 @@ from torch import Tensor
 
 from verl_vla.actions import ActionCodec, ActionStatistics
 from verl_vla.errors import ConfigError
+from verl_vla.sft import GRIPPER, HIGH_QUANTILE, LOW_QUANTILE
 
 NOOP_NORM = 1e-4
 """`is_noop`: a motion whose norm is smaller, in simulator units, is none."""
-LOW_QUANTILE, HIGH_QUANTILE = 0.01, 0.99
-"""``utils/data_utils.py``, `get_dataset_statistics`."""
-GRIPPER = -1
-"""Place of the gripper in an action."""
 
 Floats = npt.NDArray[np.float32]
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
 
-from verl_vla.policies.base import PolicyShape
-from verl_vla.policies.openvla_oft import OpenVLAOFTProcessor
+from verl_vla.policies.base import PolicyShape, Processor
 from verl_vla.types import ActionChunk, Observation
 
 
@@ -21,7 +20,7 @@ class ClusterPolicy:
     Prompts are made and bins are decoded here; the ranks see token ids and raw images.
     """
 
-    def __init__(self, workers: Any, processor: OpenVLAOFTProcessor, *, num_ranks: int) -> None:
+    def __init__(self, workers: Any, processor: Processor, *, num_ranks: int) -> None:
         self._workers = workers
         self._processor = processor
         self._num_ranks = num_ranks
@@ -37,7 +36,7 @@ class ClusterPolicy:
         """See `verl_vla.policies.base.Policy.act`."""
         prompts = [self._processor.prompt(o.instruction) for o in observations]
         images = torch.from_numpy(np.stack([o.image for o in observations]))
-        rows = _padded_rows(len(observations), self._num_ranks)
+        rows = padded_rows(len(observations), self._num_ranks)
         input_ids, attention_mask = self._processor.collate([prompts[row] for row in rows])
         request = tu.get_tensordict(
             {
@@ -58,10 +57,10 @@ class ClusterPolicy:
         )
 
 
-def _padded_rows(count: int, multiple: int) -> list[int]:
+def padded_rows(count: int, multiple: int) -> list[int]:
     """Row indices, the last one repeated until every rank gets as many as the others.
 
-    >>> _padded_rows(3, 2)
+    >>> padded_rows(3, 2)
     [0, 1, 2, 2]
     """
     return [min(row, count - 1) for row in range(-(-count // multiple) * multiple)]

@@ -12,18 +12,17 @@ import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor
-from verl.utils.device import get_device_id
 
-from verl_vla.action_distribution import log_prob, sample
 from verl_vla.policies.base import PolicyShape
-from verl_vla.trainer.engine import OpenVLAOFTEngine
+from verl_vla.trainer.cluster_policy import padded_rows
+from verl_vla.trainer.engine import VLAEngine
 from verl_vla.types import ActionChunk, Observation
 
 
 class RankPolicy:
     """A `verl_vla.policies.base.Policy` for the first rank."""
 
-    def __init__(self, engine: OpenVLAOFTEngine) -> None:
+    def __init__(self, engine: VLAEngine) -> None:
         self._engine = engine
 
     @property
@@ -53,7 +52,7 @@ class RankPolicy:
         _broadcast(None)
 
 
-def serve(engine: OpenVLAOFTEngine) -> None:
+def serve(engine: VLAEngine) -> None:
     """Answer the first rank's questions on another rank until it dismisses."""
     while (request := _broadcast(None)) is not None:
         _answer(engine, *request)
@@ -67,7 +66,7 @@ def _broadcast(value: Any) -> Any:
 
 
 def _answer(
-    engine: OpenVLAOFTEngine,
+    engine: VLAEngine,
     images: Tensor,
     prompts: Sequence[Tensor],
     noise: Tensor,
@@ -75,20 +74,10 @@ def _answer(
 ) -> tuple[Tensor, Tensor]:
     """Choose bins [n, T] and their logp [n, T], zeros where play is greedy, for the whole batch."""
     rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    share = -(-len(images) // num_ranks)
-    # every rank computes equally much; the last row fills what is left over
-    rows = [min(row, len(images) - 1) for row in range(rank * share, (rank + 1) * share)]
+    rows = padded_rows(len(images), num_ranks)[rank::num_ranks]
     ids, mask = engine.processor.collate([prompts[row] for row in rows])
-    device = get_device_id()
-    with engine.eval_mode(), torch.no_grad():
-        logits = engine.logits(ids.to(device), mask.to(device), images[rows].to(device))
-        bins = sample(logits, noise[rows].to(device), temperature)
-        logp = (
-            log_prob(logits, bins, temperature)
-            if temperature > 0
-            else torch.zeros(bins.shape, dtype=torch.float32)
-        )
+    answer = engine.choose(ids, mask, images[rows], noise[rows], temperature)
     parts: list[Any] = [None] * num_ranks
-    torch.distributed.all_gather_object(parts, (bins.cpu(), logp.cpu()))
-    whole = [torch.cat([part[i] for part in parts])[: len(images)] for i in range(2)]
-    return whole[0], whole[1]
+    torch.distributed.all_gather_object(parts, answer)
+    bins, logp = (torch.stack(both, dim=1).flatten(0, 1) for both in zip(*parts, strict=True))
+    return bins[: len(images)], logp[: len(images)]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoModel
 from verl.trainer.config import CheckpointConfig
 from verl.utils.device import get_device_id
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
@@ -19,9 +18,8 @@ from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelCo
 from verl_vla.finetuning.recipe import ScheduleConfig
 from verl_vla.finetuning.run import SFTRun
 from verl_vla.finetuning.samples import SampleBatch
-from verl_vla.policies.openvla_oft import OpenVLAOFTModel
-from verl_vla.policies.openvla_oft.lora import add_adapters, merge_adapters
-from verl_vla.trainer.engine import MODEL_TYPE, OpenVLAOFTEngine
+from verl_vla.policies.lora import add_adapters, merge_adapters
+from verl_vla.trainer.engine import MODEL_TYPE, VLAEngine
 from verl_vla.trainer.translate import PRECISION
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -29,7 +27,7 @@ LOSS, CORRECT = range(2)
 """Columns of the sums that ranks add up."""
 
 
-class SFTEngine(OpenVLAOFTEngine):
+class SFTEngine(VLAEngine):
     """Learns to choose the demonstrated bins, and to stop behind them."""
 
     def __init__(self, run: SFTRun) -> None:
@@ -73,12 +71,13 @@ class SFTEngine(OpenVLAOFTEngine):
         )
 
     def _build_lora_module(self, module: nn.Module) -> nn.Module:
-        """As openvla-oft does; veRL's way needs a language model's methods."""
+        """Where the model says; veRL's way needs a language model's methods."""
         policy = self._run.recipe.policy
         assert policy.lora_rank is not None
-        add_adapters(
-            module, rank=policy.lora_rank, alpha=policy.lora_alpha, seed=self._run.recipe.seed
-        )
+        model: Any = module
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._run.recipe.seed)
+            add_adapters(model.adapted_part(), rank=policy.lora_rank, alpha=policy.lora_alpha)
         return module
 
     def _build_lr_scheduler(
@@ -143,37 +142,31 @@ class SFTEngine(OpenVLAOFTEngine):
             total[CORRECT] / (num_samples * (num_labels - 1)),
         ]
 
-    def export(self, folder: Path) -> None:
-        """Write a checkpoint folder that `verl_vla eval` and `train` load, adapters merged."""
-        state: dict[str, Any] = get_model_state_dict(
-            self.module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    def _save_model(self, folder: Path, state: dict[str, Any]) -> None:
+        """Write a model without adapters, which are merged, in the recipe's type."""
+        dtype = DTYPES[self._run.recipe.policy.dtype]
+        merged = merge_adapters(self.module, state)
+        with torch.device("meta"):
+            plain = AutoModel.from_config(self.module.merged_config())
+        plain.save_pretrained(
+            str(folder), state_dict={name: value.to(dtype) for name, value in merged.items()}
         )
-        if torch.distributed.get_rank() == 0:
-            policy = self._run.recipe.policy
-            if policy.lora_rank is not None:
-                state = merge_adapters(state, rank=policy.lora_rank, alpha=policy.lora_alpha)
-            with torch.device("meta"):
-                plain = OpenVLAOFTModel(deepcopy(self.module.config))
-            folder.mkdir(parents=True, exist_ok=True)
-            plain.save_pretrained(
-                str(folder),
-                state_dict={name: value.to(DTYPES[policy.dtype]) for name, value in state.items()},
-            )
-            self.processor.save_pretrained(folder)
-        torch.distributed.barrier()
 
     def _imitate(self, batch: SampleBatch, rows: slice) -> tuple[Tensor, Tensor]:
-        """Score a micro-batch: [n, T + 1] nats and [n, T] bool."""
+        """Score a micro-batch: `ActionLogits.nll` and [n, T] bool, which bins are demonstrated."""
         device = get_device_id()
         prompts = [self.processor.prompt(text) for text in batch.instructions[rows]]
         ids, mask = self.processor.collate(prompts)
         bins = batch.bins[rows].to(device)
-        output = self.module(
-            pixel_values=self.processor.pixel_values(batch.images[rows].to(device)),
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            demonstrated=bins,
+        output = self.run_model(
+            ids.to(device),
+            mask.to(device),
+            batch.images[rows].to(device),
+            bins=bins,
+            with_nll=True,
         )
+        assert output.logits is not None
+        assert output.nll is not None
         return output.nll, output.logits.detach().argmax(-1) == bins
 
     def _add_up(self, sums: Tensor) -> list[float]:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
-import os
 import tempfile
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager
 from multiprocessing.process import BaseProcess
 
 import torch
 import torch.distributed
 
 from verl_vla.errors import ConfigError
-from verl_vla.finetuning.processes import end_with_parent
 from verl_vla.finetuning.recipe import RanksConfig
 from verl_vla.finetuning.run import SFTRun
+from verl_vla.processes import end_with_parent
 from verl_vla.trainer.sft_engine import SFTEngine
 from verl_vla.trainer.sft_loop import SFTLoop
-
-logger = logging.getLogger(__name__)
+from verl_vla.trainer.verl_process import choose_device, divert_output, prepare_verl
 
 
 def train(run: SFTRun) -> None:
@@ -32,7 +29,7 @@ def train(run: SFTRun) -> None:
         address = f"file://{store}/store"
         stack.enter_context(_other_ranks(run, num_ranks, device, address))
         stack.enter_context(_process_group(0, num_ranks, device, address))
-        with _quiet(run):
+        with divert_output(run.folder):
             engine = SFTEngine(run)
             engine.initialize()
         plays = run.recipe.trainer.play_every > 0
@@ -42,7 +39,7 @@ def train(run: SFTRun) -> None:
 
 def _other_rank(rank: int, run: SFTRun, num_ranks: int, device: str, address: str) -> None:
     end_with_parent()
-    with _process_group(rank, num_ranks, device, address), _quiet(run):
+    with _process_group(rank, num_ranks, device, address), divert_output(run.folder):
         engine = SFTEngine(run)
         engine.initialize()
         SFTLoop(run, engine, None).play()
@@ -87,29 +84,12 @@ def _process_group(rank: int, num_ranks: int, device: str, address: str) -> Gene
 
 
 def _device(ranks: RanksConfig) -> str:
-    """``cuda`` or ``cpu``, told to veRL before it is asked."""
+    device = choose_device(ranks.device)
     available = torch.cuda.device_count()
-    if ranks.device == "cpu" or (ranks.device == "auto" and not available):
-        device = "cpu"
-    else:
-        device = "cuda"
-        if available < ranks.num_ranks:
-            raise ConfigError(
-                f"ranks.num_ranks is {ranks.num_ranks}, but this machine has {available} GPUs; "
-                "set at most that, or ranks.device=cpu"
-            )
-    os.environ["VERL_PLATFORM"] = "nvidia" if device == "cuda" else "cpu"
+    if device == "cuda" and available < ranks.num_ranks:
+        raise ConfigError(
+            f"ranks.num_ranks is {ranks.num_ranks}, but this machine has {available} GPUs; "
+            "set at most that, or ranks.device=cpu"
+        )
+    prepare_verl(device, knob="ranks.device")
     return device
-
-
-@contextmanager
-def _quiet(run: SFTRun) -> Generator[None]:
-    """Send what veRL prints and logs to ``verl.log``; only our own lines reach the console."""
-    with (run.folder / "verl.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        root = logging.getLogger()
-        before = root.handlers[:]
-        root.handlers[:] = [logging.StreamHandler(log)]
-        try:
-            yield
-        finally:
-            root.handlers[:] = before

@@ -11,61 +11,46 @@ read one place before its zero vector, over the action ids alone. Source: openvl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.utils.generic import ModelOutput
 
 from verl_vla.errors import ConfigError, ContractError
+from verl_vla.policies.base import ActionLogits, Chooser
+from verl_vla.policies.lora import head_rows
+from verl_vla.policies.openvla_oft.attention import (
+    require_backend,
+    require_bidirectional_backend,
+)
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig
-from verl_vla.policies.openvla_oft.lora import head_rows
-from verl_vla.policies.openvla_oft.sequence import move_padding_last, prompt_lengths, read_from
 from verl_vla.policies.openvla_oft.vision import (
     AttentionPool,
     FusedVisionBackbone,
     LayerScale,
     VisionTransformer,
 )
+from verl_vla.policies.token_model import TokenModel
 
-BIDIRECTIONAL_ATTENTION = ("sdpa", "eager")
-"""Back ends of transformers 5 that honour ``is_causal=False`` with and without padding."""
 PROJECTOR_EXPANSION = 4
 """Width of the projector's first layer over the width of its input."""
 
 
-@dataclass
-class ActionLogits(ModelOutput):
-    """What the model answers.
-
-    Args:
-        logits: [B, T, C] float32, column ``k`` scores bin ``k``.
-        nll: [B, T + 1] float32, nats: minus the log-probability of each demonstrated action token
-            and of the stop behind them, among the whole vocabulary; where bins were given.
-    """
-
-    logits: Tensor | None = None
-    nll: Tensor | None = None
-
-
-class OpenVLAOFTModel(PreTrainedModel):
+class OpenVLAOFTModel(TokenModel):
     """Scores the action tokens of one chunk from images and a prompt."""
 
     config_class = OpenVLAOFTConfig
-    base_model_prefix = ""
-    main_input_name = "pixel_values"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
+    _supports_flash_attn = True
     _no_split_modules = ["LlamaDecoderLayer", "Block"]
 
     config: OpenVLAOFTConfig
 
     def __init__(self, config: OpenVLAOFTConfig) -> None:
+        require_backend(config._attn_implementation)  # pyright: ignore[reportPrivateUsage]
         super().__init__(config)
         self.vision_backbone = FusedVisionBackbone(config)
         self.projector = Projector(self.vision_backbone.hidden_size, config.language.hidden_size)
@@ -73,35 +58,17 @@ class OpenVLAOFTModel(PreTrainedModel):
         for layer in _layers(self.language_model):
             layer.self_attn.is_causal = False
         self.post_init()
-        self.freeze_unused()
+        self.choose_trained()
         require_bidirectional(self)
 
-    @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> OpenVLAOFTModel:
-        """Load config and weights; everything else that a folder holds is left alone.
-
-        Takes what `PreTrainedModel.from_pretrained` takes.
-
-        Raises:
-            ConfigError: if a weight is missing, superfluous or of another shape.
-        """
-        kwargs["output_loading_info"] = True
-        loaded: Any = super().from_pretrained(folder, *args, **kwargs)
-        model, report = loaded
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if report[problem]:
-                names = sorted(str(key) for key in report[problem])
-                raise ConfigError(
-                    f"{folder}: {len(names)} {problem.replace('_', ' ')}, first {names[:3]}; the "
-                    "weights do not belong to this config.json: take both from one checkpoint"
-                )
-        model.freeze_unused()  # loading makes every parameter trainable again
-        return model
-
-    def freeze_unused(self) -> None:
+    def choose_trained(self) -> None:
         """Take the weights that never run out of training."""
         for tower in self.vision_backbone.towers:
             tower.freeze_unused()
+
+    def adapted_part(self) -> nn.Module:
+        """All of it, the head and the vision towers too (openvla-oft: ``all-linear``)."""
+        return self
 
     def action_logits(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
@@ -123,7 +90,9 @@ class OpenVLAOFTModel(PreTrainedModel):
         pixel_values: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        demonstrated: Tensor | None = None,
+        bins: Tensor | None = None,
+        chooser: Chooser | None = None,
+        with_nll: bool = False,
     ) -> ActionLogits:
         """Compute what `action_logits` returns; the entry that FSDP and adapters wrap.
 
@@ -131,18 +100,18 @@ class OpenVLAOFTModel(PreTrainedModel):
             pixel_values: see `action_logits`.
             input_ids: see `action_logits`.
             attention_mask: see `action_logits`.
-            demonstrated: [B, T] int64 bins to be imitated; with them comes `ActionLogits.nll`.
+            bins: [B, T] int64, wanted for `ActionLogits.nll` alone; no token of a chunk sees
+                another one's bin.
+            chooser: if given, chooses a bin for every token.
+            with_nll: score ``bins`` and the stop behind them among the whole vocabulary, as
+                openvla-oft is fine-tuned.
         """
-        num_tokens = self.config.num_action_tokens
-        if demonstrated is None:
-            hidden = self._think(pixel_values, input_ids, attention_mask, num_tokens)
-            return ActionLogits(logits=self._score(hidden))
-        hidden = self._think(pixel_values, input_ids, attention_mask, num_tokens + 1)
-        of_all = self._score_all(hidden)
-        stop = demonstrated.new_full((len(demonstrated), 1), self.config.stop_id)
-        labels = torch.cat([self.config.first_action_id + demonstrated, stop], dim=1)
-        nll = functional.cross_entropy(of_all.transpose(1, 2), labels, reduction="none")
-        return ActionLogits(logits=of_all[:, :num_tokens, self._action_ids], nll=nll)
+        if with_nll:
+            assert bins is not None
+            hidden = self._think(pixel_values, input_ids, attention_mask, with_stop=True)
+            return self._imitate(hidden, bins)
+        logits = self._score(self._think(pixel_values, input_ids, attention_mask))
+        return ActionLogits(logits=logits, bins=None if chooser is None else chooser.choose(logits))
 
     def action_mass(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
@@ -155,8 +124,7 @@ class OpenVLAOFTModel(PreTrainedModel):
         Returns:
             [B, T] float32, 0 to 1.
         """
-        num_tokens = self.config.num_action_tokens
-        of_all = self._score_all(self._think(pixel_values, input_ids, attention_mask, num_tokens))
+        of_all = self._score_all(self._think(pixel_values, input_ids, attention_mask))
         return (of_all[..., self._action_ids].logsumexp(-1) - of_all.logsumexp(-1)).exp()
 
     @property
@@ -164,24 +132,32 @@ class OpenVLAOFTModel(PreTrainedModel):
         start = self.config.first_action_id
         return slice(start, start + self.config.n_action_bins)
 
+    def _imitate(self, hidden: Tensor, bins: Tensor) -> ActionLogits:
+        """Score demonstrated bins and the stop, given the [B, T + 1, D] states before them."""
+        of_all = self._score_all(hidden)
+        stop = bins.new_full((len(bins), 1), self.config.stop_id)
+        labels = torch.cat([self.config.first_action_id + bins, stop], dim=1)
+        nll = functional.cross_entropy(of_all.transpose(1, 2), labels, reduction="none")
+        return ActionLogits(logits=of_all[:, :-1, self._action_ids], nll=nll)
+
     def _think(
         self,
         pixel_values: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        num_positions: int,
+        *,
+        with_stop: bool = False,
     ) -> Tensor:
-        """Run everything but the head.
+        """Run everything but the head: [B, T, D], the states that action tokens are read from.
 
-        Returns:
-            [B, num_positions, D], the states that the first tokens behind the prompt are read from.
+        ``with_stop`` adds the one that the stop is read from: [B, T + 1, D].
         """
         require_bidirectional(self)
         num_prompts, num_ids = input_ids.shape
-        lengths = prompt_lengths(attention_mask)
+        lengths = _prompt_lengths(attention_mask)
         embeddings = self._embed(input_ids)
         patches = self.projector(self.vision_backbone(pixel_values))
-        embeddings, keep = move_padding_last(embeddings, lengths, num_ids)
+        embeddings, keep = _move_padding_last(embeddings, lengths, num_ids)
         sequence = torch.cat([embeddings[:, :1], patches, embeddings[:, 1:]], dim=1)
         self._check_length(sequence.shape[1], num_ids)
         mask = None
@@ -192,7 +168,7 @@ class OpenVLAOFTModel(PreTrainedModel):
             inputs_embeds=sequence, attention_mask=mask, use_cache=False
         ).last_hidden_state
         first = patches.shape[1] - 1 + (num_ids if lengths is None else lengths)
-        return read_from(hidden, first, num_positions)
+        return _read(hidden, first, self.config.num_action_tokens + with_stop)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the table of token embeddings."""
@@ -216,16 +192,12 @@ class OpenVLAOFTModel(PreTrainedModel):
         return torch.cat([embedded[:, :-1], slots, embedded[:, -1:]], dim=1)
 
     def _score(self, hidden: Tensor) -> Tensor:
-        """Apply the action ids' rows of the head in float32, under autocast too."""
-        rows = head_rows(self.language_model.lm_head, self._action_ids)
-        with torch.autocast(device_type=hidden.device.type, enabled=False):
-            return functional.linear(hidden.float(), rows)
+        """Apply the action ids' rows of the head."""
+        return _score(hidden, head_rows(self.language_model.lm_head, self._action_ids))
 
     def _score_all(self, hidden: Tensor) -> Tensor:
-        """Apply every row of the head, as `_score` applies some."""
-        rows = head_rows(self.language_model.lm_head, slice(None))
-        with torch.autocast(device_type=hidden.device.type, enabled=False):
-            return functional.linear(hidden.float(), rows)
+        """Apply every row of the head."""
+        return _score(hidden, head_rows(self.language_model.lm_head, slice(None)))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -265,12 +237,7 @@ def require_bidirectional(model: OpenVLAOFTModel) -> None:
         ConfigError: names what is wrong.
     """
     language = model.config.language
-    backend = language._attn_implementation  # pyright: ignore[reportPrivateUsage]
-    if backend not in BIDIRECTIONAL_ATTENTION:
-        raise ConfigError(
-            f"attn_implementation is '{backend}'; OpenVLA-OFT needs attention in both directions, "
-            f"which is ensured for {BIDIRECTIONAL_ATTENTION}: choose one of them"
-        )
+    require_bidirectional_backend(language._attn_implementation)  # pyright: ignore[reportPrivateUsage]
     layers = _layers(model.language_model)
     if language.is_causal or any(layer.self_attn.is_causal for layer in layers):
         raise ConfigError(
@@ -281,3 +248,51 @@ def require_bidirectional(model: OpenVLAOFTModel) -> None:
 
 def _layers(language_model: LlamaForCausalLM) -> list[LlamaDecoderLayer]:
     return cast("list[LlamaDecoderLayer]", list(language_model.model.layers))
+
+
+def _score(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Apply float32 rows of a head in float32, under autocast too."""
+    with torch.autocast(device_type=hidden.device.type, enabled=False):
+        return functional.linear(hidden.float(), rows)
+
+
+def _read(hidden: Tensor, first: int | Tensor, num: int) -> Tensor:
+    """Pick ``num`` neighbouring positions out of [B, S, D], from ``first`` on."""
+    if isinstance(first, int):
+        return hidden[:, first : first + num]
+    positions = first[:, None] + torch.arange(num, device=hidden.device)
+    return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+
+def _prompt_lengths(attention_mask: Tensor | None) -> Tensor | None:
+    """Count the ids of every prompt, [B]; None where no prompt is padded."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
+        raise ContractError(
+            "attention_mask has padding before a prompt's end; prompts are padded on the right"
+        )
+    return attention_mask.sum(1)
+
+
+def _move_padding_last(
+    embeddings: Tensor, lengths: Tensor | None, num_ids: int
+) -> tuple[Tensor, Tensor | None]:
+    """Close the gap between a short prompt and its action slots.
+
+    Args:
+        embeddings: [B, L + T + 1, D] padded prompts, action slots, stop.
+        lengths: [B] ids of every prompt, or None where no prompt is padded.
+        num_ids: L.
+
+    Returns:
+        ``embeddings`` with all padding at the end, and [B, L + T] bool, true where no padding
+        is, for all places but the first; None where there is no padding.
+    """
+    if lengths is None:
+        return embeddings, None
+    places = torch.arange(embeddings.shape[1], device=embeddings.device)
+    padding = (places >= lengths[:, None]) & (places < num_ids)
+    order = padding.int().argsort(dim=1, stable=True)
+    moved = embeddings.gather(1, order.unsqueeze(-1).expand_as(embeddings))
+    return moved, ~padding.gather(1, order)[:, 1:]
