@@ -238,9 +238,7 @@ def compose_recipe(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
     may be new; `parse` refuses those that nobody knows. A recipe of the user's own may build on
     the project's recipes and profiles.
 
-    Args:
-        arguments: ``recipe=NAME key=value ...``.
-        folder: of the recipes with a plain name.
+    A plain name is looked up in ``folder``.
 
     Raises:
         ConfigError: no recipe named, an unknown one, or one that cannot be read.

@@ -31,6 +31,9 @@ AGENTVIEW = "obs/agentview_rgb"
 
 Wording = Literal["task_name", "problem_info"]
 
+Node = Any
+"""A file, group or data set of h5py, whose own types cannot say which of them a name leads to."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demo:
@@ -45,6 +48,8 @@ class Demo:
     """[T], where each of the actions stands in the file."""
     actions: npt.NDArray[np.float32]
     """[T, 7], simulator units; float32 as in openvla-oft's copy of the data."""
+    render_size: int
+    """Height of its pictures, pixels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +124,7 @@ def read_demos(
     return learned, held_out
 
 
-def read_sentence(file: h5py.File) -> str:
+def read_sentence(file: Node) -> str:
     """The instruction that the file itself gives; a BDDL file's sentence, quotes aside."""
     information = json.loads(file["data"].attrs["problem_info"])
     return "".join(information["language_instruction"]).strip('"')
@@ -134,7 +139,7 @@ class FrameReader:
     """
 
     def __init__(self) -> None:
-        self._files: dict[Path, h5py.File] = {}
+        self._files: dict[Path, Node] = {}
         self._process = os.getpid()
 
     def read(self, demo: Demo, index: int) -> Pixels:
@@ -164,7 +169,7 @@ class FrameReader:
         self._files = {}
         self._process = os.getpid()
 
-    def _file(self, path: Path) -> h5py.File:
+    def _file(self, path: Path) -> Node:
         if self._process != os.getpid():
             self.close()
             self._process = os.getpid()
@@ -173,7 +178,7 @@ class FrameReader:
         return self._files[path]
 
 
-def _episode_names(file: h5py.File) -> list[str]:
+def _episode_names(file: Node) -> list[str]:
     """``demo_0``, ``demo_1``, ... ``demo_10``, in the order of their numbers."""
     names = [name for name in file["data"] if name.startswith("demo_")]
     return sorted(names, key=lambda name: int(name.removeprefix("demo_")))
@@ -191,10 +196,10 @@ def _split(names: list[str], choice: DemoChoice, path: Path) -> tuple[list[str],
 
 
 def _read_demo(
-    file: h5py.File, path: Path, name: str, task_id: int, instruction: str, choice: DemoChoice
+    file: Node, path: Path, name: str, task_id: int, instruction: str, choice: DemoChoice
 ) -> Demo:
     actions = np.asarray(file[f"data/{name}/actions"], dtype=np.float64)
-    num_frames = file[f"data/{name}/{AGENTVIEW}"].shape[0]
+    num_frames, render_size = file[f"data/{name}/{AGENTVIEW}"].shape[:2]
     if actions.ndim != 2 or not 0 < len(actions) == num_frames:
         raise ConfigError(
             f"{path}: {name} holds actions {list(actions.shape)} and {num_frames} pictures; each "
@@ -208,4 +213,5 @@ def _read_demo(
         instruction=instruction,
         steps=steps,
         actions=actions[steps].astype(np.float32),
+        render_size=render_size,
     )

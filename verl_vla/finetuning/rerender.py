@@ -23,7 +23,7 @@ import numpy as np
 from verl_vla.envs.libero import EnvConfig, LiberoEnv, make_env
 from verl_vla.envs.suites import suite
 from verl_vla.errors import ConfigError
-from verl_vla.finetuning.hdf5 import AGENTVIEW, demo_file
+from verl_vla.finetuning.hdf5 import AGENTVIEW, Node, demo_file
 from verl_vla.processes import end_with_parent
 from verl_vla.progress import format_seconds
 
@@ -88,12 +88,12 @@ def rerender_task(work: Rerendering, task_id: int) -> int:
             h5py.File(work.source / path.name, "r") as source,
             h5py.File(partial, "w") as target,
         ):
+            episodes: Node = source["data"]
             data = target.create_group("data")
-            for key, value in source["data"].attrs.items():
-                data.attrs[key] = value
+            data.attrs.update(episodes.attrs)
             num_frames = sum(
-                _draw_episode(source[f"data/{name}"], data.create_group(name), env, task_id)
-                for name in source["data"]
+                _draw_episode(episodes[name], data.create_group(name), env, task_id)
+                for name in episodes
             )
     finally:
         env.close()
@@ -101,7 +101,7 @@ def rerender_task(work: Rerendering, task_id: int) -> int:
     return num_frames
 
 
-def _draw_episode(source: h5py.Group, target: h5py.Group, env: LiberoEnv, task_id: int) -> int:
+def _draw_episode(source: Node, target: Node, env: LiberoEnv, task_id: int) -> int:
     states = np.asarray(source["states"], dtype=np.float64)
     width = env.suite.load_init_states(task_id).shape[1]
     if states.ndim != 2 or states.shape[1] != width:

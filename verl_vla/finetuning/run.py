@@ -20,6 +20,7 @@ from verl_vla.actions import (
     save_statistics,
 )
 from verl_vla.build import (
+    PUBLISHED_RENDER_SIZE,
     check_assets,
     claim_folder,
     env_config,
@@ -66,6 +67,10 @@ class SFTRun:
     folder: Path
     policy_folder: Path
     """The policy that the run starts from, with the statistics of the demonstrations."""
+    render_size: int
+    """Of the pictures that are learned from, pixels."""
+    env_config: EnvConfig
+    """Of every simulator."""
     learned: tuple[Demo, ...]
     held_out: tuple[Demo, ...]
     starts: tuple[Start, ...]
@@ -76,6 +81,10 @@ class SFTRun:
     def checkpoints(self) -> Path:
         """Where checkpoints are kept."""
         return self.folder / "checkpoints"
+
+    def load_processor(self) -> Processor:
+        """What lies between the demonstrations and the policy."""
+        return _load_processor(self.policy_folder, self.render_size)
 
     def samples(self, processor: Processor) -> DemoSamples:
         """What is learned."""
@@ -99,8 +108,7 @@ class SFTRun:
     @contextmanager
     def open_simulators(self, processor: Processor) -> Generator[EnvPool]:
         """The simulators of the closed-loop evaluations."""
-        env = self.recipe.environment
-        with open_simulators(env, env_config(env, processor.shape), processor.shape) as pool:
+        with open_simulators(self.recipe.environment, self.env_config, processor.shape) as pool:
             yield pool
 
 
@@ -129,11 +137,15 @@ def prepare_run(recipe: SFTRecipe) -> SFTRun:
         key=env.suite + (NO_NOOPS_SUFFIX if choice.filter_noops else ""),
     )
     policy_folder = _first_policy(recipe, folder / "first_policy", statistics)
+    require_sound(policy_folder)
+    _refuse_second_adapters(recipe.policy, policy_folder)
+    render_size = learned[0].render_size
     if recipe.demos.pictures == "rerendered":
+        render_size = PUBLISHED_RENDER_SIZE if env.render_size is None else env.render_size
         work = Rerendering(
             source=source,
-            target=folder / f"demos_{env.render_size}px",
-            env=EnvConfig(suite=env.suite, render_size=env.render_size, max_simulators=1),
+            target=folder / f"demos_{render_size}px",
+            env=EnvConfig(suite=env.suite, render_size=render_size, max_simulators=1),
         )
         rerender(work, tasks, workers=env.num_workers)
         learned, held_out = read_demos(work.target, chosen, tasks, choice)
@@ -141,12 +153,14 @@ def prepare_run(recipe: SFTRecipe) -> SFTRun:
         recipe=recipe,
         folder=folder,
         policy_folder=policy_folder,
+        render_size=render_size,
+        env_config=env_config(env, _load_processor(policy_folder, render_size)),
         learned=tuple(learned),
         held_out=tuple(held_out),
         starts=held_out_starts,
         task_names={task: chosen.tasks[task].name for task in tasks},
     )
-    _check_shapes(run)
+    _check_samples(run)
     return run
 
 
@@ -181,12 +195,15 @@ def _first_policy(recipe: SFTRecipe, folder: Path, statistics: ActionStatistics)
     return folder
 
 
-def _check_shapes(run: SFTRun) -> None:
+def _load_processor(folder: Path, render_size: int) -> Processor:
+    processor = load_processor(folder)
+    processor.render_size = render_size
+    return processor
+
+
+def _check_samples(run: SFTRun) -> None:
     """Find what would stop a rank, as long as nothing has been started."""
-    require_sound(run.policy_folder)
-    _refuse_second_adapters(run.recipe.policy, run.policy_folder)
-    processor = load_processor(run.policy_folder)
-    env_config(run.recipe.environment, processor.shape)
+    processor = run.load_processor()
     samples = run.samples(processor)
     batch = run.recipe.optimizer.batch_size
     if len(samples) < batch:

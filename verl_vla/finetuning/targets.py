@@ -68,7 +68,9 @@ def measure_statistics(episodes: Sequence[npt.ArrayLike], *, key: str) -> Action
         raise ConfigError("there are no demonstrations to measure; record some with `demos`")
     actions = np.concatenate([to_dataset_units(episode) for episode in episodes])
     # one at a time: asked for both, numpy interpolates in float64 and the last digits differ
-    low, high = (np.quantile(actions, q, axis=0) for q in (LOW_QUANTILE, HIGH_QUANTILE))
+    low, high = (
+        np.quantile(actions, q, axis=0).astype(np.float64) for q in (LOW_QUANTILE, HIGH_QUANTILE)
+    )
     mask = np.ones(actions.shape[1], dtype=bool)
     mask[GRIPPER] = False
     return ActionStatistics(q01=low, q99=high, mask=mask, key=key)

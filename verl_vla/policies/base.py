@@ -65,6 +65,9 @@ class Policy(Protocol):
 class Processor(Protocol):
     """Turns observations into model inputs and bins into simulator commands."""
 
+    render_size: int | None
+    """Of the camera pictures that the policy was fine-tuned on, px; None if unknown."""
+
     @property
     def shape(self) -> PolicyShape:
         """Sizes of what goes in and what comes out."""
@@ -73,11 +76,6 @@ class Processor(Protocol):
     @property
     def codec(self) -> ActionCodec:
         """Between bins and commands."""
-        ...
-
-    @property
-    def render_size(self) -> int | None:
-        """Of the camera pictures that the policy was fine-tuned on, px; None if unknown."""
         ...
 
     def prompt(self, instruction: str) -> Tensor:

@@ -7,6 +7,7 @@ drawn from a normal distribution.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -41,13 +42,16 @@ def add_adapters(part: nn.Module, *, rank: int, alpha: int) -> None:
     inject_adapter_in_model(config, part)
 
 
-def head_rows(head: nn.Module, rows: slice) -> Tensor:
+def head_rows(head: nn.Linear, rows: slice) -> Tensor:
     """Rows of a linear layer's weight in float32, its adapter's share included: [rows, D]."""
-    if not isinstance(head, LoraLayer):
+    layer: Any = head  # peft puts a layer of its own in the place of a linear one
+    if not isinstance(layer, LoraLayer):
         return head.weight[rows].float()
-    base = head.get_base_layer().weight[rows].float()
-    first, second = head.lora_A[ADAPTER].weight, head.lora_B[ADAPTER].weight
-    return base + head.scaling[ADAPTER] * (second[rows].float() @ first.float())
+    base: Any = layer.get_base_layer()
+    factors: Any = (layer.lora_A, layer.lora_B)
+    first, second = (factor[ADAPTER].weight for factor in factors)
+    change = layer.scaling[ADAPTER] * (second[rows].float() @ first.float())
+    return base.weight[rows].float() + change
 
 
 def merge_adapters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

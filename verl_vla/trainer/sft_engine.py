@@ -70,7 +70,12 @@ class SFTEngine(VLAEngine):
             CheckpointConfig(),
         )
 
-    def _build_lora_module(self, module: nn.Module) -> nn.Module:
+    def _build_module(self) -> nn.Module:
+        module = super()._build_module()
+        self.processor = self._run.load_processor()
+        return module
+
+    def _build_lora_module(self, module: nn.Module) -> Any:
         """Where the model says; veRL's way needs a language model's methods."""
         policy = self._run.recipe.policy
         assert policy.lora_rank is not None
@@ -105,7 +110,8 @@ class SFTEngine(VLAEngine):
                     (nll.sum() / (len(batch.bins) * num_labels)).backward()
                 sums += torch.stack([nll.detach().double().sum(), correct.double().sum()]).cpu()
             norm = self.optimizer_step()
-            rate = self.lr_scheduler.get_last_lr()[0]
+            assert self.optimizer is not None
+            rate = float(self.optimizer.param_groups[0]["lr"])
             self.lr_scheduler_step()
         total = self._add_up(sums)
         num_samples = self._run.recipe.optimizer.batch_size

@@ -29,9 +29,9 @@ def train(run: SFTRun) -> None:
         address = f"file://{store}/store"
         stack.enter_context(_other_ranks(run, num_ranks, device, address))
         stack.enter_context(_process_group(0, num_ranks, device, address))
-        with divert_output(run.folder):
-            engine = SFTEngine(run)
-            engine.initialize()
+        stack.enter_context(divert_output(run.folder))
+        engine = SFTEngine(run)
+        engine.initialize()
         plays = run.recipe.trainer.play_every > 0
         simulators = stack.enter_context(run.open_simulators(engine.processor)) if plays else None
         SFTLoop(run, engine, simulators).play()

@@ -156,7 +156,7 @@ class SFTLoop:
             seed=recipe.seed,
         )
         policy.dismiss()
-        record = evaluation_record(result, recipe.environment, self._run.task_names)
+        record = evaluation_record(result, self._run.env_config, self._run.task_names)
         self._report.keep_evaluation(step, result, record)
         values = result.as_metrics(self._run.task_names)
         return values | {"time/evaluation_s": time.perf_counter() - began}
