@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -17,20 +18,29 @@ from verl_vla.finetuning.recipe import (
 )
 from verl_vla.recipe import recipe_names
 
-OPEN = {"sft_libero": ["demos.folder=demos", "policy.path=checkpoint"], "sft_mini": []}
+OPEN = {
+    "sft_libero": ["demos.folder=demos", "policy.path=checkpoint"],
+    "sft_mini": [],
+    "sft_qwen3b": ["demos.folder=demos"],
+}
 
 
 def load(*overrides: str) -> SFTRecipe:
     return load_sft_recipe(["recipe=sft_mini", *overrides])
 
 
-def test_every_recipe_of_the_project_can_be_read() -> None:
+def test_every_recipe_of_the_project_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
     names = recipe_names(SFT_RECIPES_FOLDER)
     assert names == sorted(OPEN)
     for name in names:
         assert (SFT_RECIPES_FOLDER / f"{name}.yaml").read_text().startswith("# ")
         load_sft_recipe([f"recipe={name}", *OPEN[name]])
     assert not set(names) & set(recipe_names()), "no recipe of training"
+    assert main(["recipes"]) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {
+        *names,
+        *recipe_names(),
+    }
 
 
 def test_the_published_settings() -> None:
@@ -44,6 +54,16 @@ def test_the_published_settings() -> None:
     assert recipe.optimizer.clip_grad is None
     assert recipe.demos.augment
     assert recipe.demos.choice.filter_noops
+
+
+def test_the_memory_of_the_qwen_recipe_adds_up() -> None:
+    """Its weights are counted in test_scratch_vla_assembly.py; GB are 1e9 bytes."""
+    text = (SFT_RECIPES_FOLDER / "sft_qwen3b.yaml").read_text()
+    *parts, whole = (float(gb) for gb in re.findall(r"^#  .* (\d+\.\d\d)$", text, re.MULTILINE))
+    assert sum(parts) == pytest.approx(whole)
+    bytes_of_weights = (3_085_938_688 * 4, 412_987_248 * 4, 67_473_408 * 16)
+    assert parts[:3] == [round(size / 1e9, 2) for size in bytes_of_weights]
+    assert parts[5:] == [round(8 * 824 * n / 1e9, 2) for n in (36 * 2048 * 2, 49_920 * 2 * 2)]
 
 
 @pytest.mark.parametrize(
