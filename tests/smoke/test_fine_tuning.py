@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,9 @@ def test_a_scratch_vla_is_fine_tuned(
     before = new_policy(tmp_path, decoding=decoding, lora_rank=own_rank).model.state_dict()
     path = f"policy.path='{tmp_path / 'new'}'"
     run = FineTuning(tmp_path / "run", mini_demos, path, *BRIEF, *words).here()
-    assert run.reproducible()[1]["eval/episodes"] == 2
+    first, last = run.reproducible()
+    assert first["sft/loss"] == pytest.approx(math.log(256), rel=0.03), "as good as a guess"
+    assert last["eval/episodes"] == 2
     folder = run.policy(2)
     assert main(["doctor", "--checkpoint", str(folder)]) == 0
     assert load_policy(folder).processor.codec.statistics.key == "mini_no_noops"

@@ -23,7 +23,7 @@ from verl_vla.trainer.engine import MODEL_TYPE, VLAEngine
 from verl_vla.trainer.translate import PRECISION
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LOSS, CORRECT = range(2)
+LOSS, ACCURACY = range(2)
 """Columns of the sums that ranks add up."""
 
 
@@ -100,15 +100,14 @@ class SFTEngine(VLAEngine):
         size = self._run.recipe.optimizer.micro_batch_size
         starts = range(0, len(batch.bins), size)
         sums = torch.zeros(2, dtype=torch.float64)
-        num_labels = batch.bins.shape[1] + 1
         with self.train_mode():
             self.optimizer_zero_grad()
             for start in starts:
                 with self._gradient_sync_context(is_last_micro_batch=start == starts[-1]):
-                    nll, correct = self._imitate(batch, slice(start, start + size))
-                    # FSDP averages over ranks, each of which has as many labels
-                    (nll.sum() / (len(batch.bins) * num_labels)).backward()
-                sums += torch.stack([nll.detach().double().sum(), correct.double().sum()]).cpu()
+                    loss, accuracy = self._imitate(batch, slice(start, start + size))
+                    # FSDP averages over ranks, each of which has as many samples
+                    (loss.sum() / len(batch.bins)).backward()
+                sums += torch.stack([loss.detach(), accuracy]).double().sum(1).cpu()
             norm = self.optimizer_step()
             assert self.optimizer is not None
             rate = float(self.optimizer.param_groups[0]["lr"])
@@ -116,8 +115,8 @@ class SFTEngine(VLAEngine):
         total = self._add_up(sums)
         num_samples = self._run.recipe.optimizer.batch_size
         return {
-            "sft/loss": total[LOSS] / (num_samples * num_labels),
-            "sft/accuracy": total[CORRECT] / (num_samples * (num_labels - 1)),
+            "sft/loss": total[LOSS] / num_samples,
+            "sft/accuracy": total[ACCURACY] / num_samples,
             "sft/grad_norm": norm,
             "sft/lr": rate,
         }
@@ -135,18 +134,11 @@ class SFTEngine(VLAEngine):
             Mean loss per label (nats) and share of tokens whose likeliest bin is demonstrated.
         """
         sums = torch.zeros(2, dtype=torch.float64)
-        num_labels = 1
         with self.eval_mode():
             for batch, weights in batches:
-                nll, correct = self._imitate(batch, slice(None))
-                num_labels = nll.shape[1]
-                per_sample = torch.stack([nll.double().sum(1), correct.double().sum(1)]).cpu()
+                per_sample = torch.stack(self._imitate(batch, slice(None))).double().cpu()
                 sums += per_sample @ weights.double()
-        total = self._add_up(sums)
-        return [
-            total[LOSS] / (num_samples * num_labels),
-            total[CORRECT] / (num_samples * (num_labels - 1)),
-        ]
+        return [total / num_samples for total in self._add_up(sums)]
 
     def _save_model(self, folder: Path, state: dict[str, Any]) -> None:
         """Write a model without adapters, which are merged, in the recipe's type."""
@@ -159,7 +151,12 @@ class SFTEngine(VLAEngine):
         )
 
     def _imitate(self, batch: SampleBatch, rows: slice) -> tuple[Tensor, Tensor]:
-        """Score a micro-batch: `ActionLogits.nll` and [n, T] bool, which bins are demonstrated."""
+        """Score a micro-batch.
+
+        Returns:
+            [n] each: mean loss of a sample's labels (nats), and share of its tokens whose
+            likeliest bin is demonstrated.
+        """
         device = get_device_id()
         prompts = [self.processor.prompt(text) for text in batch.instructions[rows]]
         ids, mask = self.processor.collate(prompts)
@@ -173,7 +170,8 @@ class SFTEngine(VLAEngine):
         )
         assert output.logits is not None
         assert output.nll is not None
-        return output.nll, output.logits.detach().argmax(-1) == bins
+        is_right = output.logits.detach().argmax(-1) == bins
+        return output.nll.mean(1), is_right.float().mean(1)
 
     def _add_up(self, sums: Tensor) -> list[float]:
         """Sum over the ranks."""
