@@ -30,7 +30,7 @@ def small_words(base_of_two_datasets: Path) -> list[str]:
         "policy.unnorm_key=mini",
         "seed=7",
         "gate.episodes=8",
-        "environment.tasks=[0,1]",
+        "environment.tasks=[0,6]",
         "sampling.groups_per_step=3",
         "sampling.group_size=4",
         "sampling.max_rounds=2",
