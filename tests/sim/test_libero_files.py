@@ -171,12 +171,15 @@ def test_drawing_again_gives_the_recorded_pictures(mini_demos: Path, tmp_path) -
     stored, drawn = read_all(mini_demos), read_all(tmp_path / "large")
     assert [d.actions.tobytes() for d in stored] == [d.actions.tobytes() for d in drawn]
     for small, large in zip(stored, drawn, strict=True):
-        for index in (0, len(small.actions) - 1):
-            before = FrameReader().read(small, index).astype(float)
-            after = FrameReader().read(large, index).astype(float)
+        ends = (0, len(small.actions) - 1)
+        recorded = [FrameReader().read(small, index).astype(float) for index in ends]
+        for index in (0, 1):
+            after = FrameReader().read(large, ends[index]).astype(float)
             assert after.shape == (128, 128, 3)
             halved = after.reshape(RENDER_SIZE, 2, RENDER_SIZE, 2, 3).mean(axis=(1, 3))
-            assert np.abs(halved - before).mean() < 3
+            own, other = (np.abs(halved - recorded[i]).mean() for i in (index, 1 - index))
+            # small pictures have jagged edges, and those of a moving arm are a little older
+            assert own < 6 < 10 < other
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "large").iterdir()}
     rerender(work, (PUSH, LIFT), workers=1)
     assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "large").iterdir()}
