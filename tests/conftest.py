@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import hypothesis
 import pytest
+from recorded_demos import record_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBERO_ASSETS = ROOT.parent / "shared" / "libero-assets"
@@ -24,7 +24,9 @@ def pytest_configure() -> None:
         os.environ.setdefault("VERL_VLA_LIBERO_ASSETS", str(LIBERO_ASSETS))
 
 
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # the longest first, so that one process trains while another does everything else
+    items.sort(key=lambda item: item.get_closest_marker("smoke") is None)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and not importlib.import_module("torch").cuda.is_available():
         for item in on_gpu:
@@ -38,3 +40,9 @@ def libero_assets() -> Path:
     if folder is None:
         pytest.skip("LIBERO's assets are not on this machine; set VERL_VLA_LIBERO_ASSETS")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def mini_demos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of LIBERO files: three episodes each of two tasks of the mini suite."""
+    return record_folder(tmp_path_factory.mktemp("demos"), tasks=(0, 1), episodes=3)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 PROJECT_FOLDER = Path(__file__).resolve().parent.parent
 
+PUBLISHED_RENDER_SIZE = 256
+"""Pixels; openvla-oft ``experiments/robot/libero/run_libero_eval.py``, ``env_img_res``."""
+
 MAY_CHANGE = (
     "out",
     "trainer",
@@ -54,6 +57,8 @@ class Run:
     folder: Path
     policy_folder: Path
     processor: Processor
+    env_config: EnvConfig
+    """Of every simulator."""
     simulators: EnvPool
     reward: TrajectoryReward
     training_starts: tuple[Start, ...]
@@ -70,9 +75,7 @@ class Run:
         folder = self.folder / "evaluations"
         folder.mkdir(exist_ok=True)
         (folder / f"step_{step}.json").write_text(
-            json.dumps(
-                evaluation_record(result, self.recipe.environment, self.task_names), indent=1
-            )
+            json.dumps(evaluation_record(result, self.env_config, self.task_names), indent=1)
         )
 
 
@@ -91,18 +94,19 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     require_sound(policy_folder, recipe.policy.unnorm_key)
     processor = load_processor(policy_folder, recipe.policy.unnorm_key)
     reward = load_reward(recipe.reward, recipe.reward_args, seed=recipe.seed)
-    config = env_config(env, processor.shape)
+    config = env_config(env, processor)
     check_assets(chosen)
     training = starts(chosen, tasks, "train")
     held_out = starts(chosen, tasks, "held_out", per_task=recipe.evaluation.episodes_per_task)
     folder = Path(recipe.out).expanduser().resolve()
-    _claim_folder(folder, recipe)
+    claim_folder(folder, recipe.as_dict(), MAY_CHANGE)
     with open_simulators(env, config, processor.shape) as simulators:
         yield Run(
             recipe=recipe,
             folder=folder,
             policy_folder=policy_folder,
             processor=processor,
+            env_config=config,
             simulators=simulators,
             reward=reward,
             training_starts=training,
@@ -166,11 +170,20 @@ def task_ids(chosen: Suite, wanted: Sequence[int] | None) -> tuple[int, ...]:
     return tuple(wanted)
 
 
-def env_config(env: EnvironmentConfig, shape: PolicyShape) -> EnvConfig:
+def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:
     """What a simulator process needs to know."""
-    if env.render_size < shape.image_size:
+    shape, known = processor.shape, processor.render_size
+    render_size = next(s for s in (env.render_size, known, PUBLISHED_RENDER_SIZE) if s is not None)
+    if known is not None and render_size != known:
+        logger.warning(
+            "environment.render_size is %d, but the policy was fine-tuned on pictures of %d px; "
+            "what it sees will look different, and its success rate can be another",
+            render_size,
+            known,
+        )
+    if render_size < shape.image_size:
         raise ConfigError(
-            f"environment.render_size is {env.render_size}, but the policy sees images of "
+            f"environment.render_size is {render_size}, but the policy sees images of "
             f"{shape.image_size} px; render at least that large (openvla-oft: 256 for 224)"
         )
     if shape.num_views != 1:
@@ -181,7 +194,7 @@ def env_config(env: EnvironmentConfig, shape: PolicyShape) -> EnvConfig:
     return EnvConfig(
         suite=env.suite,
         step_limit=env.step_limit,
-        render_size=env.render_size,
+        render_size=render_size,
         image_size=shape.image_size,
     )
 
@@ -207,7 +220,7 @@ def starts(
 
 
 def evaluation_record(
-    result: Evaluation, env: EnvironmentConfig, task_names: dict[int, str]
+    result: Evaluation, env: EnvConfig, task_names: dict[int, str]
 ) -> dict[str, Any]:
     """An evaluation as JSON, with what decides whether two of them compare."""
     chosen = suite(env.suite)
@@ -235,12 +248,17 @@ def evaluation_record(
     }
 
 
-def _claim_folder(folder: Path, recipe: Recipe) -> None:
-    """Make the run's folder, or check that it holds the same run."""
+def claim_folder(folder: Path, recipe: Mapping[str, Any], may_change: Sequence[str]) -> None:
+    """Make a run's folder and write ``recipe`` into it, or check that it holds the same run.
+
+    Raises:
+        ConfigError: the folder cannot be written, or holds a run that differs in more than the
+            parts that ``may_change`` names.
+    """
     file = folder / "recipe.yaml"
-    wanted = recipe.as_dict()
+    wanted: dict[str, Any] = json.loads(json.dumps(recipe))
     if file.exists():
-        changed = _differences(yaml.safe_load(file.read_text()), json.loads(json.dumps(wanted)))
+        changed = _differences(yaml.safe_load(file.read_text()), wanted, may_change)
         if changed:
             raise ConfigError(
                 f"{folder} holds a run with other settings ({'; '.join(changed)}); "
@@ -249,7 +267,7 @@ def _claim_folder(folder: Path, recipe: Recipe) -> None:
     partial_file = file.with_suffix(".tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial_file.write_text(yaml.safe_dump(json.loads(json.dumps(wanted)), sort_keys=False))
+        partial_file.write_text(yaml.safe_dump(wanted, sort_keys=False))
         partial_file.replace(file)
     except OSError as error:
         raise ConfigError(
@@ -258,16 +276,18 @@ def _claim_folder(folder: Path, recipe: Recipe) -> None:
         ) from error
 
 
-def _differences(before: dict[str, Any], after: dict[str, Any], path: str = "") -> list[str]:
+def _differences(
+    before: dict[str, Any], after: dict[str, Any], may_change: Sequence[str], path: str = ""
+) -> list[str]:
     """Knobs that differ and may not, as ``key: old -> new``."""
     found: list[str] = []
     for key in sorted(before.keys() | after.keys()):
         name = f"{path}.{key}" if path else key
-        if name in MAY_CHANGE:
+        if name in may_change:
             continue
         old, new = before.get(key), after.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, name)
+            found += _differences(old, new, may_change, name)
         elif old != new:
             found.append(f"{name}: {old!r} -> {new!r}")
     return found

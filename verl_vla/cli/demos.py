@@ -44,7 +44,13 @@ def run(arguments: Sequence[str]) -> int:
         workers=options.workers,
     )
     shown = _show(demonstrations, options.episodes * len(tasks))
-    write(out, shown, suite=chosen.name, horizon=config.horizon)
+    write(
+        out,
+        shown,
+        suite=chosen.name,
+        horizon=config.horizon,
+        render_size=options.render_size,
+    )
     logger.info("written to %s", out)
     return 0
 

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def run(arguments: Sequence[str]) -> int:
     # the rule stands in the result before there is anything to judge
     _write(out, result)
     if options.episodes is None:
-        _play(folder, played, _environment(played, options))
+        _play(folder, played, _environment(played, options.workers))
     trajectories = read_trajectories(folder, played.groups)
     learned, judged = halve(make_sample(trajectories, suite=played.suite, split="train"))
     rows = measure(contestants, learned, judged, config)
@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     play("--group-size", type=int, help="episodes of a group")
     play("--temperature", type=float, help="of the action tokens")
     play("--limit", dest="step_limit", help="step limit: published, simplevla, or a number")
-    play("--render-size", type=int, help="camera picture, pixels")
+    play("--render-size", type=int, help="camera picture, px; the policy's own if not given")
     play("--dtype", choices=sorted(DTYPES))
     play("--unnorm-key", help="entry of dataset_statistics.json")
     play("--slots", type=int, help="episodes under way at the same time")
@@ -170,19 +170,21 @@ def _find_episodes(
     check_assets(chosen)
     _groups(played)
     policy = find_policy(played.policy)
-    env_config(_environment(played, options), load_processor(policy, played.unnorm_key).shape)
+    processor = load_processor(policy, played.unnorm_key)
+    simulated = env_config(_environment(played, options.workers), processor)
+    played = replace(played, render_size=simulated.render_size)
     record = asdict(played) | {WEIGHTS: _digest(policy)}
     folder = out / EPISODES_FOLDER
     claim(folder, record)
     return folder, played, record
 
 
-def _environment(played: PlayConfig, options: argparse.Namespace) -> EnvironmentConfig:
+def _environment(played: PlayConfig, workers: int) -> EnvironmentConfig:
     return EnvironmentConfig(
         suite=played.suite,
         step_limit=played.step_limit,
         render_size=played.render_size,
-        num_workers=options.workers,
+        num_workers=workers,
         num_slots=played.slots,
     )
 
@@ -194,7 +196,7 @@ def _play(folder: Path, played: PlayConfig, env: EnvironmentConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_policy(find_policy(played.policy), DTYPES[played.dtype], played.unnorm_key)
     torch.nn.Module.to(policy.model, device)
-    with open_simulators(env, env_config(env, policy.shape), policy.shape) as simulators:
+    with open_simulators(env, env_config(env, policy.processor), policy.shape) as simulators:
         play_missing(
             folder,
             _groups(played),

@@ -1,4 +1,8 @@
-"""``sft --demos FILE --out DIR ...``: train a tiny policy from scratch on demonstrations."""
+"""``sft``: fine-tune a policy on demonstrations.
+
+``sft recipe=NAME key=value ...`` learns from LIBERO's files, in as many processes as there are
+GPUs; ``sft --demos FILE --out DIR ...`` trains a tiny policy from scratch on a file of `demos`.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,12 @@ from pathlib import Path
 
 import torch
 
+from verl_vla.cli.train import start_training
 from verl_vla.demonstrations import Demonstration, DemonstrationFile
 from verl_vla.envs.suites import SUITES, suite
 from verl_vla.errors import ConfigError
+from verl_vla.finetuning.recipe import load_sft_recipe
+from verl_vla.finetuning.run import prepare_run
 from verl_vla.policies.base import TrainablePolicy
 from verl_vla.policies.openvla_oft import tiny as tiny_openvla_oft
 from verl_vla.policies.scratch_vla import tiny as tiny_scratch_vla
@@ -28,6 +35,8 @@ SHOW_EVERY = 20
 
 def run(arguments: Sequence[str]) -> int:
     """Fit, say how it goes, and write a checkpoint folder."""
+    if any(argument.startswith("recipe=") for argument in arguments):
+        return _run_recipe(arguments)
     options = _parser().parse_args(arguments)
     config = SFTConfig(
         steps=options.steps,
@@ -41,8 +50,8 @@ def run(arguments: Sequence[str]) -> int:
     torch.set_num_threads(options.threads)
     with DemonstrationFile(Path(options.demos)) as file:
         demonstrations = _chosen(file, options.tasks, options.per_task)
-        key = file.suite
-    policy = _new_policy(options, demonstrations, key)
+        key, render_size = file.suite, file.render_size
+    policy = _new_policy(options, demonstrations, key, render_size)
     samples = make_samples(demonstrations, policy.processor.codec)
     logger.info(
         "%.2f M parameters, %d demonstrations, %d images",
@@ -53,6 +62,14 @@ def run(arguments: Sequence[str]) -> int:
     _show(fit(policy, samples, config), config.steps)
     policy.save_pretrained(options.out)
     logger.info("written to %s", options.out)
+    return 0
+
+
+def _run_recipe(arguments: Sequence[str]) -> int:
+    """Carry out a recipe; the same command again resumes."""
+    opened = prepare_run(load_sft_recipe(arguments))
+    logger.info("run folder %s", opened.folder)
+    start_training(opened, launcher="sft_launch")
     return 0
 
 
@@ -77,7 +94,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _new_policy(
-    options: argparse.Namespace, demonstrations: Sequence[Demonstration], key: str
+    options: argparse.Namespace,
+    demonstrations: Sequence[Demonstration],
+    key: str,
+    render_size: int,
 ) -> TrainablePolicy:
     """Build an untrained tiny policy for what the demonstrations show."""
     _, num_views, image_size, _, _ = demonstrations[0].images.shape
@@ -94,7 +114,7 @@ def _new_policy(
             instructions,
             statistics,
             sizes=tiny_scratch_vla.ScratchSizes(
-                image_size=image_size, num_views=num_views, **chosen
+                image_size=image_size, num_views=num_views, render_size=render_size, **chosen
             ),
             seed=options.seed,
         )
@@ -106,7 +126,9 @@ def _new_policy(
     return tiny_openvla_oft.build_tiny_policy(
         instructions,
         statistics,
-        sizes=tiny_openvla_oft.TinySizes(image_size=image_size, num_views=num_views),
+        sizes=tiny_openvla_oft.TinySizes(
+            image_size=image_size, num_views=num_views, render_size=render_size
+        ),
         seed=options.seed,
     )
 

@@ -53,15 +53,16 @@ class PlayConfig:
     seed: int = 0
     """Of the choice of starts and of the noise."""
     step_limit: StepLimit = "published"
-    render_size: int = 256
-    """Camera picture, pixels."""
+    render_size: int | None = None
+    """Camera picture, pixels; None takes what the policy was fine-tuned on. The record of what was
+    played holds the number."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     unnorm_key: str | None = None
     slots: int = 16
     """Episodes under way at the same time; a batch's size can move the last bit of a logit."""
 
     def __post_init__(self) -> None:
-        for name, least in (("groups", 2), ("group_size", 2), ("slots", 1), ("render_size", 1)):
+        for name, least in (("groups", 2), ("group_size", 2), ("slots", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; set at least {least}")
         if self.temperature <= 0:
