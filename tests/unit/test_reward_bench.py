@@ -38,6 +38,7 @@ from verl_vla.reward_bench import (
 from verl_vla.reward_bench.bench import advantage_changes
 from verl_vla.reward_bench.plots import principal_components
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = BenchConfig(curve_groups=4, curve_points=4, resamples=200)
 REWARDS = "binary,knn=knn_align,head=siglip_t,released=srpo_released"
 ARGUMENTS = ["knn.encoder=pixels", "head.encoder=pixels", "released.encoder=pixels"]
@@ -254,6 +255,21 @@ def test_rewards_are_named_by_words_or_by_a_file(tmp_path: Path):
         "random",
         "oracle",
     ]
+
+
+def test_the_rewards_of_the_experiment_can_be_made(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    made = make_contestants(read_rewards("docs/experiments/rewards.yaml", []), 0)
+    page = (ROOT / "docs/experiments/rewards.md").read_text()
+    kinds = {type(c.reward).__name__ for c in made if not c.is_control}
+    assert kinds == {
+        "BinaryReward",
+        "KnnAlignReward",
+        "SiglipTReward",
+        "SrpoReleasedReward",
+        "SrpoReward",
+    }
+    assert "--rewards docs/experiments/rewards.yaml" in page
 
 
 @pytest.mark.parametrize(
