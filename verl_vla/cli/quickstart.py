@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_vla.build import Run, open_run
-from verl_vla.cli.train import start_training
+from verl_vla.cli.train import improve
 from verl_vla.film import film, write_side_by_side
 from verl_vla.metrics import read_metrics
 from verl_vla.policies.loading import load_policy
@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
     began = time.perf_counter()
     with open_run(recipe) as opened:
         logger.info("run folder %s", opened.folder)
-        start_training(opened)
+        improve(opened)
     wall_s = time.perf_counter() - began
     _show(opened, wall_s)
     return 0
