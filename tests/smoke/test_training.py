@@ -48,6 +48,7 @@ def test_a_run_reports_every_declared_metric(whole_run: TrainingRun) -> None:
     seen = set().union(*lines) - {"step"}
     assert set(METRICS) <= seen
     assert all(name in METRICS or name.startswith(OPEN_FAMILIES) for name in seen)
+    assert (whole_run.folder / "curve.png").stat().st_size > 0
 
 
 def test_rollout_and_update_agree_on_the_log_probs(whole_run: TrainingRun) -> None:

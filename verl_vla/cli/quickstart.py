@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from verl_vla.build import Run, open_run
-from verl_vla.cli.train import start_training
+from verl_vla.cli.train import improve
 from verl_vla.film import film, write_side_by_side
 from verl_vla.metrics import read_metrics
 from verl_vla.policies.loading import load_policy
 from verl_vla.progress import format_seconds
 from verl_vla.provenance import provenance
 from verl_vla.recipe import Recipe, load_recipe
-from verl_vla.report import draw_curve, success_table, text_curve
+from verl_vla.report import success_table, text_curve
 from verl_vla.sampling import Start
 from verl_vla.trainer import checkpoint
 from verl_vla.types import Outcome
@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
     began = time.perf_counter()
     with open_run(recipe) as opened:
         logger.info("run folder %s", opened.folder)
-        start_training(opened)
+        improve(opened)
     wall_s = time.perf_counter() - began
     _show(opened, wall_s)
     return 0
@@ -67,11 +67,6 @@ def _show(run: Run, wall_s: float) -> None:
     summary = _summary(run.recipe, before, after, lines, _wall_s(run, wall_s))
     policies = run.policy_folder, checkpoint.step_folder(run.checkpoints, steps) / "policy"
     summary["policy_parameters"] = _film_and_count(run, policies, before, after)
-    draw_curve(
-        run.folder / "curve.png",
-        lines,
-        f"GRPO on {run.recipe.environment.suite}, seed {run.recipe.seed}",
-    )
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
     rates = [line["rollout/success_rate"] for line in lines if "rollout/success_rate" in line]
     logger.info("\n%s\n", success_table(before, after))

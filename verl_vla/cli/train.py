@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 from verl_vla.build import Run, open_run
 from verl_vla.finetuning.run import SFTRun
+from verl_vla.metrics import read_metrics
 from verl_vla.recipe import load_recipe
+from verl_vla.report import draw_curve
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +29,15 @@ def run(arguments: Sequence[str]) -> int:
     recipe = load_recipe(arguments)
     with open_run(recipe) as opened:
         logger.info("run folder %s", opened.folder)
-        start_training(opened)
+        improve(opened)
     return 0
+
+
+def improve(opened: Run) -> None:
+    """Train to the last step and draw ``curve.png``."""
+    start_training(opened)
+    title = f"GRPO on {opened.recipe.environment.suite}, seed {opened.recipe.seed}"
+    draw_curve(opened.folder / "curve.png", read_metrics(opened.folder / "metrics.jsonl"), title)
 
 
 def start_training(opened: Run | SFTRun, launcher: str = "launch") -> None:
