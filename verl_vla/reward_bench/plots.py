@@ -18,6 +18,7 @@ from verl_vla.reward_bench.bench import BenchRow
 COLUMNS = 4
 PANEL_INCHES = (2.9, 2.5)
 DPI = 120
+TITLE_SIZE = "x-small"
 SOLVED, FAILED = "#2a7f4f", "#c03020"
 MOMENTS = 21
 """Shares of an episode at which curves of different lengths are averaged."""
@@ -45,7 +46,8 @@ def draw_progress(path: Path, rows: Sequence[BenchRow], success: npt.NDArray[np.
             mine = [curves[i] for i in np.flatnonzero(chosen) if not np.isnan(curves[i]).any()]
             if mine:
                 axes.plot(share, np.mean(mine, axis=0), color=colour, label=f"{name} ({len(mine)})")
-        axes.set(title=row.label, xlabel="share of the episode", ylabel="progress")
+        axes.set_title(row.label, fontsize=TITLE_SIZE)
+        axes.set(xlabel="share of the episode", ylabel="progress")
         if axes.lines:
             axes.legend(frameon=False, fontsize="x-small")
     figure.suptitle("mean progress along an episode, its outcome kept secret", fontsize="small")
@@ -60,8 +62,9 @@ def draw_reliability(
     for axes, row in zip(panels, rows, strict=False):
         axes.scatter(truth[~success], row.readings.progress[~success], s=6, color=FAILED, alpha=0.6)
         value = row.by_progress.spearman.value
+        says = f"\nSpearman {value:.2f}" if math.isfinite(value) else ""
+        axes.set_title(row.label + says, fontsize=TITLE_SIZE)
         axes.set(
-            title=f"{row.label}\nSpearman {value:.2f}" if math.isfinite(value) else row.label,
             xlabel="true progress",
             ylabel="progress",
             xlim=(-0.02, 1.02),
@@ -97,7 +100,8 @@ def draw_features(
             x[~success], y[~success], s=7, c=truth[~success], cmap="plasma", vmin=0, vmax=1
         )
         figure.colorbar(dots, ax=axes, label="true progress of failures")
-        axes.set(title=f"{row.label}\n{row.readings.feature_space}", xlabel="PC 1", ylabel="PC 2")
+        axes.set_title(f"{row.label}\n{row.readings.feature_space}", fontsize=TITLE_SIZE)
+        axes.set(xlabel="PC 1", ylabel="PC 2")
         axes.legend(frameon=False, fontsize="x-small")
     figure.suptitle("last features of each episode, PCA", fontsize="small")
     figure.savefig(path)
@@ -121,7 +125,6 @@ def _panels(num: int) -> tuple[Figure, Sequence[Axes]]:
     grid = figure.subplots(lines, columns, squeeze=False)
     panels: list[Axes] = list(grid.ravel())
     for axes in panels:
-        axes.title.set_fontsize("small")
         axes.tick_params(labelsize="x-small")
     for axes in panels[num:]:
         axes.set_visible(False)
