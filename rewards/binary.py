@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
-from verl_vla.reward import Need, RewardResult, TrajectoryBatch
+from verl_vla.reward import RewardResult, StatelessReward, TrajectoryBatch
 
 
-class BinaryReward:
-    """Reads the simulator's own success flag; has no parameters and no state."""
-
-    requires: frozenset[Need] = frozenset()
+class BinaryReward(StatelessReward):
+    """Reads the simulator's own success flag; has no parameters."""
 
     def __call__(self, batch: TrajectoryBatch) -> RewardResult:
         """Score each episode by its outcome alone."""
@@ -22,14 +17,3 @@ class BinaryReward:
             progress=batch.success.astype(np.float32),
             status=tuple("success" if solved else "failure" for solved in batch.success),
         )
-
-    def update(self, batch: TrajectoryBatch) -> Mapping[str, float]:
-        """Nothing is learned."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing is kept."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing is restored."""

@@ -41,7 +41,9 @@ use_packages() { # run | dev
     rm -f "$venv/ready-run" "$venv/ready-dev"
     make_venv
     say "installing requirements/$1.lock (the first time, about 3 GB)"
-    "$uv" pip install --python "$python" --no-deps --requirements "$root/requirements/$1.lock" >&2
+    # compiled now: where PYTHONDONTWRITEBYTECODE is set, as in containers, every start would do it
+    "$uv" pip install --python "$python" --no-deps --compile-bytecode \
+        --requirements "$root/requirements/$1.lock" >&2
     "$uv" pip install --python "$python" --no-deps --quiet --editable "$root" >&2
     printf '%s\n' "$wanted" >"$venv/ready-$1"
     if [ "$1" = dev ]; then printf '%s\n' "$wanted" >"$venv/ready-run"; fi

@@ -2,8 +2,9 @@
 
 Sampling and scoring see the same logits at the same temperature, so a bin's log-probability at
 the rollout is the one that the update starts from. All logits are float32 [n, T, C]; they hold
-the action ids alone, as in SimpleVLA-RL (``dp_rob.py``), so nothing has to be masked with -inf,
-which would make the entropy or its gradient NaN.
+the action ids alone, as in SimpleVLA-RL (``dp_rob.py``), so nothing has to be masked with -inf.
+A logit that is -inf all the same, or so low that it overflows to it, counts as `LEAST_LOGIT`:
+0 x -inf would make the entropy and the gradient NaN.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ import torch
 from torch import Tensor
 
 from verl_vla.errors import ConfigError
+
+LEAST_LOGIT = -1e4
+"""Below the largest one, after the temperature. Its probability is 0 in float64 too (which ends
+at exp(-745)), so no bin that can be drawn is changed."""
 
 
 def sample(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
@@ -66,10 +71,11 @@ def entropy(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _scale(logits: Tensor, temperature: float) -> Tensor:
-    """Divide by the temperature, the largest logit at 0 so that nothing can overflow upwards."""
+    """Divide by the temperature, the largest logit at 0 and none below `LEAST_LOGIT`."""
     if not temperature > 0:
         raise ConfigError(
             f"temperature is {temperature}; a categorical distribution needs one above 0 "
             "(0 only chooses, greedily, and gives no probabilities)"
         )
-    return (logits - logits.detach().amax(-1, keepdim=True)) / temperature
+    scaled = (logits - logits.detach().amax(-1, keepdim=True)) / temperature
+    return scaled.clamp(min=LEAST_LOGIT)

@@ -22,9 +22,9 @@ from verl_vla.envs.pool import EnvPool
 from verl_vla.envs.suites import Suite, suite
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import Evaluation
-from verl_vla.policies.base import PolicyShape
-from verl_vla.policies.openvla_oft import OpenVLAOFTProcessor
-from verl_vla.policies.openvla_oft.doctor import require_sound
+from verl_vla.policies.base import PolicyShape, Processor
+from verl_vla.policies.loading import load_processor, require_sound
+from verl_vla.policies.openvla_oft.attention import require_backend
 from verl_vla.recipe import EnvironmentConfig, Recipe
 from verl_vla.reward import TrajectoryReward, load_reward
 from verl_vla.sampling import Start
@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "out",
     "trainer",
     "evaluation",
+    "gate",
     "cluster.address",
     "environment.num_workers",
     "environment.timeout_s",
@@ -52,7 +53,7 @@ class Run:
     recipe: Recipe
     folder: Path
     policy_folder: Path
-    processor: OpenVLAOFTProcessor
+    processor: Processor
     simulators: EnvPool
     reward: TrajectoryReward
     training_starts: tuple[Start, ...]
@@ -86,9 +87,10 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     chosen = suite(env.suite)
     tasks = task_ids(chosen, env.tasks)
     policy_folder = find_policy(recipe.policy.path)
+    require_backend(recipe.policy.attention)
     require_sound(policy_folder, recipe.policy.unnorm_key)
-    processor = OpenVLAOFTProcessor.from_pretrained(policy_folder, recipe.policy.unnorm_key)
-    reward = load_reward(recipe.reward, recipe.reward_args)
+    processor = load_processor(policy_folder, recipe.policy.unnorm_key)
+    reward = load_reward(recipe.reward, recipe.reward_args, seed=recipe.seed)
     config = env_config(env, processor.shape)
     check_assets(chosen)
     training = starts(chosen, tasks, "train")
@@ -142,7 +144,7 @@ def find_policy(path: str) -> Path:
             return folder.resolve()
     raise ConfigError(
         f"policy.path is {path!r}, but there is no config.json in {Path(path).resolve()}; "
-        "name the folder of an OpenVLA-OFT checkpoint"
+        "name the folder of a checkpoint"
     )
 
 

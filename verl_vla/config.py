@@ -89,6 +89,8 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 
 def _choice(choices: tuple[Any, ...], value: Any, path: str) -> Any:
+    if value is False and "off" in choices:
+        return "off"  # which YAML reads as false unless it is quoted
     if value not in choices:
         raise ConfigError(f"{path} is {value!r}; choose one of {', '.join(map(repr, choices))}")
     return value

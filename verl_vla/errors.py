@@ -3,6 +3,7 @@
 ``ConfigError``       the person who wrote the recipe or started the command
 ``ContractError``     the person who wrote the code on one side of a boundary
 ``EpisodeCrashed``    nobody yet: one simulator died; the run goes on and counts it
+``ColdStartError``    the person who chose the policy: it succeeds too seldom to be trained
 ``StarvedError``      the person who chose the tasks: no group taught anything
 """
 
@@ -17,6 +18,10 @@ class ContractError(TypeError):
 
 class EpisodeCrashed(RuntimeError):  # noqa: N818 -- an event, named for what happened
     """One simulator raised, hung or died; the message carries the true cause."""
+
+
+class ColdStartError(RuntimeError):
+    """The policy does not succeed often enough before training; see `verl_vla.gate`."""
 
 
 class StarvedError(RuntimeError):

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import simplejpeg
 import torch
 from PIL import Image
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from verl_vla.errors import ConfigError, ContractError
@@ -108,7 +109,10 @@ def prepare_image(
 def prepare_images(
     renders: Pixels, *, size: int = 224, jpeg: bool = True, crop_area: float = 0.9
 ) -> Pixels:
-    """Apply `prepare_image` to [n, H, W, 3]; returns [n, size, size, 3]."""
+    """Apply `prepare_image` to [n, H, W, 3]; returns [n, size, size, 3], equal to the bit.
+
+    One after the other: an image and what is computed of it fit a core's cache, a batch does not.
+    """
     images = np.empty((len(renders), size, size, 3), np.uint8)
     for image, render in zip(images, renders, strict=True):
         image[:] = prepare_image(render, size=size, jpeg=jpeg, crop_area=crop_area)
@@ -193,7 +197,7 @@ def _round_trip(pixels: Pixels) -> Pixels:
 def _resize(pixels: Floats, size: int) -> Floats:
     """Resize [H, W, 3] by an antialiased Lanczos kernel; returns whole numbers [W, H, 3]."""
     rows = _weigh_rows(pixels, size)
-    both = _weigh_rows(np.ascontiguousarray(rows.transpose(1, 0, 2)), size)
+    both = _weigh_rows(_turn(rows), size)
     np.rint(both, out=both)
     return np.clip(both, 0, 255, out=both)
 
@@ -201,30 +205,22 @@ def _resize(pixels: Floats, size: int) -> Floats:
 def _weigh_rows(pixels: Floats, size: int) -> Floats:
     """Replace the rows of ``pixels`` by ``size`` weighted sums of neighbours.
 
-    The sum runs over the neighbours in order, one float32 addition each, as TensorFlow's does; a
-    matrix product would add in another order and differ in single pixels.
+    The sum runs over the neighbours in order, one float32 product and one float32 addition each,
+    as TensorFlow's does: SciPy's sparse product is such a loop. A dense product adds in another
+    order and differs in single pixels.
     """
     if len(pixels) == size:
         return pixels
-    flat = pixels.reshape(len(pixels), -1)
-    total = np.zeros((size, flat.shape[1]), np.float32)
-    term = np.empty_like(total)
-    for source, weight in _lanczos_taps(len(pixels), size):
-        np.take(flat, source, axis=0, out=term, mode="clip")
-        term *= weight
-        total += term
+    total = _lanczos_weights(len(pixels), size) @ pixels.reshape(len(pixels), -1)
     return total.reshape(size, *pixels.shape[1:])
 
 
 @lru_cache(maxsize=16)
-def _lanczos_taps(num_in: int, num_out: int) -> tuple[tuple[Indices, Floats], ...]:
-    """Say which rows make up a resized row, and how much of each.
+def _lanczos_weights(num_in: int, num_out: int) -> csr_array:
+    """Say how much of which rows makes up a resized row: [num_out, num_in].
 
     Source: ``tf.image.resize(method="lanczos3", antialias=True)``, scale_and_translate_op.cc,
     with its float32 roundings.
-
-    Returns:
-        One pair a neighbour: [num_out] rows of the input, [num_out, 1] weights.
     """
     one, half = np.float32(1), np.float32(0.5)
     scale = one / (np.float32(num_out) / np.float32(num_in))
@@ -235,12 +231,11 @@ def _lanczos_taps(num_in: int, num_out: int) -> tuple[tuple[Indices, Floats], ..
     last = np.minimum(np.floor(centre + reach - half), num_in - 1).astype(np.int64)
     source = first[:, None] + np.arange(int((last - first).max()) + 1)
     distance = np.abs(source.astype(np.float32) + half - centre[:, None]) * (one / stretch)
-    weight = np.where(source <= last[:, None], _lanczos(distance), np.float32(0))
+    is_near = source <= last[:, None]
+    weight = np.where(is_near, _lanczos(distance), np.float32(0))
     weight *= one / np.cumsum(weight, axis=1, dtype=np.float32)[:, -1:]
-    source = np.minimum(source, num_in - 1)
-    return tuple(
-        (s, np.ascontiguousarray(w[:, None])) for s, w in zip(source.T, weight.T, strict=True)
-    )
+    ends = np.concatenate([[0], np.cumsum(is_near.sum(axis=1))])
+    return csr_array((weight[is_near], source[is_near], ends), shape=(num_out, num_in))
 
 
 def _lanczos(distance: Floats) -> Floats:
@@ -261,7 +256,7 @@ def _crop(columns_first: Floats, area: float) -> Floats:
     """
     share = columns_first * np.float32(1 / 255)
     across = _blend_rows(share, area)
-    both = _blend_rows(np.ascontiguousarray(across.transpose(1, 0, 2)), area)
+    both = _blend_rows(_turn(across), area)
     np.clip(both, 0, 1, out=both)
     both *= np.float32(255.5)
     return both
@@ -276,6 +271,13 @@ def _blend_rows(pixels: Floats, area: float) -> Floats:
     high *= part
     high += low
     return high.reshape(pixels.shape)
+
+
+def _turn(pixels: Floats) -> Floats:
+    """Swap rows and columns; a pixel moves as one item, which is three times as fast."""
+    height, width, channels = pixels.shape
+    whole = pixels.view(np.dtype((np.void, channels * pixels.itemsize)))[..., 0]
+    return np.ascontiguousarray(whole.T).view(np.float32).reshape(width, height, channels)
 
 
 @lru_cache(maxsize=16)

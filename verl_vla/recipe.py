@@ -21,6 +21,7 @@ from yaml import YAMLError
 from verl_vla.config import nearest, parse
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import EvaluationConfig
+from verl_vla.gate import GateConfig
 from verl_vla.loss import ClipRange
 from verl_vla.sampling import SamplingConfig
 
@@ -33,16 +34,24 @@ class PolicyConfig:
     """Which policy is improved, and how it is held."""
 
     path: str
-    """Folder of an OpenVLA-OFT checkpoint: weights, config, tokenizer and statistics. A relative
-    path starts at the project's root."""
+    """Folder of a checkpoint, OpenVLA-OFT or scratch VLA: weights, config, tokenizer and
+    statistics. A relative path starts at the project's root."""
     unnorm_key: str | None = None
     """Which entry of ``dataset_statistics.json``; null where there is only one."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the weights and the body's arithmetic; the head is always float32."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Back end of the language model's attention, bidirectional in both."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Back end of the language model's attention, bidirectional in all. The last one needs a CUDA
+    device and the package flash-attn."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        if self.attention == "flash_attention_2" and self.dtype == "float32":
+            raise ConfigError(
+                "policy.attention is 'flash_attention_2', which computes in 16 bits, and "
+                "policy.dtype is 'float32'; set policy.dtype=bfloat16 or policy.attention=sdpa"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +192,7 @@ class Recipe:
     """The only source of randomness of a run."""
     policy: PolicyConfig
     environment: EnvironmentConfig
+    gate: GateConfig = field(default_factory=GateConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: str = "binary"
     """A file of ``rewards/``, or ``path/to/file.py:ClassName``."""
@@ -250,15 +260,17 @@ def _compose(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Let Hydra merge the file, the files it builds on, and the overrides.
 
     Overrides may name keys that the file leaves at their default, so each is marked as one that
-    may be new; `parse` refuses those that nobody knows.
+    may be new; `parse` refuses those that nobody knows. A recipe of the user's own may build on
+    the project's recipes and profiles.
     """
     for override in overrides:
         _check_override(override)
+    words = [f"++{o.lstrip('+')}" for o in overrides]
+    if file.parent != RECIPES_FOLDER:
+        words.append(f"hydra.searchpath=['file://{RECIPES_FOLDER}']")
     try:
         with initialize_config_dir(str(file.parent), version_base=None):
-            composed = compose(
-                config_name=file.stem, overrides=[f"++{o.lstrip('+')}" for o in overrides]
-            )
+            composed = compose(config_name=file.stem, overrides=words)
         container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {file.stem!r} cannot be composed: {error}") from error

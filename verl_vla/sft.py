@@ -19,7 +19,7 @@ from torch.nn import functional
 from verl_vla.actions import ActionCodec, ActionStatistics
 from verl_vla.demonstrations import Demonstration
 from verl_vla.errors import ConfigError
-from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
+from verl_vla.policies.base import TrainablePolicy
 
 LOW_QUANTILE, HIGH_QUANTILE = 0.01, 0.99
 """Of openvla-oft's action ranges (``prismatic/vla/datasets/rlds/utils/data_utils.py``)."""
@@ -173,7 +173,7 @@ def learning_rate(config: SFTConfig, step: int) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * fall)
 
 
-def fit(policy: OpenVLAOFTPolicy, samples: Samples, config: SFTConfig) -> Iterator[StepReport]:
+def fit(policy: TrainablePolicy, samples: Samples, config: SFTConfig) -> Iterator[StepReport]:
     """Train ``policy`` in place, yielding after every step.
 
     On a CPU the same arguments and number of threads give the same weights.
@@ -187,8 +187,8 @@ def fit(policy: OpenVLAOFTPolicy, samples: Samples, config: SFTConfig) -> Iterat
     for step, rows in enumerate(_batches(len(samples), config)):
         optimizer.param_groups[0]["lr"] = learning_rate(config, step)
         prompts = [policy.processor.prompt(samples.instructions[row]) for row in rows]
-        logits = policy.logits(samples.images[rows], prompts)
         bins = samples.bins[rows].to(device)
+        logits = policy.logits(samples.images[rows], prompts, bins)
         targets = soft_targets(bins, policy.processor.codec, config.smoothing)
         loss = cross_entropy(logits, targets)
         optimizer.zero_grad()

@@ -26,7 +26,7 @@ def refused(words: list[str], out: Path, capsys: pytest.CaptureFixture[str]) -> 
     [
         (["sampling.grup_size=4"], "did you mean 'sampling.group_size'?"),
         (["environment.suite=minni"], "did you mean 'mini'?"),
-        (["environment.tasks=[0,17]"], "has 17, but suite 'mini' has tasks 0 to 5"),
+        (["environment.tasks=[0,17]"], "has 17, but suite 'mini' has tasks 0 to 6"),
         (["sampling.group_size=1"], "group_size is 1; GRPO compares episodes within a group"),
         (["environment.render_size=64"], "the policy sees images of 112 px; render at least"),
         (["environment.step_limit=soon"], "environment.step_limit is 'soon'"),

@@ -23,13 +23,13 @@ from verl_vla.observations import (
     prepare_images,
     prompt_ids,
 )
+from verl_vla.policies.checkpoint import read_tokenizer
 from verl_vla.policies.openvla_oft import (
     OpenVLAOFTConfig,
     OpenVLAOFTModel,
     OpenVLAOFTPolicy,
     OpenVLAOFTProcessor,
 )
-from verl_vla.policies.openvla_oft.checkpoint import read_tokenizer
 
 GOLDEN = Path(__file__).parents[2] / ".." / "shared" / "golden"
 TINY = GOLDEN / "tiny_openvla_oft"

@@ -17,7 +17,7 @@ from verl_vla.types import Outcome
 
 pytestmark = pytest.mark.sim
 
-PUSH, LIFT, PLACE, STACK, CAN, MILK = range(6)
+PUSH, LIFT, PLACE, STACK, CAN, MILK, PUSH_BLUE = TASKS = range(7)
 PACE = 0.8
 OBJECTS = {
     PUSH: ("red_cube",),
@@ -26,6 +26,7 @@ OBJECTS = {
     STACK: ("red_cube", "blue_cube"),
     CAN: ("can", "milk"),
     MILK: ("can", "milk"),
+    PUSH_BLUE: ("blue_cube",),
 }
 
 
@@ -57,7 +58,7 @@ def play_expert(
     return outcome, moves
 
 
-@pytest.mark.parametrize("task_id", range(6))
+@pytest.mark.parametrize("task_id", TASKS)
 def test_an_expert_solves_its_task_with_time_to_spare(env: LiberoEnv, task_id: int) -> None:
     limit = env.suite.step_limit("published", task_id)
     lengths = []
@@ -79,7 +80,7 @@ def test_an_expert_corrects_what_disturbs_it(env: LiberoEnv, task_id: int) -> No
     assert play_expert(env, task_id, noise=0.2)[0] is Outcome.SUCCESS
 
 
-@pytest.mark.parametrize("task_id", range(6))
+@pytest.mark.parametrize("task_id", TASKS)
 def test_an_expert_that_misjudges_heights_misses(env: LiberoEnv, task_id: int) -> None:
     env.reset(task_id, 0)
     assert play_expert(env, task_id, height_error_m=0.01)[0] is Outcome.SUCCESS
@@ -94,7 +95,7 @@ def test_an_expert_that_misjudges_heights_misses(env: LiberoEnv, task_id: int) -
     assert missed[-1]
 
 
-@pytest.mark.parametrize("task_id", range(6))
+@pytest.mark.parametrize("task_id", TASKS)
 def test_doing_nothing_solves_nothing(env: LiberoEnv, task_id: int) -> None:
     env.reset(task_id, 0)
     outcome = None
@@ -112,7 +113,7 @@ def test_the_same_scene_asks_for_different_things(env: LiberoEnv) -> None:
     assert env.simulator(CAN).object_position("milk")[2] > 1.0
 
 
-@pytest.mark.parametrize("task_id", range(6))
+@pytest.mark.parametrize("task_id", TASKS)
 def test_objects_lie_apart_and_still_when_play_begins(env: LiberoEnv, task_id: int) -> None:
     for init_state_id in range(0, 100, 25):
         env.reset(task_id, init_state_id)

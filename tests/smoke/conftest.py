@@ -29,6 +29,7 @@ def small_words(base_of_two_datasets: Path) -> list[str]:
         f"policy.path='{base_of_two_datasets}'",
         "policy.unnorm_key=mini",
         "seed=7",
+        "gate.episodes=8",
         "environment.tasks=[0,1]",
         "sampling.groups_per_step=3",
         "sampling.group_size=4",

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import PROJECT, RUN_LIMIT_S, TrainingRun
+from training_runs import PROJECT, TrainingRun
 
-from verl_vla.cli.main import EXIT_STARVED
+from verl_vla.actions import load_statistics
+from verl_vla.cli.main import EXIT_COLD_START, EXIT_STARVED
 from verl_vla.envs.assets import assets_available
+from verl_vla.envs.suites import suite
 from verl_vla.metrics import METRICS, OPEN_FAMILIES, is_reproducible, read_metrics
+from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
 from verl_vla.trainer.checkpoint import complete_steps, step_folder
 
 pytestmark = [pytest.mark.smoke, pytest.mark.sim]
@@ -126,14 +129,39 @@ def test_a_run_that_cannot_learn_stops_and_says_why(tmp_path: Path) -> None:
             "recipe=quickstart",
             "environment.tasks=[1]",
             "environment.step_limit=2",
+            "gate.mode=off",
             "sampling.groups_per_step=2",
             "sampling.group_size=2",
             "sampling.max_rounds=2",
             "trainer.eval_before=false",
         ],
     )
-    process = run.start()
-    said, _ = process.communicate(timeout=RUN_LIMIT_S)
-    assert process.returncode == EXIT_STARVED, said
+    said = run.finish(EXIT_STARVED)
     assert "4 groups (8 episodes) were played in 2 rounds, 0 episodes solved, 8 failed" in said
     assert "too hard for this policy" in said
+
+
+def test_a_policy_that_never_succeeds_is_not_trained(tmp_path: Path) -> None:
+    task = suite("mini").tasks[0]
+    statistics = load_statistics(PROJECT / "bases" / "mini", "mini")
+    build_tiny_policy([task.instruction], statistics).save_pretrained(tmp_path / "untrained")
+    run = TrainingRun(
+        tmp_path / "run",
+        [
+            "recipe=quickstart",
+            f"policy.path='{tmp_path / 'untrained'}'",
+            "environment.tasks=[0]",
+            "environment.step_limit=16",
+            "gate.episodes=4",
+            "trainer.eval_before=false",
+        ],
+    )
+    said = run.finish(EXIT_COLD_START)
+    assert "sampled at temperature 1 it solved 0 of 4 training episodes" in said
+    assert f"{task.name}: greedy 0 of 4, sampled 0 of 4" in said
+    assert "Fine-tune the policy further on demonstrations" in said
+    kept = json.loads((run.folder / "gate.json").read_text())
+    assert not kept["passed"]
+    assert kept["sampled"]["tasks"][task.name]["successes"] == 0
+    assert not (run.folder / "metrics.jsonl").exists()
+    assert complete_steps(run.folder / "checkpoints") == []

@@ -34,15 +34,15 @@ class TrainingRun:
             start_new_session=True,
         )
 
-    def finish(self) -> str:
-        """Run it to its end and return what it said."""
+    def finish(self, exit_code: int = 0) -> str:
+        """Run it to its end, which must come with ``exit_code``, and return what it said."""
         process = self.start()
         try:
             said, _ = process.communicate(timeout=RUN_LIMIT_S)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-        assert process.returncode == 0, said
+        assert process.returncode == exit_code, said
         return said
 
     def kill_when(self, condition: Callable[[], bool]) -> None:

@@ -13,8 +13,9 @@ from verl_vla.errors import ConfigError
 
 EXTREME = st.one_of(
     st.floats(-30, 30, width=32),
-    st.sampled_from([-1e30, -1e4, 0.0, 1e4, 1e30]),
+    st.sampled_from([-math.inf, -3e38, -1e30, -1e4, 0.0, 1e4, 1e30, 3e38]),
 )
+"""-inf is how others mask a bin; the difference of +-3e38 overflows float32."""
 TEMPERATURE = st.sampled_from([0.1, 1.0, 1.6, 5.0])
 NOISE = st.one_of(
     st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1 - 2**-53, 5e-324, 0.5])
@@ -22,7 +23,8 @@ NOISE = st.one_of(
 
 
 def rows(num_bins: int) -> st.SearchStrategy[list[float]]:
-    return st.lists(EXTREME, min_size=num_bins, max_size=num_bins)
+    values = st.lists(EXTREME, min_size=num_bins, max_size=num_bins)
+    return values.filter(lambda row: max(row) > -math.inf)
 
 
 def as_logits(values: list[float]) -> Tensor:
@@ -40,6 +42,9 @@ def test_a_sample_is_a_bin_that_has_probability(
     assert 0 <= bins.item() < 8
     probability = (logits.double() / temperature).softmax(-1)
     assert probability[0, 0, bins.item()] > 0
+    logp = action_distribution.log_prob(logits, bins, temperature)
+    exact = (logits.double() / temperature).log_softmax(-1)[0, 0, bins.item()]
+    assert logp.item() == pytest.approx(exact.item(), abs=1e-4, rel=1e-5)
 
 
 @given(values=rows(8), chosen=st.integers(0, 7), temperature=TEMPERATURE)
@@ -72,6 +77,23 @@ def test_log_prob_is_the_log_of_a_softmax_at_the_temperature() -> None:
     assert torch.allclose(logp.double(), exact.gather(-1, bins[..., None])[..., 0].log(), atol=1e-5)
     entropy = action_distribution.entropy(logits, 1.6)
     assert torch.allclose(entropy.double(), -(exact * exact.log()).sum(-1), atol=1e-5)
+
+
+def test_masked_tokens_leave_no_nan_in_the_gradient() -> None:
+    """0 x -inf: a bin of logit -inf, its entropy weighed by 0, a token that did not run."""
+    logits = torch.tensor([[[-math.inf, 1.0, 2.0], [-math.inf, 0.0, -math.inf]]])
+    logits.requires_grad_()
+    mask = torch.tensor([[1.0, 0.0]])
+    logp = action_distribution.log_prob(logits, torch.tensor([[2, 0]]), 1.6)
+    entropy = action_distribution.entropy(logits, 1.6)
+    ((logp + entropy) * mask).sum().backward()
+    exact = torch.tensor([1.0, 2.0]).div(1.6).log_softmax(-1)
+    assert logp[0, 0].item() == pytest.approx(exact[1].item(), abs=1e-6)
+    assert entropy[0, 0].item() == pytest.approx(-(exact.exp() * exact).sum().item(), abs=1e-6)
+    assert entropy[0, 1].item() == 0
+    assert torch.isfinite(logp).all()
+    assert torch.isfinite(logits.grad).all()
+    assert logits.grad[0, 1].abs().max() == 0
 
 
 def test_entropy_of_no_knowledge_and_of_certainty() -> None:

@@ -27,6 +27,7 @@ from verl_vla.envs.pool import EnvPool
 from verl_vla.envs.suites import suite
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.evaluation import Evaluation, EvaluationConfig, SuccessRate, count
+from verl_vla.gate import GateConfig
 from verl_vla.policies.base import PolicyShape
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
 from verl_vla.recipe import (
@@ -133,6 +134,7 @@ def _is_running(pid: int) -> bool:
         ("environment", {"step_limit": 0}, "step_limit is 0"),
         ("environment", {"step_limit": "simplevla"}, "SimpleVLA-RL never played mini"),
         ("policy", {"path": "no/where"}, "policy.path is 'no/where', but there is no config.json"),
+        ("policy", {"attention": "flash_attention_2"}, "needs a CUDA device and the package flash"),
         ("evaluation", {"episodes_per_task": 999}, "evaluation.episodes_per_task is 999"),
         (None, {"reward": "binry"}, "did you mean 'binary'?"),
         (None, {"reward_args": {"scale": 1}}, "reward 'binary' has no argument 'scale'"),
@@ -166,6 +168,7 @@ def test_a_run_may_grow_longer_and_be_reported_elsewhere(recipe, no_simulators):
         recipe,
         trainer=TrainerConfig(total_training_steps=500, save_every=1, loggers=()),
         evaluation=EvaluationConfig(episodes_per_task=1),
+        gate=GateConfig(mode="off"),
         cluster=ClusterConfig(address="auto"),
         environment=replace(recipe.environment, num_workers=7, timeout_s=77.0),
     )

@@ -21,9 +21,7 @@ def turned(degrees: float, axis: int = 2) -> np.ndarray:
 
 def box(rotation: np.ndarray) -> Boxes:
     """2 x 1 x 0.5 m around (10, 20, 3)."""
-    return Boxes(
-        np.array([[10.0, 20.0, 3.0]]), rotation[None], np.array([[1.0, 0.5, 0.25]])
-    )
+    return Boxes(np.array([[10.0, 20.0, 3.0]]), rotation[None], np.array([[1.0, 0.5, 0.25]]))
 
 
 def test_a_box_is_as_high_as_its_corners() -> None:

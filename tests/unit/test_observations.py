@@ -14,6 +14,8 @@ from verl_vla.observations import (
     OPENVLA_IMAGE_STATISTICS,
     SIGLIP_STATISTICS,
     Pixels,
+    _lanczos_weights,
+    _weigh_rows,
     normalize_image,
     prepare_image,
     prepare_images,
@@ -56,6 +58,18 @@ def test_resize_is_an_antialiased_lanczos(height: int, width: int, size: int) ->
     )
     resized = prepare_image(render, size=size, jpeg=False, crop_area=1.0)
     assert np.abs(resized - np.clip(np.rint(exact), 0, 255)).max() <= 1
+
+
+@pytest.mark.parametrize(("num_in", "num_out"), [(64, 56), (48, 64), (100, 30)])
+def test_neighbours_are_added_in_order_with_a_rounding_after_each_step(
+    num_in: int, num_out: int
+) -> None:
+    """A build of SciPy that fuses product and sum would lose TensorFlow's bytes."""
+    pixels = make_render(num_in, 40).astype(np.float32)
+    total = np.zeros((num_out, 40, 3), np.float32)
+    for neighbour, weight in enumerate(_lanczos_weights(num_in, num_out).toarray().T):
+        total += weight[:, None, None] * pixels[neighbour]
+    assert np.array_equal(_weigh_rows(pixels, num_out), total)
 
 
 def test_crop_is_a_bilinear_look_at_the_middle() -> None:

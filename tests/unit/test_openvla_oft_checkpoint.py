@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +13,14 @@ from transformers import AutoConfig, AutoModel
 from verl_vla.actions import ActionStatistics
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.observations import DINO_STATISTICS, OPENVLA_IMAGE_STATISTICS, SIGLIP_STATISTICS
+from verl_vla.policies.checkpoint import read_tokenizer, write_image_statistics
 from verl_vla.policies.openvla_oft import (
     OpenVLAOFTModel,
     OpenVLAOFTPolicy,
     OpenVLAOFTProcessor,
     register_auto_classes,
 )
-from verl_vla.policies.openvla_oft.checkpoint import (
-    read_config,
-    read_image_statistics,
-    read_tokenizer,
-    write_image_statistics,
-)
+from verl_vla.policies.openvla_oft.checkpoint import read_config, read_image_statistics
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
 
 INSTRUCTIONS = ["push the cube onto the marker", "lift the cube"]
@@ -80,6 +78,47 @@ def test_auto_classes_load_it(folder: Path, policy: OpenVLAOFTPolicy) -> None:
     assert type(model) is OpenVLAOFTModel
     for one, other in zip(model.parameters(), policy.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_model_loads_an_export_in_shards_with_equal_logits(
+    folder: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    trained = OpenVLAOFTPolicy.from_pretrained(folder, dtype=dtype)
+    export = tmp_path / "export"
+    trained.model.save_pretrained(export, max_shard_size="50KB")
+    trained.processor.save_pretrained(export)
+    assert len(list(export.glob("model-*-of-*.safetensors"))) > 1
+    model = AutoModel.from_pretrained(export, dtype="auto", trust_remote_code=False)
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 6, 28, 28, generator=generator)
+    ids, mask = trained.processor.collate([trained.processor.prompt(i) for i in INSTRUCTIONS])
+    with torch.no_grad():
+        logits = model.action_logits(pixels, ids, mask)
+        assert torch.equal(logits, trained.model.action_logits(pixels, ids, mask))
+    again = OpenVLAOFTProcessor.from_pretrained(export)
+    bins = torch.arange(56).unsqueeze(0) * 4
+    commands = trained.processor.codec.to_simulator(bins)
+    assert np.array_equal(again.codec.to_simulator(bins), commands)
+
+
+def test_a_program_needs_one_import_to_load_it(folder: Path) -> None:
+    """In a process of its own: neither trust_remote_code nor a question on stdin."""
+    program = (
+        "import verl_vla.policies.openvla_oft\n"
+        "from transformers import AutoModel\n"
+        f"print(type(AutoModel.from_pretrained({str(folder)!r})).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[2],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "OpenVLAOFTModel"
 
 
 def test_a_checkpoint_without_statistics_gives_a_model_but_no_policy(folder: Path) -> None:

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from verl_vla.actions import ActionStatistics
 from verl_vla.cli import doctor as verb
 from verl_vla.errors import ConfigError
+from verl_vla.policies.loading import require_sound
 from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
-from verl_vla.policies.openvla_oft.doctor import examine, judge_action_mass, require_sound
+from verl_vla.policies.openvla_oft.doctor import examine, judge_action_mass
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
 
 SIZES = TinySizes(image_size=28, vision_width=12, llm_width=16, llm_depth=1, llm_mlp=16)
@@ -111,6 +112,7 @@ def test_a_regression_head_is_refused_by_the_doctor_and_by_the_policy(folder: Pa
     says = faults(folder)["action head"]
     assert "action_head--150000_checkpoint.pt" in says
     assert "L1-regression" in says
+    assert "take one fine-tuned with use_l1_regression False" in says
     with pytest.raises(ConfigError, match="L1-regression"):
         OpenVLAOFTPolicy.from_pretrained(folder)
     with pytest.raises(ConfigError, match="L1-regression"):
@@ -119,7 +121,10 @@ def test_a_regression_head_is_refused_by_the_doctor_and_by_the_policy(folder: Pa
 
 def test_missing_statistics_are_named(folder: Path) -> None:
     (folder / "dataset_statistics.json").unlink()
-    assert "holds no dataset_statistics.json" in faults(folder)["action statistics"]
+    says = faults(folder)["action statistics"]
+    assert "holds no dataset_statistics.json" in says
+    assert "without the ranges of the fine-tuning data" in says
+    assert "copy" in says
 
 
 def test_statistics_of_another_robot_are_named(folder: Path) -> None:
@@ -136,17 +141,21 @@ def test_a_wrong_image_size_is_named(folder: Path) -> None:
     says = faults(folder)["weights"]
     assert "pos_embed" in says
     assert "(1, 4, 12) for (1, 9, 12)" in says
+    assert "take both from one checkpoint" in says
 
 
 def test_an_image_that_does_not_fall_into_patches_is_named(folder: Path) -> None:
     edit(folder / "config.json", lambda c: c.update(image_sizes=[30]))
-    assert "images of 30 px" in faults(folder)["architecture"]
+    says = faults(folder)["architecture"]
+    assert "images of 30 px" in says
+    assert "towers must share a patch size that divides the image size" in says
 
 
 def test_an_unknown_tower_is_named(folder: Path) -> None:
     edit(folder / "config.json", lambda c: c.update(vision_towers=None, timm_model_ids=["vit_x"]))
     says = faults(folder)["architecture"]
     assert "vit_x" in says
+    assert "sizes are not known here" in says
     assert "choose from" in says
 
 

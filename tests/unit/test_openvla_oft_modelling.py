@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers.integrations import flash_attention
+from transformers.utils import is_flash_attn_2_available
 
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig, OpenVLAOFTModel
@@ -193,7 +195,43 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         assert torch.allclose(one, other, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["flash_attention_2", "flex_attention"])
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash attention is available here")
+def test_flash_attention_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="flash-attn, and one of them is missing here; install"):
+        OpenVLAOFTModel.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+
+
+@pytest.mark.parametrize("flag", [None, False])
+def test_flash_attention_is_told_to_be_bidirectional(
+    monkeypatch: pytest.MonkeyPatch, flag: bool | None
+) -> None:
+    """What transformers hands to the kernel, with a padded prompt; the kernel needs a GPU."""
+    handed: list[dict[str, object]] = []
+
+    def stand_in(query: Tensor, *_: Tensor, **kwargs: object) -> Tensor:
+        handed.append(kwargs)
+        return query
+
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", stand_in)
+    layer = make_model().language_model.model.layers[0].self_attn
+    states = torch.zeros(1, 2, 5, 8)
+    flash_attention.flash_attention_forward(layer, states, states, states, None, is_causal=flag)
+    assert [call["is_causal"] for call in handed] == [False]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash attention is not available here")
+@pytest.mark.parametrize("lengths", [[9], [9, 6]])
+def test_flash_attention_agrees_with_sdpa(lengths: list[int]) -> None:
+    model = make_model().to("cuda", torch.bfloat16)
+    inputs = [part.to("cuda") for part in make_inputs(model, lengths)]
+    expected = model.action_logits(*inputs)
+    model.set_attn_implementation("flash_attention_2")
+    assert (model.action_logits(*inputs) - expected).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("backend", ["flash_attention_3", "flex_attention"])
 def test_a_back_end_that_is_not_known_to_be_bidirectional_is_refused(backend: str) -> None:
     model = make_model()
     model.config.language._attn_implementation = backend

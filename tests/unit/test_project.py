@@ -231,7 +231,7 @@ def test_every_imported_package_is_declared() -> None:
 
 
 def test_a_reward_knows_its_interface_and_nothing_else_of_ours() -> None:
-    interface = {"verl_vla.reward", "verl_vla.types", "verl_vla.errors"}
+    interface = {"verl_vla.reward", "verl_vla.encoders", "verl_vla.types", "verl_vla.errors"}
     expect_none(
         f"{relative(path)}: {name}"
         for path in CODE

@@ -98,6 +98,14 @@ def test_the_last_of_two_overrides_wins(load):
     assert load("seed=1", "seed=2").seed == 2
 
 
+def test_off_is_a_word_in_a_file_too(load, file):
+    """YAML reads it as false unless it is quoted."""
+    assert load("gate.mode=off").gate.mode == "off"
+    for written in ("off", "'off'"):
+        file.write_text(f"{TEXT}gate: {{mode: {written}}}\n")
+        assert load().gate.mode == "off"
+
+
 def test_a_value_with_special_characters_can_be_quoted(load):
     assert load("out='runs/a=b ~c'").out == "runs/a=b ~c"
 
@@ -146,6 +154,10 @@ def test_loading_twice_gives_the_same(load):
         ("loss.clip.high=1.5", "loss.clip.high is 1.5; a ratio is clipped between 0 and 2"),
         ("policy=x", "policy is 'x'; it is a section, set policy.KEY instead"),
         ("policy.dtype=float16", "policy.dtype is 'float16'; choose one of 'float32', 'bfloat16'"),
+        (
+            "policy={path: a, attention: flash_attention_2, dtype: float32}",
+            "policy.attention is 'flash_attention_2', which computes in 16 bits, and policy.dtype",
+        ),
         ("environment.step_limit=long", "environment.step_limit is 'long'; choose one of"),
         ("environment.num_slots=0", "environment.num_slots is 0; set at least 1"),
         ("environment.timeout_s=0", "environment.timeout_s is 0.0; set the seconds to wait"),
@@ -155,6 +167,8 @@ def test_loading_twice_gives_the_same(load):
         ("cluster.ranks_per_node=0", "cluster.ranks_per_node is 0; set at least 1"),
         ("cluster.device=tpu", "cluster.device is 'tpu'; choose one of 'auto', 'cuda', 'cpu'"),
         ("evaluation.episodes_per_task=0", "evaluation.episodes_per_task is 0; set at least 1"),
+        ("gate.mode=no", "gate.mode is 'no'; choose one of 'stop', 'off'"),
+        ("gate.threshold=15", "gate.threshold is 15.0; it is a share of episodes"),
         ("out=", "out is empty; name a folder for the run"),
         ("seed", "'seed' is no key=value; write e.g. seed=1"),
         ("~seed=1", "'~seed=1' is no key=value"),
@@ -258,3 +272,10 @@ def _is_set(given, key: str) -> bool:
             return False
         given = given[part]
     return given != "???"
+
+
+def test_a_recipe_of_the_users_own_builds_on_the_projects(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("defaults: [quickstart, profile/two_cores, _self_]\nseed: 4\n")
+    recipe = load_recipe([f"recipe={path}"])
+    assert recipe == load_recipe(["recipe=quickstart", "seed=4"])

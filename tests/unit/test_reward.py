@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from verl_vla.errors import ConfigError, ContractError
-from verl_vla.reward import REWARDS_FOLDER, RewardResult, load_reward, score
+from verl_vla.reward import REWARDS_FOLDER, RewardError, RewardResult, learn, load_reward, score
 from verl_vla.types import Decisions, Episodes, Outcome, Trajectories
 
 HEADER = """
@@ -52,6 +52,8 @@ class Stub:
     status: tuple[str, ...] | None = None
     requires: frozenset = frozenset()
     seen: object = None
+    max_score: float = 1.0
+    encoder: object = None
 
     def __call__(self, batch):
         self.seen = batch
@@ -60,6 +62,7 @@ class Stub:
             score=ones if self.score is None else np.array(self.score, dtype=np.float32),
             progress=ones if self.progress is None else np.array(self.progress, dtype=np.float32),
             status=("ok",) * len(batch) if self.status is None else self.status,
+            max_score=self.max_score,
         )
 
     def update(self, batch):
@@ -144,7 +147,7 @@ def test_a_constructor_that_takes_anything_is_given_anything(write):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("binry", "reward is 'binry', which is no file of rewards/; did you mean 'binary'?"),
+        ("binry", "no entry point of verl_vla.rewards; did you mean 'binary'?"),
         ("__init__", "reward is '__init__', which is no file of rewards/"),
         ("nowhere.py:Mine", "there is no file nowhere.py; check the path"),
         ("nowhere.py", "a reward of your own is path/to/file.py:ClassName"),
@@ -179,7 +182,7 @@ def test_an_unknown_reward_is_refused(name, message):
         (
             "class Mine:" + BODY.replace("frozenset()", "frozenset({'frame'})"),
             {},
-            "requires 'frame'; did you mean 'frames'? Known: frames, proprio",
+            "requires 'frame'; did you mean 'frames'? Known: frames, proprio, features",
         ),
     ],
 )
@@ -190,14 +193,14 @@ def test_a_wrong_plug_in_is_refused_before_the_run(write, source, arguments, mes
 
 
 def test_a_named_reward_with_two_classes_must_say_which(tmp_path, monkeypatch):
-    monkeypatch.setattr("verl_vla.reward.REWARDS_FOLDER", tmp_path)
+    monkeypatch.setattr("verl_vla.reward.loading.REWARDS_FOLDER", tmp_path)
     (tmp_path / "pair.py").write_text(HEADER + "class A:" + BODY + "class B:" + BODY)
     with pytest.raises(ConfigError, match=r"pair.py has 2 public classes; name one as .*:Class"):
         load_reward("pair", {})
 
 
 def test_imported_and_private_classes_do_not_count(tmp_path, monkeypatch):
-    monkeypatch.setattr("verl_vla.reward.REWARDS_FOLDER", tmp_path)
+    monkeypatch.setattr("verl_vla.reward.loading.REWARDS_FOLDER", tmp_path)
     (tmp_path / "one.py").write_text(
         HEADER + "from pathlib import Path\nclass _Part: pass\nclass A:" + BODY
     )
@@ -263,3 +266,187 @@ def test_progress_may_be_unknown():
 
 def test_the_folder_of_rewards_is_the_one_in_the_project():
     assert Path(__file__).parents[2] / "rewards" == REWARDS_FOLDER
+
+
+class MeanColour:
+    """The smallest encoder: one number a frame."""
+
+    feature_space = "mean colour"
+
+    def encode(self, frames):
+        return [f.mean(axis=(1, 2, 3)).astype(np.float32)[:, None] for f in frames]
+
+
+def test_features_are_made_of_the_pictures_by_the_rewards_own_encoder():
+    needs = frozenset({"features"})
+    batch, _ = judge(Stub(requires=needs, encoder=MeanColour()))
+    assert batch.frames is None
+    assert batch.feature_space == "mean colour"
+    assert [f[:, 0].tolist() for f in batch.features] == [[0, 1], [10], [20]]
+
+
+def test_one_embedding_for_a_whole_group_is_refused():
+    """The released SRPO code files every episode of a group under one name."""
+
+    class Aliased(MeanColour):
+        def encode(self, frames):
+            return [np.ones((3, 1), np.float32) for _ in frames]
+
+    with pytest.raises(ContractError, match="episodes 100 and 101 of one group have different pi"):
+        judge(Stub(requires=frozenset({"features"}), encoder=Aliased()))
+
+
+def test_an_encoder_that_loses_an_episode_is_refused():
+    class Short(MeanColour):
+        def encode(self, frames):
+            return super().encode(frames)[:-1]
+
+    with pytest.raises(ContractError, match="made features of 2 episodes, given 3"):
+        judge(Stub(requires=frozenset({"features"}), encoder=Short()))
+
+
+def test_a_reward_of_features_needs_an_encoder(write):
+    source = "class Mine:" + BODY.replace("frozenset()", "frozenset({'features'})")
+    with pytest.raises(ConfigError, match="requires features but has no encoder"):
+        load_reward(write(source), {})
+
+
+def test_an_episode_id_that_stands_twice_is_refused():
+    whole = make_trajectories()
+    twice = replace(whole.episodes, episode_id=torch.tensor([100, 100, 102]))
+    with pytest.raises(ContractError, match="episode 100 stands 2 times in one batch"):
+        judge(Stub(), replace(whole, episodes=twice))
+
+
+def test_a_reward_that_raises_is_named_and_the_batch_is_kept():
+    class Broken(Stub):
+        def __call__(self, batch):
+            raise ValueError("no such thing")
+
+        def update(self, batch):
+            raise KeyError("head")
+
+    with pytest.raises(RewardError) as caught:
+        judge(Broken())
+    assert "Broken raised ValueError('no such thing') while scoring 3 episodes, ids 100 to 102" in (
+        str(caught.value)
+    )
+    batch, result = caught.value.batch, Stub()(caught.value.batch)
+    assert result.score.shape == batch.episode_id.shape == (3,)
+    with pytest.raises(RewardError, match=r"raised KeyError\('head'\) while learning from 3 episo"):
+        learn(Broken(), batch)
+
+
+def test_a_score_above_the_stated_bound_is_refused():
+    with pytest.raises(
+        RewardError, match=r"returned 2 for episode 102 \(1 of 3 scores are above 1"
+    ):
+        judge(Stub(score=[1, 0, 2]))
+    _, result = judge(Stub(score=[1, 0, 2], max_score=2.0))
+    assert result.score.tolist() == [1, 0, 2]
+
+
+def test_an_answer_of_another_type_is_refused():
+    class Listing(Stub):
+        def __call__(self, batch):
+            return [1.0, 1.0, 1.0]
+
+    with pytest.raises(RewardError, match="Listing returned list for 3 episodes"):
+        judge(Listing())
+
+
+def test_nothing_is_learned_from_held_out_episodes():
+    batch, _ = judge(Stub(), split="held_out")
+    with pytest.raises(ContractError, match="are held out; score them, never learn from them"):
+        learn(Stub(), batch)
+
+
+def test_cases_in_which_a_reward_has_little_to_say_are_counted():
+    _, result = judge(Stub(requires=frozenset({"features"}), encoder=MeanColour()))
+    assert result.metrics == {
+        "groups_all_failed": 1.0,
+        "groups_all_solved": 0.0,
+        "groups_one_failure": 2.0,
+        "groups_unequal_lengths": 1.0,
+        "duplicate_features": 0.0,
+    }
+
+
+def test_the_seed_of_the_run_reaches_a_constructor_that_takes_it(write):
+    name = write("class Mine:" + BODY + "    def __init__(self, seed): self.seed = seed\n")
+    assert load_reward(name, {}, seed=7).seed == 7  # pyright: ignore[reportAttributeAccessIssue]
+    assert load_reward(name, {"seed": 3}, seed=7).seed == 3  # pyright: ignore[reportAttributeAccessIssue]
+    load_reward("binary", {}, seed=7)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import nothing_of_this_name\n", "cannot be imported: ModuleNotFoundError"),
+        (
+            "class Mine:" + BODY + "    def __init__(self): raise OSError('no disk')\n",
+            r"could not be made with {}: OSError\('no disk'\)",
+        ),
+    ],
+)
+def test_a_file_or_constructor_that_raises_is_refused_before_the_run(write, source, message):
+    with pytest.raises(ConfigError, match=message):
+        load_reward(write(source), {})
+
+
+def test_an_installed_package_offers_a_reward_by_entry_point(tmp_path, monkeypatch):
+    (tmp_path / "offered_rewards.py").write_text(HEADER + "class Offered:" + BODY + "LIMIT = 3\n")
+    info = tmp_path / "offered-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: offered\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[verl_vla.rewards]\ngood = offered_rewards:Offered\nlimit = offered_rewards:LIMIT\n"
+        "gone = offered_rewards:Gone\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert type(load_reward("good", {})).__name__ == "Offered"
+    with pytest.raises(ConfigError, match="offered as offered_rewards:LIMIT, which is no class"):
+        load_reward("limit", {})
+    with pytest.raises(ConfigError, match="offered_rewards:Gone, which cannot be imported"):
+        load_reward("gone", {})
+
+
+VERL_FUNCTION = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return float(data_source == "mini" and solution_str == ground_truth)
+
+async def detailed(data_source, solution_str, ground_truth, extra_info, bonus=0.0):
+    return {"score": bonus, "steps": extra_info["num_steps"], "task": extra_info["task"]}
+
+def uneven(data_source, solution_str, ground_truth, extra_info):
+    return {"score": 0.0} if extra_info["success"] else 0.0 if extra_info["index"] == 101 else {}
+"""
+
+
+@pytest.fixture
+def verl_file(tmp_path):
+    path = tmp_path / "for_verl.py"
+    path.write_text(VERL_FUNCTION)
+    return str(path)
+
+
+def test_a_plain_verl_function_works_unchanged(verl_file):
+    _, result = judge(load_reward("verl_function", {"path": verl_file}))
+    assert result.score.tolist() == [1.0, 0.0, 0.0]
+    assert result.status == ("success", "failure", "failure")
+
+
+def test_a_verl_function_may_be_async_and_return_a_mapping(verl_file):
+    arguments = {"path": verl_file, "function": "detailed", "reward_kwargs": {"bonus": 0.5}}
+    _, result = judge(load_reward("verl_function", arguments))
+    assert result.score.tolist() == [0.5, 0.5, 0.5]
+    assert result.metrics["steps"] == pytest.approx(14 / 3)
+    assert "task" not in result.metrics
+
+
+def test_a_verl_function_must_exist_and_answer_alike(verl_file):
+    with pytest.raises(ConfigError, match="no function 'score'; set reward_args.function to one "):
+        load_reward("verl_function", {"path": verl_file, "function": "score"})
+    reward = load_reward("verl_function", {"path": verl_file, "function": "uneven"})
+    with pytest.raises(RewardError, match=r"returned \[\] for episode 102"):
+        judge(reward)

@@ -208,9 +208,9 @@ def test_every_sample_is_seen_once_a_round(demonstrations: list[Demonstration]) 
     policy = policy_for(demonstrations)
     seen: list[bytes] = []
     forward = policy.logits
-    policy.logits = lambda images, prompts: (  # type: ignore[method-assign]
+    policy.logits = lambda images, prompts, bins: (  # type: ignore[method-assign]
         seen.extend(image.numpy().tobytes() for image in images),
-        forward(images, prompts),
+        forward(images, prompts, bins),
     )[1]
     list(fit(policy, samples, SFTConfig(steps=8, batch_size=3)))
     assert len(seen) == 24

@@ -17,7 +17,7 @@ from verl_vla.envs.suites import SUITES, instruction_of, step_limit, suite
 from verl_vla.errors import ConfigError
 
 SIZES = {
-    "mini": 6,
+    "mini": 7,
     "libero_spatial": 10,
     "libero_object": 10,
     "libero_goal": 10,
@@ -70,7 +70,7 @@ def test_published_limits_are_those_of_openvla_oft(name: str, published: int) ->
 def test_mini_limits_belong_to_tasks_and_fit_whole_chunks() -> None:
     mini = suite("mini")
     limits = [mini.step_limit("published", i) for i in range(len(mini.tasks))]
-    assert limits == [48, 64, 80, 96, 64, 64]
+    assert limits == [48, 64, 80, 96, 64, 64, 48]
     assert all(limit % 8 == 0 for limit in limits)
 
 
@@ -104,8 +104,8 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
         suite("libero_spacial")
     with pytest.raises(ConfigError, match="did you mean 'held_out'"):
         suite("mini").init_state_ids(0, "heldout")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ConfigError, match=r"its tasks are 0\.\.5"):
-        suite("mini").task(6)
+    with pytest.raises(ConfigError, match=r"its tasks are 0\.\.6"):
+        suite("mini").task(7)
     with pytest.raises(ConfigError, match=r"its tasks are 0\.\.89"):
         suite("libero_90").task(-1)
 
@@ -144,7 +144,7 @@ def test_a_wrong_or_missing_init_state_file_is_named(tmp_path: Path) -> None:
 
 
 def test_mini_starts_all_differ() -> None:
-    for task_id in range(6):
+    for task_id in range(7):
         states = suite("mini").load_init_states(task_id)
         assert len(np.unique(states, axis=0)) == 100
 

@@ -16,8 +16,9 @@ from verl_vla.cli.eval import DTYPES
 from verl_vla.envs.libero import make_env
 from verl_vla.envs.suites import SUITES, suite
 from verl_vla.errors import ConfigError
-from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
-from verl_vla.policies.openvla_oft.doctor import Finding, examine, judge_action_mass
+from verl_vla.policies.findings import Finding
+from verl_vla.policies.loading import examine, load_policy
+from verl_vla.policies.openvla_oft.doctor import judge_action_mass
 from verl_vla.recipe import EnvironmentConfig
 
 logger = logging.getLogger(__name__)
@@ -66,9 +67,7 @@ def _action_mass(options: argparse.Namespace) -> torch.Tensor:
     """[images, T] on the first held-out starts of a suite, task by task."""
     chosen = suite(options.suite)
     check_assets(chosen)
-    policy = OpenVLAOFTPolicy.from_pretrained(
-        Path(options.checkpoint), dtype=DTYPES[options.dtype], unnorm_key=options.unnorm_key
-    )
+    policy = load_policy(Path(options.checkpoint), DTYPES[options.dtype], options.unnorm_key)
     torch.nn.Module.to(policy.model, "cuda" if torch.cuda.is_available() else "cpu")
     env = make_env(
         env_config(

@@ -26,7 +26,7 @@ from verl_vla.build import (
 from verl_vla.envs.suites import SUITES, StepLimit, suite
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import Evaluation, EvaluationConfig, evaluate
-from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
+from verl_vla.policies.loading import load_policy
 from verl_vla.provenance import provenance
 from verl_vla.recipe import EnvironmentConfig
 
@@ -55,9 +55,7 @@ def run(arguments: Sequence[str]) -> int:
     check_assets(chosen)
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = OpenVLAOFTPolicy.from_pretrained(
-        folder, dtype=DTYPES[options.dtype], unnorm_key=options.unnorm_key
-    )
+    policy = load_policy(folder, DTYPES[options.dtype], options.unnorm_key)
     torch.nn.Module.to(policy.model, device)
     began = time.perf_counter()
     with open_simulators(env, env_config(env, policy.shape), policy.shape) as simulators:

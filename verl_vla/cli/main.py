@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from verl_vla.config import nearest
-from verl_vla.errors import ConfigError, StarvedError
+from verl_vla.errors import ColdStartError, ConfigError, StarvedError
 
 VERBS = {
     "train": "improve a policy: train recipe=NAME key=value ...",
@@ -21,7 +21,9 @@ VERBS = {
     "doctor": "say whether a checkpoint can be trained: doctor --checkpoint DIR ...",
     "demos": "record demonstrations of scripted experts: demos --suite NAME --out PLACE ...",
     "sft": "fine-tune a tiny policy on demonstrations: sft --demos FILE --out DIR ...",
+    "new-policy": "put a policy together: new-policy --language DIR --vision DIR --demos FILE ...",
     "quickstart": "train the embedded policy and show what it learned",
+    "bench": "measure the speed of a part: bench images ...",
     "recipes": "list the recipes that come with the project",
 }
 """Verb to its one-line help; each is a module of `verl_vla.cli`."""
@@ -31,6 +33,9 @@ EXIT_USAGE = 2
 
 EXIT_STARVED = 3
 """Training stopped because nothing could be learned."""
+
+EXIT_COLD_START = 4
+"""Training did not begin: the policy succeeds too seldom to learn from its own episodes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[0] not in VERBS:
             raise ConfigError(f"{words[0]!r} is no verb; {nearest(words[0], list(VERBS))}")
-        verb = importlib.import_module(f"verl_vla.cli.{words[0]}")
+        verb = importlib.import_module(f"verl_vla.cli.{words[0].replace('-', '_')}")
         return verb.run(words[1:])
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -52,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StarvedError as error:
         sys.stderr.write(f"stopped: {error}\n")
         return EXIT_STARVED
+    except ColdStartError as error:
+        sys.stderr.write(f"stopped: {error}\n")
+        return EXIT_COLD_START
 
 
 def _speak_plainly() -> None:

@@ -18,7 +18,7 @@ from verl_vla.build import Run, env_config, open_run
 from verl_vla.cli.train import start_training
 from verl_vla.film import film, write_side_by_side
 from verl_vla.metrics import read_metrics
-from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
+from verl_vla.policies.loading import load_policy
 from verl_vla.progress import format_seconds
 from verl_vla.provenance import provenance
 from verl_vla.recipe import Recipe, load_recipe
@@ -134,7 +134,7 @@ def _film_and_count(
     """Film the most telling held-out start with both policies; return the parameter count."""
     start = _telling_start(before["episodes"], after["episodes"])
     config = env_config(run.recipe.environment, run.processor.shape)
-    policies = [OpenVLAOFTPolicy.from_pretrained(folder) for folder in folders]
+    policies = [load_policy(folder) for folder in folders]
     takes = [film(policy, config, start) for policy in policies]
     write_side_by_side(
         run.folder / "before_after.mp4",

@@ -13,11 +13,15 @@ import torch
 from verl_vla.demonstrations import Demonstration, DemonstrationFile
 from verl_vla.envs.suites import SUITES, suite
 from verl_vla.errors import ConfigError
-from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
+from verl_vla.policies.base import TrainablePolicy
+from verl_vla.policies.openvla_oft import tiny as tiny_openvla_oft
+from verl_vla.policies.scratch_vla import tiny as tiny_scratch_vla
+from verl_vla.policies.scratch_vla.configuration import DECODINGS
 from verl_vla.sft import SFTConfig, StepReport, action_statistics, fit, make_samples
 
 logger = logging.getLogger(__name__)
 
+ARCHITECTURES = ("openvla_oft", "scratch_vla")
 SHOW_EVERY = 20
 """Steps between lines on the console."""
 
@@ -38,14 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     with DemonstrationFile(Path(options.demos)) as file:
         demonstrations = _chosen(file, options.tasks, options.per_task)
         key = file.suite
-    _, num_views, image_size, _, _ = demonstrations[0].images.shape
-    policy = build_tiny_policy(
-        # the words of every suite, so that any of them can be played with these weights
-        [task.instruction for name in SUITES for task in suite(name).tasks],
-        action_statistics(demonstrations, key=key),
-        sizes=TinySizes(image_size=image_size, num_views=num_views),
-        seed=options.seed,
-    )
+    policy = _new_policy(options, demonstrations, key)
     samples = make_samples(demonstrations, policy.processor.codec)
     logger.info(
         "%.2f M parameters, %d demonstrations, %d images",
@@ -64,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m verl_vla sft", description=__doc__)
     add = parser.add_argument
     add("--demos", required=True, help="file that `demos` wrote")
+    add("--architecture", choices=ARCHITECTURES, default=ARCHITECTURES[0])
+    add("--decoding", choices=DECODINGS, help="of scratch_vla: parallel if not given")
+    add("--chunk-length", type=int, help="of scratch_vla: actions of one decision, 8 if not given")
     add("--tasks", type=int, nargs="+", help="task ids to learn; all in the file if not given")
     add("--per-task", type=int, help="demonstrations of each task to use; all if not given")
     add("--steps", type=int, default=config.steps, help="optimizer steps")
@@ -74,6 +74,41 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=1, help="of this process; part of what decides the result")
     add("--out", required=True, help="checkpoint folder to write")
     return parser
+
+
+def _new_policy(
+    options: argparse.Namespace, demonstrations: Sequence[Demonstration], key: str
+) -> TrainablePolicy:
+    """Build an untrained tiny policy for what the demonstrations show."""
+    _, num_views, image_size, _, _ = demonstrations[0].images.shape
+    # the words of every suite, so that any of them can be played with these weights
+    instructions = [task.instruction for name in SUITES for task in suite(name).tasks]
+    statistics = action_statistics(demonstrations, key=key)
+    chosen = {
+        name: value
+        for name, value in (("decoding", options.decoding), ("chunk_length", options.chunk_length))
+        if value is not None
+    }
+    if options.architecture == "scratch_vla":
+        return tiny_scratch_vla.build_tiny_policy(
+            instructions,
+            statistics,
+            sizes=tiny_scratch_vla.ScratchSizes(
+                image_size=image_size, num_views=num_views, **chosen
+            ),
+            seed=options.seed,
+        )
+    if chosen:
+        raise ConfigError(
+            f"{sorted(chosen)} can be chosen for scratch_vla alone, and --architecture is "
+            f"{options.architecture}; leave them out or choose --architecture scratch_vla"
+        )
+    return tiny_openvla_oft.build_tiny_policy(
+        instructions,
+        statistics,
+        sizes=tiny_openvla_oft.TinySizes(image_size=image_size, num_views=num_views),
+        seed=options.seed,
+    )
 
 
 def _chosen(

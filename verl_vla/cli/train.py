@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import logging
+import warnings
 from collections.abc import Sequence
 
 from verl_vla.build import Run, open_run
 from verl_vla.recipe import load_recipe
 
 logger = logging.getLogger(__name__)
+
+NOT_OURS = ".* engine is not available"
+"""Start of veRL's warnings about back ends that are not installed and not used."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -27,4 +31,5 @@ def start_training(opened: Run) -> None:
     veRL is imported only here: a wrong recipe answers in seconds, and the simulators start while
     the import runs.
     """
+    warnings.filterwarnings("ignore", message=NOT_OURS, category=UserWarning)
     importlib.import_module("verl_vla.trainer.launch").train(opened)

@@ -45,9 +45,11 @@ MINI_STEPS = {
     "stack_the_red_cube_on_the_blue_cube": 96,
     "lift_the_can": 64,
     "lift_the_milk_carton": 64,
+    "push_the_blue_cube_onto_the_green_marker": 48,
 }
-"""Tasks of the mini suite in order of difficulty, each with its limit: about twice the scripted
-expert's steps, so that a policy fails for want of skill, not of pace."""
+"""Tasks of the mini suite: six in order of difficulty, and the first one again with another object.
+Each with its limit: about twice the scripted expert's steps, so that a policy fails for want of
+skill, not of pace."""
 
 LIBERO_INIT_STATES = 50
 MINI_INIT_STATES = 100

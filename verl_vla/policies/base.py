@@ -1,13 +1,21 @@
-"""What a policy must look like to a rollout."""
+"""What a policy must look like to a rollout, to a learner and to evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
+from verl_vla import action_distribution
+from verl_vla.actions import ActionCodec
 from verl_vla.types import ActionChunk, Observation
 
 
@@ -52,3 +60,127 @@ class Policy(Protocol):
                 ignores ``noise``.
         """
         ...
+
+
+class Processor(Protocol):
+    """Turns observations into model inputs and bins into simulator commands."""
+
+    @property
+    def shape(self) -> PolicyShape:
+        """Sizes of what goes in and what comes out."""
+        ...
+
+    @property
+    def codec(self) -> ActionCodec:
+        """Between bins and commands."""
+        ...
+
+    def prompt(self, instruction: str) -> Tensor:
+        """Tokenise the prompt of a task: [L] int64, not to be written to."""
+        ...
+
+    def pixel_values(self, images: npt.NDArray[np.uint8] | Tensor) -> Tensor:
+        """Normalise [n, V, H, W, 3] uint8 for the vision towers: float32, the model's layout."""
+        ...
+
+    def collate(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Pad n prompts [L] on the right: ids and mask, [n, longest L] int64 each."""
+        ...
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write everything of a checkpoint but config and weights."""
+        ...
+
+
+class TrainablePolicy(Policy, Protocol):
+    """A policy in this process, whose choices can be scored and whose weights can be changed."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """Its ``forward``, which FSDP wraps, answers `ActionLogits`.
+
+        It takes ``pixel_values``, ``input_ids``, ``attention_mask``, and ``bins`` to score or a
+        `Chooser`.
+        """
+        ...
+
+    @property
+    def processor(self) -> Processor:
+        """Of the same checkpoint."""
+        ...
+
+    def logits(self, images: Tensor, prompts: Sequence[Tensor], bins: Tensor) -> Tensor:
+        """Score every bin of every token, given the tokens before it; differentiable.
+
+        Args:
+            images: [n, V, H, W, 3] uint8.
+            prompts: n tensors [L] int64.
+            bins: [n, T] int64, recorded or demonstrated; a policy that chooses all tokens at once
+                ignores them.
+
+        Returns:
+            [n, T, C] float32, on the model's device.
+        """
+        ...
+
+    def log_prob(
+        self, images: Tensor, prompts: Sequence[Tensor], bins: Tensor, *, temperature: float
+    ) -> Tensor:
+        """[n, T] float32 nats of recorded ``bins``, at the temperature they were sampled at."""
+        ...
+
+    def action_mass(self, images: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+        """[n, T] float32, how much of all probability falls on action ids; 0 to 1."""
+        ...
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `verl_vla.policies.loading.load_policy` reads."""
+        ...
+
+
+@dataclass
+class ActionLogits(ModelOutput):
+    """What a model answers.
+
+    Args:
+        logits: [B, T, C] float32, column ``k`` scores bin ``k``.
+        bins: [B, T] int64, what a `Chooser` chose; None where bins were scored.
+    """
+
+    logits: Tensor | None = None
+    bins: Tensor | None = None
+
+
+class Chooser:
+    """Turns logits into bins, as many tokens at a time as a decoding has.
+
+    An object of its own because FSDP casts every float tensor among a model's inputs, inside
+    tuples and dataclasses too, to the type of the weights: noise of eight bits chooses badly.
+
+    Args:
+        noise: [n, T] float64, uniform in [0, 1).
+        temperature: 0 takes the most likely bin and ignores ``noise``.
+    """
+
+    def __init__(self, noise: Tensor, temperature: float) -> None:
+        self._noise = noise
+        self._temperature = temperature
+
+    def choose(self, logits: Tensor, first: int = 0) -> Tensor:
+        """Choose the bins of ``t`` neighbouring tokens.
+
+        Args:
+            logits: [n, t, C] float32.
+            first: place of the first of them in the chunk.
+
+        Returns:
+            [n, t] int64.
+        """
+        noise = self._noise[:, first : first + logits.shape[1]]
+        return action_distribution.sample(logits, noise, self._temperature)
+
+    def log_prob(self, logits: Tensor, bins: Tensor) -> Tensor:
+        """[n, T] float32 nats of what was chosen; zeros where play is greedy."""
+        if self._temperature == 0:
+            return torch.zeros_like(bins, dtype=torch.float32)
+        return action_distribution.log_prob(logits, bins, self._temperature)

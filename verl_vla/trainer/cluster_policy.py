@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
 
-from verl_vla.policies.base import PolicyShape
-from verl_vla.policies.openvla_oft import OpenVLAOFTProcessor
+from verl_vla.policies.base import PolicyShape, Processor
 from verl_vla.types import ActionChunk, Observation
 
 
@@ -21,7 +20,7 @@ class ClusterPolicy:
     Prompts are made and bins are decoded here; the ranks see token ids and raw images.
     """
 
-    def __init__(self, workers: Any, processor: OpenVLAOFTProcessor, *, num_ranks: int) -> None:
+    def __init__(self, workers: Any, processor: Processor, *, num_ranks: int) -> None:
         self._workers = workers
         self._processor = processor
         self._num_ranks = num_ranks

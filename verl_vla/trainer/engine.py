@@ -1,4 +1,4 @@
-"""veRL's FSDP engine around OpenVLA-OFT.
+"""veRL's FSDP engine around a vision-language-action policy.
 
 One row is one decision: a picture, a prompt and T action tokens. The engine runs the model's
 own ``forward``, so that FSDP2's hooks fire, and never builds logits of the whole vocabulary.
@@ -22,15 +22,17 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 from verl.workers.engine.utils import detach_tree
 
 from verl_vla.action_distribution import entropy, log_prob
-from verl_vla.policies.openvla_oft import OpenVLAOFTModel, OpenVLAOFTProcessor
+from verl_vla.policies.base import ActionLogits, Chooser
+from verl_vla.policies.loading import load_model, load_processor
 from verl_vla.trainer.rows import dense, pack_like_language_model, right_padded, stacked
 
-MODEL_TYPE = "openvla_oft"
-"""veRL's key for this engine; set as ``actor_rollout_ref.model.model_type``."""
+MODEL_TYPE = "vla"
+"""veRL's key for this engine; set as ``actor_rollout_ref.model.model_type``. Which architecture it
+holds, the checkpoint's own ``config.json`` says."""
 
 
 @EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp2"], device=["cuda", "npu", "cpu"])
-class OpenVLAOFTEngine(FSDPEngine):
+class VLAEngine(FSDPEngine):
     """Builds, shards, runs, saves and exports the policy on one rank."""
 
     num_optimizer_steps = 0
@@ -38,10 +40,8 @@ class OpenVLAOFTEngine(FSDPEngine):
 
     def _build_module(self) -> nn.Module:
         folder = str(self.model_config.local_path)
-        self.processor = OpenVLAOFTProcessor.from_pretrained(
-            folder, self.model_config.override_config["unnorm_key"]
-        )
-        module = OpenVLAOFTModel.from_pretrained(
+        self.processor = load_processor(folder, self.model_config.override_config["unnorm_key"])
+        module = load_model(
             folder,
             dtype=PrecisionType.to_dtype(self.engine_config.model_dtype),
             attn_implementation=self.model_config.hf_config._attn_implementation,
@@ -89,14 +89,31 @@ class OpenVLAOFTEngine(FSDPEngine):
             trained, lr=options.lr, betas=(first, second), weight_decay=options.weight_decay
         )
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor, images: Tensor) -> Tensor:
-        """[B, T, C] float32 from right-padded prompts [B, L] and images [B, V, H, W, 3] uint8."""
-        output = self.module(
+    def run_model(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        images: Tensor,
+        *,
+        bins: Tensor | None = None,
+        chooser: Chooser | None = None,
+    ) -> ActionLogits:
+        """Score ``bins``, or let ``chooser`` choose some.
+
+        Args:
+            input_ids: [B, L] prompts, padded on the right.
+            attention_mask: [B, L], 1 where a prompt is.
+            images: [B, V, H, W, 3] uint8.
+            bins: [B, T] int64.
+            chooser: with the noise of B decisions.
+        """
+        return self.module(
             pixel_values=self.processor.pixel_values(images),
             input_ids=input_ids,
             attention_mask=attention_mask,
+            bins=bins,
+            chooser=chooser,
         )
-        return output.logits
 
     def forward_step(
         self,
@@ -109,8 +126,10 @@ class OpenVLAOFTEngine(FSDPEngine):
         temperature = float(tu.get_non_tensor_data(micro_batch, "temperature", None))
         prompts, responses = micro_batch["prompts"], micro_batch["responses"]
         ids, attention = right_padded(prompts)
-        logits = self.logits(ids, attention, stacked(micro_batch["images"]))
-        bins = dense(responses, logits.shape[1]).clamp(max=logits.shape[2] - 1)
+        shape = self.processor.shape
+        bins = dense(responses, shape.num_tokens).clamp(max=shape.num_bins - 1)
+        logits = self.run_model(ids, attention, stacked(micro_batch["images"]), bins=bins).logits
+        assert logits is not None
         logp = log_prob(logits, bins, temperature)
         with torch.no_grad():
             spread = entropy(logits.detach(), temperature)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import transfer_queue as tq
 from tensordict import TensorDict
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from verl_vla.reward import TrajectoryReward, score
+from verl_vla.reward import TrajectoryReward, learn, score
 from verl_vla.rollout import NoiseSource, RolloutTimes, Simulators, play
 from verl_vla.trainer.cluster_policy import ClusterPolicy
 from verl_vla.trainer.rows import group_key, group_of, make_rows
@@ -36,12 +37,12 @@ class StepAccount:
     reward_metrics: dict[str, float] = field(default_factory=dict[str, float])
 
     def as_metrics(self) -> dict[str, float]:
-        """Under the names of `verl_vla.metrics`."""
-        judged = max(self.episodes - self.crashes, 1)
+        """Under the names of `verl_vla.metrics`; rates of nothing are NaN."""
+        judged = self.episodes - self.crashes
         rollout_s = max(self.times.total_s, 1e-9)
         return {
-            "rollout/success_rate": self.solved / judged,
-            "rollout/reward": self.score_sum / judged,
+            "rollout/success_rate": self.solved / judged if judged else math.nan,
+            "rollout/reward": self.score_sum / judged if judged else math.nan,
             "rollout/episodes": float(self.episodes),
             "rollout/crashes": float(self.crashes),
             "rollout/steps": float(self.steps),
@@ -114,7 +115,7 @@ class EpisodeLoop:
     def _score_and_store(self, alive: Trajectories, global_step: int) -> None:
         began = time.perf_counter()
         batch, result = score(self._reward, alive, suite=self._suite, split="train")
-        learned = self._reward.update(batch)
+        learned = learn(self._reward, batch)
         self.account.reward_metrics = dict(result.metrics) | dict(learned)
         self.account.score_sum += float(result.score.sum())
         scored = time.perf_counter()

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
 
 import ray
 import transfer_queue as tq
@@ -33,6 +34,11 @@ VERL_VERSION = "0.9.1"
 OBJECT_STORE_BYTES = 256 * 1024**2
 """Ray's shared memory on one machine. Only actor calls pass through it, a few MB each;
 images travel through TransferQueue."""
+
+RAY_ATTEMPTS = 3
+RAY_IS_LATE = "timed out during startup"
+"""Ray raises a plain ``Exception`` with these words after a fixed 30 s (``_private/node.py``); on
+a loaded machine its processes can need longer, and are faster the second time."""
 
 LOGICAL_CPUS_BESIDE_RANKS = 3
 """Ray slots, not cores: TransferQueue's controller, its storage, and one spare. Ray starts an
@@ -97,19 +103,32 @@ def _ray_cluster(run: Run, config: DictConfig) -> Generator[None]:
     if cluster.address is not None:
         ray.init(address=cluster.address, runtime_env=environment, log_to_driver=False)
     else:
-        ray.init(
-            address="local",
-            logging_level=logging.WARNING,
-            num_cpus=_logical_cpus(cluster),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            runtime_env=environment,
-        )
+        _start_ray(cluster, environment)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_ray(cluster: ClusterConfig, environment: dict[Any, Any]) -> None:
+    """Start a Ray of our own, a second time where a busy machine took longer than Ray waits."""
+    for attempt in range(RAY_ATTEMPTS):
+        try:
+            ray.init(
+                address="local",
+                logging_level=logging.WARNING,
+                num_cpus=_logical_cpus(cluster),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                runtime_env=environment,
+            )
+            return
+        except Exception as error:
+            if RAY_IS_LATE not in str(error) or attempt == RAY_ATTEMPTS - 1:
+                raise
+            logger.info("Ray did not start in time (load %.0f); trying again", os.getloadavg()[0])
+            ray.shutdown()
 
 
 def _logical_cpus(cluster: ClusterConfig) -> int | None:

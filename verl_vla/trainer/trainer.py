@@ -16,6 +16,7 @@ from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 
+from verl_vla import gate
 from verl_vla.build import Run
 from verl_vla.evaluation import evaluate
 from verl_vla.metrics import MetricsFile
@@ -50,6 +51,7 @@ class VLATrainer(PPOTrainerSync):
         self._evaluation_s = 0.0
         self._checkpoint_s = 0.0
         self._save_is_due = False
+        self._greedy_before: gate.Rates | None = None
 
     def init(self) -> None:
         """Start the workers, load the newest whole checkpoint, and make the episode loop."""
@@ -79,6 +81,29 @@ class VLATrainer(PPOTrainerSync):
     def train(self) -> None:
         """Run veRL's loop to the last step."""
         self.fit(self.loop)  # pyright: ignore[reportArgumentType] -- needs generate_sequences only
+
+    def on_train_begin(self) -> None:
+        """Before the first update of a run, after its evaluation, ask the cold-start gate.
+
+        Raises:
+            ColdStartError: the policy succeeds too seldom to be trained.
+        """
+        super().on_train_begin()
+        config, folder = self.recipe.gate, self.run.folder
+        is_first = self.global_steps == 1
+        if config.mode == "off" or not is_first or gate.was_passed(folder):
+            return
+        found = gate.probe(
+            gate.probe_starts(self.run.training_starts, config.episodes),
+            self.policy,
+            self.run.simulators,
+            temperature=self.recipe.sampling.temperature,
+            seed=self.recipe.seed,
+            greedy=self._greedy_before,
+        )
+        gate.keep(folder, found.as_json(config, self.run.task_names))
+        found.require(config.threshold, self.run.task_names)
+        logger.info("gate: %s", found.summary())
 
     def on_step_begin(self) -> None:
         """Forget the groups of the last step and open a new account."""
@@ -139,6 +164,8 @@ class VLATrainer(PPOTrainerSync):
         self.run.keep_evaluation(self.global_steps, result)
         if self.global_steps == 0:
             self.metrics_file.append(0, values | {"time/evaluation_s": self._evaluation_s})
+            if self.recipe.evaluation.temperature == 0:
+                self._greedy_before = gate.Rates.of(result, "held_out")
         return values
 
     def _compute_metrics(

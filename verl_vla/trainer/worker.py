@@ -23,8 +23,8 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.rollout import base as rollout_base
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
-from verl_vla.action_distribution import log_prob, sample
 from verl_vla.loss import ClipRange, policy_loss, trajectory_weight
+from verl_vla.policies.base import Chooser
 from verl_vla.trainer.platform import peak_process_bytes
 from verl_vla.trainer.rows import dense, stacked
 
@@ -51,7 +51,7 @@ class VLAWorker(ActorRolloutRefWorker):
 
     @property
     def engine(self) -> Any:
-        """This rank's `OpenVLAOFTEngine`; veRL's registry hides its type."""
+        """This rank's `VLAEngine`; veRL's registry hides its type."""
         return self._learner.engine
 
     @property
@@ -87,18 +87,15 @@ class VLAWorker(ActorRolloutRefWorker):
         engine.num_optimizer_steps = 0
         device = get_device_id()
         with engine.eval_mode(), torch.no_grad():
-            logits = engine.logits(
+            chooser = Chooser(data["noise"].to(device), temperature)
+            output = engine.run_model(
                 data["input_ids"].to(device),
                 data["attention_mask"].to(device),
                 data["images"].to(device),
+                chooser=chooser,
             )
-            bins = sample(logits, data["noise"].to(device), temperature)
-            logp = (
-                log_prob(logits, bins, temperature)
-                if temperature > 0
-                else torch.zeros(bins.shape, dtype=torch.float32)
-            )
-        return tu.get_tensordict({"bins": bins.cpu(), "logp": logp.cpu()})
+            logp = chooser.log_prob(output.logits, output.bins)
+        return tu.get_tensordict({"bins": output.bins.cpu(), "logp": logp.cpu()})
 
     @register(dispatch_mode=EVERY_RANK, blocking=False)
     async def update_weights(

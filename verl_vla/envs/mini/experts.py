@@ -186,6 +186,7 @@ EXPERTS: Mapping[str, Callable[[Simulator, float, float], MiniExpert]] = {
     ),
     "lift_the_can": partial(Pick, item="can", grasp_m=0.01),
     "lift_the_milk_carton": partial(Pick, item="milk", grasp_m=0.05),
+    "push_the_blue_cube_onto_the_green_marker": partial(Push, item="blue_cube"),
 }
 """The expert of each task, by the task's name; called with the simulator, the pace and the error
 in height."""

@@ -2,12 +2,11 @@
 
 from verl_vla.policies.openvla_oft.checkpoint import register_auto_classes
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig, VisionTower
-from verl_vla.policies.openvla_oft.modelling import ActionLogits, OpenVLAOFTModel
+from verl_vla.policies.openvla_oft.modelling import OpenVLAOFTModel
 from verl_vla.policies.openvla_oft.policy import OpenVLAOFTPolicy
 from verl_vla.policies.openvla_oft.processing import OpenVLAOFTProcessor
 
 __all__ = [
-    "ActionLogits",
     "OpenVLAOFTConfig",
     "OpenVLAOFTModel",
     "OpenVLAOFTPolicy",

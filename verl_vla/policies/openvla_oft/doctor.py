@@ -6,9 +6,7 @@ they are held against is built without memory.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,11 +15,11 @@ import torch
 from verl_vla.actions import load_statistics
 from verl_vla.errors import ConfigError
 from verl_vla.observations import EMPTY_PIECE
+from verl_vla.policies.checkpoint import read_tokenizer
+from verl_vla.policies.findings import Finding, describe_weights, look
 from verl_vla.policies.openvla_oft.checkpoint import (
     read_config,
     read_image_statistics,
-    read_tokenizer,
-    read_weight_layout,
     refuse_regression_head,
 )
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig
@@ -32,16 +30,6 @@ NORM_EPSILON = 1e-6
 and Llama 2's own is 1e-5."""
 LEAST_ACTION_MASS = 0.5
 """A head that gives action ids less than half of the probability was not trained to say them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One thing that was looked at."""
-
-    subject: str
-    says: str
-    """What was found; of a fault, also why it is one and what to do."""
-    is_fault: bool
 
 
 def examine(folder: str | Path, unnorm_key: str | None = None) -> list[Finding]:
@@ -64,24 +52,13 @@ def examine(folder: str | Path, unnorm_key: str | None = None) -> list[Finding]:
         "architecture": partial(_architecture, model),
         "attention": partial(_attention, model),
         "norm epsilon": partial(_norm_epsilon, folder, config),
-        "weights": partial(_weights, folder, model),
+        "weights": partial(describe_weights, folder, model),
         "action head": partial(_head, folder),
         "action statistics": partial(_statistics, folder, config, unnorm_key),
         "token ids": partial(_token_ids, folder, config),
         "images": partial(_images, folder, config),
     }
-    return [_look(subject, look) for subject, look in subjects.items()]
-
-
-def require_sound(folder: str | Path, unnorm_key: str | None = None) -> None:
-    """Refuse a checkpoint with a fault.
-
-    Raises:
-        ConfigError: says the first fault, with value, reason and remedy.
-    """
-    for finding in examine(folder, unnorm_key):
-        if finding.is_fault:
-            raise ConfigError(finding.says)
+    return [look(subject, describe) for subject, describe in subjects.items()]
 
 
 def judge_action_mass(mass: torch.Tensor) -> Finding:
@@ -98,13 +75,6 @@ def judge_action_mass(mass: torch.Tensor) -> Finding:
             "say action tokens; fine-tune it on action tokens first"
         )
     return Finding(subject="action mass", says=says, is_fault=mean < LEAST_ACTION_MASS)
-
-
-def _look(subject: str, look: Callable[[], str]) -> Finding:
-    try:
-        return Finding(subject=subject, says=look(), is_fault=False)
-    except ConfigError as error:
-        return Finding(subject=subject, says=str(error), is_fault=True)
 
 
 def _architecture(model: OpenVLAOFTModel) -> str:
@@ -136,29 +106,6 @@ def _norm_epsilon(folder: str | Path, config: OpenVLAOFTConfig) -> str:
             f"{NORM_EPSILON}; remove the entry from config.json"
         )
     return f"{epsilon}"
-
-
-def _weights(folder: str | Path, model: OpenVLAOFTModel) -> str:
-    stored = read_weight_layout(folder)
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    for problem, names in (
-        ("missing", sorted(wanted.keys() - stored.keys())),
-        ("unknown", sorted(stored.keys() - wanted.keys())),
-    ):
-        if names:
-            raise ConfigError(
-                f"{folder}: {len(names)} weights are {problem}, first {names[:3]}; the weights do "
-                "not belong to this config.json: take both from one checkpoint"
-            )
-    other = [name for name, shape in wanted.items() if stored[name][0] != shape]
-    if other:
-        name = other[0]
-        raise ConfigError(
-            f"{folder}: {len(other)} weights have another shape than config.json says, first "
-            f"{name}, {stored[name][0]} for {wanted[name]}; take both from one checkpoint"
-        )
-    types = Counter(dtype for _, dtype in stored.values())
-    return f"{len(stored)} tensors, {', '.join(f'{n} {dtype}' for dtype, n in types.items())}"
 
 
 def _head(folder: str | Path) -> str:

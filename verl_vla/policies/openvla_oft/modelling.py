@@ -11,18 +11,21 @@ read one place before its zero vector, over the action ids alone. Source: openvl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.utils.generic import ModelOutput
 
 from verl_vla.errors import ConfigError, ContractError
+from verl_vla.policies.base import ActionLogits, Chooser
+from verl_vla.policies.openvla_oft.attention import (
+    require_backend,
+    require_bidirectional_backend,
+)
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig
 from verl_vla.policies.openvla_oft.vision import (
     AttentionPool,
@@ -30,37 +33,23 @@ from verl_vla.policies.openvla_oft.vision import (
     LayerScale,
     VisionTransformer,
 )
+from verl_vla.policies.token_model import TokenModel
 
-BIDIRECTIONAL_ATTENTION = ("sdpa", "eager")
-"""Back ends of transformers 5 that honour ``is_causal=False`` with and without padding."""
 PROJECTOR_EXPANSION = 4
 """Width of the projector's first layer over the width of its input."""
 
 
-@dataclass
-class ActionLogits(ModelOutput):
-    """What the model answers.
-
-    Args:
-        logits: [B, T, C] float32, column ``k`` scores bin ``k``.
-    """
-
-    logits: Tensor | None = None
-
-
-class OpenVLAOFTModel(PreTrainedModel):
+class OpenVLAOFTModel(TokenModel):
     """Scores the action tokens of one chunk from images and a prompt."""
 
     config_class = OpenVLAOFTConfig
-    base_model_prefix = ""
-    main_input_name = "pixel_values"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
+    _supports_flash_attn = True
     _no_split_modules = ["LlamaDecoderLayer", "Block"]
 
     config: OpenVLAOFTConfig
 
     def __init__(self, config: OpenVLAOFTConfig) -> None:
+        require_backend(config._attn_implementation)  # pyright: ignore[reportPrivateUsage]
         super().__init__(config)
         self.vision_backbone = FusedVisionBackbone(config)
         self.projector = Projector(self.vision_backbone.hidden_size, config.language.hidden_size)
@@ -68,32 +57,10 @@ class OpenVLAOFTModel(PreTrainedModel):
         for layer in _layers(self.language_model):
             layer.self_attn.is_causal = False
         self.post_init()
-        self.freeze_unused()
+        self.choose_trained()
         require_bidirectional(self)
 
-    @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> OpenVLAOFTModel:
-        """Load config and weights; everything else that a folder holds is left alone.
-
-        Takes what `PreTrainedModel.from_pretrained` takes.
-
-        Raises:
-            ConfigError: if a weight is missing, superfluous or of another shape.
-        """
-        kwargs["output_loading_info"] = True
-        loaded: Any = super().from_pretrained(folder, *args, **kwargs)
-        model, report = loaded
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if report[problem]:
-                names = sorted(str(key) for key in report[problem])
-                raise ConfigError(
-                    f"{folder}: {len(names)} {problem.replace('_', ' ')}, first {names[:3]}; the "
-                    "weights do not belong to this config.json: take both from one checkpoint"
-                )
-        model.freeze_unused()  # loading makes every parameter trainable again
-        return model
-
-    def freeze_unused(self) -> None:
+    def choose_trained(self) -> None:
         """Take the weights that never run out of training."""
         for tower in self.vision_backbone.towers:
             tower.freeze_unused()
@@ -114,12 +81,24 @@ class OpenVLAOFTModel(PreTrainedModel):
         return self(pixel_values, input_ids, attention_mask).logits
 
     def forward(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        bins: Tensor | None = None,
+        chooser: Chooser | None = None,
     ) -> ActionLogits:
-        """Compute what `action_logits` returns; the entry that FSDP and adapters wrap."""
-        return ActionLogits(
-            logits=self._score(self._think(pixel_values, input_ids, attention_mask))
-        )
+        """Compute what `action_logits` returns; the entry that FSDP and adapters wrap.
+
+        Args:
+            pixel_values: see `action_logits`.
+            input_ids: see `action_logits`.
+            attention_mask: see `action_logits`.
+            bins: left alone; no token of a chunk sees another one's bin.
+            chooser: if given, chooses a bin for every token.
+        """
+        logits = self._score(self._think(pixel_values, input_ids, attention_mask))
+        return ActionLogits(logits=logits, bins=None if chooser is None else chooser.choose(logits))
 
     def action_mass(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
@@ -232,12 +211,7 @@ def require_bidirectional(model: OpenVLAOFTModel) -> None:
         ConfigError: names what is wrong.
     """
     language = model.config.language
-    backend = language._attn_implementation  # pyright: ignore[reportPrivateUsage]
-    if backend not in BIDIRECTIONAL_ATTENTION:
-        raise ConfigError(
-            f"attn_implementation is '{backend}'; OpenVLA-OFT needs attention in both directions, "
-            f"which is ensured for {BIDIRECTIONAL_ATTENTION}: choose one of them"
-        )
+    require_bidirectional_backend(language._attn_implementation)  # pyright: ignore[reportPrivateUsage]
     layers = _layers(model.language_model)
     if language.is_causal or any(layer.self_attn.is_causal for layer in layers):
         raise ConfigError(

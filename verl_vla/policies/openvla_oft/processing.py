@@ -6,26 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from verl_vla.actions import ActionCodec, ActionStatistics, load_statistics, save_statistics
-from verl_vla.errors import ConfigError, ContractError
-from verl_vla.observations import ImageStatistics, Tokenizer, normalize_image, prompt_ids
-from verl_vla.policies.base import PolicyShape
-from verl_vla.policies.openvla_oft.checkpoint import (
-    read_config,
-    read_image_statistics,
-    read_tokenizer,
-    write_image_statistics,
-)
+from verl_vla.actions import ActionStatistics, load_statistics
+from verl_vla.errors import ConfigError
+from verl_vla.observations import ImageStatistics, Tokenizer, prompt_ids
+from verl_vla.policies.checkpoint import read_tokenizer
+from verl_vla.policies.openvla_oft.checkpoint import read_config, read_image_statistics
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig
+from verl_vla.policies.processing import TokenProcessor
 
 
-class OpenVLAOFTProcessor:
+class OpenVLAOFTProcessor(TokenProcessor):
     """Turns observations into model inputs and bins into simulator commands.
 
     Args:
@@ -50,16 +42,7 @@ class OpenVLAOFTProcessor:
                 f"there are image statistics of {len(image_statistics)} towers and "
                 f"{len(config.towers)} vision towers; give one each"
             )
-        self.tokenizer = tokenizer
-        self.image_statistics = tuple(image_statistics)
-        self.shape: PolicyShape = config.shape
-        self.codec = ActionCodec(
-            num_bins=config.n_action_bins,
-            chunk_length=config.chunk_length,
-            action_dim=config.action_dim,
-            statistics=action_statistics,
-        )
-        self._prompts: dict[str, Tensor] = {}
+        super().__init__(config.shape, tokenizer, image_statistics, action_statistics)
 
     @classmethod
     def from_pretrained(
@@ -82,59 +65,5 @@ class OpenVLAOFTProcessor:
             load_statistics(folder, unnorm_key),
         )
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the files that `from_pretrained` reads, beside the model's own."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(str(folder))
-        write_image_statistics(folder, self.image_statistics, self.shape.image_size)
-        save_statistics(folder, self.codec.statistics)
-
-    def prompt(self, instruction: str) -> Tensor:
-        """Tokenise the prompt of a task; every task is tokenised once.
-
-        Returns:
-            [L] int64; shared between calls, so not to be written to.
-        """
-        if instruction not in self._prompts:
-            self._prompts[instruction] = torch.tensor(
-                prompt_ids(cast(Tokenizer, self.tokenizer), instruction)
-            )
-        return self._prompts[instruction]
-
-    def pixel_values(self, images: npt.NDArray[np.uint8] | Tensor) -> Tensor:
-        """Normalise the images of n decisions for every tower.
-
-        Args:
-            images: [n, V, H, W, 3] uint8, through `prepare_image`.
-
-        Returns:
-            [n, V * towers * 3, H, W] float32, on the device of ``images``.
-        """
-        pixels = torch.as_tensor(images)
-        size = self.shape.image_size
-        expected = (self.shape.num_views, size, size, 3)
-        if tuple(pixels.shape[1:]) != expected:
-            raise ContractError(f"images must be [n, {expected}], got {list(pixels.shape)}")
-        return normalize_image(pixels, self.image_statistics).flatten(1, 2)
-
-    def collate(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Pad prompts on the right.
-
-        Args:
-            prompts: n tensors [L].
-
-        Returns:
-            Ids and attention mask, [n, longest L] int64 each.
-        """
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        ids = torch.nn.utils.rnn.pad_sequence(
-            list(prompts), batch_first=True, padding_value=self._pad_id
-        )
-        mask = torch.arange(ids.shape[1]) < lengths[:, None]
-        return ids, mask.long()
-
-    @property
-    def _pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        assert isinstance(pad, int)  # `read_tokenizer` and `build_tokenizer` see to it
-        return pad
+    def _tokenize(self, instruction: str) -> list[int]:
+        return prompt_ids(cast(Tokenizer, self.tokenizer), instruction)

@@ -1,0 +1,86 @@
+"""How far an episode got along the successes of its task, frame by frame; nothing is trained.
+
+Each row of an episode looks for its nearest rows among all successes; they vote with how much of
+their own episode lay behind them. Init-centred nearest-neighbour alignment ranks failures almost
+perfectly in a planted world where pooled features fail, so it is what a trained head must beat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from verl_vla.encoders import make_encoder
+from verl_vla.errors import ConfigError
+from verl_vla.reward import (
+    Floats,
+    Reference,
+    ReferenceReward,
+    Rows,
+    align,
+    last_rows,
+)
+
+
+class KnnAlignReward(ReferenceReward):
+    """Mean normalised time of the nearest reference rows, over the end of an episode."""
+
+    def __init__(
+        self,
+        encoder: str,
+        encoder_args: Mapping[str, Any] | None = None,
+        alpha: float = 0.6,
+        num_neighbours: int = 5,
+        final_share: float = 0.1,
+        memory_capacity: int = 64,
+        memory_max_age: int = 100,
+        max_invalid_share: float = 0.05,
+    ) -> None:
+        """Make one without references.
+
+        Args:
+            encoder: see `verl_vla.encoders.make_encoder`.
+            encoder_args: its arguments.
+            alpha: what the best conceivable failure is worth, in (0, 1).
+            num_neighbours: reference rows that vote on one row.
+            final_share: of the rows of an episode, the last ones, over which votes are averaged.
+            memory_capacity: successes kept of each task.
+            memory_max_age: updates after which they are forgotten.
+            max_invalid_share: see `ReferenceReward`.
+
+        Raises:
+            ConfigError: a number outside its range.
+        """
+        if num_neighbours < 1:
+            raise ConfigError(f"num_neighbours is {num_neighbours}; set at least 1")
+        if not 0 < final_share <= 1:
+            raise ConfigError(f"final_share is {final_share}; it is a share, above 0 up to 1")
+        super().__init__(
+            make_encoder(encoder, encoder_args or {}),
+            alpha=alpha,
+            memory_capacity=memory_capacity,
+            memory_max_age=memory_max_age,
+            max_invalid_share=max_invalid_share,
+        )
+        self._num_neighbours = num_neighbours
+        self._final_share = final_share
+
+    def measure(
+        self, task_key: str, episodes: Sequence[Rows], references: Sequence[Reference]
+    ) -> Floats:
+        """Return [n], the progress of the last rows, 0 to 1."""
+        successes = [r.features for r in references]
+        return np.array(
+            [
+                align(rows, successes, self._num_neighbours)[
+                    last_rows(len(rows), self._final_share)
+                ].mean()
+                for rows in episodes
+            ]
+        )
+
+    def quality(self, task_key: str, measures: Floats) -> Floats:
+        """Progress is a quality already."""
+        return measures

@@ -1,0 +1,152 @@
+"""The reward that siiRL released for SRPO, bug for bug, to be compared with. Do not train on it.
+
+Facts are of siiRL's ``utils/reward_score/embodied.py`` and ``rollout/embodied_rollout.py``. Frames
+are filed under the name of the start, which all episodes of a group share: they are interleaved in
+one video, and the whole group has one embedding. Every failure of a group is then worth the same,
+and GRPO's advantages are those of the outcome alone. Clustering never fires on other embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import zip_longest
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from verl_vla.encoders import make_encoder
+from verl_vla.errors import ConfigError, ContractError
+from verl_vla.reward import Floats, Need, RewardResult, StatelessReward, TrajectoryBatch
+
+NUM_FRAMES = 64
+SCALE, STEEPNESS, OFFSET = 0.6, 10.0, 0.5
+RADIUS, MIN_SAMPLES = 0.5, 2
+SMALL_RANGE = 1e-6
+THIRD_PERSON = 0
+
+Aliasing = Literal["group", "pair", "none"]
+
+
+class SrpoReleasedReward(StatelessReward):
+    """Min-max of the distance to the mean success, through a sigmoid, times 0.6."""
+
+    requires: frozenset[Need] = frozenset({"frames"})
+
+    def __init__(
+        self,
+        encoder: str,
+        encoder_args: Mapping[str, Any] | None = None,
+        aliasing: Aliasing = "group",
+    ) -> None:
+        """Make one.
+
+        Args:
+            encoder: see `verl_vla.encoders.make_encoder`; the release's is ``vjepa2``.
+            encoder_args: its arguments.
+            aliasing: whose frames make one video: the whole ``group`` (branch
+                feature/srpo-embodied, which its guide names), a ``pair`` (its main branch), or each
+                episode by itself (``none``: the formula as it was meant).
+
+        Raises:
+            ConfigError: an unknown word.
+        """
+        if aliasing not in ("group", "pair", "none"):
+            raise ConfigError(f"aliasing is {aliasing!r}; choose 'group', 'pair' or 'none'")
+        self._encoder = make_encoder(encoder, encoder_args or {})
+        self._aliasing: Aliasing = aliasing
+
+    def __call__(self, batch: TrajectoryBatch) -> RewardResult:
+        """Score each episode as the release does."""
+        embeddings = self._embed(batch)
+        score = released_scores(embeddings, batch.success, batch.task_key)
+        return RewardResult(
+            score=score.astype(np.float32),
+            progress=score.astype(np.float32),
+            status=tuple("success" if solved else "shaped" for solved in batch.success),
+            metrics={"distinct_embeddings": float(len(np.unique(embeddings, axis=0)))},
+        )
+
+    def _embed(self, batch: TrajectoryBatch) -> Floats:
+        if batch.frames is None:
+            raise ContractError("SrpoReleasedReward encodes frames, and the batch has none")
+        shared = _episodes_of_one_video(batch, self._aliasing)
+        videos = []
+        for rows in shared:
+            parts = zip_longest(*(batch.frames[row][:, THIRD_PERSON] for row in rows))
+            frames = [frame for moment in parts for frame in moment if frame is not None]
+            videos.append(sample_frames(np.stack(frames)))
+        made = [f.astype(np.float64).mean(axis=0) for f in self._encoder.encode(videos)]
+        embeddings = np.zeros((len(batch), len(made[0]) if made else 0))
+        for rows, embedding in zip(shared, made, strict=True):
+            embeddings[rows] = embedding
+        return embeddings
+
+
+def sample_frames(video: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Pick `NUM_FRAMES` of [N, H, W, 3] evenly, rounding down; a shorter video is looped."""
+    if len(video) < NUM_FRAMES:
+        return video[np.arange(NUM_FRAMES) % len(video)]
+    return video[np.linspace(0, len(video) - 1, NUM_FRAMES, dtype=int)]
+
+
+def released_scores(
+    embeddings: Floats, success: npt.NDArray[np.bool_], task_key: tuple[str, ...]
+) -> Floats:
+    """The formula.
+
+    Args:
+        embeddings: [B, D]; all zeros is the release's word for "no video".
+        success: [B]
+        task_key: B tasks; all starts of a task are pooled.
+
+    Returns:
+        [B], 1 for a success with a video and 0 for one without; failures 0 to 0.6.
+    """
+    valid = ~np.all(embeddings == 0, axis=1)
+    score = np.zeros(len(embeddings))
+    score[success & valid] = 1.0
+    for key in sorted(set(task_key)):
+        member = np.array([k == key for k in task_key]) & valid
+        solved, failed = member & success, member & ~success
+        if solved.any() and failed.any():
+            score[failed] = _failure_scores(embeddings[solved], embeddings[failed])
+    return score
+
+
+def _failure_scores(successes: Floats, failures: Floats) -> Floats:
+    centres = _released_centres(successes)
+    distance = np.linalg.norm(failures[:, None] - centres[None], axis=2).min(axis=1)
+    extent = float(np.ptp(distance))
+    if extent < SMALL_RANGE:
+        normalised = np.full(len(distance), 0.5)
+    else:
+        normalised = (distance - distance.min()) / extent
+    return SCALE / (1 + np.exp(-STEEPNESS * (OFFSET - normalised)))
+
+
+def _released_centres(successes: Floats) -> Floats:
+    """Clusters of standardised features; their means in raw space, or the mean of everything."""
+    spread = successes.std(axis=0)
+    standard = (successes - successes.mean(axis=0)) / np.where(spread == 0, 1.0, spread)
+    distance = np.linalg.norm(standard[:, None] - standard[None], axis=2)
+    close = distance <= RADIUS
+    is_core = close.sum(axis=1) >= MIN_SAMPLES
+    labels = np.full(len(successes), -1)
+    # with two samples to a core every member of a cluster is one, so clusters are components
+    for point in np.flatnonzero(is_core):
+        joined = labels[close[point] & (labels >= 0)]
+        labels[close[point]] = label = point if not len(joined) else joined.min()
+        labels[np.isin(labels, joined)] = label
+    found = [successes[labels == label].mean(axis=0) for label in np.unique(labels[labels >= 0])]
+    return np.stack(found) if found else successes.mean(axis=0, keepdims=True)
+
+
+def _episodes_of_one_video(batch: TrajectoryBatch, aliasing: Aliasing) -> list[list[int]]:
+    """Rows whose frames are filed under one name, in the order of their episode ids."""
+    order = np.argsort(batch.episode_id, kind="stable")
+    groups = [[int(r) for r in order if batch.group_id[r] == g] for g in np.unique(batch.group_id)]
+    size = {"group": len(batch), "pair": 2, "none": 1}[aliasing]
+    return [
+        rows[start : start + size] for rows in groups for start in range(0, len(rows), max(size, 1))
+    ]

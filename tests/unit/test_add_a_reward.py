@@ -1,0 +1,41 @@
+"""docs/add-a-reward.md, as written."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from planted_world import make_batch
+
+from verl_vla.reward import complete, judge, load_reward
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "add-a-reward.md"
+MAX_LINES = 20
+
+
+@pytest.fixture
+def brisk(tmp_path) -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    assert sum(bool(line.strip()) for line in code.splitlines()) <= MAX_LINES
+    (tmp_path / "brisk.py").write_text(code)
+    return f"{tmp_path}/brisk.py:BriskReward"
+
+
+def test_the_reward_of_the_page_is_loaded_by_path_and_scores(brisk):
+    reward = load_reward(brisk, {"alpha": 0.3})
+    resting = np.zeros((5, 8), np.float32)
+    reaching = resting.copy()
+    reaching[:, 0] = np.linspace(0, 0.15, 5)
+    batch = replace(make_batch([1, 0.5, 0.5]), proprio=(resting, resting, reaching), features=None)
+    result = judge(reward, complete(reward, batch))
+    np.testing.assert_allclose(result.score, [1.0, 0.0, 0.15], atol=1e-6)
+    assert result.status == ("success", "shaped", "shaped")
+    assert dict(reward.update(batch)) == reward.state_dict() == {}
+
+
+def test_every_file_that_the_page_names_exists():
+    links = re.findall(r"\]\((\S+?)\)", PAGE.read_text())
+    assert links and all((PAGE.parent / link).is_file() for link in links)

@@ -1,0 +1,160 @@
+"""The files of a checkpoint folder that every policy has, read without leaving the machine.
+
+    config.json, model*.safetensors, tokenizer.json, preprocessor_config.json,
+    dataset_statistics.json
+
+Nothing is fetched from a hub and no code of the folder is run, whatever its ``auto_map`` says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedTokenizerFast
+
+from verl_vla.errors import ConfigError
+from verl_vla.observations import ImageStatistics
+
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+IMAGE_FILE = "preprocessor_config.json"
+WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
+
+
+def read_model_type(folder: str | Path) -> str:
+    """Read which kind of model a folder holds.
+
+    Raises:
+        ConfigError: if the folder or its ``config.json`` is missing, or names no model.
+    """
+    path = require_file(folder, CONFIG_FILE, "the sizes of the model")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if "model_type" not in content:
+        raise ConfigError(f"{path} names no model_type; take the file that came with the weights")
+    return str(content["model_type"])
+
+
+def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """Read the tokenizer of a checkpoint.
+
+    Raises:
+        ConfigError: if ``tokenizer.json`` is missing, or no token is for padding.
+    """
+    require_file(folder, TOKENIZER_FILE, "the vocabulary")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(
+            f"the tokenizer in {folder} has no padding token; prompts of different lengths are "
+            "padded in a batch: set pad_token in tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def read_tower_statistics(path: Path) -> tuple[ImageStatistics, ...]:
+    """Read how every vision tower wants its pixels from a ``preprocessor_config.json``."""
+    towers = json.loads(path.read_text(encoding="utf-8"))["tvf_normalize_params"]
+    return tuple(
+        ImageStatistics(mean=tuple(tower["mean"]), std=tuple(tower["std"])) for tower in towers
+    )
+
+
+def write_image_statistics(
+    folder: str | Path, statistics: Sequence[ImageStatistics], image_size: int
+) -> None:
+    """Write ``statistics`` so that `read_tower_statistics` reads them back exactly."""
+    content = {
+        "input_sizes": [[3, image_size, image_size] for _ in statistics],
+        "tvf_normalize_params": [{"mean": list(s.mean), "std": list(s.std)} for s in statistics],
+    }
+    text = json.dumps(content, indent=2)
+    (Path(folder) / IMAGE_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def weight_files(folder: str | Path) -> tuple[Path, ...]:
+    """Name the files that hold the weights.
+
+    Raises:
+        ConfigError: if there are none, or one that the index names is missing.
+    """
+    root = Path(folder)
+    index = root / WEIGHTS_INDEX_FILE
+    if index.is_file():
+        parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [part for part in parts if not (root / part).is_file()]
+        if missing:
+            raise ConfigError(
+                f"{index} names {len(parts)} files, of which {missing} are missing; fetch them"
+            )
+        return tuple(root / part for part in parts)
+    if not (root / WEIGHTS_FILE).is_file():
+        raise ConfigError(
+            f"{folder} holds neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX_FILE}; weights are read "
+            "from safetensors alone: convert other formats first"
+        )
+    return (root / WEIGHTS_FILE,)
+
+
+def read_weight_layout(folder: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Read name, shape and type of every stored weight from the files' headers alone.
+
+    Returns:
+        Name to (shape, dtype as safetensors spells it).
+
+    Raises:
+        ConfigError: if a file is missing or cut off.
+    """
+    layout: dict[str, tuple[tuple[int, ...], str]] = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118 -- not a mapping
+                    part = stored.get_slice(name)
+                    layout[name] = (tuple(part.get_shape()), part.get_dtype())
+        except SafetensorError as error:
+            raise ConfigError(
+                f"{file} ({file.stat().st_size} bytes) is cut off or no safetensors file "
+                f"({error}); fetch it again"
+            ) from error
+    return layout
+
+
+def require_file(folder: str | Path, name: str, purpose: str) -> Path:
+    """Find a file of a checkpoint folder.
+
+    Raises:
+        ConfigError: if the folder or the file is missing; ``purpose`` says what for.
+    """
+    if not Path(folder).is_dir():
+        raise ConfigError(
+            f"{folder} is not a folder; checkpoints are read from disk only: fetch it first"
+        )
+    if not (Path(folder) / name).is_file():
+        raise ConfigError(
+            f"{folder} holds no {name}, which describes {purpose}; copy it from the checkpoint "
+            "that the weights came from"
+        )
+    return Path(folder) / name
+
+
+def require_all_weights(folder: str | Path, report: Mapping[str, Collection[Any]]) -> None:
+    """Refuse a model that did not find its own weights, all of them and no others.
+
+    Args:
+        folder: that they were looked for in.
+        report: transformers' ``output_loading_info``.
+
+    Raises:
+        ConfigError: if a weight is missing, superfluous or of another shape.
+    """
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            names = sorted(str(key) for key in report[problem])
+            raise ConfigError(
+                f"{folder}: {len(names)} {problem.replace('_', ' ')}, first {names[:3]}; the "
+                "weights do not belong to this config.json: take both from one checkpoint"
+            )

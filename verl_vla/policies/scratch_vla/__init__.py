@@ -1,0 +1,17 @@
+"""A scratch VLA: any causal language model, one or two SigLIP towers, and actions from nothing."""
+
+from verl_vla.policies.scratch_vla.checkpoint import register_auto_classes
+from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig
+from verl_vla.policies.scratch_vla.modelling import ScratchVLAModel
+from verl_vla.policies.scratch_vla.policy import ScratchVLAPolicy
+from verl_vla.policies.scratch_vla.processing import ScratchVLAProcessor
+
+__all__ = [
+    "ScratchVLAConfig",
+    "ScratchVLAModel",
+    "ScratchVLAPolicy",
+    "ScratchVLAProcessor",
+    "register_auto_classes",
+]
+
+register_auto_classes()

@@ -1,0 +1,90 @@
+"""The action tokens of a vocabulary that was not made for actions.
+
+A language model's vocabulary is padded to a round number of rows, and training never touches the
+padding: its rows are all alike. Bins on such rows could not be told apart, so the action tokens
+take the last rows that differ.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from verl_vla.errors import ConfigError, ContractError
+
+PADDING_TOLERANCE = 1e-3
+"""Rows whose every value is closer than this are alike. Qwen2.5's 292 padding rows differ by 6e-5,
+its words by 1e-2 and more (measured on Qwen2.5-3B in "A VLA from scratch")."""
+
+
+def find_first_action_id(rows: Tensor, num_bins: int) -> int:
+    """Find where the last ``num_bins`` distinct rows of a vocabulary begin.
+
+    Args:
+        rows: [words, D], the embedding.
+        num_bins: C, how many are needed.
+
+    Returns:
+        The token id of bin 0; ids up to ``num_bins - 1`` above it are distinct rows too.
+
+    Raises:
+        ConfigError: if there are not as many, or some of them are alike.
+    """
+    rows = rows.detach().float()
+    is_other = (rows - rows[-1]).abs().amax(-1) >= PADDING_TOLERANCE
+    others = is_other.nonzero().flatten()
+    num_words = int(others[-1]) + 1 if len(others) else 0
+    if num_words == len(rows) - 1:
+        num_words = len(rows)  # a last row like no other is a word, not padding
+    first = num_words - num_bins
+    if first < 0:
+        raise ConfigError(
+            f"the vocabulary has {num_words} rows before its padding, and {num_bins} are needed "
+            "for actions; take a language model whose vocabulary is trained"
+        )
+    chosen = rows[first:num_words]
+    distance = torch.cdist(chosen, chosen, p=float("inf")).fill_diagonal_(torch.inf)
+    if distance.min() < PADDING_TOLERANCE:
+        one, other = divmod(int(distance.argmin()), num_bins)
+        raise ConfigError(
+            f"rows {first + one} and {first + other} of the vocabulary are alike, so two actions "
+            "could not be told apart; take a language model whose vocabulary is trained"
+        )
+    return first
+
+
+class ActionTokens(nn.Module):
+    """Embedding and head of the action tokens, as weights of their own."""
+
+    def __init__(self, num_bins: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_bins, width)
+        self.head = nn.Linear(width, num_bins, bias=False)
+
+
+def embed_bins(rows: Tensor, bins: Tensor) -> Tensor:
+    """Look up [..., t] bins among [C, D] rows.
+
+    Raises:
+        ContractError: if a bin has no row. CUDA would read other memory and go on.
+    """
+    if bins.numel() and not 0 <= int(bins.min()) <= int(bins.max()) < len(rows):
+        raise ContractError(
+            f"bins run from {int(bins.min())} to {int(bins.max())}; only 0..{len(rows) - 1} exist"
+        )
+    return functional.embedding(bins, rows)
+
+
+def score_bins(rows: Tensor, hidden: Tensor) -> Tensor:
+    """Score every bin in float32, under autocast too.
+
+    Args:
+        rows: [C, D], the head.
+        hidden: [..., D].
+
+    Returns:
+        [..., C] float32.
+    """
+    with torch.autocast(device_type=hidden.device.type, enabled=False):
+        return functional.linear(hidden.float(), rows.float())

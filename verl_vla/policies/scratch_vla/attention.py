@@ -1,0 +1,38 @@
+"""Who sees whom in a sequence of patches, prompt and action tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from verl_vla.errors import ContractError
+
+
+def align_right(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Move padding from behind the prompts to before them: ids and truth of a word, [B, L]."""
+    if attention_mask is None:
+        return input_ids, torch.ones_like(input_ids, dtype=torch.bool)
+    if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
+        raise ContractError(
+            "attention_mask has padding before a prompt's end; prompts are padded on the right"
+        )
+    lengths = attention_mask.sum(1, keepdim=True)
+    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    ids = input_ids.gather(1, (places + lengths) % input_ids.shape[1])
+    return ids, places >= input_ids.shape[1] - lengths
+
+
+def pairwise_mask(
+    is_token: Tensor, num_queries: int, *, causal: bool, dtype: torch.dtype
+) -> Tensor:
+    """[B, 1, Q, S], 0 where the place sees the other one and the least number where not.
+
+    A padding place still sees the patches, so no row is empty, which would make it NaN.
+    """
+    batch, num_keys = is_token.shape
+    sees = is_token[:, None, None, :].expand(batch, 1, num_queries, num_keys)
+    if causal:
+        places = torch.arange(num_keys, device=is_token.device)
+        sees = sees & (places <= places[-num_queries:, None])
+    hidden = torch.zeros(sees.shape, dtype=dtype, device=is_token.device)
+    return hidden.masked_fill(~sees, torch.finfo(dtype).min)

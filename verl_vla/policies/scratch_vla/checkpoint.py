@@ -1,0 +1,50 @@
+"""The folder of a scratch VLA: the files of every policy, nothing more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModel
+
+from verl_vla.errors import ConfigError
+from verl_vla.observations import ImageStatistics
+from verl_vla.policies.checkpoint import (
+    CONFIG_FILE,
+    IMAGE_FILE,
+    read_tower_statistics,
+    require_file,
+)
+from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig
+from verl_vla.policies.scratch_vla.modelling import ScratchVLAModel
+
+
+def register_auto_classes() -> None:
+    """Let transformers' Auto classes build our model for ``model_type: scratch_vla``."""
+    AutoConfig.register(ScratchVLAConfig.model_type, ScratchVLAConfig, exist_ok=True)
+    AutoModel.register(ScratchVLAConfig, ScratchVLAModel, exist_ok=True)
+
+
+def read_config(folder: str | Path) -> ScratchVLAConfig:
+    """Read the sizes of a checkpoint.
+
+    Raises:
+        ConfigError: if the folder or its ``config.json`` is missing, or the parts do not fit.
+    """
+    require_file(folder, CONFIG_FILE, "the sizes of the model")
+    return ScratchVLAConfig.from_pretrained(str(folder), local_files_only=True)
+
+
+def read_image_statistics(folder: str | Path, num_towers: int) -> tuple[ImageStatistics, ...]:
+    """Read how every vision tower wants its pixels.
+
+    Raises:
+        ConfigError: if the file is missing or there are not as many statistics as towers.
+    """
+    path = require_file(folder, IMAGE_FILE, "how the towers want their pixels")
+    found = read_tower_statistics(path)
+    if len(found) != num_towers:
+        raise ConfigError(
+            f"{path} gives image statistics of {len(found)} towers, the model has {num_towers}; "
+            "tvf_normalize_params needs one entry a tower"
+        )
+    return found

@@ -1,0 +1,255 @@
+"""A vision-language-action model put together from parts that know nothing of robots.
+
+    image patches | prompt | action tokens
+
+The logits of an action token are read one place before it, as a language model's always are, so
+the last token needs no place. Parallel decoding puts zero vectors in the places and lets every
+token see every other one; autoregressive decoding puts in the tokens chosen before and hides
+what comes after. Padding lies between patches and prompt and is seen by nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModel, Cache, DynamicCache, SiglipVisionModel
+
+from verl_vla.errors import ConfigError, ContractError
+from verl_vla.policies.base import ActionLogits, Chooser
+from verl_vla.policies.scratch_vla.action_tokens import ActionTokens, embed_bins, score_bins
+from verl_vla.policies.scratch_vla.attention import align_right, pairwise_mask
+from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig
+from verl_vla.policies.token_model import TokenModel
+
+logger = logging.getLogger(__name__)
+
+ATTENTION = ("sdpa", "eager")
+"""Back ends of transformers 5 that take a mask for every pair of tokens."""
+ADAPTER_MARK = "lora_"
+"""In the names of all weights that peft adds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What every action token may see."""
+
+    embeddings: Tensor
+    """[B, P + L, D] patches and prompt, in the language model's type."""
+    is_token: Tensor
+    """[B, P + L] bool, false where padding is."""
+
+
+class ScratchVLAModel(TokenModel):
+    """Scores or chooses the action tokens of one chunk from images and a prompt."""
+
+    config_class = ScratchVLAConfig
+
+    config: ScratchVLAConfig
+
+    def __init__(self, config: ScratchVLAConfig) -> None:
+        super().__init__(config)
+        towers = config.towers
+        self.vision_towers = nn.ModuleList(SiglipVisionModel(tower) for tower in towers)
+        width = config.language.hidden_size
+        self.projector = Projector(sum(tower.hidden_size for tower in towers), width)
+        self.language_model = AutoModel.from_config(config.language)
+        if config.action_rows == "trained":
+            self.action_tokens = ActionTokens(config.n_action_bins, width)
+        self.post_init()
+        self._require_attention()
+        if config.lora_rank:
+            # after post_init, which would fill the adapters' zeros with noise
+            adapter = LoraConfig(
+                r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear"
+            )
+            inject_adapter_in_model(adapter, self.language_model)
+        self.choose_trained()
+
+    def choose_trained(self) -> None:
+        """Freeze what the configuration does not train."""
+        config = self.config
+        self.vision_towers.requires_grad_(config.train_vision)
+        for name, weight in self.language_model.named_parameters():
+            weight.requires_grad_(not config.lora_rank or ADAPTER_MARK in name)
+        if config.action_rows == "frozen_tied":
+            self.get_input_embeddings().requires_grad_(False)
+            logger.warning(
+                "action_rows is 'frozen_tied': the head's rows are words that cannot be moved; a "
+                "policy trained so stopped at 29% of the tokens. Choose 'trained' unless you study "
+                "just that"
+            )
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        bins: Tensor | None = None,
+        chooser: Chooser | None = None,
+    ) -> ActionLogits:
+        """Score ``bins``, or choose some; the entry that FSDP wraps.
+
+        Args:
+            pixel_values: [B, V * towers * 3, H, W], normalised.
+            input_ids: [B, L] prompts, padded on the right.
+            attention_mask: [B, L], 1 where a prompt is and 0 where padding is; None without any.
+            bins: [B, T] int64; token k's logits are given the bins before it. Parallel
+                decoding does not need them.
+            chooser: chooses a bin for every token.
+
+        Raises:
+            ContractError: if decoding is autoregressive and there is neither or both.
+        """
+        prefix = self._prefix(pixel_values, input_ids, attention_mask)
+        if self.config.decoding == "parallel":
+            logits = self._score_at_once(prefix, self._blank(prefix), causal=False)
+            chosen = None if chooser is None else chooser.choose(logits)
+            return ActionLogits(logits=logits, bins=chosen)
+        if bins is not None and chooser is None:
+            inputs = self._embed(bins[:, :-1]).to(prefix.embeddings.dtype)
+            return ActionLogits(logits=self._score_at_once(prefix, inputs, causal=True))
+        if chooser is not None and bins is None:
+            return self._choose_in_turn(prefix, chooser)
+        raise ContractError(
+            "autoregressive decoding scores the bins it is given or chooses its own; give "
+            "either bins or a chooser"
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the language model's table of token embeddings."""
+        return self.language_model.get_input_embeddings()
+
+    def _prefix(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> Prefix:
+        """Put patches and prompts together, all in the type of the language model.
+
+        Autocast decides the type of what a layer answers, and there may or may not be any: every
+        part gets its input, and the language model its sequence, in the type of its own weights.
+        """
+        ids, is_word = align_right(input_ids, attention_mask)
+        words: Tensor = self.get_input_embeddings()(ids)
+        features = self._features(pixel_values)
+        patches = self.projector(features.to(self.projector.fc1.weight.dtype))
+        self._check_length(patches.shape[1] + ids.shape[1] + self.config.num_action_tokens - 1)
+        return Prefix(
+            torch.cat([patches.to(words.dtype), words], dim=1),
+            torch.cat([is_word.new_ones(patches.shape[:2]), is_word], dim=1),
+        )
+
+    def _features(self, pixel_values: Tensor) -> Tensor:
+        """[B, V * patches, sum of the towers' widths], the towers side by side."""
+        num_towers = len(self.vision_towers)
+        views = pixel_values.unflatten(1, (self.config.num_views, num_towers, 3))
+        by_tower = [
+            tower(views[:, :, place].flatten(0, 1)).last_hidden_state
+            for place, tower in enumerate(self.vision_towers)
+        ]
+        return torch.cat(by_tower, dim=-1).unflatten(0, views.shape[:2]).flatten(1, 2)
+
+    def _score_at_once(self, prefix: Prefix, inputs: Tensor, *, causal: bool) -> Tensor:
+        """[B, T, C] logits, given what is in the places of all tokens but the last."""
+        sequence = torch.cat([prefix.embeddings, inputs], dim=1)
+        is_token = torch.cat([prefix.is_token, _all_true(inputs)], dim=1)
+        hidden = self._think(sequence, is_token, causal=causal)
+        return self._score(hidden[:, prefix.embeddings.shape[1] - 1 :])
+
+    def _choose_in_turn(self, prefix: Prefix, chooser: Chooser) -> ActionLogits:
+        """Choose token after token; keys and values of what went before are kept."""
+        cache = DynamicCache()
+        inputs, is_token = prefix.embeddings, prefix.is_token
+        logits: list[Tensor] = []
+        bins: list[Tensor] = []
+        for place in range(self.config.num_action_tokens):
+            if place:
+                inputs = self._embed(bins[-1]).to(prefix.embeddings.dtype)
+                is_token = torch.cat([is_token, _all_true(inputs)], dim=1)
+            hidden = self._think(inputs, is_token, causal=True, cache=cache)
+            logits.append(self._score(hidden[:, -1:]))
+            bins.append(chooser.choose(logits[-1], place))
+        return ActionLogits(logits=torch.cat(logits, dim=1), bins=torch.cat(bins, dim=1))
+
+    def _think(
+        self, inputs: Tensor, is_token: Tensor, *, causal: bool, cache: Cache | None = None
+    ) -> Tensor:
+        """Run the language model on the last places of a sequence.
+
+        Args:
+            inputs: [B, Q, D], what is in the last Q places.
+            is_token: [B, S] bool, of all places.
+            causal: whether a place sees only those before it.
+            cache: holds the places before the last Q, and keeps these.
+
+        Returns:
+            [B, Q, D].
+        """
+        num_queries = inputs.shape[1]
+        positions = is_token.long().cumsum(1).sub(1).clamp(min=0)
+        output = self.language_model(
+            inputs_embeds=inputs,
+            attention_mask=pairwise_mask(is_token, num_queries, causal=causal, dtype=inputs.dtype),
+            position_ids=positions[:, -num_queries:],
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state
+
+    def _blank(self, prefix: Prefix) -> Tensor:
+        batch, _, width = prefix.embeddings.shape
+        return prefix.embeddings.new_zeros(batch, self.config.num_action_tokens - 1, width)
+
+    def _embed(self, bins: Tensor) -> Tensor:
+        if self.config.action_rows == "trained":
+            return embed_bins(self.action_tokens.embedding.weight, bins)
+        return embed_bins(self._vocabulary_rows(), bins)
+
+    def _score(self, hidden: Tensor) -> Tensor:
+        if self.config.action_rows == "trained":
+            return score_bins(self.action_tokens.head.weight, hidden)
+        return score_bins(self._vocabulary_rows(), hidden)
+
+    def _vocabulary_rows(self) -> Tensor:
+        """[C, D], the action ids' rows of the language model's own table."""
+        first = self.config.first_action_id
+        assert first is not None
+        table: Any = self.get_input_embeddings()
+        return table.weight[first : first + self.config.n_action_bins]
+
+    def _check_length(self, length: int) -> None:
+        longest = self.config.language.max_position_embeddings
+        if length > longest:
+            raise ContractError(
+                f"patches, prompt and actions make a sequence of {length}; the language model has "
+                f"{longest} positions"
+            )
+
+    def _require_attention(self) -> None:
+        backend = self.config.language._attn_implementation
+        if backend not in ATTENTION:
+            raise ConfigError(
+                f"attn_implementation is '{backend}', which leaves a mask for every pair of tokens "
+                f"unheeded; choose one of {ATTENTION}"
+            )
+
+
+class Projector(nn.Module):
+    """Carries patch features into the language model's width; two layers, as in LLaVA-1.5."""
+
+    def __init__(self, vision_width: int, language_width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(vision_width, language_width)
+        self.fc2 = nn.Linear(language_width, language_width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map [..., vision_width] to [..., language_width]."""
+        return self.fc2(functional.gelu(self.fc1(features)))
+
+
+def _all_true(inputs: Tensor) -> Tensor:
+    return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)

@@ -1,0 +1,45 @@
+"""A scratch VLA behind the interface that a rollout and a learner know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from verl_vla.policies.scratch_vla.checkpoint import read_config
+from verl_vla.policies.scratch_vla.modelling import ScratchVLAModel
+from verl_vla.policies.scratch_vla.processing import ScratchVLAProcessor
+from verl_vla.policies.token_policy import TokenPolicy
+
+
+class ScratchVLAPolicy(TokenPolicy[ScratchVLAModel]):
+    """A scratch VLA and its processor."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        unnorm_key: str | None = None,
+    ) -> ScratchVLAPolicy:
+        """Load a checkpoint folder, without a hub and without code from the folder.
+
+        Args:
+            folder: of the checkpoint.
+            dtype: of the weights; logits are float32 in any case.
+            unnorm_key: which of its action statistics to use; see `load_statistics`.
+
+        Raises:
+            ConfigError: names the file that is missing or does not fit.
+        """
+        processor = ScratchVLAProcessor.from_pretrained(folder, unnorm_key)
+        model = ScratchVLAModel.from_pretrained(
+            str(folder), config=read_config(folder), dtype=dtype, local_files_only=True
+        )
+        return cls(model, processor)
+
+    def action_mass(self, images: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+        """[n, T] ones: the head has rows for actions alone, so it can say nothing else."""
+        return torch.ones(len(images), self.shape.num_tokens)

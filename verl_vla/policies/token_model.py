@@ -1,0 +1,41 @@
+"""What the models of all token-action policies share: how they are loaded, and what is trained."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, TypeVar
+
+from transformers import PreTrainedModel
+
+from verl_vla.policies.checkpoint import require_all_weights
+
+Model = TypeVar("Model", bound="TokenModel")
+
+
+class TokenModel(PreTrainedModel):
+    """Scores or chooses the action tokens of one chunk from images and a prompt."""
+
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    @classmethod
+    def from_pretrained(cls: type[Model], folder: Any, *args: Any, **kwargs: Any) -> Model:
+        """Load config and weights; everything else that a folder holds is left alone.
+
+        Takes what `PreTrainedModel.from_pretrained` takes.
+
+        Raises:
+            ConfigError: if a weight is missing, superfluous or of another shape.
+        """
+        kwargs["output_loading_info"] = True
+        loaded: Any = super().from_pretrained(folder, *args, **kwargs)
+        model, report = loaded
+        require_all_weights(folder, report)
+        model.choose_trained()  # loading makes every parameter trainable again
+        return model
+
+    @abstractmethod
+    def choose_trained(self) -> None:
+        """Freeze what is not trained."""

@@ -1,0 +1,110 @@
+"""A model and its processor behind the interface that a rollout and a learner know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from verl_vla import action_distribution
+from verl_vla.errors import ConfigError
+from verl_vla.policies.base import Chooser, PolicyShape
+from verl_vla.policies.processing import TokenProcessor
+from verl_vla.types import ActionChunk, Observation
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+class TokenPolicy(Generic[Model]):
+    """Chooses and scores action tokens; see `policies.base.TrainablePolicy`.
+
+    Args:
+        model: on any device, in any dtype.
+        processor: of the same checkpoint.
+
+    Raises:
+        ConfigError: if the two have different sizes.
+    """
+
+    def __init__(self, model: Model, processor: TokenProcessor) -> None:
+        if model.config.shape != processor.shape:
+            raise ConfigError(
+                f"the model has {model.config.shape}, the processor {processor.shape}; take both "
+                "from one checkpoint"
+            )
+        self.model = model
+        self.processor = processor
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write everything that `from_pretrained` needs for equal results."""
+        self.model.save_pretrained(str(folder))
+        self.processor.save_pretrained(folder)
+
+    @property
+    def shape(self) -> PolicyShape:
+        """Sizes of what goes in and what comes out."""
+        return self.processor.shape
+
+    @torch.no_grad()
+    def act(
+        self, observations: Sequence[Observation], noise: Tensor, *, temperature: float
+    ) -> ActionChunk:
+        """Choose one chunk for each of the n observations; see `policies.base.Policy.act`.
+
+        A batch changes the logits by float32 rounding only, so a bin can differ from the one
+        chosen alone only where ``noise`` falls that close to the border between two bins.
+        """
+        images = torch.from_numpy(np.stack([o.image for o in observations]))
+        prompts = [self.processor.prompt(o.instruction) for o in observations]
+        chooser = Chooser(noise, temperature)
+        output = self.model(*self._inputs(images, prompts), chooser=chooser)
+        bins = output.bins.cpu()
+        return ActionChunk(
+            bins=bins,
+            logp=chooser.log_prob(output.logits, output.bins).cpu(),
+            prompt_ids=prompts,
+            actions=self.processor.codec.to_simulator(bins),
+        )
+
+    def log_prob(
+        self, images: Tensor, prompts: Sequence[Tensor], bins: Tensor, *, temperature: float
+    ) -> Tensor:
+        """Score recorded bins; differentiable.
+
+        Args:
+            images: [n, V, H, W, 3] uint8.
+            prompts: n tensors [L] int64.
+            bins: [n, T] int64.
+            temperature: the one that they were sampled at.
+
+        Returns:
+            [n, T] float32, nats, on the model's device.
+        """
+        logits = self.logits(images, prompts, bins)
+        return action_distribution.log_prob(logits, bins.to(logits.device), temperature)
+
+    def logits(
+        self, images: Tensor, prompts: Sequence[Tensor], bins: Tensor | None = None
+    ) -> Tensor:
+        """Score every bin of every token, given the tokens before it; differentiable.
+
+        Args:
+            images: [n, V, H, W, 3] uint8.
+            prompts: n tensors [L] int64.
+            bins: [n, T] int64; may be left out where decoding is parallel.
+
+        Returns:
+            [n, T, C] float32, on the model's device.
+        """
+        given = None if bins is None else bins.to(self.model.device)
+        return self.model(*self._inputs(images, prompts), bins=given).logits
+
+    def _inputs(self, images: Tensor, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        device = self.model.device
+        ids, mask = self.processor.collate(prompts)
+        return self.processor.pixel_values(images.to(device)), ids.to(device), mask.to(device)

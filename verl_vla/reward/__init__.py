@@ -1,0 +1,56 @@
+"""What a reward plug-in must look like, how one is found, and how it is asked."""
+
+from verl_vla.reward.features import (
+    Floats,
+    align,
+    center_on_start,
+    is_sound,
+    last_rows,
+    normalised_time,
+)
+from verl_vla.reward.interface import (
+    FeatureExtractor,
+    Need,
+    RewardResult,
+    Rows,
+    Split,
+    StatelessReward,
+    TrajectoryBatch,
+    TrajectoryReward,
+)
+from verl_vla.reward.loading import REWARDS_FOLDER, import_file, load_reward
+from verl_vla.reward.memory import Reference, ReferenceMemory
+from verl_vla.reward.progress_head import HeadConfig, ProgressHead
+from verl_vla.reward.reference_reward import ReferenceReward
+from verl_vla.reward.scoring import RewardError, complete, judge, learn, make_batch, score
+
+__all__ = [
+    "REWARDS_FOLDER",
+    "FeatureExtractor",
+    "Floats",
+    "HeadConfig",
+    "Need",
+    "ProgressHead",
+    "Reference",
+    "ReferenceMemory",
+    "ReferenceReward",
+    "RewardError",
+    "RewardResult",
+    "Rows",
+    "Split",
+    "StatelessReward",
+    "TrajectoryBatch",
+    "TrajectoryReward",
+    "align",
+    "center_on_start",
+    "complete",
+    "import_file",
+    "is_sound",
+    "judge",
+    "last_rows",
+    "learn",
+    "load_reward",
+    "make_batch",
+    "normalised_time",
+    "score",
+]

@@ -1,0 +1,253 @@
+"""Ask a reward about finished trajectories, and refuse an answer that cannot be trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import combinations
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+from verl_vla.errors import ContractError
+from verl_vla.reward.interface import (
+    HasEncoder,
+    Need,
+    RewardResult,
+    Rows,
+    Split,
+    TrajectoryBatch,
+    TrajectoryReward,
+)
+from verl_vla.types import Trajectories
+
+THIRD_PERSON = 0
+"""The view that encoders see: the first camera of the environment."""
+
+
+class RewardError(ContractError):
+    """A reward raised, or gave an answer that cannot be trained on.
+
+    Nothing was learned from the batch, and ``batch`` still holds all of it: it can be stored, or
+    scored again by a corrected reward, without playing its episodes again.
+    """
+
+    def __init__(self, message: str, batch: TrajectoryBatch) -> None:
+        super().__init__(message)
+        self.batch = batch
+
+
+def score(
+    reward: TrajectoryReward,
+    trajectories: Trajectories,
+    *,
+    suite: str,
+    split: Split,
+) -> tuple[TrajectoryBatch, RewardResult]:
+    """Score trajectories without crashes and check what came back.
+
+    Returns:
+        What the reward saw, for `learn`, and its answer; `judge` says what is added to its metrics.
+
+    Raises:
+        ContractError: a crashed episode, an episode id that stands twice, or features that
+            several episodes share.
+        RewardError: as in `judge`.
+    """
+    batch = complete(reward, make_batch(trajectories, suite=suite, split=split))
+    return batch, judge(reward, batch)
+
+
+def make_batch(trajectories: Trajectories, *, suite: str, split: Split) -> TrajectoryBatch:
+    """Arrange trajectories by episode, with everything that a reward may require but features.
+
+    Raises:
+        ContractError: a crashed episode, or an episode id that stands twice.
+    """
+    episodes, decisions = trajectories.episodes, trajectories.decisions
+    if bool(episodes.crashed.any()):
+        raise ContractError("a crashed episode reached the reward; select the others first")
+    ids, counts = np.unique(episodes.episode_id.numpy(), return_counts=True)
+    if (counts > 1).any():
+        raise ContractError(
+            f"episode {ids[counts > 1][0]} stands {counts.max()} times in one batch; every "
+            "episode needs an id of its own, or siblings are given each other's pictures"
+        )
+    rows = [np.flatnonzero(decisions.episode.numpy() == b) for b in range(len(episodes))]
+    image, proprio = decisions.image.numpy(), decisions.proprio.numpy()
+    return TrajectoryBatch(
+        episode_id=episodes.episode_id.numpy(),
+        group_id=episodes.group_id.numpy(),
+        task_key=tuple(f"{suite}/{task}" for task in episodes.task_id.tolist()),
+        init_state_id=episodes.init_state_id.numpy(),
+        success=episodes.success.numpy(),
+        num_steps=episodes.num_steps.numpy(),
+        frames=tuple(image[r] for r in rows),
+        proprio=tuple(proprio[r] for r in rows),
+        split=split,
+    )
+
+
+def complete(reward: TrajectoryReward, batch: TrajectoryBatch) -> TrajectoryBatch:
+    """Return ``batch`` with what ``reward`` requires, features encoded, and nothing else.
+
+    Raises:
+        ContractError: frames are required but missing, the encoder lost an episode, or it gave
+            siblings whose pictures differ the same features (one identity for several episodes
+            makes every shaped score of a group the same).
+    """
+    needs: frozenset[Need] = reward.requires
+    features, space = batch.features, batch.feature_space
+    if "features" not in needs:
+        features, space = None, None
+    elif features is None:
+        features, space = _encode(cast("HasEncoder", reward), batch)
+    return replace(
+        batch,
+        frames=batch.frames if "frames" in needs else None,
+        proprio=batch.proprio if "proprio" in needs else None,
+        features=features,
+        feature_space=space,
+    )
+
+
+def judge(reward: TrajectoryReward, batch: TrajectoryBatch) -> RewardResult:
+    """Ask for scores and check them; counts of what kind of groups these were are added.
+
+    Raises:
+        RewardError: the reward raised; or a score is missing, not finite, or above the largest
+            that the reward says it gives.
+    """
+    name = type(reward).__name__
+    try:
+        result = reward(batch)
+    except Exception as error:
+        raise RewardError(
+            f"{name} raised {error!r} while scoring {_describe(batch)}; correct the reward and "
+            "start the same command again",
+            batch,
+        ) from error
+    if type(result) is not RewardResult:
+        raise RewardError(
+            f"{name} returned {type(result).__name__} for {_describe(batch)}; it must return a "
+            "RewardResult",
+            batch,
+        )
+    _check_shapes(name, batch, result)
+    _check_values(name, batch, result)
+    return replace(result, metrics={**count_cases(batch), **result.metrics})
+
+
+def learn(reward: TrajectoryReward, batch: TrajectoryBatch) -> Mapping[str, float]:
+    """Let a reward learn from a batch that it has scored.
+
+    Raises:
+        ContractError: the batch is held out, of which nothing may be learned.
+        RewardError: the reward raised.
+    """
+    if batch.split != "train":
+        raise ContractError(f"{_describe(batch)} are held out; score them, never learn from them")
+    try:
+        return reward.update(batch)
+    except Exception as error:
+        raise RewardError(
+            f"{type(reward).__name__} raised {error!r} while learning from {_describe(batch)}; "
+            "correct its update and start the same command again",
+            batch,
+        ) from error
+
+
+def count_cases(batch: TrajectoryBatch) -> dict[str, float]:
+    """Count the groups in which a reward has little to say, and siblings that look the same."""
+    groups = [np.flatnonzero(batch.group_id == g) for g in np.unique(batch.group_id)]
+    failed = [int((~batch.success[g]).sum()) for g in groups]
+    features = batch.features
+    twins = 0 if features is None else sum(len(_twins(features, rows)) for rows in groups)
+    return {
+        "groups_all_failed": float(sum(n == len(g) for n, g in zip(failed, groups, strict=True))),
+        "groups_all_solved": float(failed.count(0)),
+        "groups_one_failure": float(failed.count(1)),
+        "groups_unequal_lengths": float(
+            sum(len(np.unique(batch.num_steps[g])) > 1 for g in groups)
+        ),
+        "duplicate_features": float(twins),
+    }
+
+
+def _encode(reward: HasEncoder, batch: TrajectoryBatch) -> tuple[tuple[Rows, ...], str]:
+    if batch.frames is None:
+        raise ContractError(
+            f"{type(reward).__name__} requires features, but the batch holds neither features nor "
+            "frames to make them of"
+        )
+    frames = [episode[:, THIRD_PERSON] for episode in batch.frames]
+    features = tuple(reward.encoder.encode(frames))
+    if len(features) != len(batch):
+        raise ContractError(
+            f"the encoder made features of {len(features)} episodes, given {len(batch)}"
+        )
+    for group in np.unique(batch.group_id):
+        for a, b in _twins(features, np.flatnonzero(batch.group_id == group)):
+            if not np.array_equal(frames[a], frames[b]):
+                raise ContractError(
+                    f"episodes {batch.episode_id[a]} and {batch.episode_id[b]} of one group have "
+                    "different pictures but the same features; the encoder mixes episodes up or "
+                    "has lost what tells them apart"
+                )
+    return features, reward.encoder.feature_space
+
+
+def _twins(features: tuple[Rows, ...], rows: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Pairs of ``rows`` that have the same features, bit for bit."""
+    return [
+        (int(a), int(b))
+        for a, b in combinations(rows, 2)
+        if len(features[a]) and np.array_equal(features[a], features[b])
+    ]
+
+
+def _check_shapes(name: str, batch: TrajectoryBatch, result: RewardResult) -> None:
+    per_episode = (len(batch),)
+    shapes = (result.score.shape, result.progress.shape, (len(result.status),))
+    if any(shape != per_episode for shape in shapes):
+        raise RewardError(
+            f"{name} returned scores {list(result.score.shape)}, progress "
+            f"{list(result.progress.shape)} and {len(result.status)} status words for "
+            f"{len(batch)} episodes; it must return one of each per episode",
+            batch,
+        )
+    counts, sources = result.num_references, result.reference_source
+    if (counts is not None and counts.shape != per_episode) or (
+        sources is not None and (len(sources),) != per_episode
+    ):
+        raise RewardError(
+            f"{name} did not return one number and one source of references for each of "
+            f"{len(batch)} episodes; leave both out or give all",
+            batch,
+        )
+
+
+def _check_values(name: str, batch: TrajectoryBatch, result: RewardResult) -> None:
+    broken = np.flatnonzero(~np.isfinite(result.score))
+    if len(broken):
+        raise RewardError(
+            f"{name} returned {result.score[broken[0]]} for episode {batch.episode_id[broken[0]]} "
+            f"({len(broken)} of {len(batch)} scores are not finite); "
+            "a reward that cannot judge an episode must give it a neutral score and say so in "
+            "status",
+            batch,
+        )
+    above = np.flatnonzero(result.score > result.max_score)
+    if len(above):
+        raise RewardError(
+            f"{name} returned {result.score[above[0]]:g} for episode {batch.episode_id[above[0]]} "
+            f"({len(above)} of {len(batch)} scores are above {result.max_score:g}); scale the "
+            "scores, or state their true bound in RewardResult.max_score",
+            batch,
+        )
+
+
+def _describe(batch: TrajectoryBatch) -> str:
+    ids = np.sort(batch.episode_id)
+    return f"{len(ids)} episodes, ids {ids[0]} to {ids[-1]}" if len(ids) else "no episodes"
