@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from verl_vla.envs.experts.choice import make_expert
-from verl_vla.envs.libero import CAMERAS, SETTLE_ACTION, EnvConfig, LiberoEnv, make_env
+from verl_vla.envs.libero import CAMERAS, SETTLE_ACTION, EnvConfig, LiberoEnv
 from verl_vla.envs.mini.make_init_states import sample_init_state
 from verl_vla.envs.suites import Task
 from verl_vla.libero_files import LiberoEpisode
-from verl_vla.recording import first_kept
+from verl_vla.recording import env_of_process, first_kept
 
 if TYPE_CHECKING:
     from verl_vla.envs.simulator import Simulator
@@ -47,7 +47,7 @@ def record_episodes(
 
 def attempt_episode(config: EnvConfig, task_id: int, seed: int, index: int) -> LiberoEpisode | None:
     """Let the expert try once in this process; see `play_episode`."""
-    return play_episode(_env(config), task_id, seed=seed, index=index)
+    return play_episode(env_of_process(config), task_id, seed=seed, index=index)
 
 
 def play_episode(env: LiberoEnv, task_id: int, *, seed: int, index: int) -> LiberoEpisode | None:
@@ -90,7 +90,7 @@ def _draw_start(
 
 def _row(simulator: Simulator, action: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[Any]]:
     """What is there and what is seen before ``action``."""
-    hand = simulator.seen_hand()
+    seen = simulator.seen_robot()
     pictures = {
         # `render` turns LIBERO's picture by 180 degrees; turned once more it is LIBERO's again
         f"obs/{name}": simulator.render(camera)[::-1, ::-1]
@@ -99,12 +99,12 @@ def _row(simulator: Simulator, action: npt.NDArray[np.float64]) -> dict[str, npt
     return {
         "actions": action,
         "states": simulator.flat_state(),
-        "robot_states": np.concatenate([hand.fingers_m, hand.position_m, hand.quaternion]),
-        "obs/ee_pos": hand.position_m,
-        "obs/ee_ori": hand.turn_rad,
-        "obs/ee_states": np.concatenate([hand.position_m, hand.turn_rad]),
-        "obs/gripper_states": hand.fingers_m,
-        "obs/joint_states": simulator.arm_joints(),
+        "robot_states": np.concatenate([seen.fingers_m, seen.hand_m, seen.hand_quaternion]),
+        "obs/ee_pos": seen.hand_m,
+        "obs/ee_ori": seen.hand_rad,
+        "obs/ee_states": np.concatenate([seen.hand_m, seen.hand_rad]),
+        "obs/gripper_states": seen.fingers_m,
+        "obs/joint_states": seen.arm_rad,
         **pictures,
     }
 
@@ -166,9 +166,3 @@ def _attributes(env: LiberoEnv, task: Task, simulator: Simulator) -> dict[str, s
         "bddl_file_content": task.bddl_file.read_text(encoding="utf-8"),
         "macros_image_convention": "opengl",
     }
-
-
-@lru_cache(maxsize=1)
-def _env(config: EnvConfig) -> LiberoEnv:
-    """The environment of a recording process."""
-    return make_env(config)

@@ -137,7 +137,7 @@ def first_kept(
                 if n - num_kept > max(episodes * (1 / MIN_ENDED - 1), 3):
                     raise ConfigError(
                         f"the expert of task {task} ended {num_kept} of {n} attempts in time; "
-                        "record with less noise"
+                        "record with less noise, or other tasks"
                     )
                 is_early = bool(waiting[task])
                 future = (
@@ -153,11 +153,17 @@ def first_kept(
         pool.shutdown(cancel_futures=True)
 
 
+@lru_cache(maxsize=1)
+def env_of_process(config: EnvConfig) -> LiberoEnv:
+    """Return the environment that a recording process keeps for all its attempts."""
+    return make_env(config)
+
+
 def attempt(
     config: EnvConfig, recording: RecordingConfig, task_id: int, seed: int, index: int
 ) -> Demonstration | None:
     """Let the expert try once; None where the task's step limit ended it."""
-    return play_expert(_env(config), task_id, recording, seed=seed, index=index)
+    return play_expert(env_of_process(config), task_id, recording, seed=seed, index=index)
 
 
 def play_expert(
@@ -222,9 +228,3 @@ def _disturbances(
 def _is_recorded(disturbances: npt.NDArray[np.float64], step: int, config: RecordingConfig) -> bool:
     """Whether the expert's next actions are also what will be executed, every few steps."""
     return step % config.every == 0 and not disturbances[step : step + config.horizon].any()
-
-
-@lru_cache(maxsize=1)
-def _env(config: EnvConfig) -> LiberoEnv:
-    """The environment of a recording process."""
-    return make_env(config)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
@@ -16,13 +17,15 @@ import pytest
 
 from verl_vla.cli import demos
 from verl_vla.envs.libero import CAMERAS, EnvConfig, make_env
-from verl_vla.envs.simulator import Simulator
 from verl_vla.errors import ConfigError
 from verl_vla.libero_recording import play_episode
 
+if TYPE_CHECKING:
+    from verl_vla.envs.simulator import Simulator
+
 pytestmark = pytest.mark.sim
 
-LIFT, STACK = 1, 3
+LIFT, STACK, CAN = 1, 3, 4
 SIZE = 32
 SHAPES = {
     "actions": (7,),
@@ -96,6 +99,17 @@ def test_stored_actions_give_the_stored_states_again_to_the_bit(written: Path) -
     env.close()
 
 
+def test_a_folder_gets_a_file_a_task_whatever_the_workers(written: Path, tmp_path: Path) -> None:
+    words = f"--suite mini --tasks {LIFT} {CAN} --episodes 1 --render-size {SIZE} --workers 2"
+    assert demos.run([*words.split(), "--out", str(tmp_path / "new")]) == 0
+    names = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert names == ["lift_the_can_demo.hdf5", "lift_the_red_cube_demo.hdf5"]
+    with h5py.File(written) as one, h5py.File(tmp_path / "new" / names[1]) as two:
+        assert list(two["data"]) == ["demo_0"]
+        for name in (*SHAPES, "states"):
+            assert np.array_equal(one[f"data/demo_0/{name}"], two[f"data/demo_0/{name}"]), name
+
+
 def test_pictures_and_poses_are_those_before_the_action_upside_down(written: Path) -> None:
     env = make_env(config("mini"))
     with h5py.File(written) as file:
@@ -112,8 +126,8 @@ def test_pictures_and_poses_are_those_before_the_action_upside_down(written: Pat
 
 
 def simulator_pose(simulator: Simulator) -> np.ndarray:
-    hand = simulator.seen_hand()
-    return np.concatenate([hand.position_m, hand.turn_rad])
+    seen = simulator.seen_robot()
+    return np.concatenate([seen.hand_m, seen.hand_rad])
 
 
 def test_a_spatial_episode_is_played_again_to_the_bit(libero_assets: Path) -> None:
@@ -134,9 +148,9 @@ def test_a_spatial_episode_is_played_again_to_the_bit(libero_assets: Path) -> No
     [
         ("--suite libero_10 --out x.hdf5", "no scripted experts"),
         ("--suite libero_object --out x.npz", "are for mini"),
-        ("--suite mini --out x.hdf5", "one file, for 6 tasks"),
+        ("--suite mini --out x.hdf5", "one file, for 7 tasks"),
         ("--suite mini --task 0 --noise 0.1 --out x.hdf5", "--noise is of .npz"),
-        ("--suite mini --task 6 --out x.hdf5", "tasks 0 to 5"),
+        ("--suite mini --task 7 --out x.hdf5", "tasks 0 to 6"),
     ],
 )
 def test_impossible_recordings_are_refused(words: str, message: str) -> None:

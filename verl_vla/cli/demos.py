@@ -31,6 +31,8 @@ ARCHIVE, ONE_TASK = ".npz", ".hdf5"
 ARCHIVE_ONLY = ("noise", "every", "height_error", "image_size")
 """Options of pictures that a policy sees between disturbances; LIBERO's layout has neither."""
 IMAGE_SIZE = 112
+MAX_SIMULATORS = 2
+"""Recording goes task by task; only what replaces a failed attempt reaches back to another."""
 REPORTS = 20
 """Lines of progress, about."""
 
@@ -98,7 +100,12 @@ def _record_libero_files(
             "own; name a folder, or choose one with --task"
         )
     check_assets(chosen)
-    env = EnvConfig(suite=chosen.name, render_size=options.render_size, cameras=CAMERAS)
+    env = EnvConfig(
+        suite=chosen.name,
+        render_size=options.render_size,
+        cameras=CAMERAS,
+        max_simulators=MAX_SIMULATORS,
+    )
     folder = out.parent if out.suffix == ONE_TASK else out
     folder.mkdir(parents=True, exist_ok=True)
     episodes = record_episodes(

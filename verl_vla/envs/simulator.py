@@ -44,22 +44,26 @@ class Seen:
     """[nq] after 23 physics steps; places every body."""
     fingers_m: Floats
     """[2] the gripper's joints, after 24."""
+    arm_rad: Floats
+    """[7] the arm's joints, after 24."""
     site_alpha: Floats
     """[nsite] which sites are visible, e.g. the flame of a burner."""
 
 
 @dataclass(frozen=True, slots=True)
-class SeenHand:
-    """Where an observation shows the hand to be."""
+class SeenRobot:
+    """How an observation shows the robot."""
 
-    position_m: Floats
-    """[3]"""
-    quaternion: Floats
+    hand_m: Floats
+    """[3] where the point between the fingertips is."""
+    hand_quaternion: Floats
     """[4] (x, y, z, w)"""
-    turn_rad: Floats
+    hand_rad: Floats
     """[3] the same as axis times angle."""
     fingers_m: Floats
     """[2] the gripper's joints."""
+    arm_rad: Floats
+    """[7] the arm's joints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,7 @@ class Simulator:
         self._shown = mujoco.MjData(self._model)
         self._robot: Any = self._env.robots[0]
         self._finger_index: list[int] = self._robot._ref_gripper_joint_pos_indexes
+        self._arm_index: list[int] = self._robot._ref_joint_pos_indexes
         self._arm = ArmControl(self._robot)
         self._substeps = int(self._env.control_timestep / self._env.model_timestep)
         self._start = self._physics()
@@ -108,7 +113,7 @@ class Simulator:
         self._arm.go_on(self._substeps - UNSEEN_SUBSTEPS - 1)
         before = self._see()
         self._arm.go_on(1)
-        self._seen = replace(before, fingers_m=self._fingers())
+        self._seen = replace(before, fingers_m=self._fingers(), arm_rad=self._arm_joints())
         self._arm.go_on(UNSEEN_SUBSTEPS - 1)
         return bool(self._env._check_success())
 
@@ -135,17 +140,17 @@ class Simulator:
 
     def proprio(self) -> npt.NDArray[np.float32]:
         """Return [8], as `Seen`: position (m), orientation (axis-angle, rad), two fingers (m)."""
-        hand = self.seen_hand()
-        return np.concatenate([hand.position_m, hand.turn_rad, hand.fingers_m]).astype(np.float32)
+        seen = self.seen_robot()
+        return np.concatenate([seen.hand_m, seen.hand_rad, seen.fingers_m]).astype(np.float32)
 
-    def seen_hand(self) -> SeenHand:
-        """Return the hand as `Seen`."""
+    def seen_robot(self) -> SeenRobot:
+        """Return the robot as `Seen`."""
         self._show()
         position = np.array(self._shown.site_xpos[self._robot.eef_site_id])
         body = self._model.body(self._robot.robot_model.eef_name).id
         quaternion = convert_quat(np.array(self._shown.xquat[body]), to="xyzw")
         turn = quat2axisangle(quaternion)
-        return SeenHand(position, quaternion, turn, self._seen.fingers_m)
+        return SeenRobot(position, quaternion, turn, self._seen.fingers_m, self._seen.arm_rad)
 
     def place_objects(self, seed: int) -> Floats:
         """Draw a start [1 + nq + nv] from the regions of the task; the episode played is lost."""
@@ -156,10 +161,6 @@ class Simulator:
     def flat_state(self) -> Floats:
         """Return time, positions and velocities [1 + nq + nv], as LIBERO's files hold them."""
         return self._env.sim.get_state().flatten()
-
-    def arm_joints(self) -> Floats:
-        """Return the angles of the arm's joints, [7] rad."""
-        return self._data.qpos[self._robot._ref_joint_pos_indexes]
 
     def model_xml(self) -> str:
         """Return the model as robosuite's files hold it."""
@@ -230,7 +231,7 @@ class Simulator:
 
     def _see(self) -> Seen:
         alpha = np.array(self._model.site_rgba[:, 3])
-        return Seen(np.array(self._data.qpos), self._fingers(), alpha)
+        return Seen(np.array(self._data.qpos), self._fingers(), self._arm_joints(), alpha)
 
     def _show(self) -> None:
         self._model.site_rgba[:, 3] = self._seen.site_alpha
@@ -241,6 +242,9 @@ class Simulator:
 
     def _fingers(self) -> Floats:
         return self._data.qpos[self._finger_index]
+
+    def _arm_joints(self) -> Floats:
+        return self._data.qpos[self._arm_index]
 
     def _physics(self) -> Floats:
         state = np.empty(mujoco.mj_stateSize(self._model, PHYSICS_STATE))

@@ -1,4 +1,4 @@
-"""Measure the scripted experts: ``python -m verl_vla.envs.experts.measure SUITE [TASK ...]``.
+"""Measure the scripted experts: ``python -m verl_vla.envs.experts.measure SUITE``.
 
 Each plays its task's first training starts without a picture being drawn. A success is a task that
 is solved within the published step limit *and still* solved when the hand has let go and left; its
@@ -7,8 +7,8 @@ steps are counted until then.
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,12 +19,15 @@ PACE = 0.8
 EPISODES = 20
 
 
-def main(suite_name: str, tasks: Sequence[int]) -> None:
-    """Write one row of a table a task; all tasks where none is named."""
+def main() -> None:
+    """Write a table, one row a task."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("suite")
+    suite_name: str = parser.parse_args().suite
     check_experts(suite_name)
     env = make_env(EnvConfig(suite=suite_name, max_simulators=1))
     sys.stdout.write(f"| task of {suite_name} | success | median steps |\n|---|---|---|\n")
-    for task_id in tasks or range(len(env.suite.tasks)):
+    for task_id in range(len(env.suite.tasks)):
         ids = env.suite.init_state_ids(task_id, "train")[:EPISODES]
         steps = [play(env, task_id, init_state_id) for init_state_id in ids]
         solved = [count for count in steps if count is not None]
@@ -49,4 +52,4 @@ def play(env: LiberoEnv, task_id: int, init_state_id: int) -> int | None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], [int(word) for word in sys.argv[2:]])
+    main()

@@ -35,8 +35,10 @@ GAP_M = 0.006
 """Between an object and what it is put on, when it is let go."""
 CLOSING_STEPS = 7
 OPENING_STEPS = 5
-PATIENCE_STEPS = 60
-"""A phase that lasts longer is taken to be over: something is in the way."""
+STILL_M = 0.0005
+"""A hand that moves less than this in a step,"""
+STILL_STEPS = 8
+"""for so many steps, comes no further: it touches something, or the arm is stretched out."""
 LEAVE_M = 0.05
 """How far the hand rises from what it has put down."""
 LOST_M = 0.04
@@ -54,11 +56,16 @@ class PickAndPlace(Expert):
         self._grasp = self._plan()
         self._held = np.zeros(3)
         self._rest = np.zeros(3)
+        self._hand_before = np.full(3, np.inf)
         self._enter(self._approach)
 
     def act(self) -> Floats:
         """Return the action [7] for this moment; call it once a step."""
         self._steps += 1
+        hand = self._simulator.gripper_position()
+        is_still = np.linalg.norm(hand - self._hand_before) < STILL_M
+        self._still_steps = self._still_steps + 1 if is_still else 0
+        self._hand_before = hand
         return self._phase()
 
     @property
@@ -67,7 +74,7 @@ class PickAndPlace(Expert):
         return self._phase == self._stay
 
     def _enter(self, phase: Callable[[], Floats]) -> None:
-        self._phase, self._steps = phase, 0
+        self._phase, self._steps, self._still_steps = phase, 0, 0
 
     def _plan(self) -> Grasp:
         return choose_grasp(self._scene, self._simulator.gripper_rotation()[:, 0])
@@ -76,7 +83,7 @@ class PickAndPlace(Expert):
         goal = self._grasp.position
         hand = self._simulator.gripper_position()
         is_there = np.linalg.norm(goal - hand) < AT_M and self._turn_left() < AT_RAD
-        if is_there or self._steps > PATIENCE_STEPS:
+        if is_there or self._still_steps >= STILL_STEPS:
             self._enter(self._grip)
             return self._move(goal, CLOSED)
         below = self._scene.fingers_below_m + CLEARANCE_M
@@ -103,7 +110,7 @@ class PickAndPlace(Expert):
         below = hand[2] - bottom
         rest = np.array([*(goal[:2] + held[:2]), goal[2] + GAP_M + below])
         rest[2] = max(rest[2], self._lowest_hand(rest))
-        if np.linalg.norm(rest - hand) < AT_M or self._steps > 2 * PATIENCE_STEPS:
+        if np.linalg.norm(rest - hand) < AT_M or self._still_steps >= STILL_STEPS:
             self._rest = hand
             self._enter(self._let_go)
             return self._move(hand, OPEN)

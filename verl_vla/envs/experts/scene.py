@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,7 +71,10 @@ class Scene:
         if self._simulator.has_site(self._place):
             site = self._model.site(self._place)
             middle = np.array(self._data.site_xpos[site.id])
-            floor = float(middle[2] - np.abs(self._data.site_xmat[site.id][6:] * site.size).sum())
+            half = float(np.abs(self._data.site_xmat[site.id][6:] * site.size).sum())
+            # a container's floor is thicker than the site says, and its lid is not its floor
+            below = self.others.between(-np.inf, float(middle[2]))
+            floor = max(middle[2] - half, below.tops_over(middle[None, :2], 0.0)[0])
             return np.array([*middle[:2], floor])
         middle = self._simulator.object_position(self._place)
         return np.array([*middle[:2], self.others.tops_over(middle[None, :2], 0.0)[0]])
@@ -98,7 +102,7 @@ class Scene:
         count = max(2, int(np.linalg.norm(end[:2] - start[:2]) / SPACING_M))
         return float(self.others.tops_over(np.linspace(start[:2], end[:2], count), margin).max())
 
-    def _hand_from_site(self, names: Any) -> Floats:
+    def _hand_from_site(self, names: Sequence[str]) -> Floats:
         """Lowest and highest corner [2, 3] of parts of the hand, seen from the gripper's site."""
         geoms = np.array([self._model.geom(name).id for name in names])
         corners = boxes_of(self._model, self._data, geoms).corners.reshape(-1, 3)
