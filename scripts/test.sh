@@ -20,6 +20,7 @@ export TOKENIZERS_PARALLELISM=false HYDRA_FULL_ERROR=1
 gates=0
 scripts/lint.sh || gates=$?
 tests=0
-"$python" -m pytest "$@" </dev/null || tests=$?
+# A file stays in one process, since its tests share simulators and training runs.
+"$python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@" </dev/null || tests=$?
 if [ "$gates" -ne 0 ]; then say "the tests ended with $tests, but a gate failed: see above"; fi
 exit $((gates ? gates : tests))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import hypothesis
@@ -24,7 +23,9 @@ def pytest_configure() -> None:
         os.environ.setdefault("VERL_VLA_LIBERO_ASSETS", str(LIBERO_ASSETS))
 
 
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # the longest first, so that one process trains while another does everything else
+    items.sort(key=lambda item: item.get_closest_marker("smoke") is None)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and not importlib.import_module("torch").cuda.is_available():
         for item in on_gpu:

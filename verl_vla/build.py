@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 PROJECT_FOLDER = Path(__file__).resolve().parent.parent
 
+PUBLISHED_RENDER_SIZE = 256
+"""Pixels; openvla-oft ``experiments/robot/libero/run_libero_eval.py``, ``env_img_res``."""
+
 MAY_CHANGE = (
     "out",
     "trainer",
@@ -54,6 +57,8 @@ class Run:
     folder: Path
     policy_folder: Path
     processor: Processor
+    env_config: EnvConfig
+    """Of every simulator."""
     simulators: EnvPool
     reward: TrajectoryReward
     training_starts: tuple[Start, ...]
@@ -70,9 +75,7 @@ class Run:
         folder = self.folder / "evaluations"
         folder.mkdir(exist_ok=True)
         (folder / f"step_{step}.json").write_text(
-            json.dumps(
-                evaluation_record(result, self.recipe.environment, self.task_names), indent=1
-            )
+            json.dumps(evaluation_record(result, self.env_config, self.task_names), indent=1)
         )
 
 
@@ -91,7 +94,7 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     require_sound(policy_folder, recipe.policy.unnorm_key)
     processor = load_processor(policy_folder, recipe.policy.unnorm_key)
     reward = load_reward(recipe.reward, recipe.reward_args, seed=recipe.seed)
-    config = env_config(env, processor.shape)
+    config = env_config(env, processor)
     check_assets(chosen)
     training = starts(chosen, tasks, "train")
     held_out = starts(chosen, tasks, "held_out", per_task=recipe.evaluation.episodes_per_task)
@@ -103,6 +106,7 @@ def open_run(recipe: Recipe) -> Generator[Run]:
             folder=folder,
             policy_folder=policy_folder,
             processor=processor,
+            env_config=config,
             simulators=simulators,
             reward=reward,
             training_starts=training,
@@ -166,11 +170,20 @@ def task_ids(chosen: Suite, wanted: Sequence[int] | None) -> tuple[int, ...]:
     return tuple(wanted)
 
 
-def env_config(env: EnvironmentConfig, shape: PolicyShape) -> EnvConfig:
+def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:
     """What a simulator process needs to know."""
-    if env.render_size < shape.image_size:
+    shape, known = processor.shape, processor.render_size
+    render_size = next(s for s in (env.render_size, known, PUBLISHED_RENDER_SIZE) if s is not None)
+    if known is not None and render_size != known:
+        logger.warning(
+            "environment.render_size is %d, but the policy was fine-tuned on pictures of %d px; "
+            "what it sees will look different, and its success rate can be another",
+            render_size,
+            known,
+        )
+    if render_size < shape.image_size:
         raise ConfigError(
-            f"environment.render_size is {env.render_size}, but the policy sees images of "
+            f"environment.render_size is {render_size}, but the policy sees images of "
             f"{shape.image_size} px; render at least that large (openvla-oft: 256 for 224)"
         )
     if shape.num_views != 1:
@@ -181,7 +194,7 @@ def env_config(env: EnvironmentConfig, shape: PolicyShape) -> EnvConfig:
     return EnvConfig(
         suite=env.suite,
         step_limit=env.step_limit,
-        render_size=env.render_size,
+        render_size=render_size,
         image_size=shape.image_size,
     )
 
@@ -207,7 +220,7 @@ def starts(
 
 
 def evaluation_record(
-    result: Evaluation, env: EnvironmentConfig, task_names: dict[int, str]
+    result: Evaluation, env: EnvConfig, task_names: dict[int, str]
 ) -> dict[str, Any]:
     """An evaluation as JSON, with what decides whether two of them compare."""
     chosen = suite(env.suite)

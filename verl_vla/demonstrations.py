@@ -56,6 +56,7 @@ class DemonstrationFile:
             raise ConfigError(f"{path} holds no demonstrations: {error}") from error
         self.suite: str = header["suite"]
         self.horizon: int = header["horizon"]
+        self.render_size: int = header["render_size"]
         self._episodes: list[dict[str, Any]] = header["episodes"]
 
     def __enter__(self) -> DemonstrationFile:
@@ -85,7 +86,14 @@ class DemonstrationFile:
         return (self[index] for index in range(len(self)))
 
 
-def write(path: Path, demonstrations: Iterator[Demonstration], *, suite: str, horizon: int) -> None:
+def write(
+    path: Path,
+    demonstrations: Iterator[Demonstration],
+    *,
+    suite: str,
+    horizon: int,
+    render_size: int,
+) -> None:
     """Write demonstrations as they come; the file appears when it is whole."""
     partial_file = path.with_suffix(".partial")
     episodes: list[dict[str, Any]] = []
@@ -102,7 +110,12 @@ def write(path: Path, demonstrations: Iterator[Demonstration], *, suite: str, ho
                     "num_steps": demonstration.num_steps,
                 }
             )
-        header = {"suite": suite, "horizon": horizon, "episodes": episodes}
+        header = {
+            "suite": suite,
+            "horizon": horizon,
+            "render_size": render_size,
+            "episodes": episodes,
+        }
         _write_member(archive, HEADER, np.array(json.dumps(header)))
     partial_file.replace(path)
 

@@ -66,8 +66,9 @@ class EnvironmentConfig:
     step_limit: Literal["published", "simplevla"] | int = "published"
     """Steps after which an episode has failed: openvla-oft's table, SimpleVLA-RL's 512 for all,
     or a number."""
-    render_size: int = 256
-    """Height and width of a camera's picture before it is prepared for the policy, pixels."""
+    render_size: int | None = None
+    """Height and width of a camera's picture before it is prepared for the policy, pixels; null
+    takes what the policy was fine-tuned on, and openvla-oft's 256 where its folder does not say."""
     num_workers: int = 8
     """Simulator processes."""
     num_slots: int = 64
@@ -78,8 +79,9 @@ class EnvironmentConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_workers", "num_slots", "render_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"environment.{name} is {getattr(self, name)}; set at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"environment.{name} is {value}; set at least 1")
         if self.timeout_s <= 0:
             raise ConfigError(
                 f"environment.timeout_s is {self.timeout_s}; set the seconds to wait, e.g. 300"

@@ -23,12 +23,15 @@ from verl_vla.build import (
     starts,
     task_ids,
 )
+from verl_vla.envs.libero import EnvConfig
 from verl_vla.envs.pool import EnvPool
 from verl_vla.envs.suites import suite
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.evaluation import Evaluation, EvaluationConfig, SuccessRate, count
 from verl_vla.gate import GateConfig
 from verl_vla.policies.base import PolicyShape
+from verl_vla.policies.loading import load_processor
+from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
 from verl_vla.recipe import (
     ClusterConfig,
@@ -46,10 +49,9 @@ SHAPE = PolicyShape(num_views=1, image_size=28, chunk_length=8, action_dim=7, nu
 MOTION = (1.0,) * 7
 
 
-@pytest.fixture(scope="session")
-def policy_folder(tmp_path_factory) -> Path:
-    """A checkpoint as small as one can be."""
-    policy = build_tiny_policy(
+def tiny_policy(**sizes: int) -> OpenVLAOFTPolicy:
+    """A policy as small as one can be."""
+    return build_tiny_policy(
         [task.instruction for task in MINI.tasks],
         ActionStatistics(
             q01=-np.array(MOTION), q99=np.array(MOTION), mask=np.array([True] * 6 + [False])
@@ -62,10 +64,15 @@ def policy_folder(tmp_path_factory) -> Path:
             llm_depth=1,
             llm_heads=2,
             llm_mlp=16,
+            **sizes,
         ),
     )
+
+
+@pytest.fixture(scope="session")
+def policy_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
-    policy.save_pretrained(folder)
+    tiny_policy().save_pretrained(folder)
     return folder
 
 
@@ -265,15 +272,29 @@ def test_more_starts_than_there_are_is_refused():
 
 def test_a_simulator_learns_its_sizes_from_recipe_and_policy():
     env = EnvironmentConfig(suite="mini", step_limit=33, render_size=96)
-    config = env_config(env, SHAPE)
+    config = env_config(env, tiny_policy().processor)
     assert (config.suite, config.step_limit) == ("mini", 33)
     assert (config.render_size, config.image_size) == (96, SHAPE.image_size)
     assert len(config.cameras) == SHAPE.num_views
 
 
+@pytest.mark.parametrize(("known", "rendered"), [({"render_size": 64}, 64), ({}, 256)])
+def test_pictures_are_as_large_as_those_of_the_fine_tuning(known, rendered, tmp_path, caplog):
+    tiny_policy(**known).save_pretrained(tmp_path)
+    config = env_config(EnvironmentConfig(suite="mini"), load_processor(tmp_path))
+    assert config.render_size == rendered
+    assert caplog.messages == []
+
+
+def test_pictures_of_another_size_are_pointed_out(caplog):
+    env = EnvironmentConfig(suite="mini", render_size=96)
+    assert env_config(env, tiny_policy(render_size=64).processor).render_size == 96
+    assert "render_size is 96, but the policy was fine-tuned on pictures of 64 px" in caplog.text
+
+
 def test_a_policy_with_more_views_than_cameras_is_refused():
     with pytest.raises(ConfigError, match="the policy takes 2 images, but the environments show"):
-        env_config(EnvironmentConfig(suite="mini"), replace(SHAPE, num_views=2))
+        env_config(EnvironmentConfig(suite="mini"), tiny_policy(num_views=2).processor)
 
 
 def test_the_embedded_suite_needs_no_assets(monkeypatch):
@@ -310,7 +331,7 @@ def make_evaluation(outcomes: list[Outcome]) -> Evaluation:
 
 
 def test_an_evaluation_is_written_with_what_decides_whether_two_compare():
-    env = EnvironmentConfig(suite="mini", render_size=64)
+    env = EnvConfig(suite="mini", render_size=64)
     result = make_evaluation([Outcome.SUCCESS, Outcome.TIMEOUT, Outcome.CRASH])
     record = evaluation_record(result, env, {2: "name"})
     rate = SuccessRate(successes=1, episodes=2, crashes=1).as_json()
@@ -333,7 +354,7 @@ def test_an_evaluation_is_written_with_what_decides_whether_two_compare():
 def test_an_evaluation_that_lost_everything_is_still_json():
     result = make_evaluation([Outcome.CRASH])
     assert math.isnan(result.total.rate)
-    record = evaluation_record(result, EnvironmentConfig(suite="mini"), {2: "name"})
+    record = evaluation_record(result, EnvConfig(suite="mini"), {2: "name"})
     assert json.loads(json.dumps(record, allow_nan=False))["total"]["rate"] is None
 
 

@@ -39,7 +39,13 @@ def same(a: Demonstration, b: Demonstration) -> bool:
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
     path = tmp_path / "demos.npz"
-    write(path, iter([demonstration(3), demonstration(5, 7)]), suite="mini", horizon=8)
+    write(
+        path,
+        iter([demonstration(3), demonstration(5, 7)]),
+        suite="mini",
+        horizon=8,
+        render_size=128,
+    )
     return path
 
 
@@ -80,7 +86,7 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write(path, interrupted(), suite="mini", horizon=8)
+        write(path, interrupted(), suite="mini", horizon=8, render_size=128)
     assert not path.exists()
 
 

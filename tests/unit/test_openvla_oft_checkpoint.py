@@ -148,14 +148,14 @@ def test_a_tokenizer_without_padding_is_refused(folder: Path) -> None:
 
 def test_image_statistics_come_from_the_file_then_from_the_constants(tmp_path: Path) -> None:
     assert read_image_statistics(tmp_path, 2) == OPENVLA_IMAGE_STATISTICS
-    write_image_statistics(tmp_path, [SIGLIP_STATISTICS, DINO_STATISTICS], 224)
+    write_image_statistics(tmp_path, [SIGLIP_STATISTICS, DINO_STATISTICS], 224, None)
     assert read_image_statistics(tmp_path, 2) == (SIGLIP_STATISTICS, DINO_STATISTICS)
 
 
 def test_image_statistics_of_another_number_of_towers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="statistics of 2 towers, the model has 1"):
         read_image_statistics(tmp_path, 1)
-    write_image_statistics(tmp_path, [SIGLIP_STATISTICS], 224)
+    write_image_statistics(tmp_path, [SIGLIP_STATISTICS], 224, None)
     with pytest.raises(ConfigError, match="statistics of 1 towers, the model has 2"):
         read_image_statistics(tmp_path, 2)
 

@@ -166,7 +166,7 @@ def test_the_command_writes_a_policy(language: Path, vision: Path, tmp_path: Pat
         actions=np.random.default_rng(0).uniform(-1, 1, (6, 7)).astype(np.float32),
         num_steps=6,
     )
-    write(tmp_path / "demos.npz", iter([demonstration]), suite="mini", horizon=4)
+    write(tmp_path / "demos.npz", iter([demonstration]), suite="mini", horizon=4, render_size=128)
     words = [
         "new-policy", "--language", str(language), "--vision", str(vision), str(vision),
         "--demos", str(tmp_path / "demos.npz"), "--decoding", "autoregressive",

@@ -82,7 +82,13 @@ def _record_archive(
         workers=options.workers,
     )
     shown = _show(demonstrations, chosen, options.episodes * len(tasks))
-    write(out, shown, suite=chosen.name, horizon=config.horizon)
+    write(
+        out,
+        shown,
+        suite=chosen.name,
+        horizon=config.horizon,
+        render_size=options.render_size,
+    )
 
 
 def _record_libero_files(

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--unnorm-key", help="entry of dataset_statistics.json")
     add("--suite", help=f"load the weights and look at held-out images of {', '.join(SUITES)}")
     add("--images", type=int, default=8, help="how many images to look at")
-    add("--render-size", type=int, default=256, help="camera picture, pixels")
+    add("--render-size", type=int, help="camera picture, px; the policy's own if not given")
     add("--dtype", choices=sorted(DTYPES), default="float32")
     return parser
 
@@ -71,7 +71,8 @@ def _action_mass(options: argparse.Namespace) -> torch.Tensor:
     torch.nn.Module.to(policy.model, "cuda" if torch.cuda.is_available() else "cpu")
     env = make_env(
         env_config(
-            EnvironmentConfig(suite=options.suite, render_size=options.render_size), policy.shape
+            EnvironmentConfig(suite=options.suite, render_size=options.render_size),
+            policy.processor,
         )
     )
     tasks = task_ids(chosen, None)

@@ -58,11 +58,12 @@ def run(arguments: Sequence[str]) -> int:
     policy = load_policy(folder, DTYPES[options.dtype], options.unnorm_key)
     torch.nn.Module.to(policy.model, device)
     began = time.perf_counter()
-    with open_simulators(env, env_config(env, policy.shape), policy.shape) as simulators:
+    simulated = env_config(env, policy.processor)
+    with open_simulators(env, simulated, policy.shape) as simulators:
         result = evaluate(held_out, policy, simulators, config=config, seed=options.seed)
     names = {task: chosen.tasks[task].name for task in tasks}
     _show(result, names)
-    record = evaluation_record(result, env, names) | {
+    record = evaluation_record(result, simulated, names) | {
         "policy": options.policy,
         "sampling": options.sampling,
         "seed": options.seed,
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--episodes", type=int, help="held-out starts per task; all if not given")
     add("--sampling", default="greedy", help="greedy, or a temperature")
     add("--limit", default="published", help="step limit: published, simplevla, or a number")
-    add("--render-size", type=int, default=256, help="camera picture, pixels")
+    add("--render-size", type=int, help="camera picture, px; the policy's own if not given")
     add("--dtype", choices=sorted(DTYPES), default="float32")
     add("--unnorm-key", help="entry of dataset_statistics.json")
     add("--seed", type=int, default=0, help="of the noise of sampled play")

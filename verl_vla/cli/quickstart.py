@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from verl_vla.build import Run, env_config, open_run
+from verl_vla.build import Run, open_run
 from verl_vla.cli.train import start_training
 from verl_vla.film import film, write_side_by_side
 from verl_vla.metrics import read_metrics
@@ -133,9 +133,8 @@ def _film_and_count(
 ) -> int:
     """Film the most telling held-out start with both policies; return the parameter count."""
     start = _telling_start(before["episodes"], after["episodes"])
-    config = env_config(run.recipe.environment, run.processor.shape)
     policies = [load_policy(folder) for folder in folders]
-    takes = [film(policy, config, start) for policy in policies]
+    takes = [film(policy, run.env_config, start) for policy in policies]
     write_side_by_side(
         run.folder / "before_after.mp4",
         list(zip(("before training", "after training"), takes, strict=True)),

@@ -41,8 +41,8 @@ def run(arguments: Sequence[str]) -> int:
     torch.set_num_threads(options.threads)
     with DemonstrationFile(Path(options.demos)) as file:
         demonstrations = _chosen(file, options.tasks, options.per_task)
-        key = file.suite
-    policy = _new_policy(options, demonstrations, key)
+        key, render_size = file.suite, file.render_size
+    policy = _new_policy(options, demonstrations, key, render_size)
     samples = make_samples(demonstrations, policy.processor.codec)
     logger.info(
         "%.2f M parameters, %d demonstrations, %d images",
@@ -77,7 +77,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _new_policy(
-    options: argparse.Namespace, demonstrations: Sequence[Demonstration], key: str
+    options: argparse.Namespace,
+    demonstrations: Sequence[Demonstration],
+    key: str,
+    render_size: int,
 ) -> TrainablePolicy:
     """Build an untrained tiny policy for what the demonstrations show."""
     _, num_views, image_size, _, _ = demonstrations[0].images.shape
@@ -94,7 +97,7 @@ def _new_policy(
             instructions,
             statistics,
             sizes=tiny_scratch_vla.ScratchSizes(
-                image_size=image_size, num_views=num_views, **chosen
+                image_size=image_size, num_views=num_views, render_size=render_size, **chosen
             ),
             seed=options.seed,
         )
@@ -106,7 +109,9 @@ def _new_policy(
     return tiny_openvla_oft.build_tiny_policy(
         instructions,
         statistics,
-        sizes=tiny_openvla_oft.TinySizes(image_size=image_size, num_views=num_views),
+        sizes=tiny_openvla_oft.TinySizes(
+            image_size=image_size, num_views=num_views, render_size=render_size
+        ),
         seed=options.seed,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 
@@ -11,6 +12,10 @@ from verl_vla.build import Run, open_run
 from verl_vla.recipe import load_recipe
 
 logger = logging.getLogger(__name__)
+
+TRANSFER_THREADS = 8
+"""TransferQueue's own number of threads (``client.py``, ``TQ_NUM_THREADS``), read when it is
+imported."""
 
 NOT_OURS = ".* engine is not available"
 """Start of veRL's warnings about back ends that are not installed and not used."""
@@ -31,5 +36,8 @@ def start_training(opened: Run) -> None:
     veRL is imported only here: a wrong recipe answers in seconds, and the simulators start while
     the import runs.
     """
+    # as many threads as there may be cores, or it warns at every transfer
+    threads = max(1, min(TRANSFER_THREADS, (os.cpu_count() or 1) // 2))
+    os.environ.setdefault("TQ_NUM_THREADS", str(threads))
     warnings.filterwarnings("ignore", message=NOT_OURS, category=UserWarning)
     importlib.import_module("verl_vla.trainer.launch").train(opened)

@@ -75,6 +75,11 @@ class Processor(Protocol):
         """Between bins and commands."""
         ...
 
+    @property
+    def render_size(self) -> int | None:
+        """Of the camera pictures that the policy was fine-tuned on, px; None if unknown."""
+        ...
+
     def prompt(self, instruction: str) -> Tensor:
         """Tokenise the prompt of a task: [L] int64, not to be written to."""
         ...

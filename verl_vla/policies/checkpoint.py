@@ -22,6 +22,8 @@ from verl_vla.observations import ImageStatistics
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 IMAGE_FILE = "preprocessor_config.json"
+RENDER_SIZE = "render_size"
+"""A key of `IMAGE_FILE` that is ours; others leave it alone."""
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 
@@ -63,14 +65,30 @@ def read_tower_statistics(path: Path) -> tuple[ImageStatistics, ...]:
     )
 
 
+def read_render_size(folder: str | Path) -> int | None:
+    """Read how large the camera pictures were that a policy was fine-tuned on, pixels.
+
+    Returns:
+        None where the folder does not say; published checkpoints do not.
+    """
+    path = Path(folder) / IMAGE_FILE
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return int(content[RENDER_SIZE]) if RENDER_SIZE in content else None
+
+
 def write_image_statistics(
-    folder: str | Path, statistics: Sequence[ImageStatistics], image_size: int
+    folder: str | Path,
+    statistics: Sequence[ImageStatistics],
+    image_size: int,
+    render_size: int | None,
 ) -> None:
-    """Write ``statistics`` so that `read_tower_statistics` reads them back exactly."""
-    content = {
+    """Write what `read_tower_statistics` and `read_render_size` read back exactly."""
+    content: dict[str, Any] = {
         "input_sizes": [[3, image_size, image_size] for _ in statistics],
         "tvf_normalize_params": [{"mean": list(s.mean), "std": list(s.std)} for s in statistics],
     }
+    if render_size is not None:
+        content[RENDER_SIZE] = render_size
     text = json.dumps(content, indent=2)
     (Path(folder) / IMAGE_FILE).write_text(text + "\n", encoding="utf-8")
 

@@ -27,6 +27,7 @@ class TokenProcessor(ABC):
         tokenizer: with a padding token.
         image_statistics: one per vision tower.
         action_statistics: of the data that the model was fine-tuned on.
+        render_size: of the camera pictures that it was fine-tuned on, pixels; None if unknown.
 
     Raises:
         ConfigError: if the statistics are for another number of action values.
@@ -38,7 +39,9 @@ class TokenProcessor(ABC):
         tokenizer: PreTrainedTokenizerFast,
         image_statistics: Sequence[ImageStatistics],
         action_statistics: ActionStatistics,
+        render_size: int | None,
     ) -> None:
+        self.render_size = render_size
         self.tokenizer = tokenizer
         self.image_statistics = tuple(image_statistics)
         self.shape = shape
@@ -54,7 +57,9 @@ class TokenProcessor(ABC):
         """Write everything of a checkpoint but config and weights."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(str(folder))
-        write_image_statistics(folder, self.image_statistics, self.shape.image_size)
+        write_image_statistics(
+            folder, self.image_statistics, self.shape.image_size, self.render_size
+        )
         save_statistics(folder, self.codec.statistics)
 
     def prompt(self, instruction: str) -> Tensor:

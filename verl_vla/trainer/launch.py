@@ -40,6 +40,10 @@ RAY_IS_LATE = "timed out during startup"
 """Ray raises a plain ``Exception`` with these words after a fixed 30 s (``_private/node.py``); on
 a loaded machine its processes can need longer, and are faster the second time."""
 
+WORKER_NICENESS = 0
+"""Ray's own 15 would let the simulators, and whatever else runs on the machine, take the learner's
+turns."""
+
 LOGICAL_CPUS_BESIDE_RANKS = 3
 """Ray slots, not cores: TransferQueue's controller, its storage, and one spare. Ray starts an
 idle Python process for every slot, so more would only cost start-up time."""
@@ -122,6 +126,7 @@ def _start_ray(cluster: ClusterConfig, environment: dict[Any, Any]) -> None:
                 include_dashboard=False,
                 log_to_driver=False,
                 runtime_env=environment,
+                _system_config={"worker_niceness": WORKER_NICENESS},
             )
             return
         except Exception as error:

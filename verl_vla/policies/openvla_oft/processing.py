@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from verl_vla.actions import ActionStatistics, load_statistics
 from verl_vla.errors import ConfigError
 from verl_vla.observations import ImageStatistics, Tokenizer, prompt_ids
-from verl_vla.policies.checkpoint import read_tokenizer
+from verl_vla.policies.checkpoint import read_render_size, read_tokenizer
 from verl_vla.policies.openvla_oft.checkpoint import read_config, read_image_statistics
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig
 from verl_vla.policies.processing import TokenProcessor
@@ -25,6 +25,7 @@ class OpenVLAOFTProcessor(TokenProcessor):
         tokenizer: its ids must lie below the config's first action id, padding aside.
         image_statistics: one per vision tower.
         action_statistics: of the data that the model was fine-tuned on.
+        render_size: of the camera pictures that it was fine-tuned on, pixels; None if unknown.
 
     Raises:
         ConfigError: if the parts do not belong together.
@@ -36,13 +37,14 @@ class OpenVLAOFTProcessor(TokenProcessor):
         tokenizer: PreTrainedTokenizerFast,
         image_statistics: Sequence[ImageStatistics],
         action_statistics: ActionStatistics,
+        render_size: int | None = None,
     ) -> None:
         if len(image_statistics) != len(config.towers):
             raise ConfigError(
                 f"there are image statistics of {len(image_statistics)} towers and "
                 f"{len(config.towers)} vision towers; give one each"
             )
-        super().__init__(config.shape, tokenizer, image_statistics, action_statistics)
+        super().__init__(config.shape, tokenizer, image_statistics, action_statistics, render_size)
 
     @classmethod
     def from_pretrained(
@@ -63,6 +65,7 @@ class OpenVLAOFTProcessor(TokenProcessor):
             read_tokenizer(folder),
             read_image_statistics(folder, len(config.towers)),
             load_statistics(folder, unnorm_key),
+            read_render_size(folder),
         )
 
     def _tokenize(self, instruction: str) -> list[int]:

@@ -42,6 +42,8 @@ class TinySizes:
     """How small. The defaults are the smallest that are known to learn."""
 
     image_size: int = 112
+    render_size: int | None = None
+    """Of the camera pictures that it will be trained on, pixels."""
     patch_size: int = 14
     num_views: int = 1
     vision_width: int = 72
@@ -139,7 +141,9 @@ def build_tiny_policy(
         torch.manual_seed(seed)
         model = OpenVLAOFTModel(config)
     image_statistics = [DINO_STATISTICS, SIGLIP_STATISTICS][-len(config.towers) :]
-    processor = OpenVLAOFTProcessor(config, tokenizer, image_statistics, statistics)
+    processor = OpenVLAOFTProcessor(
+        config, tokenizer, image_statistics, statistics, sizes.render_size
+    )
     return OpenVLAOFTPolicy(model, processor)
 
 

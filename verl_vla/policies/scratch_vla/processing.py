@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from verl_vla.actions import ActionStatistics, load_statistics
 from verl_vla.errors import ConfigError
 from verl_vla.observations import PROMPT, ImageStatistics
-from verl_vla.policies.checkpoint import read_tokenizer
+from verl_vla.policies.checkpoint import read_render_size, read_tokenizer
 from verl_vla.policies.processing import TokenProcessor
 from verl_vla.policies.scratch_vla.checkpoint import read_config, read_image_statistics
 from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig
@@ -24,6 +24,7 @@ class ScratchVLAProcessor(TokenProcessor):
         tokenizer: of its language model.
         image_statistics: one per vision tower.
         action_statistics: of the data that the model is fine-tuned on.
+        render_size: of the camera pictures that it was fine-tuned on, pixels; None if unknown.
 
     Raises:
         ConfigError: if the parts do not belong together.
@@ -35,13 +36,14 @@ class ScratchVLAProcessor(TokenProcessor):
         tokenizer: PreTrainedTokenizerFast,
         image_statistics: Sequence[ImageStatistics],
         action_statistics: ActionStatistics,
+        render_size: int | None = None,
     ) -> None:
         if len(tokenizer) > config.language.vocab_size:
             raise ConfigError(
                 f"the tokenizer knows {len(tokenizer)} pieces, the language model has "
                 f"{config.language.vocab_size} rows for them; take both from one folder"
             )
-        super().__init__(config.shape, tokenizer, image_statistics, action_statistics)
+        super().__init__(config.shape, tokenizer, image_statistics, action_statistics, render_size)
 
     @classmethod
     def from_pretrained(
@@ -62,6 +64,7 @@ class ScratchVLAProcessor(TokenProcessor):
             read_tokenizer(folder),
             read_image_statistics(folder, len(config.towers)),
             load_statistics(folder, unnorm_key),
+            read_render_size(folder),
         )
 
     def _tokenize(self, instruction: str) -> list[int]:

@@ -22,6 +22,8 @@ class ScratchSizes:
     """How small. The defaults are those of the tiny OpenVLA-OFT policy that is known to learn."""
 
     image_size: int = 112
+    render_size: int | None = None
+    """Of the camera pictures that it will be trained on, pixels."""
     patch_size: int = 14
     num_views: int = 1
     num_towers: int = 1
@@ -100,5 +102,7 @@ def build_tiny_policy(
         for tower in model.vision_towers:
             tower.get_parameter("embeddings.position_embedding.weight").normal_(std=POSITION_STD)
     image_statistics = [SIGLIP_STATISTICS] * len(config.towers)
-    processor = ScratchVLAProcessor(config, tokenizer, image_statistics, statistics)
+    processor = ScratchVLAProcessor(
+        config, tokenizer, image_statistics, statistics, sizes.render_size
+    )
     return ScratchVLAPolicy(model, processor)
