@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from recorded_demos import record_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBERO_ASSETS = ROOT.parent / "shared" / "libero-assets"
@@ -39,3 +40,9 @@ def libero_assets() -> Path:
     if folder is None:
         pytest.skip("LIBERO's assets are not on this machine; set VERL_VLA_LIBERO_ASSETS")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def mini_demos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of LIBERO files: three episodes each of two tasks of the mini suite."""
+    return record_folder(tmp_path_factory.mktemp("demos"), tasks=(0, 1), episodes=3)

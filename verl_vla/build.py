@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -99,7 +99,7 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     training = starts(chosen, tasks, "train")
     held_out = starts(chosen, tasks, "held_out", per_task=recipe.evaluation.episodes_per_task)
     folder = Path(recipe.out).expanduser().resolve()
-    _claim_folder(folder, recipe)
+    claim_folder(folder, recipe.as_dict(), MAY_CHANGE)
     with open_simulators(env, config, processor.shape) as simulators:
         yield Run(
             recipe=recipe,
@@ -248,12 +248,17 @@ def evaluation_record(
     }
 
 
-def _claim_folder(folder: Path, recipe: Recipe) -> None:
-    """Make the run's folder, or check that it holds the same run."""
+def claim_folder(folder: Path, recipe: Mapping[str, Any], may_change: Sequence[str]) -> None:
+    """Make a run's folder and write ``recipe`` into it, or check that it holds the same run.
+
+    Raises:
+        ConfigError: the folder cannot be written, or holds a run that differs in more than the
+            parts that ``may_change`` names.
+    """
     file = folder / "recipe.yaml"
-    wanted = recipe.as_dict()
+    wanted: dict[str, Any] = json.loads(json.dumps(recipe))
     if file.exists():
-        changed = _differences(yaml.safe_load(file.read_text()), json.loads(json.dumps(wanted)))
+        changed = _differences(yaml.safe_load(file.read_text()), wanted, may_change)
         if changed:
             raise ConfigError(
                 f"{folder} holds a run with other settings ({'; '.join(changed)}); "
@@ -262,7 +267,7 @@ def _claim_folder(folder: Path, recipe: Recipe) -> None:
     partial_file = file.with_suffix(".tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial_file.write_text(yaml.safe_dump(json.loads(json.dumps(wanted)), sort_keys=False))
+        partial_file.write_text(yaml.safe_dump(wanted, sort_keys=False))
         partial_file.replace(file)
     except OSError as error:
         raise ConfigError(
@@ -271,16 +276,18 @@ def _claim_folder(folder: Path, recipe: Recipe) -> None:
         ) from error
 
 
-def _differences(before: dict[str, Any], after: dict[str, Any], path: str = "") -> list[str]:
+def _differences(
+    before: dict[str, Any], after: dict[str, Any], may_change: Sequence[str], path: str = ""
+) -> list[str]:
     """Knobs that differ and may not, as ``key: old -> new``."""
     found: list[str] = []
     for key in sorted(before.keys() | after.keys()):
         name = f"{path}.{key}" if path else key
-        if name in MAY_CHANGE:
+        if name in may_change:
             continue
         old, new = before.get(key), after.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, name)
+            found += _differences(old, new, may_change, name)
         elif old != new:
             found.append(f"{name}: {old!r} -> {new!r}")
     return found

@@ -100,8 +100,9 @@ class MetricsFile:
     resume; its old line is removed then, so no step stands twice.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, declared: Mapping[str, Metric] = METRICS) -> None:
         self._path = path
+        self._declared = declared
 
     def rewind(self, last_step: int) -> None:
         """Drop the lines after ``last_step``, and a half-written last line."""
@@ -119,16 +120,16 @@ class MetricsFile:
         Raises:
             ContractError: a name that is not declared.
         """
-        check_declared(values)
+        check_declared(values, self._declared)
         record = {"step": step} | {name: _plain(value) for name, value in values.items()}
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
 
-def check_declared(values: Mapping[str, float]) -> None:
+def check_declared(values: Mapping[str, float], declared: Mapping[str, Metric] = METRICS) -> None:
     """Refuse names that no reader can look up."""
     for name in values:
-        if name not in METRICS and not name.startswith(OPEN_FAMILIES):
+        if name not in declared and not name.startswith(OPEN_FAMILIES):
             raise ContractError(
                 f"metric {name!r} is not declared; add it to METRICS in verl_vla/metrics.py"
             )

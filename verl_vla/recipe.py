@@ -228,48 +228,34 @@ def load_recipe(arguments: Sequence[str]) -> Recipe:
     Raises:
         ConfigError: no recipe named, unknown recipe or key, or a value that cannot be.
     """
-    recipes = [a.removeprefix("recipe=") for a in arguments if a.startswith("recipe=")]
-    if len(recipes) != 1:
-        raise ConfigError(
-            f"{len(recipes)} recipes were named; say which one with recipe=NAME. "
-            f"Known: {', '.join(recipe_names())}"
-        )
-    file = find_recipe(recipes[0])
-    overrides = [a for a in arguments if not a.startswith("recipe=")]
-    return parse(Recipe, _compose(file, overrides))
+    return parse(Recipe, compose_recipe(arguments, RECIPES_FOLDER))
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with the project."""
-    return sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
-
-
-def find_recipe(name: str) -> Path:
-    """The YAML file that ``name`` stands for."""
-    if name.endswith(".yml"):
-        raise ConfigError(f"recipe is {name!r}, but Hydra reads .yaml alone; rename the file")
-    if name.endswith(".yaml"):
-        path = Path(name).resolve()
-        if not path.is_file():
-            raise ConfigError(f"recipe is {name!r}, but there is no such file; check the path")
-        return path
-    if name not in recipe_names():
-        raise ConfigError(f"recipe is {name!r}, which is unknown; {nearest(name, recipe_names())}")
-    return RECIPES_FOLDER / f"{name}.yaml"
-
-
-def _compose(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Let Hydra merge the file, the files it builds on, and the overrides.
+def compose_recipe(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Let Hydra merge the recipe that ``arguments`` name, the files it builds on, and overrides.
 
     Overrides may name keys that the file leaves at their default, so each is marked as one that
     may be new; `parse` refuses those that nobody knows. A recipe of the user's own may build on
     the project's recipes and profiles.
+
+    A plain name is looked up in ``folder``.
+
+    Raises:
+        ConfigError: no recipe named, an unknown one, or one that cannot be read.
     """
+    recipes = [a.removeprefix("recipe=") for a in arguments if a.startswith("recipe=")]
+    if len(recipes) != 1:
+        raise ConfigError(
+            f"{len(recipes)} recipes were named; say which one with recipe=NAME. "
+            f"Known: {', '.join(recipe_names(folder))}"
+        )
+    file = find_recipe(recipes[0], folder)
+    overrides = [a for a in arguments if not a.startswith("recipe=")]
     for override in overrides:
         _check_override(override)
     words = [f"++{o.lstrip('+')}" for o in overrides]
-    if file.parent != RECIPES_FOLDER:
-        words.append(f"hydra.searchpath=['file://{RECIPES_FOLDER}']")
+    if file.parent != folder:
+        words.append(f"hydra.searchpath=['file://{folder}']")
     try:
         with initialize_config_dir(str(file.parent), version_base=None):
             composed = compose(config_name=file.stem, overrides=words)
@@ -277,6 +263,25 @@ def _compose(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {file.stem!r} cannot be composed: {error}") from error
     return cast("dict[str, Any]", container)
+
+
+def recipe_names(folder: Path = RECIPES_FOLDER) -> list[str]:
+    """Names of the recipes in a folder, those of training that come with the project."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def find_recipe(name: str, folder: Path = RECIPES_FOLDER) -> Path:
+    """The YAML file that ``name`` stands for; ``folder`` as of `recipe_names`."""
+    if name.endswith(".yml"):
+        raise ConfigError(f"recipe is {name!r}, but Hydra reads .yaml alone; rename the file")
+    if name.endswith(".yaml"):
+        path = Path(name).resolve()
+        if not path.is_file():
+            raise ConfigError(f"recipe is {name!r}, but there is no such file; check the path")
+        return path
+    if name not in (known := recipe_names(folder)):
+        raise ConfigError(f"recipe is {name!r}, which is unknown; {nearest(name, known)}")
+    return folder / f"{name}.yaml"
 
 
 def _check_override(override: str) -> None:

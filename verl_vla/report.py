@@ -54,6 +54,40 @@ def draw_curve(path: Path, lines: Sequence[Mapping[str, float]], title: str) -> 
     figure.savefig(path)
 
 
+def draw_sft_curve(path: Path, lines: Sequence[Mapping[str, float]], title: str) -> None:
+    """Draw the loss of fine-tuning, the shares of tokens that are right, and the success.
+
+    Args:
+        path: of the picture.
+        lines: of the run's ``metrics.jsonl``.
+        title: names the run.
+    """
+    figure = Figure(figsize=(7.2, 4.2), dpi=140, layout="constrained")
+    left = figure.subplots()
+    right = left.twinx()
+    curves = (
+        (left, "sft/loss", 1, "#8899aa", "loss"),
+        (right, "sft/accuracy", 100, "#aaccaa", "tokens right, training"),
+        (right, "sft/held_out_accuracy", 100, "#208040", "tokens right, held out"),
+        (right, "eval/success_rate", 100, "#c03020", "held-out starts solved"),
+    )
+    for axes, name, factor, color, label in curves:
+        measured = [line for line in lines if name in line]
+        if measured:
+            axes.plot(
+                [line["step"] for line in measured],
+                [factor * line[name] for line in measured],
+                marker="o" if len(measured) < len(lines) else None,
+                color=color,
+                label=label,
+            )
+    left.set(xlabel="step", ylabel="loss, nats per token", title=title)
+    right.set(ylabel="share, %", ylim=(0, 100))
+    left.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path)
+
+
 def text_curve(values: Sequence[float]) -> str:
     """Shares as a row of bars, for the console.
 

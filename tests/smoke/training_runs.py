@@ -16,16 +16,16 @@ RUN_LIMIT_S = 900
 
 
 class TrainingRun:
-    """One ``python -m verl_vla train`` process and its run folder."""
+    """One ``python -m verl_vla`` process of a verb with recipes, and its run folder."""
 
-    def __init__(self, folder: Path, words: list[str]) -> None:
+    def __init__(self, folder: Path, words: list[str], verb: str = "train") -> None:
         self.folder = folder
-        self._words = ["train", *words, f"out='{folder}'"]
+        self.words = [verb, *words, f"out='{folder}'"]
 
     def start(self) -> subprocess.Popen[str]:
         """Start it in a process group of its own."""
         return subprocess.Popen(
-            [sys.executable, "-m", "verl_vla", *self._words],
+            [sys.executable, "-m", "verl_vla", *self.words],
             cwd=PROJECT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

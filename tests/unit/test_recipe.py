@@ -201,8 +201,8 @@ def test_just_one_recipe_that_exists_must_be_named(arguments, message):
 def test_a_recipe_that_is_nearly_right_is_suggested(tmp_path, monkeypatch):
     monkeypatch.setattr("verl_vla.recipe.RECIPES_FOLDER", tmp_path)
     (tmp_path / "libero_spatial.yaml").write_text(TEXT)
-    assert recipe_names() == ["libero_spatial"]
-    assert find_recipe("libero_spatial") == tmp_path / "libero_spatial.yaml"
+    assert recipe_names(tmp_path) == ["libero_spatial"]
+    assert find_recipe("libero_spatial", tmp_path) == tmp_path / "libero_spatial.yaml"
     assert "did you mean 'libero_spatial'?" in refusal(load_recipe, ["recipe=libero_spacial"])
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scratch_parts import NUM_WORDS, write_language, write_vision
 from transformers import (
     AutoModel,
     Qwen2Config,
     Qwen2ForCausalLM,
-    SiglipConfig,
     SiglipModel,
     SiglipVisionConfig,
 )
@@ -22,53 +21,21 @@ from verl_vla.cli import main
 from verl_vla.demonstrations import Demonstration, write
 from verl_vla.errors import ConfigError
 from verl_vla.policies.loading import examine, load_policy, load_processor, require_sound
-from verl_vla.policies.openvla_oft.tiny import build_tokenizer
 from verl_vla.policies.scratch_vla import ScratchVLAConfig, ScratchVLAModel, ScratchVLAPolicy
 from verl_vla.policies.scratch_vla.assembly import assemble
 
 INSTRUCTIONS = ["push the cube onto the marker", "lift the cube"]
 STATISTICS = ActionStatistics(q01=[-0.6] * 7, q99=[0.7] * 7, mask=[True] * 6 + [False], key="mini")
-NUM_WORDS, NUM_PADDING = 300, 40
 
 
 @pytest.fixture(scope="module")
 def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen2 with a tied head, whose vocabulary ends in padding."""
-    folder = tmp_path_factory.mktemp("language")
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=NUM_WORDS + NUM_PADDING,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-        )
-    )
-    with torch.no_grad():
-        model.get_input_embeddings().weight[NUM_WORDS:] = 0.01
-    model.save_pretrained(folder)
-    build_tokenizer(INSTRUCTIONS).save_pretrained(folder)
-    return folder
+    return write_language(tmp_path_factory.mktemp("language"), INSTRUCTIONS)
 
 
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random SigLIP, both halves of it, as the published folders are."""
-    folder = tmp_path_factory.mktemp("vision")
-    half = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2}
-    torch.manual_seed(1)
-    SiglipModel(
-        SiglipConfig(
-            vision_config=half | {"num_attention_heads": 3, "image_size": 28, "patch_size": 14},
-            text_config=half | {"num_attention_heads": 3, "vocab_size": 50},
-        )
-    ).save_pretrained(folder)
-    content = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.25]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(content))
-    return folder
+    return write_vision(tmp_path_factory.mktemp("vision"))
 
 
 @pytest.fixture(scope="module")

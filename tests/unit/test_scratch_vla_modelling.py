@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, Qwen2Config
 
+from verl_vla.action_distribution import log_prob
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.policies.base import Chooser
 from verl_vla.policies.scratch_vla import ScratchVLAConfig, ScratchVLAModel
@@ -141,6 +142,21 @@ def test_autoregressive_decoding_wants_bins_or_a_chooser() -> None:
     del inputs["bins"]
     with pytest.raises(ContractError, match="either bins or a chooser"):
         model(**inputs)
+
+
+@BOTH
+def test_demonstrated_bins_are_scored_among_the_action_rows(sizes: ScratchSizes) -> None:
+    model = make_model(sizes)
+    inputs = make_inputs(model, [5, 3])
+    output = model(**inputs, with_nll=True)
+    expected = -log_prob(model(**inputs).logits, inputs["bins"], 1.0)
+    assert output.nll.shape == (2, model.config.num_action_tokens)
+    assert torch.allclose(output.nll, expected, atol=1e-6)
+    assert model(**inputs).nll is None
+    output.nll.sum().backward()
+    head = model.action_tokens.head.weight.grad
+    assert head is not None
+    assert (head.abs().sum(1) > 0).all(), "every bin that was not demonstrated is pushed down"
 
 
 @BOTH

@@ -20,7 +20,7 @@ VERBS = {
     "eval": "measure a policy on held-out starts: eval --policy DIR --suite NAME ...",
     "doctor": "say whether a checkpoint can be trained: doctor --checkpoint DIR ...",
     "demos": "record demonstrations of scripted experts: demos --suite NAME --out PLACE ...",
-    "sft": "fine-tune a tiny policy on demonstrations: sft --demos FILE --out DIR ...",
+    "sft": "fine-tune on demonstrations: sft recipe=NAME ..., or sft --demos FILE ...",
     "new-policy": "put a policy together: new-policy --language DIR --vision DIR --demos FILE ...",
     "quickstart": "train the embedded policy and show what it learned",
     "bench": "measure the speed of a part: bench images ...",

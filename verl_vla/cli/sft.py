@@ -1,4 +1,8 @@
-"""``sft --demos FILE --out DIR ...``: train a tiny policy from scratch on demonstrations."""
+"""``sft``: fine-tune a policy on demonstrations.
+
+``sft recipe=NAME key=value ...`` learns from LIBERO's files, in as many processes as there are
+GPUs; ``sft --demos FILE --out DIR ...`` trains a tiny policy from scratch on a file of `demos`.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,12 @@ from pathlib import Path
 
 import torch
 
+from verl_vla.cli.train import start_training
 from verl_vla.demonstrations import Demonstration, DemonstrationFile
 from verl_vla.envs.suites import SUITES, suite
 from verl_vla.errors import ConfigError
+from verl_vla.finetuning.recipe import load_sft_recipe
+from verl_vla.finetuning.run import prepare_run
 from verl_vla.policies.base import TrainablePolicy
 from verl_vla.policies.openvla_oft import tiny as tiny_openvla_oft
 from verl_vla.policies.scratch_vla import tiny as tiny_scratch_vla
@@ -28,6 +35,8 @@ SHOW_EVERY = 20
 
 def run(arguments: Sequence[str]) -> int:
     """Fit, say how it goes, and write a checkpoint folder."""
+    if any(argument.startswith("recipe=") for argument in arguments):
+        return _run_recipe(arguments)
     options = _parser().parse_args(arguments)
     config = SFTConfig(
         steps=options.steps,
@@ -53,6 +62,14 @@ def run(arguments: Sequence[str]) -> int:
     _show(fit(policy, samples, config), config.steps)
     policy.save_pretrained(options.out)
     logger.info("written to %s", options.out)
+    return 0
+
+
+def _run_recipe(arguments: Sequence[str]) -> int:
+    """Carry out a recipe; the same command again resumes."""
+    opened = prepare_run(load_sft_recipe(arguments))
+    logger.info("run folder %s", opened.folder)
+    start_training(opened, launcher="sft_launch")
     return 0
 
 

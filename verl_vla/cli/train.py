@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 from verl_vla.build import Run, open_run
+from verl_vla.finetuning.run import SFTRun
 from verl_vla.recipe import load_recipe
 
 logger = logging.getLogger(__name__)
@@ -30,8 +31,8 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def start_training(opened: Run) -> None:
-    """Hand a checked run to veRL.
+def start_training(opened: Run | SFTRun, launcher: str = "launch") -> None:
+    """Hand a checked run to veRL, by the module of `verl_vla.trainer` that starts its kind.
 
     veRL is imported only here: a wrong recipe answers in seconds, and the simulators start while
     the import runs.
@@ -40,4 +41,4 @@ def start_training(opened: Run) -> None:
     threads = max(1, min(TRANSFER_THREADS, (os.cpu_count() or 1) // 2))
     os.environ.setdefault("TQ_NUM_THREADS", str(threads))
     warnings.filterwarnings("ignore", message=NOT_OURS, category=UserWarning)
-    importlib.import_module("verl_vla.trainer.launch").train(opened)
+    importlib.import_module(f"verl_vla.trainer.{launcher}").train(opened)

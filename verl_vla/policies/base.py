@@ -65,6 +65,9 @@ class Policy(Protocol):
 class Processor(Protocol):
     """Turns observations into model inputs and bins into simulator commands."""
 
+    render_size: int | None
+    """Of the camera pictures that the policy was fine-tuned on, px; None if unknown."""
+
     @property
     def shape(self) -> PolicyShape:
         """Sizes of what goes in and what comes out."""
@@ -73,11 +76,6 @@ class Processor(Protocol):
     @property
     def codec(self) -> ActionCodec:
         """Between bins and commands."""
-        ...
-
-    @property
-    def render_size(self) -> int | None:
-        """Of the camera pictures that the policy was fine-tuned on, px; None if unknown."""
         ...
 
     def prompt(self, instruction: str) -> Tensor:
@@ -105,7 +103,7 @@ class TrainablePolicy(Policy, Protocol):
         """Its ``forward``, which FSDP wraps, answers `ActionLogits`.
 
         It takes ``pixel_values``, ``input_ids``, ``attention_mask``, and ``bins`` to score or a
-        `Chooser`.
+        `Chooser`; and ``with_nll``, true where ``bins`` are demonstrated.
         """
         ...
 
@@ -150,10 +148,14 @@ class ActionLogits(ModelOutput):
     Args:
         logits: [B, T, C] float32, column ``k`` scores bin ``k``.
         bins: [B, T] int64, what a `Chooser` chose; None where bins were scored.
+        nll: [B, N] float32 nats, how unlikely the demonstrated tokens are among all that the model
+            can say: T action tokens, and the stop behind them where it has one. None unless asked
+            for.
     """
 
     logits: Tensor | None = None
     bins: Tensor | None = None
+    nll: Tensor | None = None
 
 
 class Chooser:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from copy import deepcopy
 from typing import Any, TypeVar
 
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from verl_vla.policies.checkpoint import require_all_weights
 
@@ -39,3 +41,11 @@ class TokenModel(PreTrainedModel):
     @abstractmethod
     def choose_trained(self) -> None:
         """Freeze what is not trained."""
+
+    @abstractmethod
+    def adapted_part(self) -> nn.Module:
+        """Return the part that low-rank adapters of a fine-tuning are put on."""
+
+    def merged_config(self) -> PreTrainedConfig:
+        """Describe the same model without adapters."""
+        return deepcopy(self.config)

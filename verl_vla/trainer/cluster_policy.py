@@ -36,7 +36,7 @@ class ClusterPolicy:
         """See `verl_vla.policies.base.Policy.act`."""
         prompts = [self._processor.prompt(o.instruction) for o in observations]
         images = torch.from_numpy(np.stack([o.image for o in observations]))
-        rows = _padded_rows(len(observations), self._num_ranks)
+        rows = padded_rows(len(observations), self._num_ranks)
         input_ids, attention_mask = self._processor.collate([prompts[row] for row in rows])
         request = tu.get_tensordict(
             {
@@ -57,10 +57,10 @@ class ClusterPolicy:
         )
 
 
-def _padded_rows(count: int, multiple: int) -> list[int]:
+def padded_rows(count: int, multiple: int) -> list[int]:
     """Row indices, the last one repeated until every rank gets as many as the others.
 
-    >>> _padded_rows(3, 2)
+    >>> padded_rows(3, 2)
     [0, 1, 2, 2]
     """
     return [min(row, count - 1) for row in range(-(-count // multiple) * multiple)]

@@ -7,11 +7,14 @@ own ``forward``, so that FSDP2's hooks fire, and never builds logits of the whol
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
@@ -31,7 +34,6 @@ MODEL_TYPE = "vla"
 holds, the checkpoint's own ``config.json`` says."""
 
 
-@EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp2"], device=["cuda", "npu", "cpu"])
 class VLAEngine(FSDPEngine):
     """Builds, shards, runs, saves and exports the policy on one rank."""
 
@@ -97,6 +99,7 @@ class VLAEngine(FSDPEngine):
         *,
         bins: Tensor | None = None,
         chooser: Chooser | None = None,
+        with_nll: bool = False,
     ) -> ActionLogits:
         """Score ``bins``, or let ``chooser`` choose some.
 
@@ -106,6 +109,7 @@ class VLAEngine(FSDPEngine):
             images: [B, V, H, W, 3] uint8.
             bins: [B, T] int64.
             chooser: with the noise of B decisions.
+            with_nll: whether ``bins`` are demonstrated.
         """
         return self.module(
             pixel_values=self.processor.pixel_values(images),
@@ -113,7 +117,43 @@ class VLAEngine(FSDPEngine):
             attention_mask=attention_mask,
             bins=bins,
             chooser=chooser,
+            with_nll=with_nll,
         )
+
+    def choose(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        images: Tensor,
+        noise: Tensor,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Choose bins for a batch of observations, for a rollout.
+
+        Args:
+            input_ids: [n, L] prompts, padded on the right.
+            attention_mask: [n, L], 1 where a prompt is.
+            images: [n, V, H, W, 3] uint8.
+            noise: [n, T] float64, uniform in [0, 1).
+            temperature: 0 takes the most likely bin.
+
+        Returns:
+            On the CPU, ``bins`` [n, T] int64 and ``logp`` [n, T] float32, zeros where play is
+            greedy.
+        """
+        device = get_device_id()
+        with self.eval_mode(), torch.no_grad():
+            chooser = Chooser(noise.to(device), temperature)
+            output = self.run_model(
+                input_ids.to(device),
+                attention_mask.to(device),
+                images.to(device),
+                chooser=chooser,
+            )
+            assert output.logits is not None
+            assert output.bins is not None
+            logp = chooser.log_prob(output.logits, output.bins)
+        return output.bins.cpu(), logp.cpu()
 
     def forward_step(
         self,
@@ -167,3 +207,23 @@ class VLAEngine(FSDPEngine):
             max_ckpt_to_keep=max_ckpt_to_keep,  # pyright: ignore[reportArgumentType]
         )
         torch.distributed.barrier()
+
+    def export(self, folder: Path) -> None:
+        """Write a checkpoint folder that `verl_vla eval` and transformers load."""
+        state = get_model_state_dict(
+            self.module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
+        if torch.distributed.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._save_model(folder, state)
+            self.processor.save_pretrained(folder)
+        torch.distributed.barrier()
+
+    def _save_model(self, folder: Path, state: dict[str, Any]) -> None:
+        self.module.save_pretrained(str(folder), state_dict=state)
+
+
+# not as a decorator, which would hide the type of the class from whoever extends it
+EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp2"], device=["cuda", "npu", "cpu"])(
+    VLAEngine
+)

@@ -9,27 +9,21 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray
 import transfer_queue as tq
-import verl
 from omegaconf import DictConfig, OmegaConf
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
-from verl.utils.device import get_device_name
 
 from verl_vla.build import Run
-from verl_vla.errors import ConfigError
 from verl_vla.recipe import ClusterConfig
-from verl_vla.trainer.placement import choose_device
 from verl_vla.trainer.trainer import VLATrainer
 from verl_vla.trainer.translate import to_verl
+from verl_vla.trainer.verl_process import choose_device, divert_output, prepare_verl
 
 logger = logging.getLogger(__name__)
-
-VERL_VERSION = "0.9.1"
-"""The release whose hooks `VLATrainer` answers; others have other hooks."""
 
 OBJECT_STORE_BYTES = 256 * 1024**2
 """Ray's shared memory on one machine. Only actor calls pass through it, a few MB each;
@@ -51,46 +45,17 @@ idle Python process for every slot, so more would only cost start-up time."""
 
 def train(run: Run) -> None:
     """Train to the last step of ``run``'s recipe, from its newest checkpoint if it has one."""
-    _check_versions(run)
+    prepare_verl(choose_device(run.recipe.cluster.device), knob="cluster.device")
     config = to_verl(run)
     with ExitStack() as stack:
-        stack.enter_context(_quiet(run))
+        os.environ["TENSORBOARD_DIR"] = str(run.folder / "tensorboard")
+        stack.enter_context(divert_output(run.folder))
         stack.enter_context(_ray_cluster(run, config))
         stack.enter_context(_transfer_queue(config))
         logger.info("starting the learner (about half a minute on two cores)")
         trainer = VLATrainer(config, run)  # pyright: ignore[reportAbstractUsage] -- veRL's decorator hides the base
         trainer.init()
         trainer.train()
-
-
-def _check_versions(run: Run) -> None:
-    if verl.__version__ != VERL_VERSION:
-        raise ConfigError(
-            f"veRL {verl.__version__} is installed, but this project extends {VERL_VERSION}; "
-            f"install verl=={VERL_VERSION}"
-        )
-    wanted = choose_device(run.recipe.cluster)
-    os.environ["VERL_PLATFORM"] = "nvidia" if wanted == "cuda" else "cpu"
-    if get_device_name() != wanted:
-        raise ConfigError(
-            f"cluster.device asks for {wanted}, but veRL found {get_device_name()}; "
-            "install this project (pip install -e .) so that veRL finds its CPU platform, "
-            "or set cluster.device"
-        )
-
-
-@contextmanager
-def _quiet(run: Run) -> Generator[None]:
-    """Send what veRL prints and logs to ``verl.log``; only our own lines reach the console."""
-    os.environ["TENSORBOARD_DIR"] = str(run.folder / "tensorboard")
-    with (run.folder / "verl.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        root = logging.getLogger()
-        before = root.handlers[:]
-        root.handlers[:] = [logging.StreamHandler(log)]
-        try:
-            yield
-        finally:
-            root.handlers[:] = before
 
 
 @contextmanager
@@ -138,7 +103,7 @@ def _start_ray(cluster: ClusterConfig, environment: dict[Any, Any]) -> None:
 
 def _logical_cpus(cluster: ClusterConfig) -> int | None:
     """Slots for the embedded profile; on a GPU node Ray counts the cores itself."""
-    if choose_device(cluster) == "cuda":
+    if choose_device(cluster.device) == "cuda":
         return None
     return LOGICAL_CPUS_BESIDE_RANKS + cluster.ranks_per_node
 

@@ -1,21 +1,11 @@
-"""Where ranks run: on GPUs where there are any, else on cores."""
+"""What veRL places on machines: ranks on cores, and no data set."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset
 from verl.single_controller.ray import RayResourcePool, ResourcePoolManager
-
-from verl_vla.recipe import ClusterConfig
-
-
-def choose_device(cluster: ClusterConfig) -> str:
-    """``cuda`` or ``cpu``."""
-    if cluster.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return cluster.device
 
 
 class CorePoolManager(ResourcePoolManager):

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from verl_vla.build import Run
 from verl_vla.errors import ConfigError
 from verl_vla.trainer.engine import MODEL_TYPE
-from verl_vla.trainer.placement import choose_device
+from verl_vla.trainer.verl_process import choose_device
 from verl_vla.trainer.worker import ROLLOUT_NAME
 
 MAX_PROMPT_TOKENS = 64
@@ -150,7 +150,7 @@ def _run(run: Run) -> Knobs:
         "data.custom_cls.name": "NoDataset",
         "transfer_queue.enable": True,
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": recipe.cluster.num_nodes,
-        "trainer.device": choose_device(recipe.cluster),
+        "trainer.device": choose_device(recipe.cluster.device),
         "trainer.nnodes": recipe.cluster.num_nodes,
         "trainer.n_gpus_per_node": recipe.cluster.ranks_per_node,
         "trainer.logger": list(recipe.trainer.loggers),

@@ -11,20 +11,18 @@ import torch
 import torch.distributed
 from tensordict import TensorDict
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from verl.single_controller.base.decorator import (
     Dispatch,
     make_nd_compute_dataproto_dispatch_fn,
     register,
 )
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_id, get_device_name, get_torch_device
+from verl.utils.device import get_device_name, get_torch_device
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.rollout import base as rollout_base
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from verl_vla.loss import ClipRange, policy_loss, trajectory_weight
-from verl_vla.policies.base import Chooser
 from verl_vla.trainer.platform import peak_process_bytes
 from verl_vla.trainer.rows import dense, stacked
 
@@ -83,19 +81,10 @@ class VLAWorker(ActorRolloutRefWorker):
             ``bins`` [n, T] int64 and ``logp`` [n, T] float32, zeros where play is greedy.
         """
         temperature = float(tu.get_non_tensor_data(data, "temperature", None))
-        engine = self.engine
-        engine.num_optimizer_steps = 0
-        device = get_device_id()
-        with engine.eval_mode(), torch.no_grad():
-            chooser = Chooser(data["noise"].to(device), temperature)
-            output = engine.run_model(
-                data["input_ids"].to(device),
-                data["attention_mask"].to(device),
-                data["images"].to(device),
-                chooser=chooser,
-            )
-            logp = chooser.log_prob(output.logits, output.bins)
-        return tu.get_tensordict({"bins": output.bins.cpu(), "logp": logp.cpu()})
+        self.engine.num_optimizer_steps = 0
+        inputs = [data[name] for name in ("input_ids", "attention_mask", "images", "noise")]
+        bins, logp = self.engine.choose(*inputs, temperature)
+        return tu.get_tensordict({"bins": bins, "logp": logp})
 
     @register(dispatch_mode=EVERY_RANK, blocking=False)
     async def update_weights(
@@ -107,15 +96,7 @@ class VLAWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=EVERY_RANK)
     def export_policy(self, folder: str) -> None:
         """Write a checkpoint folder that `verl_vla eval` and transformers load."""
-        state = get_model_state_dict(
-            self.engine.module,
-            options=StateDictOptions(full_state_dict=True, cpu_offload=True),
-        )
-        if torch.distributed.get_rank() == 0:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.engine.module.save_pretrained(folder, state_dict=state)
-            self.engine.processor.save_pretrained(folder)
-        torch.distributed.barrier()
+        self.engine.export(Path(folder))
 
     @register(dispatch_mode=EVERY_RANK)
     def peak_memory(self) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.policies.base import ActionLogits, Chooser
+from verl_vla.policies.lora import head_rows
 from verl_vla.policies.openvla_oft.attention import (
     require_backend,
     require_bidirectional_backend,
@@ -65,6 +66,10 @@ class OpenVLAOFTModel(TokenModel):
         for tower in self.vision_backbone.towers:
             tower.freeze_unused()
 
+    def adapted_part(self) -> nn.Module:
+        """All of it, the head and the vision towers too (openvla-oft: ``all-linear``)."""
+        return self
+
     def action_logits(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
@@ -87,6 +92,7 @@ class OpenVLAOFTModel(TokenModel):
         attention_mask: Tensor | None = None,
         bins: Tensor | None = None,
         chooser: Chooser | None = None,
+        with_nll: bool = False,
     ) -> ActionLogits:
         """Compute what `action_logits` returns; the entry that FSDP and adapters wrap.
 
@@ -94,9 +100,16 @@ class OpenVLAOFTModel(TokenModel):
             pixel_values: see `action_logits`.
             input_ids: see `action_logits`.
             attention_mask: see `action_logits`.
-            bins: left alone; no token of a chunk sees another one's bin.
+            bins: [B, T] int64, wanted for `ActionLogits.nll` alone; no token of a chunk sees
+                another one's bin.
             chooser: if given, chooses a bin for every token.
+            with_nll: score ``bins`` and the stop behind them among the whole vocabulary, as
+                openvla-oft is fine-tuned.
         """
+        if with_nll:
+            assert bins is not None
+            hidden = self._think(pixel_values, input_ids, attention_mask, with_stop=True)
+            return self._imitate(hidden, bins)
         logits = self._score(self._think(pixel_values, input_ids, attention_mask))
         return ActionLogits(logits=logits, bins=None if chooser is None else chooser.choose(logits))
 
@@ -111,14 +124,34 @@ class OpenVLAOFTModel(TokenModel):
         Returns:
             [B, T] float32, 0 to 1.
         """
-        hidden = self._think(pixel_values, input_ids, attention_mask).float()
-        of_all = functional.linear(hidden, self.language_model.lm_head.weight.float())
-        return (self._score(hidden).logsumexp(-1) - of_all.logsumexp(-1)).exp()
+        of_all = self._score_all(self._think(pixel_values, input_ids, attention_mask))
+        return (of_all[..., self._action_ids].logsumexp(-1) - of_all.logsumexp(-1)).exp()
+
+    @property
+    def _action_ids(self) -> slice:
+        start = self.config.first_action_id
+        return slice(start, start + self.config.n_action_bins)
+
+    def _imitate(self, hidden: Tensor, bins: Tensor) -> ActionLogits:
+        """Score demonstrated bins and the stop, given the [B, T + 1, D] states before them."""
+        of_all = self._score_all(hidden)
+        stop = bins.new_full((len(bins), 1), self.config.stop_id)
+        labels = torch.cat([self.config.first_action_id + bins, stop], dim=1)
+        nll = functional.cross_entropy(of_all.transpose(1, 2), labels, reduction="none")
+        return ActionLogits(logits=of_all[:, :-1, self._action_ids], nll=nll)
 
     def _think(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        with_stop: bool = False,
     ) -> Tensor:
-        """Run everything but the head: [B, T, D], the states that action tokens are read from."""
+        """Run everything but the head: [B, T, D], the states that action tokens are read from.
+
+        ``with_stop`` adds the one that the stop is read from: [B, T + 1, D].
+        """
         require_bidirectional(self)
         num_prompts, num_ids = input_ids.shape
         lengths = _prompt_lengths(attention_mask)
@@ -135,7 +168,7 @@ class OpenVLAOFTModel(TokenModel):
             inputs_embeds=sequence, attention_mask=mask, use_cache=False
         ).last_hidden_state
         first = patches.shape[1] - 1 + (num_ids if lengths is None else lengths)
-        return self._read(hidden, first)
+        return _read(hidden, first, self.config.num_action_tokens + with_stop)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the table of token embeddings."""
@@ -158,20 +191,13 @@ class OpenVLAOFTModel(TokenModel):
         )
         return torch.cat([embedded[:, :-1], slots, embedded[:, -1:]], dim=1)
 
-    def _read(self, hidden: Tensor, first: int | Tensor) -> Tensor:
-        """Pick T neighbouring positions out of [B, S, D], from ``first`` on; gives [B, T, D]."""
-        num_tokens = self.config.num_action_tokens
-        if isinstance(first, int):
-            return hidden[:, first : first + num_tokens]
-        positions = first[:, None] + torch.arange(num_tokens, device=hidden.device)
-        return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-
     def _score(self, hidden: Tensor) -> Tensor:
-        """Apply the action ids' rows of the head in float32, under autocast too."""
-        start = self.config.first_action_id
-        rows = self.language_model.lm_head.weight[start : start + self.config.n_action_bins]
-        with torch.autocast(device_type=hidden.device.type, enabled=False):
-            return functional.linear(hidden.float(), rows.float())
+        """Apply the action ids' rows of the head."""
+        return _score(hidden, head_rows(self.language_model.lm_head, self._action_ids))
+
+    def _score_all(self, hidden: Tensor) -> Tensor:
+        """Apply every row of the head."""
+        return _score(hidden, head_rows(self.language_model.lm_head, slice(None)))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -222,6 +248,20 @@ def require_bidirectional(model: OpenVLAOFTModel) -> None:
 
 def _layers(language_model: LlamaForCausalLM) -> list[LlamaDecoderLayer]:
     return cast("list[LlamaDecoderLayer]", list(language_model.model.layers))
+
+
+def _score(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Apply float32 rows of a head in float32, under autocast too."""
+    with torch.autocast(device_type=hidden.device.type, enabled=False):
+        return functional.linear(hidden.float(), rows)
+
+
+def _read(hidden: Tensor, first: int | Tensor, num: int) -> Tensor:
+    """Pick ``num`` neighbouring positions out of [B, S, D], from ``first`` on."""
+    if isinstance(first, int):
+        return hidden[:, first : first + num]
+    positions = first[:, None] + torch.arange(num, device=hidden.device)
+    return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
 def _prompt_lengths(attention_mask: Tensor | None) -> Tensor | None:

@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig, Qwen2Config, SiglipVision
 
 from verl_vla.errors import ConfigError
 from verl_vla.policies.base import PolicyShape
+from verl_vla.policies.lora import LORA_ALPHA
 
 DECODINGS = ("parallel", "autoregressive")
 """``parallel``: all tokens of a chunk at once, each blind to the others (OpenVLA-OFT,
@@ -16,8 +17,6 @@ arXiv:2406.09246)."""
 ACTION_ROWS = ("trained", "frozen_tied")
 """``trained``: embedding and head of the action tokens are weights of their own. ``frozen_tied``:
 rows of the language model's tied, frozen vocabulary; it can point at them but never move them."""
-LORA_ALPHA = 16
-"""Over a rank of 32. Source: openvla-oft, ``vla-scripts/finetune.py``, ``min(lora_rank, 16)``."""
 
 
 class ScratchVLAConfig(PreTrainedConfig):

@@ -11,17 +11,18 @@ what comes after. Padding lies between patches and prompt and is seen by nobody.
 from __future__ import annotations
 
 import logging
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel, Cache, DynamicCache, SiglipVisionModel
 
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.policies.base import ActionLogits, Chooser
+from verl_vla.policies.lora import add_adapters
 from verl_vla.policies.scratch_vla.action_tokens import ActionTokens, embed_bins, score_bins
 from verl_vla.policies.scratch_vla.attention import align_right, pairwise_mask
 from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig
@@ -65,10 +66,7 @@ class ScratchVLAModel(TokenModel):
         self._require_attention()
         if config.lora_rank:
             # after post_init, which would fill the adapters' zeros with noise
-            adapter = LoraConfig(
-                r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear"
-            )
-            inject_adapter_in_model(adapter, self.language_model)
+            add_adapters(self.adapted_part(), rank=config.lora_rank, alpha=config.lora_alpha)
         self.choose_trained()
 
     def choose_trained(self) -> None:
@@ -85,6 +83,16 @@ class ScratchVLAModel(TokenModel):
                 "just that"
             )
 
+    def adapted_part(self) -> nn.Module:
+        """The language model; the projector and the action rows begin as nothing."""
+        return self.language_model
+
+    def merged_config(self) -> ScratchVLAConfig:
+        """Describe the same model without adapters."""
+        config = deepcopy(self.config)
+        config.lora_rank = 0
+        return config
+
     def forward(
         self,
         pixel_values: Tensor,
@@ -92,6 +100,7 @@ class ScratchVLAModel(TokenModel):
         attention_mask: Tensor | None = None,
         bins: Tensor | None = None,
         chooser: Chooser | None = None,
+        with_nll: bool = False,
     ) -> ActionLogits:
         """Score ``bins``, or choose some; the entry that FSDP wraps.
 
@@ -102,6 +111,7 @@ class ScratchVLAModel(TokenModel):
             bins: [B, T] int64; token k's logits are given the bins before it. Parallel
                 decoding does not need them.
             chooser: chooses a bin for every token.
+            with_nll: score ``bins`` among all bins; the head has no rows for other words.
 
         Raises:
             ContractError: if decoding is autoregressive and there is neither or both.
@@ -109,17 +119,23 @@ class ScratchVLAModel(TokenModel):
         prefix = self._prefix(pixel_values, input_ids, attention_mask)
         if self.config.decoding == "parallel":
             logits = self._score_at_once(prefix, self._blank(prefix), causal=False)
-            chosen = None if chooser is None else chooser.choose(logits)
-            return ActionLogits(logits=logits, bins=chosen)
-        if bins is not None and chooser is None:
+        elif bins is not None and chooser is None:
             inputs = self._embed(bins[:, :-1]).to(prefix.embeddings.dtype)
-            return ActionLogits(logits=self._score_at_once(prefix, inputs, causal=True))
-        if chooser is not None and bins is None:
+            logits = self._score_at_once(prefix, inputs, causal=True)
+        elif chooser is not None and bins is None:
             return self._choose_in_turn(prefix, chooser)
-        raise ContractError(
-            "autoregressive decoding scores the bins it is given or chooses its own; give "
-            "either bins or a chooser"
-        )
+        else:
+            raise ContractError(
+                "autoregressive decoding scores the bins it is given or chooses its own; give "
+                "either bins or a chooser"
+            )
+        answer = ActionLogits(logits=logits)
+        if chooser is not None:
+            answer.bins = chooser.choose(logits)
+        if with_nll:
+            assert bins is not None
+            answer.nll = functional.cross_entropy(logits.transpose(1, 2), bins, reduction="none")
+        return answer
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the language model's table of token embeddings."""

@@ -1,0 +1,221 @@
+"""Fine-tuning from end to end: real files, the real simulator, veRL's engine, real processes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from scratch_parts import write_language, write_vision
+from training_runs import TrainingRun
+from transformers import AutoModel
+
+from verl_vla.actions import ActionStatistics
+from verl_vla.cli.main import EXIT_USAGE, main
+from verl_vla.envs.suites import suite
+from verl_vla.finetuning.metrics import SFT_METRICS
+from verl_vla.metrics import is_reproducible, read_metrics
+from verl_vla.policies.loading import load_policy, require_sound
+from verl_vla.policies.scratch_vla import ScratchVLAModel, ScratchVLAPolicy
+from verl_vla.policies.scratch_vla.assembly import assemble
+from verl_vla.trainer.checkpoint import complete_steps, step_folder
+
+pytestmark = [pytest.mark.smoke, pytest.mark.sim]
+
+RANKS_DIFFER = 1e-5
+"""How far two ranks' weights may be from one's: float32 sums in another order."""
+SMALL = (
+    "recipe=sft_mini",
+    "demos.pictures=stored",
+    "demos.num_loaders=0",
+    "environment.tasks=[0,1]",
+    "environment.num_workers=1",
+    "environment.render_size=112",
+    "environment.step_limit=8",
+    "evaluation.episodes_per_task=1",
+    "optimizer.batch_size=4",
+    "optimizer.micro_batch_size=2",
+    "optimizer.warmup_steps=2",
+    "optimizer.decay_at=[5]",
+    "trainer.total_steps=6",
+    "trainer.save_every=2",
+    "trainer.test_every=3",
+    "trainer.play_every=0",
+    "trainer.keep_checkpoints=9",
+)
+DRAWN_AGAIN = ("demos.pictures=rerendered", "trainer.play_every=100")
+BRIEF = ("trainer.total_steps=2", "trainer.test_every=0", "trainer.play_every=2")
+
+
+class FineTuning(TrainingRun):
+    """One ``sft recipe=...`` and its run folder."""
+
+    def __init__(self, folder: Path, demos: Path, *words: str) -> None:
+        super().__init__(folder, [*SMALL, f"demos.folder='{demos}'", *words], verb="sft")
+
+    def here(self, *words: str) -> FineTuning:
+        """Carry it out, or go on with it, in this process, which knows veRL already."""
+        assert main([*self.words, *words]) == 0
+        return self
+
+    def reproducible(self) -> list[dict[str, float]]:
+        lines = read_metrics(self.folder / "metrics.jsonl")
+        return [{k: v for k, v in line.items() if is_reproducible(k)} for line in lines]
+
+    def policy(self, step: int) -> Path:
+        return step_folder(self.folder / "checkpoints", step) / "policy"
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    mine, theirs = (load_file(folder / "model.safetensors") for folder in (a, b))
+    assert mine.keys() == theirs.keys()
+    return max(float((mine[name] - theirs[name]).abs().max()) for name in mine)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, mini_demos: Path) -> tuple[FineTuning, str]:
+    """A run that was never interrupted, and what it said; it plays at its end."""
+    run = FineTuning(tmp_path_factory.mktemp("whole") / "run", mini_demos, *DRAWN_AGAIN)
+    return run, run.finish()
+
+
+def test_a_run_reports_every_declared_metric(whole: tuple[FineTuning, str]) -> None:
+    run, said = whole
+    lines = read_metrics(run.folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    seen = set().union(*lines) - {"step"}
+    assert {name for name in seen if not name.startswith("eval/task/")} == set(SFT_METRICS)
+    assert lines[-1]["eval/episodes"] == 2
+    assert lines[0]["sft/loss"] > lines[-1]["sft/loss"] > 0
+    assert lines[0]["sft/lr"] == pytest.approx(2e-3 * 0.55)
+    assert lines[-1]["sft/lr"] == pytest.approx(2e-4)
+    assert "step 6/6" in said
+    assert "held-out after step 6" in said
+    assert (run.folder / "curve.png").stat().st_size > 0
+    assert json.loads((run.folder / "evaluations" / "step_6.json").read_text())["suite"] == "mini"
+
+
+def test_what_it_leaves_behind_can_be_played_and_trained(whole: tuple[FineTuning, str]) -> None:
+    run, said = whole
+    assert str(run.policy(6)) in said
+    require_sound(run.policy(6), "mini")
+    policy = load_policy(run.policy(6), unnorm_key="mini")
+    assert policy.processor.codec.statistics.key == "mini_no_noops"
+    assert largest_difference(run.policy(6), run.policy(1)) > 1e-4
+
+
+def test_an_epoch_lost_without_step_checkpoints(whole: tuple[FineTuning, str]) -> None:
+    """A run saves from its first step on, so that what fails later can cost no more than a few."""
+    assert complete_steps(whole[0].folder / "checkpoints") == [1, 2, 4, 6]
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    whole: tuple[FineTuning, str], mini_demos: Path, tmp_path: Path
+) -> None:
+    run = FineTuning(tmp_path / "run", mini_demos, *DRAWN_AGAIN, "demos.num_loaders=1")
+    run.kill_when(lambda: complete_steps(run.folder / "checkpoints")[-1:] == [2])
+    said = run.finish()
+    assert "resumed after step" in said
+    assert run.reproducible() == whole[0].reproducible()
+    assert largest_difference(run.policy(6), whole[0].policy(6)) == 0
+
+
+def test_two_ranks_learn_as_one(mini_demos: Path, tmp_path: Path) -> None:
+    words = ("trainer.total_steps=1", "trainer.play_every=1")
+    alone = FineTuning(tmp_path / "one", mini_demos, *words).here()
+    both = FineTuning(tmp_path / "two", mini_demos, *words, "ranks.num_ranks=2").here()
+    (one,), (two,) = alone.reproducible(), both.reproducible()
+    assert two["sft/loss"] == pytest.approx(one["sft/loss"], abs=RANKS_DIFFER)
+    assert two["sft/held_out_loss"] == pytest.approx(one["sft/held_out_loss"], abs=1e-3)
+    assert two["sft/grad_norm"] == pytest.approx(one["sft/grad_norm"], rel=1e-4)
+    assert two["eval/episodes"] == one["eval/episodes"] == 2
+    # at the first step, Adam moves every weight by its rate in the direction of its gradient's sign
+    assert largest_difference(alone.policy(1), both.policy(1)) < 2.1 * two["sft/lr"]
+
+
+def test_adapters_learn_are_resumed_and_merged(mini_demos: Path, tmp_path: Path) -> None:
+    words = ("policy.lora_rank=4", "policy.gradient_checkpointing=true")
+    run = FineTuning(tmp_path / "whole", mini_demos, *words).here()
+    losses = [line["sft/loss"] for line in run.reproducible()]
+    assert losses[-1] < losses[0]
+    policy = load_policy(run.policy(6))
+    assert not any("lora" in name for name in policy.model.state_dict())
+    first = load_file(run.folder / "first_policy" / "model.safetensors")
+    last = load_file(run.policy(6) / "model.safetensors")
+    still = {name for name in first if torch.equal(first[name], last[name])}
+    assert "language_model.model.embed_tokens.weight" in still
+    assert "language_model.lm_head.weight" not in still
+    again = FineTuning(tmp_path / "again", mini_demos, *words)
+    again.here("trainer.total_steps=3").here()
+    assert [line["sft/loss"] for line in again.reproducible()] == losses
+    assert largest_difference(run.policy(6), again.policy(6)) == 0
+
+
+def new_policy(folder: Path, **choices: Any) -> ScratchVLAPolicy:
+    """What ``new-policy`` makes, in small, with the action ranges of some other data."""
+    instructions = [task.instruction for task in suite("mini").tasks]
+    policy = assemble(
+        write_language(folder / "language", instructions),
+        [write_vision(folder / "vision")],
+        ActionStatistics(q01=[-9.0] * 7, q99=[9.0] * 7, mask=[True] * 6 + [False], key="x"),
+        dtype=torch.float32,
+        chunk_length=2,
+        **choices,
+    )
+    policy.save_pretrained(folder / "new")
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("decoding", "own_rank", "words"),
+    [
+        ("parallel", 0, []),
+        ("parallel", 0, ["policy.lora_rank=4"]),
+        ("autoregressive", 4, []),
+    ],
+    ids=["whole", "adapters of the recipe", "adapters of the policy"],
+)
+def test_a_scratch_vla_is_fine_tuned(
+    decoding: str, own_rank: int, words: list[str], mini_demos: Path, tmp_path: Path
+) -> None:
+    before = new_policy(tmp_path, decoding=decoding, lora_rank=own_rank).model.state_dict()
+    path = f"policy.path='{tmp_path / 'new'}'"
+    run = FineTuning(tmp_path / "run", mini_demos, path, *BRIEF, *words).here()
+    first, last = run.reproducible()
+    assert first["sft/loss"] == pytest.approx(math.log(256), rel=0.03), "as good as a guess"
+    assert last["eval/episodes"] == 2
+    folder = run.policy(2)
+    assert main(["doctor", "--checkpoint", str(folder)]) == 0
+    assert load_policy(folder).processor.codec.statistics.key == "mini_no_noops"
+    model = AutoModel.from_pretrained(folder)
+    assert isinstance(model, ScratchVLAModel)
+    assert model.config.lora_rank == 0
+    plain = {name.replace(".base_layer.", "."): weight for name, weight in before.items()}
+    after = model.state_dict()
+    moved = {name for name in after if not torch.equal(after[name], plain[name])}
+    assert {"projector.fc1.weight", "action_tokens.head.weight"} <= moved
+    assert "language_model.layers.0.mlp.up_proj.weight" in moved
+    assert not any(name.startswith("vision_towers.") for name in moved)
+    has_adapters = bool(own_rank or words)
+    assert ("language_model.norm.weight" in moved) != has_adapters
+
+
+def test_adapters_are_not_put_on_adapters(
+    mini_demos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new_policy(tmp_path, lora_rank=4)
+    words = [f"policy.path='{tmp_path / 'new'}'", "policy.lora_rank=2"]
+    assert main(FineTuning(tmp_path / "run", mini_demos, *words).words) == EXIT_USAGE
+    assert "has adapters of rank 4 already" in capsys.readouterr().err
+
+
+def test_other_demonstrations_do_not_continue_a_run(
+    whole: tuple[FineTuning, str], mini_demos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = FineTuning(whole[0].folder, mini_demos, *DRAWN_AGAIN, "demos.choice.per_task=1")
+    assert main(changed.words) == EXIT_USAGE
+    assert "demos.choice.per_task: 'all' -> 1" in capsys.readouterr().err

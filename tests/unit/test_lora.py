@@ -1,0 +1,133 @@
+"""Adapters of both architectures: where they stand, what they learn, and how they are merged."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModel
+
+from verl_vla.policies.lora import add_adapters, merge_adapters
+from verl_vla.policies.openvla_oft import OpenVLAOFTModel
+from verl_vla.policies.openvla_oft import tiny as tiny_openvla_oft
+from verl_vla.policies.scratch_vla import ScratchVLAModel
+from verl_vla.policies.scratch_vla import tiny as tiny_scratch_vla
+from verl_vla.policies.token_model import TokenModel
+
+NUM_WORDS = 20
+TOKENIZER = tiny_openvla_oft.build_tokenizer(["lift the cube"])
+SMALL = {"image_size": 28, "vision_width": 24, "llm_width": 32, "llm_depth": 2, "llm_mlp": 64}
+
+
+def openvla_oft() -> TokenModel:
+    sizes = tiny_openvla_oft.TinySizes(**SMALL, chunk_length=2, fused=True)
+    return OpenVLAOFTModel(tiny_openvla_oft.tiny_config(TOKENIZER, sizes))
+
+
+def scratch_vla(lora_rank: int = 0) -> TokenModel:
+    sizes = tiny_scratch_vla.ScratchSizes(
+        **SMALL, chunk_length=2, num_towers=2, decoding="autoregressive", lora_rank=lora_rank
+    )
+    return ScratchVLAModel(tiny_scratch_vla.tiny_config(NUM_WORDS, sizes))
+
+
+def scratch_vla_with_adapters() -> TokenModel:
+    return scratch_vla(lora_rank=4)
+
+
+Build = Callable[[], TokenModel]
+PLAIN = pytest.mark.parametrize("build", [openvla_oft, scratch_vla])
+
+
+def make(build: Build, seed: int = 0) -> TokenModel:
+    torch.manual_seed(seed)
+    return build()
+
+
+def adapted(build: Build) -> TokenModel:
+    """A model with adapters, which have moved away from their start."""
+    model = make(build)
+    if not any("lora_B" in name for name, _ in model.named_parameters()):
+        add_adapters(model.adapted_part(), rank=4, alpha=8)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    return model
+
+
+def answer(model: TokenModel) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return model(
+        pixel_values=torch.randn(3, 6, 28, 28, generator=generator),
+        input_ids=torch.randint(4, NUM_WORDS, (3, 7), generator=generator),
+        bins=torch.randint(0, 256, (3, 14), generator=generator),
+        with_nll=True,
+    )
+
+
+def trained(model: TokenModel) -> set[str]:
+    return {name for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+@PLAIN
+def test_new_adapters_change_nothing(build: Build) -> None:
+    plain = make(build)
+    model = copy.deepcopy(plain)
+    add_adapters(model.adapted_part(), rank=4, alpha=8)
+    assert torch.equal(answer(model)["logits"], answer(plain)["logits"])
+    assert torch.equal(answer(model)["nll"], answer(plain)["nll"])
+
+
+def test_all_of_openvla_learns_through_adapters() -> None:
+    names = trained(adapted(openvla_oft))
+    assert names
+    assert all(".lora_" in name for name in names)
+    for part in ("lm_head", "projector.fc1", "self_attn.q_proj", "mlp.fc1", "attn.qkv"):
+        assert any(part in name for name in names), part
+
+
+def test_what_is_new_in_a_scratch_vla_learns_whole() -> None:
+    names = trained(adapted(scratch_vla))
+    assert {"projector.fc1.weight", "action_tokens.head.weight"} <= names
+    language = {name for name in names if name.startswith("language_model.")}
+    assert language
+    assert all(".lora_" in name for name in language)
+    assert language == {
+        name for name in trained(scratch_vla_with_adapters()) if name.startswith("language_model.")
+    }, "a policy's own adapters stand where those of a fine-tuning do"
+
+
+@PLAIN
+def test_the_gradient_reaches_every_factor(build: Build) -> None:
+    model = adapted(build)
+    answer(model)["nll"].sum().backward()
+    idle = {
+        name
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and (weight.grad is None or not weight.grad.any())
+    }
+    # SigLIP's last norm is not asked for: patches are read behind it, but no pooled image
+    assert {name for name in idle if ".lora_" in name} == set()
+
+
+@pytest.mark.parametrize("build", [openvla_oft, scratch_vla, scratch_vla_with_adapters])
+def test_merged_weights_answer_as_the_adapters_do(build: Build) -> None:
+    model = adapted(build)
+    plain = AutoModel.from_config(model.merged_config())
+    assert not any(".lora_" in name for name in plain.state_dict())
+    plain.load_state_dict(merge_adapters(model, model.state_dict()), strict=True)
+    mine, theirs = answer(plain), answer(model)
+    assert not torch.allclose(mine["logits"], answer(make(build))["logits"], atol=0.1)
+    assert torch.allclose(mine["logits"], theirs["logits"], atol=1e-3)
+    assert torch.allclose(mine["nll"], theirs["nll"], atol=1e-3)
+
+
+def test_a_model_without_adapters_is_merged_as_it_is() -> None:
+    model = make(openvla_oft)
+    state = model.state_dict()
+    merged = merge_adapters(model, state)
+    assert merged.keys() == state.keys()
+    assert all(merged[name] is state[name] for name in state)

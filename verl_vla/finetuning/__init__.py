@@ -1,0 +1,1 @@
+"""Supervised fine-tuning on LIBERO's demonstrations, up to the border to veRL."""

@@ -1,0 +1,67 @@
+"""What a person sees of a fine-tuning run: lines on the console, a curve, evaluations as JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from verl_vla.evaluation import Evaluation
+from verl_vla.progress import Progress, format_seconds
+from verl_vla.report import draw_sft_curve
+
+logger = logging.getLogger(__name__)
+
+
+class SFTReport:
+    """Follows one process's part of a run."""
+
+    def __init__(self, folder: Path, total_steps: int, show_every: int) -> None:
+        self._folder = folder
+        self._total_steps = total_steps
+        self._show_every = show_every
+        self._progress = Progress(total_steps)
+        self._began = time.perf_counter()
+        self._num_shown = 0
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Report a step now and then, the first, the last and every tested one always.
+
+        The time left is the mean of this process's steps so far, with all that lay between them.
+        """
+        self._num_shown += 1
+        is_telling = "sft/held_out_accuracy" in values or step in (1, self._total_steps)
+        if step % self._show_every and not is_telling:
+            return
+        per_step = (time.perf_counter() - self._began) / self._num_shown
+        held_out = (
+            f"  held out {100 * values['sft/held_out_accuracy']:.1f}%"
+            if "sft/held_out_accuracy" in values
+            else ""
+        )
+        logger.info(
+            "step %*d/%d  loss %.3f  tokens right %4.1f%%%s  rate %.1e  %.2f s  left %s",
+            len(str(self._total_steps)),
+            step,
+            self._total_steps,
+            values["sft/loss"],
+            100 * values["sft/accuracy"],
+            held_out,
+            values["sft/lr"],
+            values["time/step_s"],
+            format_seconds(per_step * (self._total_steps - step)),
+        )
+
+    def keep_evaluation(self, step: int, result: Evaluation, record: Mapping[str, Any]) -> None:
+        """Report an evaluation and write it down, with the outcome of each of its episodes."""
+        self._progress.show_evaluation(step, result.total)
+        folder = self._folder / "evaluations"
+        folder.mkdir(exist_ok=True)
+        (folder / f"step_{step}.json").write_text(json.dumps(record, indent=1))
+
+    def draw(self, lines: Sequence[Mapping[str, float]]) -> None:
+        """Draw ``curve.png`` of everything measured."""
+        draw_sft_curve(self._folder / "curve.png", lines, self._folder.name)

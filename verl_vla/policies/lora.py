@@ -1,0 +1,74 @@
+"""Low-rank adapters on every linear layer, and their way back into the weights.
+
+openvla-oft ``vla-scripts/finetune.py``: PEFT on ``all-linear`` layers, no dropout, the first factor
+drawn from a normal distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+ADAPTER = "default"
+"""PEFT's name for a model's only adapter."""
+LORA_ALPHA = 16
+"""Over a rank of 32. Source: openvla-oft, ``vla-scripts/finetune.py``, ``min(lora_rank, 16)``."""
+
+
+def add_adapters(part: nn.Module, *, rank: int, alpha: int) -> None:
+    """Freeze ``part`` and put a trainable adapter beside every linear layer in it, in place.
+
+    It computes what it computed before, since every second factor starts at zero.
+
+    Args:
+        part: of a model; layers that are frozen already get none.
+        rank: of the adapters.
+        alpha: an adapter's product is scaled by ``alpha / rank``.
+    """
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=[
+            name
+            for name, layer in part.named_modules()
+            if isinstance(layer, nn.Linear) and layer.weight.requires_grad
+        ],
+        init_lora_weights="gaussian",
+    )
+    inject_adapter_in_model(config, part)
+
+
+def head_rows(head: nn.Linear, rows: slice) -> Tensor:
+    """Rows of a linear layer's weight in float32, its adapter's share included: [rows, D]."""
+    layer: Any = head  # peft puts a layer of its own in the place of a linear one
+    if not isinstance(layer, LoraLayer):
+        return head.weight[rows].float()
+    base: Any = layer.get_base_layer()
+    factors: Any = (layer.lora_A, layer.lora_B)
+    first, second = (factor[ADAPTER].weight for factor in factors)
+    change = layer.scaling[ADAPTER] * (second[rows].float() @ first.float())
+    return base.weight[rows].float() + change
+
+
+def merge_adapters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Turn the weights of a model with adapters into those of a plain one that answers the same.
+
+    Args:
+        model: says which layers have adapters.
+        state: its weights by name, whole.
+    """
+    merged = dict(state)
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        first, second = (merged.pop(f"{name}.lora_{f}.{ADAPTER}.weight").float() for f in "AB")
+        for base in [key for key in merged if key.startswith(f"{name}.base_layer.")]:
+            merged[base.replace(".base_layer.", ".")] = merged.pop(base)
+        weight = merged[f"{name}.weight"]
+        change = layer.scaling[ADAPTER] * (second @ first)
+        merged[f"{name}.weight"] = (weight.float() + change).to(weight.dtype)
+    return merged

@@ -1,0 +1,180 @@
+"""One rank of a fine-tuning run: veRL's FSDP engine, fed with demonstrations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from transformers import AutoModel
+from verl.trainer.config import CheckpointConfig
+from verl.utils.device import get_device_id
+from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+
+from verl_vla.finetuning.recipe import ScheduleConfig
+from verl_vla.finetuning.run import SFTRun
+from verl_vla.finetuning.samples import SampleBatch
+from verl_vla.policies.lora import add_adapters, merge_adapters
+from verl_vla.trainer.engine import MODEL_TYPE, VLAEngine
+from verl_vla.trainer.translate import PRECISION
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LOSS, ACCURACY = range(2)
+"""Columns of the sums that ranks add up."""
+
+
+class SFTEngine(VLAEngine):
+    """Learns to choose the demonstrated bins, and to stop behind them."""
+
+    def __init__(self, run: SFTRun) -> None:
+        """Describe the engine in veRL's words; `initialize` builds it."""
+        self._run = run
+        policy, schedule = run.recipe.policy, run.recipe.optimizer
+        first, second = schedule.betas
+        super().__init__(
+            HFModelConfig(
+                path=str(run.policy_folder),
+                model_type=MODEL_TYPE,
+                trust_remote_code=False,
+                use_remove_padding=False,
+                enable_gradient_checkpointing=policy.gradient_checkpointing,
+                override_config={"attn_implementation": policy.attention, "unnorm_key": None},
+                lora_rank=policy.lora_rank or 0,
+                lora_alpha=policy.lora_alpha,
+            ),
+            FSDPEngineConfig(
+                strategy="fsdp2",
+                use_torch_compile=False,
+                seed=run.recipe.seed,
+                # Weights stay float32 for the optimizer; FSDP casts them for the arithmetic.
+                model_dtype="fp32",
+                mixed_precision={
+                    "param_dtype": PRECISION[policy.dtype],
+                    "reduce_dtype": "fp32",
+                    "buffer_dtype": "fp32",
+                },
+            ),
+            FSDPOptimizerConfig(
+                lr=schedule.lr,
+                weight_decay=schedule.weight_decay,
+                betas=(first, second),
+                # an infinite bound measures the norm and clips nothing
+                clip_grad=math.inf if schedule.clip_grad is None else schedule.clip_grad,
+                lr_warmup_steps=schedule.warmup_steps,
+                total_training_steps=run.recipe.trainer.total_steps,
+            ),
+            CheckpointConfig(),
+        )
+
+    def _build_module(self) -> nn.Module:
+        module = super()._build_module()
+        self.processor = self._run.load_processor()
+        return module
+
+    def _build_lora_module(self, module: nn.Module) -> Any:
+        """Where the model says; veRL's way needs a language model's methods."""
+        policy = self._run.recipe.policy
+        assert policy.lora_rank is not None
+        model: Any = module
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._run.recipe.seed)
+            add_adapters(model.adapted_part(), rank=policy.lora_rank, alpha=policy.lora_alpha)
+        return module
+
+    def _build_lr_scheduler(
+        self, optimizer: torch.optim.Optimizer
+    ) -> torch.optim.lr_scheduler.LambdaLR:
+        schedule: ScheduleConfig = self._run.recipe.optimizer
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.lr_factor)
+
+    def learn(self, batch: SampleBatch) -> dict[str, float]:
+        """Take one optimizer step on this rank's part of a step's batch.
+
+        Returns:
+            ``sft/loss``, ``sft/accuracy``, ``sft/grad_norm`` and ``sft/lr``, of all ranks together.
+        """
+        size = self._run.recipe.optimizer.micro_batch_size
+        starts = range(0, len(batch.bins), size)
+        sums = torch.zeros(2, dtype=torch.float64)
+        with self.train_mode():
+            self.optimizer_zero_grad()
+            for start in starts:
+                with self._gradient_sync_context(is_last_micro_batch=start == starts[-1]):
+                    loss, accuracy = self._imitate(batch, slice(start, start + size))
+                    # FSDP averages over ranks, each of which has as many samples
+                    (loss.sum() / len(batch.bins)).backward()
+                sums += torch.stack([loss.detach(), accuracy]).double().sum(1).cpu()
+            norm = self.optimizer_step()
+            assert self.optimizer is not None
+            rate = float(self.optimizer.param_groups[0]["lr"])
+            self.lr_scheduler_step()
+        total = self._add_up(sums)
+        num_samples = self._run.recipe.optimizer.batch_size
+        return {
+            "sft/loss": total[LOSS] / num_samples,
+            "sft/accuracy": total[ACCURACY] / num_samples,
+            "sft/grad_norm": norm,
+            "sft/lr": rate,
+        }
+
+    @torch.no_grad()
+    def test(self, batches: Sequence[tuple[SampleBatch, Tensor]], num_samples: int) -> list[float]:
+        """Measure loss and accuracy without learning.
+
+        Args:
+            batches: this rank's part, as many on every rank; with each the weights [n] of its
+                samples, 0 for one that only fills the batch.
+            num_samples: weights of all ranks together.
+
+        Returns:
+            Mean loss per label (nats) and share of tokens whose likeliest bin is demonstrated.
+        """
+        sums = torch.zeros(2, dtype=torch.float64)
+        with self.eval_mode():
+            for batch, weights in batches:
+                per_sample = torch.stack(self._imitate(batch, slice(None))).double().cpu()
+                sums += per_sample @ weights.double()
+        return [total / num_samples for total in self._add_up(sums)]
+
+    def _save_model(self, folder: Path, state: dict[str, Any]) -> None:
+        """Write a model without adapters, which are merged, in the recipe's type."""
+        dtype = DTYPES[self._run.recipe.policy.dtype]
+        merged = merge_adapters(self.module, state)
+        with torch.device("meta"):
+            plain = AutoModel.from_config(self.module.merged_config())
+        plain.save_pretrained(
+            str(folder), state_dict={name: value.to(dtype) for name, value in merged.items()}
+        )
+
+    def _imitate(self, batch: SampleBatch, rows: slice) -> tuple[Tensor, Tensor]:
+        """Score a micro-batch.
+
+        Returns:
+            [n] each: mean loss of a sample's labels (nats), and share of its tokens whose
+            likeliest bin is demonstrated.
+        """
+        device = get_device_id()
+        prompts = [self.processor.prompt(text) for text in batch.instructions[rows]]
+        ids, mask = self.processor.collate(prompts)
+        bins = batch.bins[rows].to(device)
+        output = self.run_model(
+            ids.to(device),
+            mask.to(device),
+            batch.images[rows].to(device),
+            bins=bins,
+            with_nll=True,
+        )
+        assert output.logits is not None
+        assert output.nll is not None
+        is_right = output.logits.detach().argmax(-1) == bins
+        return output.nll.mean(1), is_right.float().mean(1)
+
+    def _add_up(self, sums: Tensor) -> list[float]:
+        """Sum over the ranks."""
+        on_device = sums.to(get_device_id())
+        torch.distributed.all_reduce(on_device)
+        return on_device.tolist()
