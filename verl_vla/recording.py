@@ -13,11 +13,13 @@ imitation mends and reinforcement learning does.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +29,9 @@ from verl_vla.envs.libero import EnvConfig, LiberoEnv, make_env
 from verl_vla.envs.mini.experts import EXPERTS
 from verl_vla.envs.mini.make_init_states import sample_init_state
 from verl_vla.errors import ConfigError
+from verl_vla.processes import end_with_parent
+
+Attempted = TypeVar("Attempted")
 
 FASTEST = 0.9
 """No translation of a recorded action exceeds it: values on a bound all fall into one bin."""
@@ -94,10 +99,34 @@ def record(
     Raises:
         ConfigError: an expert runs out of steps more often than not.
     """
+    yield from first_kept(partial(attempt, env, config), tasks, episodes, seed, workers)
+
+
+def first_kept(
+    attempt_task: Callable[[int, int, int], Attempted | None],
+    tasks: Sequence[int],
+    episodes: int,
+    seed: int,
+    workers: int,
+) -> Iterator[Attempted]:
+    """Yield the first ``episodes`` attempts at each task that are worth keeping, task by task.
+
+    Args:
+        attempt_task: called in another process with the task, the seed and the attempt's number;
+            None where the attempt came to nothing.
+        tasks: task ids.
+        episodes: how many of each task.
+        seed: of all of them.
+        workers: processes; they end when this one does, however it ends.
+
+    Raises:
+        ConfigError: more attempts than not come to nothing.
+    """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        first = {
-            task: [pool.submit(attempt, env, config, task, seed, n) for n in range(episodes)]
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
+    try:
+        waiting = {
+            task: deque(pool.submit(attempt_task, task, seed, n) for n in range(episodes))
             for task in tasks
         }
         for task in tasks:
@@ -108,25 +137,33 @@ def record(
                 if n - num_kept > max(episodes * (1 / MIN_ENDED - 1), 3):
                     raise ConfigError(
                         f"the expert of task {task} ended {num_kept} of {n} attempts in time; "
-                        "record with less noise"
+                        "record with less noise, or other tasks"
                     )
-                late = n >= episodes
+                is_early = bool(waiting[task])
                 future = (
-                    pool.submit(attempt, env, config, task, seed, n) if late else first[task][n]
+                    waiting[task].popleft()
+                    if is_early
+                    else pool.submit(attempt_task, task, seed, n)
                 )
-                demonstration = future.result()
-                if not late:
-                    first[task][n].cancel()
-                if demonstration is not None:
+                attempted = future.result()
+                if attempted is not None:
                     num_kept += 1
-                    yield demonstration
+                    yield attempted
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@lru_cache(maxsize=1)
+def env_of_process(config: EnvConfig) -> LiberoEnv:
+    """Return the environment that a recording process keeps for all its attempts."""
+    return make_env(config)
 
 
 def attempt(
     config: EnvConfig, recording: RecordingConfig, task_id: int, seed: int, index: int
 ) -> Demonstration | None:
     """Let the expert try once; None where the task's step limit ended it."""
-    return play_expert(_env(config), task_id, recording, seed=seed, index=index)
+    return play_expert(env_of_process(config), task_id, recording, seed=seed, index=index)
 
 
 def play_expert(
@@ -191,9 +228,3 @@ def _disturbances(
 def _is_recorded(disturbances: npt.NDArray[np.float64], step: int, config: RecordingConfig) -> bool:
     """Whether the expert's next actions are also what will be executed, every few steps."""
     return step % config.every == 0 and not disturbances[step : step + config.horizon].any()
-
-
-@lru_cache(maxsize=1)
-def _env(config: EnvConfig) -> LiberoEnv:
-    """The environment of a recording process."""
-    return make_env(config)

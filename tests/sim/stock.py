@@ -1,7 +1,7 @@
 """Play LIBERO's own environment as the published evaluations do, and write down all of it.
 
 ``python stock.py SUITE TASK FOLDER``: reads ``question.npz`` (init_state, moves), writes
-``answer.npz`` (qpos, qvel, solved, proprio and the pictures, after each move).
+``answer.npz`` (qpos, qvel, solved, proprio, arm and the pictures, after each move).
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def main(suite_name: str, task_id: int, folder: Path) -> None:
             "qvel": np.array(env.sim.data.qvel),
             "solved": np.array(done),
             "proprio": np.concatenate(proprio).astype(np.float32),
+            "arm": seen["robot0_joint_pos"],
             **{camera: seen[f"{camera}_image"] for camera in CAMERAS},
         }
         for name, value in row.items():

@@ -69,6 +69,7 @@ def test_every_step_is_that_of_the_stock_environment(
         assert np.array_equal(simulator._data.qpos, stock["qpos"][i]), f"step {i}"
         assert np.array_equal(simulator._data.qvel, stock["qvel"][i]), f"step {i}"
         assert np.array_equal(simulator.proprio(), stock["proprio"][i]), f"step {i}"
+        assert np.array_equal(simulator.seen_robot().arm_rad, stock["arm"][i]), f"step {i}"
         if i % 10 == 9 and env.suite.needs_assets:  # the mini suite is drawn more cheaply
             for camera in CAMERAS:
                 as_evaluated = stock[camera][i][::-1, ::-1]

@@ -1,4 +1,8 @@
-"""``demos --out FILE ...``: record scripted demonstrations of the mini suite."""
+"""``demos --out PLACE ...``: record demonstrations of scripted experts.
+
+A PLACE that ends in .npz is one file of the mini suite as `sft` reads it; one in .hdf5 is one task
+in LIBERO's own layout, and any other is a folder of such files, one a task.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +10,68 @@ import argparse
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 
-from verl_vla.build import task_ids
+from verl_vla.build import check_assets, task_ids
 from verl_vla.demonstrations import Demonstration, write
-from verl_vla.envs.libero import EnvConfig
-from verl_vla.envs.suites import suite
+from verl_vla.envs.experts.choice import SUITES_WITH_EXPERTS, check_experts
+from verl_vla.envs.libero import CAMERAS, EnvConfig
+from verl_vla.envs.suites import Suite, suite
 from verl_vla.errors import ConfigError
+from verl_vla.libero_files import LiberoEpisode, file_name, write_libero_file
+from verl_vla.libero_recording import record_episodes
+from verl_vla.progress import format_seconds
 from verl_vla.recording import RecordingConfig, record
 
 logger = logging.getLogger(__name__)
 
+ARCHIVE, ONE_TASK = ".npz", ".hdf5"
+ARCHIVE_ONLY = ("noise", "every", "height_error", "image_size")
+"""Options of pictures that a policy sees between disturbances; LIBERO's layout has neither."""
+IMAGE_SIZE = 112
+MAX_SIMULATORS = 2
+"""Recording goes task by task; only what replaces a failed attempt reaches back to another."""
+REPORTS = 20
+"""Lines of progress, about."""
+
 
 def run(arguments: Sequence[str]) -> int:
-    """Record, say how it goes, and write the file."""
+    """Record, say how it goes, and write the file or files."""
     options = _parser().parse_args(arguments)
     chosen = suite(options.suite)
-    if chosen.needs_assets:
-        raise ConfigError(f"--suite is {chosen.name}, which has no scripted experts; take mini")
+    check_experts(chosen.name)
     tasks = task_ids(chosen, options.tasks)
     if options.episodes < 1 or options.workers < 1:
         raise ConfigError("--episodes and --workers must be at least 1")
-    config = RecordingConfig(
-        noise=options.noise, every=options.every, height_error_m=options.height_error
-    )
-    env = EnvConfig(
-        suite=chosen.name, render_size=options.render_size, image_size=options.image_size
-    )
     out = Path(options.out)
+    if out.suffix == ARCHIVE:
+        _record_archive(out, chosen, tasks, options)
+    else:
+        _record_libero_files(out, chosen, tasks, options)
+    logger.info("written to %s", out)
+    return 0
+
+
+def _record_archive(
+    out: Path, chosen: Suite, tasks: Sequence[int], options: argparse.Namespace
+) -> None:
+    if chosen.needs_assets:
+        raise ConfigError(
+            f"--suite is {chosen.name} and --out {out}, but {ARCHIVE} files are for mini; write "
+            f"{ONE_TASK}, or into a folder"
+        )
+    defaults = RecordingConfig()
+    config = RecordingConfig(
+        noise=defaults.noise if options.noise is None else options.noise,
+        every=defaults.every if options.every is None else options.every,
+        height_error_m=(
+            defaults.height_error_m if options.height_error is None else options.height_error
+        ),
+    )
+    image_size = IMAGE_SIZE if options.image_size is None else options.image_size
+    env = EnvConfig(suite=chosen.name, render_size=options.render_size, image_size=image_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     demonstrations = record(
         env,
@@ -43,7 +81,7 @@ def run(arguments: Sequence[str]) -> int:
         seed=options.seed,
         workers=options.workers,
     )
-    shown = _show(demonstrations, options.episodes * len(tasks))
+    shown = _show(demonstrations, chosen, options.episodes * len(tasks))
     write(
         out,
         shown,
@@ -51,48 +89,84 @@ def run(arguments: Sequence[str]) -> int:
         horizon=config.horizon,
         render_size=options.render_size,
     )
-    logger.info("written to %s", out)
-    return 0
+
+
+def _record_libero_files(
+    out: Path, chosen: Suite, tasks: Sequence[int], options: argparse.Namespace
+) -> None:
+    given = [name for name in ARCHIVE_ONLY if vars(options)[name] is not None]
+    if given:
+        raise ConfigError(
+            f"--{given[0].replace('_', '-')} is of {ARCHIVE} files and means nothing in LIBERO's "
+            f"layout; leave it out, or let --out end in {ARCHIVE}"
+        )
+    if out.suffix == ONE_TASK and len(tasks) > 1:
+        raise ConfigError(
+            f"--out is {out}, one file, for {len(tasks)} tasks, of which each has a file of its "
+            "own; name a folder, or choose one with --task"
+        )
+    check_assets(chosen)
+    env = EnvConfig(
+        suite=chosen.name,
+        render_size=options.render_size,
+        cameras=CAMERAS,
+        max_simulators=MAX_SIMULATORS,
+    )
+    folder = out.parent if out.suffix == ONE_TASK else out
+    folder.mkdir(parents=True, exist_ok=True)
+    episodes = record_episodes(
+        env, tasks, episodes=options.episodes, seed=options.seed, workers=options.workers
+    )
+    shown = _show(episodes, chosen, options.episodes * len(tasks))
+    for task_id, of_task in groupby(shown, key=lambda episode: episode.task_id):
+        name = out.name if out.suffix == ONE_TASK else file_name(chosen.task(task_id).name)
+        write_libero_file(folder / name, of_task)
 
 
 def _parser() -> argparse.ArgumentParser:
     config = RecordingConfig()
     parser = argparse.ArgumentParser(prog="python -m verl_vla demos", description=__doc__)
     add = parser.add_argument
-    add("--suite", default="mini", help="mini; the others have no scripted experts")
-    add("--tasks", type=int, nargs="+", help="task ids; all if not given")
+    add("--suite", default="mini", help=", ".join(SUITES_WITH_EXPERTS))
+    add("--tasks", "--task", type=int, nargs="+", help="task ids; all if not given")
     add("--episodes", type=int, default=60, help="solved episodes per task")
-    add("--noise", type=float, default=config.noise, help="of the executed translations")
-    add("--every", type=int, default=config.every, help="steps between images")
+    add("--render-size", type=int, default=128, help="camera picture, pixels")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, default=2, help="simulator processes")
+    add("--out", required=True, help="file to write, .npz or .hdf5, or a folder")
+    add = parser.add_argument_group(f"{ARCHIVE} files only").add_argument
+    add("--noise", type=float, help=f"of the executed translations; {config.noise}")
+    add("--every", type=int, help=f"steps between images; {config.every}")
     add(
         "--height-error",
         type=float,
-        default=config.height_error_m,
-        help="largest error of a careless operator, who takes objects to lie higher, metres",
+        help="largest error of a careless operator, who takes objects to lie higher, metres; "
+        f"{config.height_error_m}",
     )
-    add("--render-size", type=int, default=128, help="camera picture, pixels")
-    add("--image-size", type=int, default=112, help="what the policy sees, pixels")
-    add("--seed", type=int, default=0)
-    add("--workers", type=int, default=2, help="simulator processes")
-    add("--out", required=True, help="file to write, .npz")
+    add("--image-size", type=int, help=f"what the policy sees, pixels; {IMAGE_SIZE}")
     return parser
 
 
-def _show(demonstrations: Iterator[Demonstration], total: int) -> Iterator[Demonstration]:
+Recorded = TypeVar("Recorded", Demonstration, LiberoEpisode)
+
+
+def _show(episodes: Iterator[Recorded], chosen: Suite, total: int) -> Iterator[Recorded]:
     began = time.perf_counter()
     task, steps = None, list[int]()
-    for done, demonstration in enumerate(demonstrations, 1):
-        if demonstration.task_id != task:
-            task, steps = demonstration.task_id, []
-        steps.append(demonstration.num_steps)
-        if done % 20 == 0 or done == total:
+    for done, episode in enumerate(episodes, 1):
+        if episode.task_id != task:
+            task, steps = episode.task_id, []
+        steps.append(episode.num_steps)
+        if done % max(1, total // REPORTS) == 0 or done == total:
+            spent = time.perf_counter() - began
             logger.info(
-                "%4d/%d  %s: %d to %d steps  %.0f s",
+                "%4d/%d  %s: %d to %d steps  %s  left %s",
                 done,
                 total,
-                demonstration.instruction,
+                chosen.task(episode.task_id).instruction,
                 min(steps),
                 max(steps),
-                time.perf_counter() - began,
+                format_seconds(spent),
+                format_seconds(spent / done * (total - done)),
             )
-        yield demonstration
+        yield episode

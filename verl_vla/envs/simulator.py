@@ -18,6 +18,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 from libero.libero.envs.env_wrapper import ControlEnv
+from robosuite.controllers import load_controller_config
 from robosuite.utils.transform_utils import convert_quat, quat2axisangle
 
 from verl_vla.envs.control import ArmControl, ArmState, Floats
@@ -27,6 +28,7 @@ from verl_vla.types import GoalReadings
 
 PHYSICS_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 """Everything that MuJoCo's next step depends on, the solver's warm start included."""
+CONTROLLER = "OSC_POSE"
 UNSEEN_SUBSTEPS = 2
 """Physics steps at the end of a control step whose motion the observation misses; see `Seen`."""
 
@@ -44,8 +46,26 @@ class Seen:
     """[nq] after 23 physics steps; places every body."""
     fingers_m: Floats
     """[2] the gripper's joints, after 24."""
+    arm_rad: Floats
+    """[7] the arm's joints, after 24."""
     site_alpha: Floats
     """[nsite] which sites are visible, e.g. the flame of a burner."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeenRobot:
+    """How an observation shows the robot."""
+
+    hand_m: Floats
+    """[3] where the point between the fingertips is."""
+    hand_quaternion: Floats
+    """[4] (x, y, z, w)"""
+    hand_rad: Floats
+    """[3] the same as axis times angle."""
+    fingers_m: Floats
+    """[2] the gripper's joints."""
+    arm_rad: Floats
+    """[7] the arm's joints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +90,7 @@ class Simulator:
         self._shown = mujoco.MjData(self._model)
         self._robot: Any = self._env.robots[0]
         self._finger_index: list[int] = self._robot._ref_gripper_joint_pos_indexes
+        self._arm_index: list[int] = self._robot._ref_joint_pos_indexes
         self._arm = ArmControl(self._robot)
         self._goal_meter = GoalMeter(self._env)
         self._substeps = int(self._env.control_timestep / self._env.model_timestep)
@@ -95,7 +116,7 @@ class Simulator:
         self._arm.go_on(self._substeps - UNSEEN_SUBSTEPS - 1)
         before = self._see()
         self._arm.go_on(1)
-        self._seen = replace(before, fingers_m=self._fingers())
+        self._seen = replace(before, fingers_m=self._fingers(), arm_rad=self._arm_joints())
         self._arm.go_on(UNSEEN_SUBSTEPS - 1)
         return bool(self._env._check_success())
 
@@ -122,11 +143,17 @@ class Simulator:
 
     def proprio(self) -> npt.NDArray[np.float32]:
         """Return [8], as `Seen`: position (m), orientation (axis-angle, rad), two fingers (m)."""
+        seen = self.seen_robot()
+        return np.concatenate([seen.hand_m, seen.hand_rad, seen.fingers_m]).astype(np.float32)
+
+    def seen_robot(self) -> SeenRobot:
+        """Return the robot as `Seen`."""
         self._show()
-        position = self._shown.site_xpos[self._robot.eef_site_id]
+        position = np.array(self._shown.site_xpos[self._robot.eef_site_id])
         body = self._model.body(self._robot.robot_model.eef_name).id
-        turn = quat2axisangle(convert_quat(np.array(self._shown.xquat[body]), to="xyzw"))
-        return np.concatenate([position, turn, self._seen.fingers_m]).astype(np.float32)
+        quaternion = convert_quat(np.array(self._shown.xquat[body]), to="xyzw")
+        turn = quat2axisangle(quaternion)
+        return SeenRobot(position, quaternion, turn, self._seen.fingers_m, self._seen.arm_rad)
 
     def goals(self) -> GoalReadings:
         """Measure how far each goal of the task is, [G, 3]; see `Reading`."""
@@ -136,15 +163,71 @@ class Simulator:
         """Draw a start [1 + nq + nv] from the regions of the task; the episode played is lost."""
         with _seeded(seed):
             self._env.reset()
+        return self.flat_state()
+
+    def flat_state(self) -> Floats:
+        """Return time, positions and velocities [1 + nq + nv], as LIBERO's files hold them."""
         return self._env.sim.get_state().flatten()
+
+    def model_xml(self) -> str:
+        """Return the model as robosuite's files hold it."""
+        return self._env.sim.model.get_xml()
+
+    @property
+    def controller(self) -> dict[str, Any]:
+        """Settings of robosuite's arm controller."""
+        return load_controller_config(default_controller=CONTROLLER)
+
+    @property
+    def problem(self) -> dict[str, str]:
+        """LIBERO's ``get_problem_info``, and the name of the environment's class."""
+        parsed = self._env.parsed_problem
+        return {
+            "env_name": type(self._env).__name__,
+            "problem_name": parsed["problem_name"],
+            "domain_name": "robosuite",
+            "language_instruction": " ".join(parsed["language_instruction"]),
+        }
+
+    @property
+    def model(self) -> mujoco.MjModel:
+        """MuJoCo's model; like all that follows for scripted experts, not for policies."""
+        return self._model
+
+    @property
+    def data(self) -> mujoco.MjData:
+        """MuJoCo's moment; to be read, not written."""
+        return self._data
+
+    @property
+    def goal(self) -> list[list[str]]:
+        """What makes the task solved: predicates and their objects or places, all of which hold."""
+        return self._env.parsed_problem["goal_state"]
+
+    @property
+    def gripper_site(self) -> int:
+        """Number of the site between the fingertips."""
+        return self._robot.eef_site_id
 
     def gripper_position(self) -> Floats:
         """Return the point between the fingertips, [3] m."""
         return np.array(self._data.site_xpos[self._robot.eef_site_id])
 
+    def gripper_rotation(self) -> Floats:
+        """Return a rotation matrix [3, 3]: the fingers move along x, the hand points along z."""
+        return np.array(self._data.site_xmat[self._robot.eef_site_id]).reshape(3, 3)
+
+    def body(self, name: str) -> int:
+        """Return the number of the body of an object or fixture of the task."""
+        return self._env.obj_body_id[name]
+
+    def has_site(self, name: str) -> bool:
+        """Say whether a place of the task is a site of an object, and no object."""
+        return name in self._env.object_sites_dict
+
     def object_position(self, name: str) -> Floats:
-        """Return where an object of the task is, [3] m; for scripted experts, not for policies."""
-        return np.array(self._data.xpos[self._env.obj_body_id[name]])
+        """Return where an object of the task is, [3] m."""
+        return np.array(self._data.xpos[self.body(name)])
 
     def close(self) -> None:
         """Free the renderer and the model."""
@@ -155,7 +238,7 @@ class Simulator:
 
     def _see(self) -> Seen:
         alpha = np.array(self._model.site_rgba[:, 3])
-        return Seen(np.array(self._data.qpos), self._fingers(), alpha)
+        return Seen(np.array(self._data.qpos), self._fingers(), self._arm_joints(), alpha)
 
     def _show(self) -> None:
         self._model.site_rgba[:, 3] = self._seen.site_alpha
@@ -167,6 +250,9 @@ class Simulator:
     def _fingers(self) -> Floats:
         return self._data.qpos[self._finger_index]
 
+    def _arm_joints(self) -> Floats:
+        return self._data.qpos[self._arm_index]
+
     def _physics(self) -> Floats:
         state = np.empty(mujoco.mj_stateSize(self._model, PHYSICS_STATE))
         mujoco.mj_getState(self._model, self._data, state, PHYSICS_STATE)
@@ -176,6 +262,7 @@ class Simulator:
 def _build(bddl_file: Path) -> Any:
     wrapper = ControlEnv(
         bddl_file_name=str(bddl_file),
+        controller=CONTROLLER,
         has_offscreen_renderer=False,
         use_camera_obs=False,
         hard_reset=False,

@@ -22,10 +22,9 @@ import numpy.typing as npt
 from verl_vla.envs.suites import Suite
 from verl_vla.errors import ConfigError
 from verl_vla.finetuning.targets import moving_steps
+from verl_vla.libero_files import file_name
 from verl_vla.observations import Pixels
 
-FILE_SUFFIX = "_demo.hdf5"
-"""LIBERO ``libero/libero/benchmark/__init__.py``, `get_task_demonstration`."""
 AGENTVIEW = "obs/agentview_rgb"
 """The third-person camera's pictures."""
 
@@ -78,7 +77,7 @@ class DemoChoice:
 
 def demo_file(folder: Path, task_name: str) -> Path:
     """Where the episodes of a task lie."""
-    return folder / f"{task_name}{FILE_SUFFIX}"
+    return folder / file_name(task_name)
 
 
 def read_demos(

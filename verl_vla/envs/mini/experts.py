@@ -7,32 +7,27 @@ nothing about their neighbours. Rotations are never commanded.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from verl_vla.envs.experts.motion import CLOSED, GAIN, OPEN, Expert, Floats
 from verl_vla.envs.mini.geometry import CUBE_HALF_M, PLATE_HALF_HEIGHT_M
 
 if TYPE_CHECKING:
     from verl_vla.envs.simulator import Simulator
 
-Floats = npt.NDArray[np.float64]
-
-OPEN, CLOSED = -1.0, 1.0
-GAIN = 40.0
-"""Action per metre of error; an action of 1 asks for 0.05 m."""
 CLOSING_STEPS = 5
 """The fingers meet a cube after four."""
 MISSED_M = 0.1
 """A gripper that is this far past an object, or over it after closing, works without it."""
 
 
-class Expert(ABC):
-    """Solves one task from any of its starts; make a new one for each episode."""
+class MiniExpert(Expert):
+    """An expert that may be careless: it can misjudge how high objects lie."""
 
     def __init__(
         self, simulator: Simulator, pace: float, height_error_m: float, *, item: str
@@ -45,14 +40,9 @@ class Expert(ABC):
             height_error_m: by how much it takes every object to lie higher than it does.
             item: the object to be moved.
         """
-        self._simulator = simulator
-        self._pace = pace
+        super().__init__(simulator, pace)
         self._height_error = np.array([0.0, 0.0, height_error_m])
         self._item = item
-
-    @abstractmethod
-    def act(self) -> Floats:
-        """Return the action [7] for this moment; call it once a step."""
 
     @abstractmethod
     def has_missed(self) -> bool:
@@ -70,7 +60,7 @@ class Expert(ABC):
         return action
 
 
-class Push(Expert):
+class Push(MiniExpert):
     """Pushes an object away from the robot, with closed fingers."""
 
     BEHIND_M = CUBE_HALF_M + 0.037
@@ -100,7 +90,7 @@ class Push(Expert):
         return bool(ahead[0] > MISSED_M)
 
 
-class Pick(Expert):
+class Pick(MiniExpert):
     """Grasps an object from above and lifts it."""
 
     HOVER_M = 0.075
@@ -182,7 +172,7 @@ class Place(Pick):
         return self._move(over, OPEN if is_down else CLOSED)
 
 
-EXPERTS: Mapping[str, Callable[[Simulator, float, float], Expert]] = {
+EXPERTS: Mapping[str, Callable[[Simulator, float, float], MiniExpert]] = {
     "push_the_red_cube_onto_the_green_marker": partial(Push, item="red_cube"),
     "lift_the_red_cube": partial(Pick, item="red_cube"),
     "put_the_red_cube_on_the_white_plate": partial(

@@ -1,0 +1,1 @@
+"""Scripted experts: they read poses and shapes from the simulator, which no policy sees."""

@@ -1,0 +1,44 @@
+"""Which expert plays which task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from verl_vla.envs.experts.motion import Expert
+from verl_vla.envs.experts.pick_and_place import PickAndPlace
+from verl_vla.envs.mini.experts import EXPERTS
+from verl_vla.errors import ConfigError
+
+if TYPE_CHECKING:
+    from verl_vla.envs.simulator import Simulator
+
+SUITES_WITH_EXPERTS = ("mini", "libero_spatial", "libero_object")
+
+
+def check_experts(suite_name: str) -> None:
+    """Check that a suite has scripted experts.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if suite_name not in SUITES_WITH_EXPERTS:
+        raise ConfigError(
+            f"--suite is {suite_name}, which has no scripted experts; take one of "
+            f"{', '.join(SUITES_WITH_EXPERTS)}"
+        )
+
+
+def make_expert(task_name: str, simulator: Simulator, pace: float) -> Expert:
+    """Make a flawless expert for the episode that ``simulator`` is about to play.
+
+    Args:
+        task_name: name of the task.
+        simulator: where the objects are, settled.
+        pace: the largest translation of an action, of 1.
+
+    Raises:
+        ConfigError: the task asks for more than moving one object.
+    """
+    if task_name in EXPERTS:
+        return EXPERTS[task_name](simulator, pace, 0.0)
+    return PickAndPlace(simulator, pace)
