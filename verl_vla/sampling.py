@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -23,6 +24,9 @@ class SamplingConfig:
     """Of the action tokens, in the rollout and in the update alike (SimpleVLA-RL: 1.6)."""
     dynamic: bool = True
     """Replace groups that agree with themselves by new ones played under the same weights."""
+    filter_on: Literal["outcome", "reward"] = "outcome"
+    """What a group must disagree in. ``reward`` also keeps groups in which all fail, or all
+    succeed, where the reward tells them apart."""
     max_rounds: int = 4
     """Rounds of rollout in one training step, the first included; then the step goes on with
     the informative groups it has, and stops if it has none."""
@@ -95,11 +99,8 @@ class GroupResult:
     num_solved: int
     num_failed: int
     num_crashed: int
-
-    @property
-    def is_informative(self) -> bool:
-        """Whether the surviving episodes disagree, so that there is something to learn."""
-        return self.num_solved > 0 and self.num_failed > 0
+    score_spread: float
+    """The largest score of the surviving episodes, less the smallest."""
 
     @property
     def is_comparable(self) -> bool:
@@ -172,4 +173,8 @@ class GroupLedger:
     def _is_wanted(self, group: GroupResult) -> bool:
         if not group.is_comparable:
             return False
-        return group.is_informative or not self.config.dynamic
+        if not self.config.dynamic:
+            return True
+        if self.config.filter_on == "reward":
+            return group.score_spread > 0
+        return group.num_solved > 0 and group.num_failed > 0

@@ -52,6 +52,7 @@ class Store:
             "num_solved": max(solved, 0),
             "num_failed": 0 if crashed else 2 - solved,
             "num_crashed": crashed,
+            "score_spread": float(solved == 1),
         }
 
 

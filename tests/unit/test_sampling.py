@@ -22,13 +22,17 @@ def make_ledger(groups_per_step: int = 4, max_rounds: int = 3, **knobs) -> Group
     )
 
 
-def group(group_id: int, solved: int = 0, failed: int = 0, crashed: int = 0) -> GroupResult:
+def group(
+    group_id: int, solved: int = 0, failed: int = 0, crashed: int = 0, spread: float | None = None
+) -> GroupResult:
+    """By default the reward is the outcome."""
     return GroupResult(
         group_id=group_id,
         task_id=0,
         num_solved=solved,
         num_failed=failed,
         num_crashed=crashed,
+        score_spread=float(solved > 0 and failed > 0) if spread is None else spread,
     )
 
 
@@ -93,8 +97,25 @@ def test_another_seed_is_another_order():
 )
 def test_a_group_is_judged_by_those_who_survived(solved, failed, informative, comparable):
     result = group(0, solved, failed, crashed=8 - solved - failed)
-    assert result.is_informative == informative
     assert result.is_comparable == comparable
+    for filter_on in ("outcome", "reward"):
+        ledger = make_ledger(filter_on=filter_on)
+        ledger.add_round([result])
+        assert ledger.kept == ([0] if informative else [])
+
+
+@pytest.mark.parametrize(("solved", "failed"), [(0, 8), (8, 0)])
+def test_by_choice_a_group_teaches_where_the_reward_tells_its_episodes_apart(solved, failed):
+    ranked = group(0, solved, failed, spread=0.2)
+    for filter_on, kept in (("outcome", []), ("reward", [0])):
+        ledger = make_ledger(filter_on=filter_on)
+        ledger.add_round([ranked])
+        assert ledger.kept == kept
+
+
+def test_a_lone_survivor_is_dropped_whatever_its_score():
+    ledger = make_ledger(filter_on="reward")
+    assert ledger.add_round([group(0, solved=1, crashed=7, spread=0.2)]) == [0]
 
 
 def test_a_full_step_needs_no_refill():

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import transfer_queue as tq
 from tensordict import TensorDict
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
@@ -102,17 +103,21 @@ class EpisodeLoop:
         )
         self._enter(played)
         alive = played.select(~played.episodes.crashed)
-        if len(alive.episodes):
-            self._score_and_store(alive, global_step)
+        spread = self._score_and_store(alive, global_step) if len(alive.episodes) else {}
         began = time.perf_counter()
         tq.kv_batch_put(
             keys=[group_key(group) for group in groups],
             partition_id="train",
-            tags=[_prompt_tag(played, group, global_step) for group in groups],
+            tags=[
+                _prompt_tag(played, group, global_step)
+                | {"score_spread": spread[group] if group in spread else 0.0}
+                for group in groups
+            ],
         )
         self.account.transfer_s += time.perf_counter() - began
 
-    def _score_and_store(self, alive: Trajectories, global_step: int) -> None:
+    def _score_and_store(self, alive: Trajectories, global_step: int) -> dict[int, float]:
+        """Return by how much the scores of each group differ."""
         began = time.perf_counter()
         batch, result = score(self._reward, alive, suite=self._suite, split="train")
         learned = learn(self._reward, batch)
@@ -130,6 +135,11 @@ class EpisodeLoop:
             keys=keys, fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id="train"
         )
         self.account.transfer_s += time.perf_counter() - scored
+        group_id = alive.episodes.group_id.numpy()
+        return {
+            int(group): float(np.ptp(result.score[group_id == group]))
+            for group in np.unique(group_id)
+        }
 
     def _enter(self, played: Trajectories) -> None:
         episodes = played.episodes

@@ -62,6 +62,7 @@ class GroupReplayBuffer(ReplayBuffer):
                 num_solved=tags[key]["num_solved"],
                 num_failed=tags[key]["num_failed"],
                 num_crashed=tags[key]["num_crashed"],
+                score_spread=tags[key]["score_spread"],
             )
             for key in fresh
         ]

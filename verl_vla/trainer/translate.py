@@ -66,6 +66,7 @@ def _algorithm(run: Run) -> Knobs:
             "group_size": sampling.group_size,
             "temperature": sampling.temperature,
             "dynamic": sampling.dynamic,
+            "filter_on": sampling.filter_on,
             "max_rounds": sampling.max_rounds,
         },
     }
