@@ -8,17 +8,14 @@ from dataclasses import fields, is_dataclass
 import pytest
 import yaml
 
+from verl_vla.composition import RECIPES_FOLDER, find_recipe, load_recipe, recipe_names
 from verl_vla.errors import ConfigError
 from verl_vla.recipe import (
-    RECIPES_FOLDER,
     EnvironmentConfig,
     OptimizerConfig,
     PolicyConfig,
     Recipe,
     TrainerConfig,
-    find_recipe,
-    load_recipe,
-    recipe_names,
 )
 
 TEXT = """\
@@ -199,7 +196,7 @@ def test_just_one_recipe_that_exists_must_be_named(arguments, message):
 
 
 def test_a_recipe_that_is_nearly_right_is_suggested(tmp_path, monkeypatch):
-    monkeypatch.setattr("verl_vla.recipe.RECIPES_FOLDER", tmp_path)
+    monkeypatch.setattr("verl_vla.composition.RECIPES_FOLDER", tmp_path)
     (tmp_path / "libero_spatial.yaml").write_text(TEXT)
     assert recipe_names(tmp_path) == ["libero_spatial"]
     assert find_recipe("libero_spatial", tmp_path) == tmp_path / "libero_spatial.yaml"

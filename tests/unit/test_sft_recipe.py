@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from verl_vla.cli.main import EXIT_USAGE, main
+from verl_vla.composition import recipe_names
 from verl_vla.errors import ConfigError
 from verl_vla.finetuning.recipe import (
     SFT_RECIPES_FOLDER,
@@ -16,7 +17,6 @@ from verl_vla.finetuning.recipe import (
     SFTRecipe,
     load_sft_recipe,
 )
-from verl_vla.recipe import recipe_names
 
 OPEN = {
     "sft_libero": ["demos.folder=demos", "policy.path=checkpoint"],

@@ -16,12 +16,13 @@ from typing import Any
 
 from verl_vla.build import Run, open_run
 from verl_vla.cli.train import improve
+from verl_vla.composition import load_recipe
 from verl_vla.film import film, write_side_by_side
 from verl_vla.metrics import read_metrics
 from verl_vla.policies.loading import load_policy
 from verl_vla.progress import format_seconds
 from verl_vla.provenance import provenance
-from verl_vla.recipe import Recipe, load_recipe
+from verl_vla.recipe import Recipe
 from verl_vla.report import success_table, text_curve
 from verl_vla.sampling import Start
 from verl_vla.trainer import checkpoint

@@ -9,9 +9,9 @@ import warnings
 from collections.abc import Sequence
 
 from verl_vla.build import Run, open_run
+from verl_vla.composition import load_recipe
 from verl_vla.finetuning.run import SFTRun
 from verl_vla.metrics import read_metrics
-from verl_vla.recipe import load_recipe
 from verl_vla.report import draw_curve
 
 logger = logging.getLogger(__name__)

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from verl_vla.composition import RECIPES_FOLDER, compose_recipe
 from verl_vla.config import parse
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import EvaluationConfig
 from verl_vla.finetuning.hdf5 import DemoChoice
 from verl_vla.policies.lora import LORA_ALPHA
-from verl_vla.recipe import RECIPES_FOLDER, EnvironmentConfig, compose_recipe
+from verl_vla.recipe import EnvironmentConfig
 
 SFT_RECIPES_FOLDER = RECIPES_FOLDER / "sft"
 """Where fine-tuning recipes with a plain name live."""
