@@ -12,7 +12,7 @@ from typing import Any, Literal
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import EvaluationConfig
 from verl_vla.gate import GateConfig
-from verl_vla.loss import ClipRange
+from verl_vla.loss import ClipRange, KLConfig
 from verl_vla.sampling import SamplingConfig
 
 
@@ -113,9 +113,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossConfig:
-    """The policy-gradient loss. There is no KL term and no reference model."""
+    """The policy-gradient loss. As it stands there is no KL term and no second model."""
 
     clip: ClipRange = field(default_factory=ClipRange)
+    kl: KLConfig = field(default_factory=KLConfig)
     recompute_logp: bool = False
     """Recompute the log-probs of the rollout with the learner before the update. Needed only
     where ``actor/ratio_first_deviation`` shows that the two differ."""

@@ -71,9 +71,7 @@ class VLATrainer(PPOTrainerSync):
             seed=self.recipe.seed,
             specs_of=self._specs.__getitem__,
         )
-        self.actor_rollout_wg.set_policy_loss(
-            self.recipe.loss.clip, self.run.processor.shape.action_dim
-        )
+        self.actor_rollout_wg.set_policy_loss(self.recipe.loss, self.run.processor.shape.action_dim)
         if self.global_steps > 0:
             self.config.trainer.val_before_train = False
         self.metrics_file.rewind(self.global_steps if self.global_steps else -1)
@@ -181,10 +179,10 @@ class VLATrainer(PPOTrainerSync):
         values = {k: float(v) for k, v in metrics.items() if k.startswith(declared)}
         values |= self.loop.account.as_metrics()
         values |= self._memory()
-        parts = ("old_log_prob", "adv", "update_actor")
+        parts = {"old_log_prob", "ref", "adv", "update_actor"}
         values |= {
             "time/step_s": timing_raw["step"],
-            "time/update_s": sum(timing_raw[part] for part in parts),
+            "time/update_s": sum(timing_raw[part] for part in parts & timing_raw.keys()),
             "time/checkpoint_s": self._checkpoint_s,
         }
         if "testing" in timing_raw:
