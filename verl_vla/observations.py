@@ -8,7 +8,6 @@ order of TensorFlow's float32 operations, so that the bytes are the same.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -16,10 +15,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-import torch
 from PIL import Image
 from scipy.sparse import csr_array
-from torch import Tensor
 
 from verl_vla.errors import ConfigError, ContractError
 
@@ -117,33 +114,6 @@ def prepare_images(
     for image, render in zip(images, renders, strict=True):
         image[:] = prepare_image(render, size=size, jpeg=jpeg, crop_area=crop_area)
     return images
-
-
-def normalize_image(
-    image: Tensor, statistics: Sequence[ImageStatistics] = OPENVLA_IMAGE_STATISTICS
-) -> Tensor:
-    """Scale an image once for every vision tower.
-
-    Args:
-        image: [..., H, W, 3] uint8, on any device.
-        statistics: one per tower, in the order of the towers.
-
-    Returns:
-        [..., 3 * towers, H, W] float32, on the device of ``image``.
-
-    Raises:
-        ContractError: if ``image`` is not uint8 with three channels last.
-    """
-    if image.dtype != torch.uint8 or image.dim() < 3 or image.shape[-1] != 3:
-        raise ContractError(
-            f"an image must be uint8 [..., H, W, 3], got {image.dtype} {list(image.shape)}"
-        )
-    share = image.movedim(-1, -3).float() / 255
-    towers = [
-        (share - share.new_tensor(s.mean).view(3, 1, 1)) / share.new_tensor(s.std).view(3, 1, 1)
-        for s in statistics
-    ]
-    return torch.cat(towers, dim=-3)
 
 
 def prompt_ids(tokenizer: Tokenizer, instruction: str) -> list[int]:

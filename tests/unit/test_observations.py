@@ -9,6 +9,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from verl_vla.errors import ConfigError, ContractError
+from verl_vla.normalization import normalize_image
 from verl_vla.observations import (
     DINO_STATISTICS,
     OPENVLA_IMAGE_STATISTICS,
@@ -16,7 +17,6 @@ from verl_vla.observations import (
     Pixels,
     _lanczos_weights,
     _weigh_rows,
-    normalize_image,
     prepare_image,
     prepare_images,
     prompt_ids,

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from verl_vla.errors import ConfigError, ContractError
-from verl_vla.observations import ImageStatistics, normalize_image
+from verl_vla.normalization import normalize_image
+from verl_vla.observations import ImageStatistics
 
 Pictures = npt.NDArray[np.uint8]
 """[T, H, W, 3], one view of one episode, in the order of its decisions."""

@@ -12,9 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl_vla.build import Run
 from verl_vla.errors import ConfigError
-from verl_vla.trainer.engine import MODEL_TYPE
-from verl_vla.trainer.verl_process import choose_device
-from verl_vla.trainer.worker import ROLLOUT_NAME
+from verl_vla.trainer.verl_process import MODEL_TYPE, ROLLOUT_NAME, choose_device
 
 MAX_PROMPT_TOKENS = 64
 """Bound on a prompt's length in the token budget of a micro-batch; LIBERO's are 20 to 38

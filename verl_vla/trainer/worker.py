@@ -26,10 +26,7 @@ from verl_vla.loss import divergence, policy_loss, trajectory_weight
 from verl_vla.recipe import LossConfig
 from verl_vla.trainer.platform import peak_process_bytes
 from verl_vla.trainer.rows import dense, stacked
-
-ROLLOUT_NAME = "shared_weights"
-"""veRL's name for a rollout that needs no server: the learner's module plays."""
-
+from verl_vla.trainer.verl_process import ROLLOUT_NAME
 
 EVERY_RANK: Any = vars(Dispatch)["ONE_TO_ALL"]
 """veRL's enumeration makes its members at run time."""
