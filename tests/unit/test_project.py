@@ -29,6 +29,7 @@ PACKAGE_OF = {
     "hydra": "hydra-core",
     "libero": "hf-libero",
     "transfer_queue": "transferqueue",
+    "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
 """The package on an index, where a module has another name."""
