@@ -26,6 +26,7 @@ FRAMEWORKS = {"verl", "ray", "transfer_queue"}
 OURS = {"verl_vla", "rewards"}
 PACKAGE_OF = {
     "PIL": "pillow",
+    "huggingface_hub": "huggingface-hub",
     "hydra": "hydra-core",
     "libero": "hf-libero",
     "transfer_queue": "transferqueue",
