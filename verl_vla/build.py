@@ -22,8 +22,9 @@ from verl_vla.envs.pool import EnvPool
 from verl_vla.envs.suites import Suite, suite
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import Evaluation
+from verl_vla.extras import require_extras
 from verl_vla.policies.base import PolicyShape, Processor
-from verl_vla.policies.loading import load_processor, require_sound
+from verl_vla.policies.loading import load_processor, refuse_second_adapters, require_sound
 from verl_vla.policies.openvla_oft.attention import require_backend
 from verl_vla.recipe import EnvironmentConfig, Recipe
 from verl_vla.reward import TrajectoryReward, load_reward
@@ -42,6 +43,7 @@ MAY_CHANGE = (
     "evaluation",
     "gate",
     "cluster.address",
+    "cluster.env_nodes",
     "environment.num_workers",
     "environment.timeout_s",
 )
@@ -92,6 +94,10 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     policy_folder = find_policy(recipe.policy.path)
     require_backend(recipe.policy.attention)
     require_sound(policy_folder, recipe.policy.unnorm_key)
+    refuse_second_adapters(policy_folder, recipe.policy.lora_rank)
+    require_extras(
+        {"policy.quantization": recipe.policy.quantization, "optimizer.name": recipe.optimizer.name}
+    )
     processor = load_processor(policy_folder, recipe.policy.unnorm_key)
     reward = load_reward(recipe.reward, recipe.reward_args, seed=recipe.seed)
     config = env_config(env, processor)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from verl_vla.policies.lora import add_adapters, merge_adapters
+from verl_vla.policies.lora import merge_adapters
 from verl_vla.policies.openvla_oft import OpenVLAOFTModel
 from verl_vla.policies.openvla_oft import tiny as tiny_openvla_oft
 from verl_vla.policies.scratch_vla import ScratchVLAModel
@@ -51,7 +51,7 @@ def adapted(build: Build) -> TokenModel:
     """A model with adapters, which have moved away from their start."""
     model = make(build)
     if not any("lora_B" in name for name, _ in model.named_parameters()):
-        add_adapters(model.adapted_part(), rank=4, alpha=8)
+        model.add_adapters(rank=4, alpha=8, targets="all-linear")
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.3)
@@ -76,7 +76,7 @@ def trained(model: TokenModel) -> set[str]:
 def test_new_adapters_change_nothing(build: Build) -> None:
     plain = make(build)
     model = copy.deepcopy(plain)
-    add_adapters(model.adapted_part(), rank=4, alpha=8)
+    model.add_adapters(rank=4, alpha=8, targets="all-linear")
     assert torch.equal(answer(model)["logits"], answer(plain)["logits"])
     assert torch.equal(answer(model)["nll"], answer(plain)["nll"])
 

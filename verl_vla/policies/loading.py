@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from verl_vla.config import nearest
 from verl_vla.errors import ConfigError
@@ -108,6 +108,21 @@ def require_sound(folder: str | Path, unnorm_key: str | None = None) -> None:
     for finding in examine(folder, unnorm_key):
         if finding.is_fault:
             raise ConfigError(finding.says)
+
+
+def refuse_second_adapters(folder: str | Path, lora_rank: int | None) -> None:
+    """Refuse new adapters of ``lora_rank`` on a checkpoint that has its own.
+
+    Raises:
+        ConfigError: says which are there.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    has_adapters = isinstance(config, ScratchVLAConfig) and config.lora_rank > 0
+    if has_adapters and lora_rank is not None:
+        raise ConfigError(
+            f"policy.lora_rank is {lora_rank}, but {folder} has adapters of rank "
+            f"{config.lora_rank} already, which are trained; set policy.lora_rank=null"
+        )
 
 
 def _architecture(folder: str | Path) -> Architecture:

@@ -1,4 +1,4 @@
-"""Low-rank adapters on every linear layer, and their way back into the weights.
+"""Low-rank adapters on linear layers, and their way back into the weights.
 
 openvla-oft ``vla-scripts/finetune.py``: PEFT on ``all-linear`` layers, no dropout, the first factor
 drawn from a normal distribution.
@@ -7,20 +7,25 @@ drawn from a normal distribution.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+LoraTargets = Literal["language_model", "all-linear"]
+"""Where a policy gets its adapters; see `verl_vla.policies.token_model.TokenModel.add_adapters`."""
+
 ADAPTER = "default"
 """PEFT's name for a model's only adapter."""
+ADAPTER_MARK = "lora_"
+"""In the names of all weights that PEFT adds."""
 LORA_ALPHA = 16
 """Over a rank of 32. Source: openvla-oft, ``vla-scripts/finetune.py``, ``min(lora_rank, 16)``."""
 
 
 def add_adapters(part: nn.Module, *, rank: int, alpha: int) -> None:
-    """Freeze ``part`` and put a trainable adapter beside every linear layer in it, in place.
+    """Freeze ``part`` and put a trainable adapter beside every trained linear layer, in place.
 
     It computes what it computed before, since every second factor starts at zero.
 

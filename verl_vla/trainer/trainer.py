@@ -197,11 +197,12 @@ class VLATrainer(PPOTrainerSync):
             self._write_checkpoint()
 
     def _memory(self) -> dict[str, float]:
-        peaks = self.actor_rollout_wg.peak_memory()
+        process, allocated, reserved = zip(*self.actor_rollout_wg.peak_memory(), strict=True)
         gib = 1024**3
         return {
-            "memory/process_peak": max(process for process, _ in peaks) / gib,
-            "memory/device_peak": max(device for _, device in peaks) / gib,
+            "memory/process_peak": max(process) / gib,
+            "memory/device_peak": max(allocated) / gib,
+            "memory/device_reserved_peak": max(reserved) / gib,
         }
 
     def _save_checkpoint(self) -> None:

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from verl_vla.build import Run
 from verl_vla.errors import ConfigError
 from verl_vla.trainer.engine import MODEL_TYPE
+from verl_vla.trainer.trained_weights import checkpoint_contents
 from verl_vla.trainer.verl_process import choose_device
 from verl_vla.trainer.worker import ROLLOUT_NAME
 
@@ -85,6 +86,10 @@ def _model(run: Run) -> Knobs:
         f"{model}.enable_gradient_checkpointing": policy.gradient_checkpointing,
         f"{model}.override_config.attn_implementation": policy.attention,
         f"{model}.override_config.unnorm_key": run.processor.codec.statistics.key,
+        f"{model}.override_config.quantization": policy.quantization,
+        f"{model}.lora_rank": policy.lora_rank or 0,
+        f"{model}.lora_alpha": policy.lora_alpha,
+        f"{model}.target_modules": policy.lora_targets,
     }
 
 
@@ -94,6 +99,7 @@ def _actor(run: Run) -> Knobs:
     tokens = MAX_PROMPT_TOKENS + run.processor.shape.num_tokens
     budget = recipe.optimizer.micro_batch_size * tokens
     fsdp, optim = f"{actor}.fsdp_config", f"{actor}.optim"
+    has_adapters = recipe.policy.lora_rank is not None
     return {
         f"{actor}.strategy": "fsdp2",
         f"{actor}.use_kl_loss": False,
@@ -107,13 +113,16 @@ def _actor(run: Run) -> Knobs:
         f"{fsdp}.strategy": "fsdp2",
         f"{fsdp}.use_torch_compile": False,
         f"{fsdp}.seed": recipe.seed,
-        # Weights stay float32 for the optimizer; FSDP casts them for the arithmetic.
-        f"{fsdp}.model_dtype": "fp32",
+        # What is trained stays float32 for the optimizer; FSDP casts it for the arithmetic.
+        f"{fsdp}.model_dtype": precision if has_adapters else "fp32",
+        f"{fsdp}.offload_policy": recipe.optimizer.name == "deepspeed_cpu_adam",
         f"{fsdp}.mixed_precision": {
             "param_dtype": precision,
             "reduce_dtype": "fp32",
             "buffer_dtype": "fp32",
         },
+        f"{actor}.checkpoint.save_contents": checkpoint_contents(has_adapters=has_adapters),
+        f"{optim}.optimizer": recipe.optimizer.name,
         f"{optim}.lr": recipe.optimizer.lr,
         f"{optim}.lr_warmup_steps": recipe.optimizer.warmup_steps,
         f"{optim}.weight_decay": recipe.optimizer.weight_decay,
