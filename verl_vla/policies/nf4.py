@@ -55,4 +55,6 @@ def _quantized(linear: nn.Linear, device: torch.device | str | int) -> Linear4bi
     make: Any = Params4bit  # its arguments are those of `__new__`, which hides them
     layer.weight = make(weight, requires_grad=False, quant_type="nf4", module=layer)
     layer.bias = bias
+    # bitsandbytes would pack the weight anew, with coarser statistics, for a rollout on such a CPU
+    layer.support_avx512bf16_for_cpu = False
     return layer.to(device)

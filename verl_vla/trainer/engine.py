@@ -92,7 +92,8 @@ class VLAEngine(FSDPEngine):
         self._autocast_dtype, self.scaler = param_dtype, None
         if self.is_quantized:
             return module.to(get_device_id())
-        offload = CPUOffloadPolicy() if self.engine_config.offload_policy else None
+        pin_memory = get_device_name() != "cpu"
+        offload = CPUOffloadPolicy(pin_memory) if self.engine_config.offload_policy else None
         self._uses_fsdp2_cpu_offload_policy = offload is not None
         options: dict[str, Any] = {
             "mesh": self.device_mesh,
