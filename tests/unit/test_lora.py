@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from verl_vla.policies.lora import add_adapters, merge_adapters
+from verl_vla.policies.nf4 import plain_state, quantize_under_adapters
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig, OpenVLAOFTModel
 from verl_vla.policies.openvla_oft import tiny as tiny_openvla_oft
 from verl_vla.policies.scratch_vla import ScratchVLAModel
@@ -165,5 +166,5 @@ def test_4_bits_are_near_what_they_stand_for_and_stay_as_they_are(dtype: torch.d
     seen = torch.randn(5, 64, dtype=dtype)
     with torch.no_grad():
         said = part.eval()["thin"](seen)
-    assert torch.equal(part.train()["thin"](seen), said), "a rollout is an update without gradients"
+    assert torch.equal(part.train()["thin"](seen), said), "as in an update"
     assert torch.equal(plain_state(part)["thin.base_layer.weight"], state["thin.base_layer.weight"])
