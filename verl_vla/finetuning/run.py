@@ -21,7 +21,6 @@ from verl_vla.actions import (
 from verl_vla.build import (
     PUBLISHED_RENDER_SIZE,
     check_assets,
-    claim_folder,
     env_config,
     find_policy,
     open_simulators,
@@ -38,8 +37,9 @@ from verl_vla.finetuning.rerender import Rerendering, rerender
 from verl_vla.finetuning.samples import DemoSamples
 from verl_vla.finetuning.targets import measure_statistics
 from verl_vla.policies.base import Processor
-from verl_vla.policies.loading import load_processor, refuse_second_adapters, require_sound
+from verl_vla.policies.loading import check_adapters, load_processor, require_sound
 from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
+from verl_vla.run_folder import claim_folder
 from verl_vla.sampling import Start
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def prepare_run(recipe: SFTRecipe) -> SFTRun:
     )
     policy_folder = _first_policy(recipe, folder / "first_policy", statistics)
     require_sound(policy_folder)
-    refuse_second_adapters(policy_folder, recipe.policy.lora_rank)
+    check_adapters(policy_folder, recipe.policy.lora_rank, has_kl=False)
     render_size = learned[0].render_size
     if recipe.demos.pictures == "rerendered":
         render_size = PUBLISHED_RENDER_SIZE if env.render_size is None else env.render_size

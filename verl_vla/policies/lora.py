@@ -6,7 +6,8 @@ drawn from a normal distribution.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from peft import LoraConfig, inject_adapter_in_model
@@ -45,6 +46,20 @@ def add_adapters(part: nn.Module, *, rank: int, alpha: int) -> None:
         init_lora_weights="gaussian",
     )
     inject_adapter_in_model(config, part)
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Generator[None]:
+    """Let a model answer as it did before it had adapters."""
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    scales = [layer.scaling[ADAPTER] for layer in layers]
+    for layer in layers:
+        layer.scaling[ADAPTER] = 0.0
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling[ADAPTER] = scale
 
 
 def head_rows(head: nn.Linear, rows: slice) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,14 +30,11 @@ from verl.workers.engine.utils import detach_tree
 from verl_vla.action_distribution import entropy, log_prob
 from verl_vla.policies.base import ActionLogits, Chooser
 from verl_vla.policies.loading import load_model, load_processor
-from verl_vla.policies.lora import merge_adapters
+from verl_vla.policies.lora import merge_adapters, without_adapters
 from verl_vla.trainer.optimizers import build_optimizer
 from verl_vla.trainer.rows import dense, pack_like_language_model, right_padded, stacked
 from verl_vla.trainer.trained_weights import load_trained, save_trained, trained
-
-MODEL_TYPE = "vla"
-"""veRL's key for this engine; set as ``actor_rollout_ref.model.model_type``. Which architecture it
-holds, the checkpoint's own ``config.json`` says."""
+from verl_vla.trainer.verl_process import MODEL_TYPE
 
 
 class VLAEngine(FSDPEngine):
@@ -255,6 +253,10 @@ class VLAEngine(FSDPEngine):
         super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)
         if self._is_lora:
             load_trained(self.module, local_path)
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Answer as the starting policy, which the KL term asks for."""
+        return without_adapters(self.module)
 
     def export(self, folder: Path) -> None:
         """Write a checkpoint folder that `verl_vla eval` and transformers load.

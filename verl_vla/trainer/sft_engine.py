@@ -16,9 +16,10 @@ from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelCo
 from verl_vla.finetuning.recipe import ScheduleConfig
 from verl_vla.finetuning.run import SFTRun
 from verl_vla.finetuning.samples import SampleBatch
-from verl_vla.trainer.engine import MODEL_TYPE, VLAEngine
+from verl_vla.trainer.engine import VLAEngine
 from verl_vla.trainer.trained_weights import checkpoint_contents
 from verl_vla.trainer.translate import PRECISION
+from verl_vla.trainer.verl_process import MODEL_TYPE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOSS, ACCURACY = range(2)
