@@ -17,7 +17,6 @@ import torch
 from verl_vla.build import (
     check_assets,
     env_config,
-    evaluation_record,
     find_policy,
     open_simulators,
     starts,
@@ -29,6 +28,7 @@ from verl_vla.evaluation import Evaluation, EvaluationConfig, evaluate
 from verl_vla.policies.loading import load_policy
 from verl_vla.provenance import provenance
 from verl_vla.recipe import EnvironmentConfig
+from verl_vla.run_folder import evaluation_record
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from verl_vla.config import nearest
-from verl_vla.errors import ColdStartError, ConfigError, StarvedError
+from verl_vla.errors import ColdStartError, ConfigError, RewardError, StarvedError
 
 VERBS = {
     "train": "improve a policy: train recipe=NAME key=value ...",
@@ -40,6 +40,9 @@ EXIT_STARVED = 3
 EXIT_COLD_START = 4
 """Training did not begin: the policy succeeds too seldom to learn from its own episodes."""
 
+EXIT_REWARD = 5
+"""The reward raised, or gave an answer that cannot be trained on."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code of the process."""
@@ -63,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ColdStartError as error:
         sys.stderr.write(f"stopped: {error}\n")
         return EXIT_COLD_START
+    except RewardError as error:
+        sys.stderr.write(f"stopped: {error}\n")
+        return EXIT_REWARD
 
 
 def _speak_plainly() -> None:

@@ -12,7 +12,6 @@ import torch.distributed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from verl_vla.build import evaluation_record
 from verl_vla.evaluation import evaluate
 from verl_vla.finetuning.metrics import SFT_METRICS
 from verl_vla.finetuning.report import SFTReport
@@ -20,6 +19,7 @@ from verl_vla.finetuning.run import SFTRun
 from verl_vla.finetuning.samples import Draw, SampleBatch, StepSampler, collate
 from verl_vla.metrics import MetricsFile, read_metrics
 from verl_vla.rollout import Simulators
+from verl_vla.run_folder import evaluation_record
 from verl_vla.trainer import checkpoint
 from verl_vla.trainer.rank_policy import RankPolicy, serve
 from verl_vla.trainer.sft_engine import SFTEngine
