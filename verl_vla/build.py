@@ -11,14 +11,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
+from verl_vla.conditions import conditions
 from verl_vla.envs.assets import find_assets
 from verl_vla.envs.libero import EnvConfig, make_env
 from verl_vla.envs.pool import EnvPool
-from verl_vla.envs.suites import Suite, suite
+from verl_vla.envs.suites import Split, Suite, suite
 from verl_vla.errors import ConfigError
-from verl_vla.evaluation import Evaluation
+from verl_vla.evaluation import Evaluation, episode_entries
 from verl_vla.extras import require_extras
 from verl_vla.policies.base import PolicyShape, Processor
 from verl_vla.policies.loading import check_adapters, load_processor, require_sound
@@ -73,8 +73,16 @@ class Run:
 
     def keep_evaluation(self, step: int, result: Evaluation) -> None:
         """Write one evaluation of the run, with the outcome of each of its episodes."""
-        record = evaluation_record(result, self.env_config, self.task_names)
-        keep_evaluation(self.folder, step, record)
+        config = self.recipe.evaluation
+        given = conditions(
+            self.env_config,
+            self.task_names,
+            states="held_out",
+            temperature=config.temperature,
+            seed=self.recipe.seed,
+        )
+        entries = episode_entries(result.trajectories)
+        keep_evaluation(self.folder, step, evaluation_record(entries, given, self.task_names))
 
 
 @contextmanager
@@ -206,7 +214,7 @@ def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:
 def starts(
     chosen: Suite,
     tasks: Sequence[int],
-    split: Literal["train", "held_out"],
+    split: Split,
     *,
     per_task: int | None = None,
 ) -> tuple[Start, ...]:

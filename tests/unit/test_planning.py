@@ -37,7 +37,7 @@ BATCH = 4
 MB, GB = 1e6, 1e9
 
 
-def small_config(width: int = 384, depth: int = 8) -> OpenVLAOFTConfig:
+def small_config(width: int = 384, depth: int = 4) -> OpenVLAOFTConfig:
     tower = {
         "patch_size": 14,
         "hidden_size": width // 2,
@@ -108,14 +108,13 @@ def test_a_24_gb_profile_stays_below_its_budget(lora_trace, profile, limit):
     assert plan.fits
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_plan_is_within_15_percent_of_what_a_small_policy_takes(tmp_path, checkpointing):
+def test_a_plan_is_within_15_percent_of_what_a_small_policy_takes(tmp_path):
     """The real model, FSDP2 and AdamW in a process of its own, and the bytes that it grew by."""
     config = small_config()
     config.save_pretrained(tmp_path)
     program = Path(__file__).with_name("one_update.py")
     done = subprocess.run(
-        [sys.executable, str(program), str(tmp_path), str(BATCH), str(checkpointing)],
+        [sys.executable, str(program), str(tmp_path), str(BATCH)],
         env=os.environ | NO_HEAP | {"OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -124,14 +123,13 @@ def test_a_plan_is_within_15_percent_of_what_a_small_policy_takes(tmp_path, chec
     )
     assert done.returncode == 0, done.stderr
     measured = int(done.stdout.splitlines()[-1])
-    recipe = load_recipe(["recipe=quickstart", f"policy.gradient_checkpointing={checkpointing}"])
-    trace = trace_model(config, dtype=torch.float32, checkpointing=checkpointing, batch=BATCH)
+    recipe = load_recipe(["recipe=quickstart"])
+    trace = trace_model(config, dtype=torch.float32, batch=BATCH)
     plan = make_plan(recipe, config, None)
     rows = rows_per_pass(recipe.optimizer.micro_batch_size, config.shape)
     learning = plan.device.passing["update"] - plan.trace.training_bytes / plan.trace.batch * rows
     planned = sum(plan.device.lasting.values()) + learning + trace.training_bytes
-    print(f"planned {planned / MB:.0f} MB, measured {measured / MB:.0f} MB")
-    assert planned == pytest.approx(measured, rel=0.15)
+    assert planned == pytest.approx(measured, rel=0.15), f"{planned / MB:.0f} {measured / MB:.0f}"
 
 
 def test_what_a_pass_needs_grows_evenly_with_its_decisions():
@@ -147,14 +145,14 @@ def test_a_trace_is_made_once():
 
 
 def test_recomputing_takes_less_memory_and_more_operations():
-    plain = trace_model(small_config(depth=4), dtype=torch.float32)
-    again = trace_model(small_config(depth=4), dtype=torch.float32, checkpointing=True)
+    plain = trace_model(small_config(width=64), dtype=torch.float32)
+    again = trace_model(small_config(width=64), dtype=torch.float32, checkpointing=True)
     assert again.training_bytes < plain.training_bytes / 2
     assert again.training_flops > 1.2 * plain.training_flops
 
 
 @pytest.mark.parametrize(
-    ("chosen", "reward", "profile"), itertools.product(SUITES, REWARDS, PROFILES)
+    ("chosen", "reward", "profile"), list(itertools.product(SUITES, REWARDS, PROFILES))
 )
 def test_every_recipe_composes_explains_and_plans(chosen, reward, profile):
     words = ["recipe=libero", f"suite={chosen}", f"reward={reward}", f"profile={profile}"]
@@ -212,7 +210,7 @@ def test_the_buffer_holds_each_picture_twice():
 
 def test_a_remedy_is_the_first_that_fits():
     recipe = load_recipe(["recipe=libero", "optimizer.micro_batch_size=64"])
-    config = small_config()
+    config = small_config(width=64)
     plan = make_plan(recipe, config, GPUS["a10g"])
     assert plan.fits
     needed = replace(GPUS["a10g"], memory_bytes=plan.device.peak - 1)
@@ -235,7 +233,7 @@ def test_step_limits_decide_how_long_a_round_can_be():
 
 
 def test_the_command_says_whether_it_fits_and_what_to_change(capsys, monkeypatch):
-    monkeypatch.setitem(GPUS, "a10g", replace(GPUS["a10g"], memory_bytes=int(1.2 * GB)))
+    monkeypatch.setitem(GPUS, "a10g", replace(GPUS["a10g"], memory_bytes=int(1.1 * GB)))
     words = ["recipe=libero", "policy.path=bases/mini", "profile=two_cores"]
     assert cli.run([*words, "--gpu", "a100-80", "--nodes", "2"]) == 0
     said = capsys.readouterr().out

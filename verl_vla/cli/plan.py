@@ -66,7 +66,7 @@ def show(plan: Plan) -> None:
     """Print memory and time, part by part."""
     trace, cluster = plan.trace, plan.recipe.cluster
     print(
-        f"weights: {trace.weights / 1e6:,.1f} M, of which {trace.trained / 1e6:,.1f} M are trained\n"
+        f"weights: {trace.weights / 1e6:,.1f} M, {trace.trained / 1e6:,.1f} M of them trained\n"
         f"ranks: {cluster.num_nodes} x {cluster.ranks_per_node}\n"
         f"one round: at most {plan.decisions:,} decisions\n"
     )

@@ -96,7 +96,7 @@ def device_memory(recipe: Recipe, trace: Trace, shape: PolicyShape) -> DeviceMem
         lasting["CUDA"] = CUDA_BYTES
     gathered = _gathered(recipe, trace, per_weight)
     in_backward = (per_weight + FLOAT32) * trace.layer if recipe.policy.lora_rank is None else 0
-    # the square roots of the second moments, of all weights at once on a GPU and one by one on a CPU
+    # square roots of the second moments: of all weights at once on a GPU, one by one on a CPU
     roots = 0 if is_offloaded or recipe.cluster.device == "cpu" else FLOAT32 * trained
     rows = rows_per_pass(recipe.optimizer.micro_batch_size, shape)
     passing = {
