@@ -80,6 +80,12 @@ def load_processor(folder: str | Path, unnorm_key: str | None = None) -> Process
     return _architecture(folder).load_processor(folder, unnorm_key)
 
 
+def load_config(folder: str | Path) -> OpenVLAOFTConfig | ScratchVLAConfig:
+    """Read the sizes of a checkpoint."""
+    config: Any = _architecture(folder).model.config_class
+    return config.from_pretrained(str(folder))
+
+
 def load_model(folder: str | Path, **options: Any) -> PreTrainedModel:
     """Read the weights alone; ``options`` are those of `PreTrainedModel.from_pretrained`."""
     model = _architecture(folder).model
