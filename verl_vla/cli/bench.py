@@ -1,5 +1,4 @@
-"""``bench PART``: how fast a part is, beside its peers' way, with all that decides whether two
-numbers compare.
+"""``bench PART``: how fast a part is, beside its peers' way and with its conditions.
 
 Prints a table, then one JSON object on the last line.
 """
