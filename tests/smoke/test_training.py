@@ -91,6 +91,14 @@ def test_rollout_and_update_agree_on_the_log_probs(whole_run: TrainingRun) -> No
         assert line["actor/ratio_first_deviation"] < RATIO_TOLERANCE
 
 
+def test_nothing_is_decided_or_trained_on_in_vain(whole_run: TrainingRun) -> None:
+    for line in read_metrics(whole_run.folder / "metrics.jsonl"):
+        assert line["rollout/decisions_for_ended"] == 0
+        assert line["actor/rows_without_gradient"] == 0
+        assert line["actor/rows"] > 0
+        assert line["actor/rows_of_padding"] == 0, "one rank, one optimizer step"
+
+
 def test_a_training_step_moves_the_weights(whole_run: TrainingRun) -> None:
     base = load_file(PROJECT / "bases" / "mini" / "model.safetensors")
     moved = weights(whole_run, 1)

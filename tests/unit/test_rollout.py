@@ -279,6 +279,37 @@ def test_one_half_simulates_while_the_policy_decides_for_the_other():
             assert moving == halves[1 - turn % 2]
 
 
+def test_in_one_part_nothing_simulates_while_the_policy_decides():
+    specs = make_specs(6)
+    simulators = ScriptedSimulators({s.episode_id: Script(decisions=3) for s in specs}, 4)
+    policy = ScriptedPolicy(simulators)
+    alone = play(specs, policy, simulators, temperature=1.5, noise=NOISE, num_parts=1)
+    assert not any(policy.moving)
+    in_halves, _, _ = play_scripts([Script(decisions=3)] * 6, 4)
+    assert torch.equal(alone.decisions.bins, in_halves.decisions.bins)
+
+
+def test_a_decision_for_an_ended_episode_would_be_counted():
+    class Forgetful(ScriptedSimulators):
+        """Shows one more picture after the end."""
+
+        def _after_chunk(self, slot: int, actions: np.ndarray) -> ChunkResult | EpisodeCrashed:
+            ended = super()._after_chunk(slot, actions)
+            assert isinstance(ended, ChunkResult)
+            return ChunkResult(
+                executed=ended.executed,
+                outcome=ended.outcome,
+                observation=see(self._specs[slot], 1),
+                goals=ended.goals,
+            )
+
+    specs, times = make_specs(1), RolloutTimes()
+    simulators = Forgetful({specs[0].episode_id: Script()}, 1)
+    with pytest.raises(AssertionError, match="plays nothing"):
+        play(specs, ScriptedPolicy(), simulators, temperature=1.0, noise=NOISE, times=times)
+    assert times.decisions_for_ended == 1
+
+
 def test_the_decision_a_simulator_died_on_is_left_out():
     played, _, policy = play_scripts(
         [Script(decisions=4, crash_at=2), Script(decisions=2)], num_slots=2

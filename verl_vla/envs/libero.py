@@ -102,7 +102,7 @@ class LiberoEnv:
         check_gl()
         self.config = config
         self.suite: Suite = suite(config.suite)
-        self._assets = find_assets() if self.suite.needs_assets else ASSETS
+        self.assets = find_assets() if self.suite.needs_assets else ASSETS
         self._simulators: OrderedDict[int, Simulator] = OrderedDict()
         self._load_init_states = cache(self.suite.load_init_states)
         self._episode: _Episode | None = None
@@ -222,7 +222,7 @@ class LiberoEnv:
             look = replace(
                 look, has_shadows=False, is_antialiased=False, hidden_bodies=HIDDEN_BODIES
             )
-        with asset_folder(self._assets):
+        with asset_folder(self.assets):
             return Simulator(self.suite.task(task_id).bddl_file, look)
 
     def _current(self) -> _Episode:
