@@ -54,6 +54,10 @@ METRICS: dict[str, Metric] = {
     ),
     "actor/clip_low": Metric(unit="share", meaning="executed tokens stopped by the lower bound"),
     "actor/clip_high": Metric(unit="share", meaning="executed tokens stopped by the upper bound"),
+    "actor/kl": Metric(
+        unit="nats",
+        meaning="mean divergence from the starting policy per executed token; with loss.kl only",
+    ),
     "memory/process_peak": Metric(unit="GiB", meaning="peak resident memory of a learner process"),
     "memory/device_peak": Metric(unit="GiB", meaning="peak device memory allocated; 0 on a CPU"),
     "time/step_s": Metric(unit="s", meaning="the whole training step"),

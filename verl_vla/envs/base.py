@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from verl_vla.types import GoalReadings, Observation, Outcome
+from verl_vla.played import GoalReadings, Observation, Outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

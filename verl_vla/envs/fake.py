@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from verl_vla.envs.base import ChunkResult, Snapshot
 from verl_vla.errors import ConfigError, ContractError
-from verl_vla.types import GoalReadings, Observation, Outcome
+from verl_vla.played import GoalReadings, Observation, Outcome
 
 ACTION_DIM = 7
 """As in LIBERO; the first two values move the dot right and up, the others do nothing."""

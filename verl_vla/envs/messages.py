@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from verl_vla.errors import ConfigError, ContractError, EpisodeCrashed
-from verl_vla.types import GoalReadings, Outcome
+from verl_vla.played import GoalReadings, Outcome
 
 STACK_SIGNAL = signal.SIGUSR1
 """Upon this signal a worker writes to its output where it is."""

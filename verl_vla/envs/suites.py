@@ -6,7 +6,10 @@ task list in its own order, the instruction spelt by the task's name, the ``.pru
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
+import pickle
+import zipfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,14 +17,14 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from numpy._core.multiarray import _reconstruct
 
 from verl_vla.config import nearest
 from verl_vla.envs.assets import libero_root
 from verl_vla.errors import ConfigError
 
-Split = Literal["train", "held_out"]
+Split = Literal["train", "held_out", "official"]
+"""``official`` is every recorded start, as in published evaluations: trained on or not."""
 StepLimit = Literal["published", "simplevla"] | int
 
 SUITES = ("mini", "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
@@ -55,12 +58,12 @@ LIBERO_INIT_STATES = 50
 MINI_INIT_STATES = 100
 HELD_OUT_EVERY = 5
 
-_NUMPY_TYPES: list[Any] = [
-    (_reconstruct, "numpy.core.multiarray._reconstruct"),
-    np.ndarray,
-    np.dtype,
-    np.dtypes.Float64DType,
-]
+_NUMPY_TYPES: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): codecs.encode,
+}
 """All that a LIBERO init-state file may hold; anything else in it is refused."""
 _MINI = Path(__file__).parent / "mini"
 
@@ -131,7 +134,7 @@ class Suite:
         return limit
 
     def init_state_ids(self, task_id: int, split: Split) -> list[int]:
-        """Return the recorded starts that may be trained on, or those kept for evaluation.
+        """Return the recorded starts that may be trained on, those kept for evaluation, or all.
 
         Of LIBERO's 50 states, every fifth (4, 9, .., 49) is held out: 40 to train on, 10 to
         evaluate. Published numbers use all 50 for both; a number on the 10 is not one on the 50.
@@ -144,6 +147,8 @@ class Suite:
         if split not in get_args(Split):
             raise ConfigError(f"split is {split!r}; {nearest(split, get_args(Split))}")
         ids = range(self.num_init_states)
+        if split == "official":
+            return list(ids)
         if self.needs_assets:
             held_out = [i for i in ids if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
         else:
@@ -242,5 +247,17 @@ def _read_states(file: Path) -> npt.NDArray[np.float64]:
     if file.suffix == ".npz":
         with np.load(file, allow_pickle=False) as stored:
             return stored["states"]
-    with torch.serialization.safe_globals(_NUMPY_TYPES):
-        return torch.load(file, weights_only=True)
+    # what `torch.save` makes of an array: a pickle in an archive, which can be read without torch
+    with zipfile.ZipFile(file) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        with archive.open(name) as stored:
+            return _StatesUnpickler(stored).load()
+
+
+class _StatesUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if (module_name, global_name) not in _NUMPY_TYPES:
+            raise pickle.UnpicklingError(
+                f"an init-state file asks for {module_name}.{global_name}, which no array needs"
+            )
+        return _NUMPY_TYPES[module_name, global_name]

@@ -37,7 +37,7 @@ from verl_vla.envs.messages import (
     map_frames,
 )
 from verl_vla.errors import ConfigError, ContractError, EpisodeCrashed
-from verl_vla.types import Observation
+from verl_vla.played import Observation
 
 ORPHAN_GRACE_S = 5.0
 """How long a worker may go on with a request after its pool is gone."""

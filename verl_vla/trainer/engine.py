@@ -28,10 +28,7 @@ from verl_vla.action_distribution import entropy, log_prob
 from verl_vla.policies.base import ActionLogits, Chooser
 from verl_vla.policies.loading import load_model, load_processor
 from verl_vla.trainer.rows import dense, pack_like_language_model, right_padded, stacked
-
-MODEL_TYPE = "vla"
-"""veRL's key for this engine; set as ``actor_rollout_ref.model.model_type``. Which architecture it
-holds, the checkpoint's own ``config.json`` says."""
+from verl_vla.trainer.verl_process import MODEL_TYPE
 
 
 class VLAEngine(FSDPEngine):

@@ -19,8 +19,9 @@ from verl_vla.finetuning.recipe import ScheduleConfig
 from verl_vla.finetuning.run import SFTRun
 from verl_vla.finetuning.samples import SampleBatch
 from verl_vla.policies.lora import add_adapters, merge_adapters
-from verl_vla.trainer.engine import MODEL_TYPE, VLAEngine
+from verl_vla.trainer.engine import VLAEngine
 from verl_vla.trainer.translate import PRECISION
+from verl_vla.trainer.verl_process import MODEL_TYPE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOSS, ACCURACY = range(2)

@@ -13,14 +13,15 @@ def summarise_update(reported: Mapping[str, Any]) -> dict[str, float]:
 
     Args:
         reported: lists with one entry per micro-batch (in the same order under every name), as
-            `verl_vla.trainer.worker` makes them, and ``grad_norm`` and ``lr`` per optimizer step.
+            `verl_vla.trainer.worker` makes them, and ``grad_norm`` and ``lr`` per optimizer step;
+            ``kl_sum`` is among them where the loss has a KL term.
     """
     tokens = _array(reported["num_tokens"])
     first = _array(reported["optimizer_step"]) == 0
     first_tokens = max(float(tokens[first].sum()), 1.0)
     total = max(float(tokens.sum()), 1.0)
     steps = len(np.unique(_array(reported["optimizer_step"])))
-    return {
+    values = {
         "actor/loss": float(_array(reported["loss_sum"]).sum()) / steps,
         "actor/grad_norm": float(_array(reported["grad_norm"]).mean()),
         "actor/lr": float(_array(reported["lr"])[-1]),
@@ -30,6 +31,9 @@ def summarise_update(reported: Mapping[str, Any]) -> dict[str, float]:
         "actor/clip_low": float(_array(reported["num_clipped_low"]).sum()) / total,
         "actor/clip_high": float(_array(reported["num_clipped_high"]).sum()) / total,
     }
+    if "kl_sum" in reported:
+        values["actor/kl"] = float(_array(reported["kl_sum"]).sum()) / total
+    return values
 
 
 def _array(values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
