@@ -14,7 +14,7 @@ from pathlib import Path
 
 from verl_vla.conditions import conditions
 from verl_vla.envs.assets import find_assets
-from verl_vla.envs.libero import EnvConfig, make_env
+from verl_vla.envs.libero import CAMERAS, EnvConfig, make_env
 from verl_vla.envs.pool import EnvPool
 from verl_vla.envs.suites import Split, Suite, suite
 from verl_vla.errors import ConfigError
@@ -198,16 +198,17 @@ def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:
             f"environment.render_size is {render_size}, but the policy sees images of "
             f"{shape.image_size} px; render at least that large (openvla-oft: 256 for 224)"
         )
-    if shape.num_views != 1:
+    if shape.num_views > len(CAMERAS):
         raise ConfigError(
-            f"the policy takes {shape.num_views} images, but the environments show one camera "
-            "(agentview); use a checkpoint with num_images_in_input 1"
+            f"the policy takes {shape.num_views} images, but the environments have "
+            f"{len(CAMERAS)} cameras, {' and '.join(CAMERAS)}; use a policy of fewer views"
         )
     return EnvConfig(
         suite=env.suite,
         step_limit=env.step_limit,
         render_size=render_size,
         image_size=shape.image_size,
+        cameras=CAMERAS[: shape.num_views],
     )
 
 
