@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from verl_vla.policies.base import PolicyShape, Processor
 from verl_vla.policies.loading import check_adapters, load_processor, require_sound
 from verl_vla.policies.openvla_oft.attention import require_backend
 from verl_vla.recipe import EnvironmentConfig, Recipe
-from verl_vla.reward import TrajectoryReward, load_reward
+from verl_vla.reward import TrajectoryReward, load_reward, looks_at_pictures
 from verl_vla.run_folder import claim_folder, evaluation_record, keep_evaluation
 from verl_vla.sampling import Start
 
@@ -104,7 +104,7 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     )
     processor = load_processor(policy_folder, recipe.policy.unnorm_key)
     reward = load_reward(recipe.reward, recipe.reward_args, seed=recipe.seed)
-    config = env_config(env, processor)
+    config = replace(env_config(env, processor), draw_ending=looks_at_pictures(reward))
     check_assets(chosen)
     training = starts(chosen, tasks, "train")
     held_out = starts(chosen, tasks, "held_out", per_task=recipe.evaluation.episodes_per_task)
