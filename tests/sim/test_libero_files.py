@@ -18,7 +18,7 @@ from verl_vla.envs.libero import CAMERAS, EnvConfig, make_env
 from verl_vla.envs.suites import suite
 from verl_vla.errors import ConfigError
 from verl_vla.finetuning.hdf5 import Demo, DemoChoice, FrameReader, demo_file, read_demos
-from verl_vla.finetuning.rerender import Rerendering, rerender
+from verl_vla.finetuning.rerender import Rerendering, rerender, rerender_task
 from verl_vla.finetuning.samples import DemoSamples, Draw, SampleBatch, StepSampler, collate
 from verl_vla.finetuning.targets import measure_statistics
 from verl_vla.observations import prepare_image
@@ -201,14 +201,13 @@ def test_drawing_again_gives_the_recorded_pictures(mini_demos: Path, tmp_path) -
 
 
 def test_states_of_another_task_are_refused(mini_demos: Path, tmp_path) -> None:
-    wrong = tmp_path / "wrong"
+    wrong, out = tmp_path / "wrong", tmp_path / "out"
     wrong.mkdir()
+    out.mkdir()
     shutil.copy(demo_file(mini_demos, MINI.task(LIFT).name), demo_file(wrong, MINI.task(4).name))
-    work = Rerendering(
-        source=wrong, target=tmp_path / "out", env=EnvConfig(suite="mini", render_size=32)
-    )
+    work = Rerendering(source=wrong, target=out, env=EnvConfig(suite="mini", render_size=32))
     with pytest.raises(ConfigError, match=r"has states \[\d+, \d+\], but a state of its task has"):
-        rerender(work, [4], workers=1)
+        rerender_task(work, 4)
     assert not demo_file(work.target, MINI.task(4).name).exists()
 
 
