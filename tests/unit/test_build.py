@@ -26,10 +26,12 @@ from verl_vla.envs.suites import suite
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.evaluation import EvaluationConfig
 from verl_vla.gate import GateConfig
+from verl_vla.loss import KLConfig
 from verl_vla.policies.base import PolicyShape
 from verl_vla.policies.loading import load_processor
 from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
+from verl_vla.policies.scratch_vla import tiny as tiny_scratch_vla
 from verl_vla.recipe import (
     ClusterConfig,
     EnvironmentConfig,
@@ -151,6 +153,29 @@ def test_whatever_is_wrong_is_found_before_a_process_or_a_folder_is_made(
         change = {part: replace(getattr(recipe, part), **change)}
     assert message in refusal(replace(recipe, **change))
     assert not Path(recipe.out).exists()
+
+
+def test_adapters_must_go_with_the_checkpoint(recipe, tmp_path, no_simulators):
+    sizes = tiny_scratch_vla.ScratchSizes(
+        image_size=28, llm_width=32, llm_depth=1, llm_mlp=64, lora_rank=4
+    )
+    statistics = tiny_policy().processor.codec.statistics
+    words = [task.instruction for task in MINI.tasks]
+    tiny_scratch_vla.build_tiny_policy(words, statistics, sizes=sizes).save_pretrained(
+        tmp_path / "own"
+    )
+    plain = replace(sizes, lora_rank=0)
+    tiny_scratch_vla.build_tiny_policy(words, statistics, sizes=plain).save_pretrained(
+        tmp_path / "plain"
+    )
+    own, none = (
+        replace(recipe, policy=PolicyConfig(path=str(tmp_path / name), lora_rank=8))
+        for name in ("own", "plain")
+    )
+    assert "has adapters of rank 4 already" in refusal(own)
+    open_and_close(none)
+    held = replace(none, loss=replace(none.loss, kl=KLConfig(coefficient=0.1)))
+    assert "which without its adapters is not the starting policy" in refusal(held)
 
 
 def test_the_folder_holds_the_whole_recipe(recipe, no_simulators):

@@ -27,6 +27,7 @@ VERBS = {
     "quickstart": "train the embedded policy and show what it learned",
     "bench": "measure the speed of a part: bench images ...",
     "recipes": "list the recipes that come with the project",
+    "plan": "say whether a recipe fits and how long it takes: plan recipe=NAME --gpu a100-80 ...",
     "explain": "say what every knob of a recipe is, and why: explain recipe=NAME key=value ...",
 }
 """Verb to its one-line help; each is a module of `verl_vla.cli`."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoConfig
 
 from verl_vla.actions import (
     NO_NOOPS_SUFFIX,
@@ -33,14 +32,13 @@ from verl_vla.envs.pool import EnvPool
 from verl_vla.envs.suites import SUITES, suite
 from verl_vla.errors import ConfigError
 from verl_vla.finetuning.hdf5 import Demo, read_demos
-from verl_vla.finetuning.recipe import LearnerConfig, SFTRecipe
+from verl_vla.finetuning.recipe import SFTRecipe
 from verl_vla.finetuning.rerender import Rerendering, rerender
 from verl_vla.finetuning.samples import DemoSamples
 from verl_vla.finetuning.targets import measure_statistics
 from verl_vla.policies.base import Processor
-from verl_vla.policies.loading import load_processor, require_sound
+from verl_vla.policies.loading import check_adapters, load_processor, require_sound
 from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
-from verl_vla.policies.scratch_vla import ScratchVLAConfig
 from verl_vla.run_folder import claim_folder
 from verl_vla.sampling import Start
 
@@ -128,7 +126,7 @@ def prepare_run(recipe: SFTRecipe) -> SFTRun:
     )
     policy_folder = _first_policy(recipe, folder / "first_policy", statistics)
     require_sound(policy_folder)
-    _refuse_second_adapters(recipe.policy, policy_folder)
+    check_adapters(policy_folder, recipe.policy.lora_rank, has_kl=False)
     render_size = learned[0].render_size
     if recipe.demos.pictures == "rerendered":
         render_size = PUBLISHED_RENDER_SIZE if env.render_size is None else env.render_size
@@ -232,13 +230,3 @@ def _check_samples(run: SFTRun) -> None:
         len(samples),
         len(run.held_out),
     )
-
-
-def _refuse_second_adapters(policy: LearnerConfig, folder: Path) -> None:
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    has_adapters = isinstance(config, ScratchVLAConfig) and config.lora_rank > 0
-    if has_adapters and policy.lora_rank is not None:
-        raise ConfigError(
-            f"policy.lora_rank is {policy.lora_rank}, but {policy.path} has adapters of rank "
-            f"{config.lora_rank} already, which are trained; set policy.lora_rank=null"
-        )
