@@ -68,6 +68,10 @@ METRICS: dict[str, Metric] = {
         meaning="decisions trained on whose advantage is 0; 0 where groups that agree are dropped "
         "and rewards are binary",
     ),
+    "actor/kl": Metric(
+        unit="nats",
+        meaning="mean divergence from the starting policy per executed token; with loss.kl only",
+    ),
     "memory/process_peak": Metric(unit="GiB", meaning="peak resident memory of a learner process"),
     "memory/device_peak": Metric(unit="GiB", meaning="peak device memory allocated; 0 on a CPU"),
     "time/step_s": Metric(unit="s", meaning="the whole training step"),

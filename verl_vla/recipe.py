@@ -12,7 +12,7 @@ from typing import Any, Literal
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import EvaluationConfig
 from verl_vla.gate import GateConfig
-from verl_vla.loss import ClipRange
+from verl_vla.loss import ClipRange, KLConfig
 from verl_vla.sampling import SamplingConfig
 
 
@@ -84,7 +84,9 @@ class OptimizerConfig:
     warmup_steps: int = 0
     """Training steps over which the rate rises linearly."""
     weight_decay: float = 0.01
+    """AdamW's, independent of the gradient; scaled by the rate."""
     betas: tuple[float, ...] = (0.9, 0.999)
+    """How slowly AdamW forgets the mean of the gradients, and of their squares."""
     clip_grad: float = 1.0
     """Bound on the gradient's norm."""
     num_mini_batches: int = 1
@@ -111,9 +113,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossConfig:
-    """The policy-gradient loss. There is no KL term and no reference model."""
+    """The policy-gradient loss. As it stands there is no KL term and no second model."""
 
     clip: ClipRange = field(default_factory=ClipRange)
+    kl: KLConfig = field(default_factory=KLConfig)
     recompute_logp: bool = False
     """Recompute the log-probs of the rollout with the learner before the update. Needed only
     where ``actor/ratio_first_deviation`` shows that the two differ."""
@@ -124,6 +127,7 @@ class TrainerConfig:
     """How long to train, what to keep and where to report."""
 
     total_training_steps: int = 100
+    """Of the whole run, over all its restarts."""
     save_every: int = 20
     """Training steps between checkpoints; the last step is always saved. 0 saves nothing."""
     keep_checkpoints: int = 2
@@ -160,6 +164,7 @@ class ClusterConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """``auto`` takes the GPUs where there are any."""
     num_nodes: int = 1
+    """Machines that hold ranks."""
     ranks_per_node: int = 1
     """Data-parallel learner processes on each node, one GPU each."""
     address: str | None = None

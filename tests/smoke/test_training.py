@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from documented_reward import write_documented_reward
 from safetensors.torch import load_file
 from training_runs import PROJECT, TrainingRun
 
 from verl_vla.actions import load_statistics
-from verl_vla.cli.main import EXIT_COLD_START, EXIT_STARVED
+from verl_vla.cli.main import EXIT_COLD_START, EXIT_REWARD, EXIT_STARVED
 from verl_vla.envs.assets import assets_available
 from verl_vla.envs.suites import suite
 from verl_vla.metrics import METRICS, OPEN_FAMILIES, is_reproducible, read_metrics
@@ -22,6 +23,9 @@ pytestmark = [pytest.mark.smoke, pytest.mark.sim]
 
 EQUAL_UPDATE = 1e-5
 """How far one rank's first update may be from that of two: float32 sums in another order."""
+
+BROKEN = "score[batch.episode_id == {episode}] = np.nan\n        return RewardResult"
+"""What makes the reward of the documentation one that must be refused."""
 
 RATIO_TOLERANCE = 1e-3
 """The first mini-batch is scored by the weights that acted."""
@@ -71,13 +75,34 @@ def test_a_training_step_moves_the_weights(whole_run: TrainingRun) -> None:
     assert largest_difference(base, moved) > EQUAL_UPDATE
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+def test_the_learner_is_held_to_the_policy_that_it_began_as(whole_run: TrainingRun) -> None:
+    first, *later = (line["actor/kl"] for line in read_metrics(whole_run.folder / "metrics.jsonl"))
+    assert abs(first) < EQUAL_UPDATE
+    assert min(later) > EQUAL_UPDATE
+
+
+def test_a_killed_run_with_a_refused_reward_goes_on_as_if_nothing_had_happened(
     whole_run: TrainingRun, small_words: list[str], tmp_path: Path
 ) -> None:
-    run = TrainingRun(tmp_path / "run", small_words)
+    """Killed in its third step; then, saving nothing by itself, refused in its fourth."""
+    reward = write_documented_reward(tmp_path)
+    run = TrainingRun(tmp_path / "run", [*small_words, f"reward='{reward}'"])
     checkpoints = run.folder / "checkpoints"
     run.kill_when(lambda: complete_steps(checkpoints)[-1:] == [2])
+    lines = read_metrics(whole_run.folder / "metrics.jsonl")
+    episode = int(sum(line["rollout/episodes"] for line in lines[:3]))
+    file = tmp_path / "brisk.py"
+    right = file.read_text()
+    file.write_text(right.replace("return RewardResult", BROKEN.format(episode=episode)))
+    rare = TrainingRun(run.folder, [*small_words, f"reward='{reward}'", "trainer.save_every=99"])
+    said = rare.finish(exit_code=EXIT_REWARD)
+    assert f"BriskReward returned nan for episode {episode} (1 of " in said
+    assert "Training step 3 was saved; the episodes of step 4 are kept." in said
+    file.write_text(right)
     run.finish()
+    last = read_metrics(run.folder / "metrics.jsonl")[-1]
+    assert last["time/rollout_s"] == 0, "the episodes were played again"
+    assert not list(run.folder.glob("refused*"))
     assert reproducible(run.folder) == reproducible(whole_run.folder)
     assert largest_difference(weights(run, 4), weights(whole_run, 4)) == 0
 
@@ -102,6 +127,7 @@ def test_the_embedded_policy_learns(tmp_path: Path) -> None:
         ["recipe=quickstart", "trainer.total_training_steps=4", "trainer.save_every=0"],
     )
     run.finish()
+    assert all("actor/kl" not in line for line in read_metrics(run.folder / "metrics.jsonl"))
     before, after = (
         json.loads((run.folder / "evaluations" / f"step_{step}.json").read_text())["total"]
         for step in (0, 4)

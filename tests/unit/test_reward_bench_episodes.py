@@ -12,10 +12,11 @@ from bench_world import NUM_GROUPS, SIZE, make_trajectories
 
 from verl_vla.errors import ConfigError
 from verl_vla.reward import goal_progress
-from verl_vla.reward_bench import choose_groups, claim, is_complete, played_with, read_trajectories
-from verl_vla.reward_bench.episodes import GROUPS_PER_ROUND, PlayConfig, _round_file, _write
+from verl_vla.reward_bench import choose_groups, claim, is_complete, played_with, read_rounds
+from verl_vla.reward_bench.episodes import GROUPS_PER_ROUND, PlayConfig, _round_file
 from verl_vla.reward_bench.samples import halve, join, make_sample, prefix_lengths, take
 from verl_vla.sampling import Start
+from verl_vla.trajectory_file import write_trajectories
 from verl_vla.types import Decisions, Episodes, Outcome
 
 
@@ -65,8 +66,8 @@ def test_an_impossible_play_is_refused(knobs: dict[str, float], message: str):
 
 def test_what_is_read_is_what_was_played_to_the_bit(tmp_path: Path):
     trajectories = make_trajectories(crash_last=True)
-    _write(_round_file(tmp_path, 0), trajectories)
-    read = read_trajectories(tmp_path, GROUPS_PER_ROUND)
+    write_trajectories(_round_file(tmp_path, 0), trajectories)
+    read = read_rounds(tmp_path, GROUPS_PER_ROUND)
     for table in (Episodes, Decisions):
         mine, theirs = (getattr(t, table.__name__.lower()) for t in (trajectories, read))
         for name in mine.__dataclass_fields__:
@@ -83,11 +84,11 @@ def test_what_is_read_is_what_was_played_to_the_bit(tmp_path: Path):
 
 
 def test_a_missing_round_is_known(tmp_path: Path):
-    _write(_round_file(tmp_path, 0), make_trajectories())
+    write_trajectories(_round_file(tmp_path, 0), make_trajectories())
     assert is_complete(tmp_path, GROUPS_PER_ROUND)
     assert not is_complete(tmp_path, GROUPS_PER_ROUND + 1)
     with pytest.raises(ConfigError, match="goes on where it stopped"):
-        read_trajectories(tmp_path, GROUPS_PER_ROUND + 1)
+        read_rounds(tmp_path, GROUPS_PER_ROUND + 1)
 
 
 def test_a_folder_holds_one_kind_of_episodes(tmp_path: Path):

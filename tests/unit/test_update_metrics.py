@@ -49,6 +49,13 @@ def test_the_sums_become_the_declared_metrics():
     )
 
 
+def test_the_divergence_is_reported_where_the_loss_has_a_kl_term():
+    assert "actor/kl" not in summarise(REPORTED)
+    values = summarise(REPORTED | {"kl_sum": [0.0, 0.2, 1.0]})
+    check_declared(values)
+    assert values["actor/kl"] == pytest.approx(1.2 / 60)
+
+
 def nest(values):
     """The same numbers as veRL hands them on: a list per rank of lists per mini-batch."""
     return [[list(values[:2])], [list(values[2:])]]

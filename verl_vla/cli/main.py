@@ -13,11 +13,12 @@ import sys
 from collections.abc import Sequence
 
 from verl_vla.config import nearest
-from verl_vla.errors import ColdStartError, ConfigError, StarvedError
+from verl_vla.errors import ColdStartError, ConfigError, RewardError, StarvedError
 
 VERBS = {
     "train": "improve a policy: train recipe=NAME key=value ...",
     "eval": "measure a policy on held-out starts: eval --policy DIR --suite NAME ...",
+    "compare": "say which of two evaluated policies is better: compare A B",
     "doctor": "say whether a checkpoint can be trained: doctor --checkpoint DIR ...",
     "demos": "record demonstrations of scripted experts: demos --suite NAME --out PLACE ...",
     "sft": "fine-tune on demonstrations: sft recipe=NAME ..., or sft --demos FILE ...",
@@ -26,6 +27,7 @@ VERBS = {
     "quickstart": "train the embedded policy and show what it learned",
     "bench": "measure the speed of a part: bench images ...",
     "recipes": "list the recipes that come with the project",
+    "explain": "say what every knob of a recipe is, and why: explain recipe=NAME key=value ...",
 }
 """Verb to its one-line help; each is a module of `verl_vla.cli`."""
 
@@ -37,6 +39,9 @@ EXIT_STARVED = 3
 
 EXIT_COLD_START = 4
 """Training did not begin: the policy succeeds too seldom to learn from its own episodes."""
+
+EXIT_REWARD = 5
+"""The reward raised, or gave an answer that cannot be trained on."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ColdStartError as error:
         sys.stderr.write(f"stopped: {error}\n")
         return EXIT_COLD_START
+    except RewardError as error:
+        sys.stderr.write(f"stopped: {error}\n")
+        return EXIT_REWARD
 
 
 def _speak_plainly() -> None:

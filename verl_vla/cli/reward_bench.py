@@ -49,7 +49,7 @@ from verl_vla.reward_bench import (
     played_with,
     ranking_table,
     read_rewards,
-    read_trajectories,
+    read_rounds,
     table_as_json,
     verdicts,
 )
@@ -103,7 +103,7 @@ def run(arguments: Sequence[str]) -> int:
     _write(out, result)
     if options.episodes is None:
         _play(folder, played, _environment(played, options.workers))
-    trajectories = read_trajectories(folder, played.groups)
+    trajectories = read_rounds(folder, played.groups)
     learned, judged = halve(make_sample(trajectories, suite=played.suite, split="train"))
     rows = measure(contestants, learned, judged, config)
     result |= {

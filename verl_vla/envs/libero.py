@@ -21,7 +21,7 @@ from verl_vla.envs.gl import check_gl
 from verl_vla.envs.mini.geometry import ASSETS, HIDDEN_BODIES
 from verl_vla.envs.suites import StepLimit, Suite, suite
 from verl_vla.errors import ConfigError, ContractError
-from verl_vla.observations import prepare_image
+from verl_vla.image_pipeline import prepare_image
 from verl_vla.played import GoalReadings, Observation, Outcome
 
 if TYPE_CHECKING:

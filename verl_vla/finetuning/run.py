@@ -22,7 +22,6 @@ from verl_vla.actions import (
 from verl_vla.build import (
     PUBLISHED_RENDER_SIZE,
     check_assets,
-    claim_folder,
     env_config,
     find_policy,
     open_simulators,
@@ -42,6 +41,7 @@ from verl_vla.policies.base import Processor
 from verl_vla.policies.loading import load_processor, require_sound
 from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
 from verl_vla.policies.scratch_vla import ScratchVLAConfig
+from verl_vla.run_folder import claim_folder
 from verl_vla.sampling import Start
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from copy import deepcopy
 from typing import Any
 
 import ray
@@ -18,6 +19,7 @@ from verl.utils import tensordict_utils as tu
 
 from verl_vla import gate
 from verl_vla.build import Run
+from verl_vla.errors import RewardError
 from verl_vla.evaluation import evaluate
 from verl_vla.metrics import MetricsFile
 from verl_vla.progress import Progress
@@ -26,6 +28,7 @@ from verl_vla.trainer import checkpoint
 from verl_vla.trainer.cluster_policy import ClusterPolicy
 from verl_vla.trainer.episode_loop import EpisodeLoop
 from verl_vla.trainer.placement import CorePoolManager
+from verl_vla.trainer.refused import RefusedEpisodes
 from verl_vla.trainer.rows import group_key
 from verl_vla.trainer.update_metrics import summarise_update
 from verl_vla.trainer.worker import VLAWorker
@@ -52,6 +55,7 @@ class VLATrainer(PPOTrainerSync):
         self._checkpoint_s = 0.0
         self._save_is_due = False
         self._greedy_before: gate.Rates | None = None
+        self._state_before: dict[str, Any] = {}
 
     def init(self) -> None:
         """Start the workers, load the newest whole checkpoint, and make the episode loop."""
@@ -70,17 +74,29 @@ class VLATrainer(PPOTrainerSync):
             temperature=self.recipe.sampling.temperature,
             seed=self.recipe.seed,
             specs_of=self._specs.__getitem__,
+            refused=RefusedEpisodes(self.run.folder, first_step=self.global_steps + 1),
         )
-        self.actor_rollout_wg.set_policy_loss(
-            self.recipe.loss.clip, self.run.processor.shape.action_dim
-        )
+        self.actor_rollout_wg.set_policy_loss(self.recipe.loss, self.run.processor.shape.action_dim)
         if self.global_steps > 0:
             self.config.trainer.val_before_train = False
         self.metrics_file.rewind(self.global_steps if self.global_steps else -1)
 
     def train(self) -> None:
-        """Run veRL's loop to the last step."""
-        self.fit(self.loop)  # pyright: ignore[reportArgumentType] -- needs generate_sequences only
+        """Run veRL's loop to the last step.
+
+        Raises:
+            RewardError: the reward was refused. The steps before are saved and the episodes of
+                this one are kept, so that the same command goes on with a corrected reward.
+        """
+        try:
+            self.fit(self.loop)  # pyright: ignore[reportArgumentType] -- needs generate_sequences only
+        except RewardError as error:
+            step = self.global_steps
+            saved = self._save_steps_before(step)
+            raise RewardError(
+                f"{error}. {saved}; the episodes of step {step} are kept. Start the same command "
+                "again with a corrected reward"
+            ) from error
 
     def on_train_begin(self) -> None:
         """Before the first update of a run, after its evaluation, ask the cold-start gate.
@@ -109,6 +125,7 @@ class VLATrainer(PPOTrainerSync):
         """Forget the groups of the last step and open a new account."""
         self._specs.clear()
         self.loop.begin_step()
+        self._state_before = self._run_state()
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -183,10 +200,10 @@ class VLATrainer(PPOTrainerSync):
         values = {k: float(v) for k, v in metrics.items() if k.startswith(declared)}
         values |= self.loop.account.as_metrics()
         values |= self._memory()
-        parts = ("old_log_prob", "adv", "update_actor")
+        parts = {"old_log_prob", "ref", "adv", "update_actor"}
         values |= {
             "time/step_s": timing_raw["step"],
-            "time/update_s": sum(timing_raw[part] for part in parts),
+            "time/update_s": sum(timing_raw[part] for part in parts & timing_raw.keys()),
             "time/checkpoint_s": self._checkpoint_s,
         }
         if "testing" in timing_raw:
@@ -196,7 +213,7 @@ class VLATrainer(PPOTrainerSync):
         self.metrics_file.append(global_steps, values)
         self.progress.show_step(global_steps, values)
         if self._save_is_due:
-            self._write_checkpoint()
+            self._write_checkpoint(self._run_state())
 
     def _memory(self) -> dict[str, float]:
         peaks = self.actor_rollout_wg.peak_memory()
@@ -213,16 +230,33 @@ class VLATrainer(PPOTrainerSync):
         """
         self._save_is_due = True
 
-    def _write_checkpoint(self) -> None:
+    def _run_state(self) -> dict[str, Any]:
+        """What veRL does not save, as it stands now."""
+        reward = deepcopy(self.run.reward.state_dict())
+        return {"num_drawn": self.starts.num_drawn, "reward": reward}
+
+    def _save_steps_before(self, step: int) -> str:
+        """Write the checkpoint that ``step``, cut short before its update, began from.
+
+        Returns:
+            What became of the steps before.
+        """
+        last = step - 1
+        if last == 0 or last in checkpoint.complete_steps(self.run.checkpoints):
+            return "No training step is lost"
+        if not self.recipe.trainer.save_every:
+            return "The training steps before are lost, since trainer.save_every is 0"
+        self.global_steps = last
+        self._write_checkpoint(self._state_before)
+        return f"Training step {last} was saved"
+
+    def _write_checkpoint(self, state: dict[str, Any]) -> None:
         began = time.perf_counter()
         folder = checkpoint.step_folder(self.run.checkpoints, self.global_steps)
         checkpoint.discard_partial(folder)
         super()._save_checkpoint()
         self.actor_rollout_wg.export_policy(str(folder / "policy"))
-        checkpoint.save_run_state(
-            folder,
-            {"num_drawn": self.starts.num_drawn, "reward": self.run.reward.state_dict()},
-        )
+        checkpoint.save_run_state(folder, state)
         checkpoint.mark_complete(folder, self.global_steps)
         checkpoint.remove_old(self.run.checkpoints, self.recipe.trainer.keep_checkpoints)
         self._save_is_due = False

@@ -88,13 +88,13 @@ def _model(run: Run) -> Knobs:
 
 def _actor(run: Run) -> Knobs:
     recipe, actor = run.recipe, "actor_rollout_ref.actor"
-    precision = PRECISION[recipe.policy.dtype]
     tokens = MAX_PROMPT_TOKENS + run.processor.shape.num_tokens
     budget = recipe.optimizer.micro_batch_size * tokens
-    fsdp, optim = f"{actor}.fsdp_config", f"{actor}.optim"
+    optim = f"{actor}.optim"
     return {
         f"{actor}.strategy": "fsdp2",
-        f"{actor}.use_kl_loss": False,
+        # Of veRL's KL machinery only the reference worker is used; the term is in our loss.
+        f"{actor}.use_kl_loss": recipe.loss.kl.is_on,
         f"{actor}.use_torch_compile": False,
         # Micro-batches by token budget: rows need not divide, ranks run equally many.
         f"{actor}.use_dynamic_bsz": True,
@@ -102,21 +102,29 @@ def _actor(run: Run) -> Knobs:
         f"{actor}.ppo_mini_batch_size": recipe.sampling.groups_per_step,
         "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz": True,
         "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": budget,
-        f"{fsdp}.strategy": "fsdp2",
-        f"{fsdp}.use_torch_compile": False,
-        f"{fsdp}.seed": recipe.seed,
-        # Weights stay float32 for the optimizer; FSDP casts them for the arithmetic.
-        f"{fsdp}.model_dtype": "fp32",
-        f"{fsdp}.mixed_precision": {
-            "param_dtype": precision,
-            "reduce_dtype": "fp32",
-            "buffer_dtype": "fp32",
-        },
+        **_fsdp(f"{actor}.fsdp_config", run),
+        # The starting policy computes as the learner does, so that they begin equal to the bit.
+        **_fsdp("actor_rollout_ref.ref.fsdp_config", run),
         f"{optim}.lr": recipe.optimizer.lr,
         f"{optim}.lr_warmup_steps": recipe.optimizer.warmup_steps,
         f"{optim}.weight_decay": recipe.optimizer.weight_decay,
         f"{optim}.betas": list(recipe.optimizer.betas),
         f"{optim}.clip_grad": recipe.optimizer.clip_grad,
+    }
+
+
+def _fsdp(section: str, run: Run) -> Knobs:
+    return {
+        f"{section}.strategy": "fsdp2",
+        f"{section}.use_torch_compile": False,
+        f"{section}.seed": run.recipe.seed,
+        # Weights stay float32 for the optimizer; FSDP casts them for the arithmetic.
+        f"{section}.model_dtype": "fp32",
+        f"{section}.mixed_precision": {
+            "param_dtype": PRECISION[run.recipe.policy.dtype],
+            "reduce_dtype": "fp32",
+            "buffer_dtype": "fp32",
+        },
     }
 
 
