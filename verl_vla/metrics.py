@@ -57,6 +57,10 @@ METRICS: dict[str, Metric] = {
     ),
     "actor/clip_low": Metric(unit="share", meaning="executed tokens stopped by the lower bound"),
     "actor/clip_high": Metric(unit="share", meaning="executed tokens stopped by the upper bound"),
+    "actor/kl": Metric(
+        unit="nats",
+        meaning="mean divergence from the starting policy per executed token; with loss.kl only",
+    ),
     "actor/rows": Metric(unit="count", meaning="decisions trained on, all ranks"),
     "actor/rows_of_padding": Metric(
         unit="count",
@@ -68,12 +72,13 @@ METRICS: dict[str, Metric] = {
         meaning="decisions trained on whose advantage is 0; 0 where groups that agree are dropped "
         "and rewards are binary",
     ),
-    "actor/kl": Metric(
-        unit="nats",
-        meaning="mean divergence from the starting policy per executed token; with loss.kl only",
-    ),
     "memory/process_peak": Metric(unit="GiB", meaning="peak resident memory of a learner process"),
-    "memory/device_peak": Metric(unit="GiB", meaning="peak device memory allocated; 0 on a CPU"),
+    "memory/device_peak": Metric(
+        unit="GiB", meaning="peak device memory allocated since the last report; 0 on a CPU"
+    ),
+    "memory/device_reserved_peak": Metric(
+        unit="GiB", meaning="the same, with what torch keeps for later"
+    ),
     "time/step_s": Metric(unit="s", meaning="the whole training step"),
     "time/rollout_s": Metric(unit="s", meaning="playing episodes"),
     "time/reward_s": Metric(unit="s", meaning="scoring trajectories"),

@@ -98,8 +98,8 @@ def play(
     temperature: float,
     noise: NoiseSource,
     times: RolloutTimes | None = None,
-    num_parts: int = 2,
     ended: Callable[[Trajectories], None] | None = None,
+    num_parts: int = 2,
 ) -> Trajectories:
     """Play every spec to its end, as many at a time as there are slots.
 
@@ -110,9 +110,9 @@ def play(
         temperature: of the action tokens; 0 plays greedily.
         noise: gives the random numbers of each decision.
         times: if given, the seconds spent are added to it.
+        ended: if given, told of each episode as it ends, by a table of that episode alone.
         num_parts: 2 lets the halves of the slots take turns; 1 has simulators and policy wait for
             each other, as other projects do, and is there to be measured.
-        ended: if given, told of each episode as it ends, by a table of that episode alone.
     """
     started = time.perf_counter()
     records = [_Record(spec) for spec in specs]
@@ -144,6 +144,7 @@ class _Record:
     prompt_ids: list[Tensor] = field(default_factory=list[Tensor])
     executed: list[int] = field(default_factory=list[int])
     goals: list[GoalReadings] = field(default_factory=list[GoalReadings])
+    ending: npt.NDArray[np.uint8] | None = None
     outcome: Outcome | None = None
     crash: EpisodeCrashed | None = None
 
@@ -231,6 +232,7 @@ def _note_answer(record: _Record, answer: Answer) -> Observation | None:
         return answer
     record.executed.append(answer.executed)
     record.goals.append(answer.goals)
+    record.ending = answer.ending
     record.outcome = answer.outcome
     return answer.observation
 
@@ -252,6 +254,7 @@ def _tabulate(records: list[_Record], policy: Policy) -> Trajectories:
         decisions=_decisions(records, rows, policy),
         prompt_ids=tuple(records[b].prompt_ids[i] for b, i in rows),
         goals=tuple(_goals(record) for record in records),
+        endings=tuple(record.ending for record in records),
         crashes={r.spec.episode_id: str(r.crash) for r in records if r.crash is not None},
     )
 

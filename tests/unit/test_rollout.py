@@ -58,7 +58,14 @@ def go_on(executed: int, spec: EpisodeSpec, decision: int) -> ChunkResult:
 
 
 def end(executed: int, outcome: Outcome, decision: int) -> ChunkResult:
-    return ChunkResult(executed=executed, outcome=outcome, observation=None, goals=goals(decision))
+    """An end whose picture tells after how many decisions it came."""
+    return ChunkResult(
+        executed=executed,
+        outcome=outcome,
+        observation=None,
+        goals=goals(decision),
+        ending=np.full((1, 2, 2, 3), 100 + decision, dtype=np.uint8),
+    )
 
 
 class ScriptedSimulators:
@@ -225,6 +232,14 @@ def test_goal_readings_begin_before_the_first_decision_and_follow_each():
     assert cut[:, 0, 0].tolist() == [0, 1]
     assert whole.shape[1:] == (1, 3)
     assert len(never_began) == 0
+
+
+def test_an_episode_keeps_the_picture_it_ended_in():
+    scripts = [Script(decisions=3), Script(decisions=2, crash_at=1), Script(decisions=1)]
+    played, _, _ = play_scripts(scripts, num_slots=3)
+    long, lost, short = played.endings
+    assert (long[0, 0, 0, 0], short[0, 0, 0, 0]) == (102, 100)
+    assert lost is None
 
 
 def test_steps_and_outcomes_are_counted_to_the_action():

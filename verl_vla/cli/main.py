@@ -22,11 +22,12 @@ VERBS = {
     "doctor": "say whether a checkpoint can be trained: doctor --checkpoint DIR ...",
     "demos": "record demonstrations of scripted experts: demos --suite NAME --out PLACE ...",
     "sft": "fine-tune on demonstrations: sft recipe=NAME ..., or sft --demos FILE ...",
-    "new-policy": "put a policy together: new-policy --language DIR --vision DIR --demos FILE ...",
+    "new-policy": "put a policy together: new-policy --language DIR --vision DIR --demos DIR ...",
     "reward-bench": "measure rewards before training on them: reward-bench --rewards A,B --out DIR",
     "quickstart": "train the embedded policy and show what it learned",
-    "bench": "measure the speed of a part: bench images ...",
+    "bench": "measure the speed of a part: bench env|pool|rollout|update|step|gpu|images ...",
     "recipes": "list the recipes that come with the project",
+    "plan": "say whether a recipe fits and how long it takes: plan recipe=NAME --gpu a100-80 ...",
     "explain": "say what every knob of a recipe is, and why: explain recipe=NAME key=value ...",
 }
 """Verb to its one-line help; each is a module of `verl_vla.cli`."""

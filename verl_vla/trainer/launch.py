@@ -23,7 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
 from verl_vla.build import Run
+from verl_vla.envs.assets import ASSETS_VARIABLE
 from verl_vla.recipe import ClusterConfig
+from verl_vla.trainer.env_nodes import open_env_nodes
 from verl_vla.trainer.translate import to_verl
 from verl_vla.trainer.verl_process import choose_device, divert_output, prepare_verl
 
@@ -59,7 +61,8 @@ def train(run: Run) -> None:
         stack.enter_context(_ray_cluster(run, config))
         queue = stack.enter_context(_transfer_queue(config, beside))
         logger.info("starting the learner (some 20 seconds on two cores)")
-        trainer = importing.result().VLATrainer(config, run)
+        simulators = run.simulators or stack.enter_context(open_env_nodes(run))
+        trainer = importing.result().VLATrainer(config, run, simulators)
         trainer.init()
         queue.result()
         trainer.train()
@@ -75,6 +78,8 @@ def _ray_cluster(run: Run, config: DictConfig) -> Generator[None]:
         "VERL_PLATFORM": os.environ["VERL_PLATFORM"],
         "OMP_NUM_THREADS": "1",
     }
+    if ASSETS_VARIABLE in os.environ:  # for nodes that simulate
+        variables[ASSETS_VARIABLE] = os.environ[ASSETS_VARIABLE]
     environment["env_vars"] = {**environment["env_vars"], **variables}
     if cluster.address is not None:
         ray.init(address=cluster.address, runtime_env=environment, log_to_driver=False)

@@ -23,6 +23,7 @@ from verl_vla.errors import RewardError
 from verl_vla.evaluation import evaluate
 from verl_vla.metrics import MetricsFile
 from verl_vla.progress import Progress
+from verl_vla.rollout import Simulators
 from verl_vla.sampling import StartSampler
 from verl_vla.trainer import checkpoint
 from verl_vla.trainer.cluster_policy import ClusterPolicy
@@ -40,10 +41,11 @@ logger = logging.getLogger(__name__)
 class VLATrainer(PPOTrainerSync):
     """Groups of episodes instead of prompts, decisions instead of sequences."""
 
-    def __init__(self, config: Any, run: Run) -> None:
+    def __init__(self, config: Any, run: Run, simulators: Simulators) -> None:
         super().__init__(config)
         recipe = run.recipe
         self.run = run
+        self.simulators = simulators
         self.recipe = recipe
         self.starts = StartSampler(
             run.training_starts, seed=recipe.seed, group_size=recipe.sampling.group_size
@@ -68,7 +70,7 @@ class VLATrainer(PPOTrainerSync):
         )
         self.loop = EpisodeLoop(
             self.policy,
-            self.run.simulators,
+            self.simulators,
             self.run.reward,
             suite=self.recipe.environment.suite,
             temperature=self.recipe.sampling.temperature,
@@ -112,7 +114,7 @@ class VLATrainer(PPOTrainerSync):
         found = gate.probe(
             gate.probe_starts(self.run.training_starts, config.episodes),
             self.policy,
-            self.run.simulators,
+            self.simulators,
             temperature=self.recipe.sampling.temperature,
             seed=self.recipe.seed,
             greedy=self._greedy_before,
@@ -173,7 +175,7 @@ class VLATrainer(PPOTrainerSync):
         result = evaluate(
             self.run.evaluation_starts,
             self.policy,
-            self.run.simulators,
+            self.simulators,
             config=self.recipe.evaluation,
             seed=self.recipe.seed,
         )
@@ -216,11 +218,12 @@ class VLATrainer(PPOTrainerSync):
             self._write_checkpoint(self._run_state())
 
     def _memory(self) -> dict[str, float]:
-        peaks = self.actor_rollout_wg.peak_memory()
+        process, allocated, reserved = zip(*self.actor_rollout_wg.peak_memory(), strict=True)
         gib = 1024**3
         return {
-            "memory/process_peak": max(process for process, _ in peaks) / gib,
-            "memory/device_peak": max(device for _, device in peaks) / gib,
+            "memory/process_peak": max(process) / gib,
+            "memory/device_peak": max(allocated) / gib,
+            "memory/device_reserved_peak": max(reserved) / gib,
         }
 
     def _save_checkpoint(self) -> None:
