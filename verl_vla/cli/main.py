@@ -25,7 +25,7 @@ VERBS = {
     "new-policy": "put a policy together: new-policy --language DIR --vision DIR --demos DIR ...",
     "reward-bench": "measure rewards before training on them: reward-bench --rewards A,B --out DIR",
     "quickstart": "train the embedded policy and show what it learned",
-    "bench": "measure the speed of a part: bench images ...",
+    "bench": "measure the speed of a part: bench env|pool|rollout|update|step|gpu|images ...",
     "recipes": "list the recipes that come with the project",
     "plan": "say whether a recipe fits and how long it takes: plan recipe=NAME --gpu a100-80 ...",
     "explain": "say what every knob of a recipe is, and why: explain recipe=NAME key=value ...",
