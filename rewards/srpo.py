@@ -45,6 +45,7 @@ class SrpoReward(ReferenceReward):
         encoder: str,
         encoder_args: Mapping[str, Any] | None = None,
         alpha: float = 0.8,
+        anneal: bool = False,
         from_start: bool = True,
         memory_capacity: int = 64,
         memory_max_age: int = 100,
@@ -56,6 +57,7 @@ class SrpoReward(ReferenceReward):
             encoder: see `verl_vla.encoders.make_encoder`; the paper's is ``vjepa2``.
             encoder_args: its arguments.
             alpha: what the best conceivable failure is worth; 0.8 was best in the paper.
+            anneal: see `ReferenceReward`.
             from_start: subtract an episode's first row, so that layouts can be pooled. The paper
                 does not.
             memory_capacity: successes kept of each task.
@@ -68,6 +70,7 @@ class SrpoReward(ReferenceReward):
         super().__init__(
             make_encoder(encoder, encoder_args or {}),
             alpha=alpha,
+            anneal=anneal,
             memory_capacity=memory_capacity,
             memory_max_age=memory_max_age,
             max_invalid_share=max_invalid_share,

@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from verl_vla.conditions import conditions
 from verl_vla.envs.assets import find_assets
-from verl_vla.envs.libero import EnvConfig, make_env
+from verl_vla.envs.libero import CAMERAS, EnvConfig, make_env
 from verl_vla.envs.pool import EnvPool
 from verl_vla.envs.suites import Split, Suite, suite
 from verl_vla.errors import ConfigError
@@ -24,7 +24,7 @@ from verl_vla.policies.base import PolicyShape, Processor
 from verl_vla.policies.loading import check_adapters, load_processor, require_sound
 from verl_vla.policies.openvla_oft.attention import require_backend
 from verl_vla.recipe import EnvironmentConfig, Recipe
-from verl_vla.reward import TrajectoryReward, load_reward
+from verl_vla.reward import TrajectoryReward, load_reward, looks_at_pictures
 from verl_vla.run_folder import claim_folder, evaluation_record, keep_evaluation
 from verl_vla.sampling import Start
 
@@ -106,7 +106,7 @@ def open_run(recipe: Recipe) -> Generator[Run]:
         require_extras({"trainer.loggers": logger_name})
     processor = load_processor(policy_folder, recipe.policy.unnorm_key)
     reward = load_reward(recipe.reward, recipe.reward_args, seed=recipe.seed)
-    config = env_config(env, processor)
+    config = replace(env_config(env, processor), draw_ending=looks_at_pictures(reward))
     check_assets(chosen)
     training = starts(chosen, tasks, "train")
     held_out = starts(chosen, tasks, "held_out", per_task=recipe.evaluation.episodes_per_task)
@@ -200,16 +200,17 @@ def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:
             f"environment.render_size is {render_size}, but the policy sees images of "
             f"{shape.image_size} px; render at least that large (openvla-oft: 256 for 224)"
         )
-    if shape.num_views != 1:
+    if shape.num_views > len(CAMERAS):
         raise ConfigError(
-            f"the policy takes {shape.num_views} images, but the environments show one camera "
-            "(agentview); use a checkpoint with num_images_in_input 1"
+            f"the policy takes {shape.num_views} images, but the environments have "
+            f"{len(CAMERAS)} cameras, {' and '.join(CAMERAS)}; use a policy of fewer views"
         )
     return EnvConfig(
         suite=env.suite,
         step_limit=env.step_limit,
         render_size=render_size,
         image_size=shape.image_size,
+        cameras=CAMERAS[: shape.num_views],
     )
 
 

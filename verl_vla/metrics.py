@@ -33,6 +33,9 @@ METRICS: dict[str, Metric] = {
     "rollout/steps": Metric(unit="count", meaning="simulator steps the policy chose"),
     "rollout/decisions": Metric(unit="count", meaning="policy calls with an answer"),
     "rollout/decisions_per_s": Metric(unit="1/s", meaning="decisions / seconds of rollout"),
+    "rollout/decisions_for_ended": Metric(
+        unit="count", meaning="policy calls for episodes that had ended; always 0"
+    ),
     "rollout/env_wait_share": Metric(
         unit="share", meaning="of the rollout's seconds spent waiting for simulators"
     ),
@@ -57,6 +60,17 @@ METRICS: dict[str, Metric] = {
     "actor/kl": Metric(
         unit="nats",
         meaning="mean divergence from the starting policy per executed token; with loss.kl only",
+    ),
+    "actor/rows": Metric(unit="count", meaning="decisions trained on, all ranks"),
+    "actor/rows_of_padding": Metric(
+        unit="count",
+        meaning="rows without content, so that ranks and optimizer steps get equally many; fewer "
+        "than ranks x optimizer steps",
+    ),
+    "actor/rows_without_gradient": Metric(
+        unit="count",
+        meaning="decisions trained on whose advantage is 0; 0 where groups that agree are dropped "
+        "and rewards are binary",
     ),
     "memory/process_peak": Metric(unit="GiB", meaning="peak resident memory of a learner process"),
     "memory/device_peak": Metric(

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from verl_vla.types import Decisions, Episodes, Trajectories
 
+NO_PICTURE = np.zeros((0, 0, 0, 3), dtype=np.uint8)
+"""Stands for an ending that nobody drew."""
+
 
 def write_trajectories(file: Path, trajectories: Trajectories) -> None:
     """Write everything that was recorded of some episodes; the file is never seen half-written."""
@@ -24,6 +27,7 @@ def write_trajectories(file: Path, trajectories: Trajectories) -> None:
             tables[f"{type(table).__name__}.{f.name}"] = getattr(table, f.name).numpy()
     tables |= _pack("prompt_ids", [prompt.numpy() for prompt in trajectories.prompt_ids])
     tables |= _pack("goals", trajectories.goals)
+    tables |= _pack("endings", [NO_PICTURE if e is None else e for e in trajectories.endings])
     tables["crashes"] = np.array(json.dumps(trajectories.crashes))
     partial_file = file.with_suffix(".partial")
     with partial_file.open("wb") as stream:
@@ -45,6 +49,7 @@ def read_trajectories(file: Path) -> Trajectories:
             decisions=Decisions(**columns(Decisions)),
             prompt_ids=tuple(torch.from_numpy(ids) for ids in _unpack("prompt_ids", tables)),
             goals=tuple(_unpack("goals", tables)),
+            endings=tuple(e if e.size else None for e in _unpack("endings", tables)),
             crashes={int(key): why for key, why in crashes.items()},
         )
 

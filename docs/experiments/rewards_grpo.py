@@ -22,8 +22,8 @@ from verl_vla.types import Outcome
 
 BASELINE = "binary"
 RESAMPLES = 2000
-JUDGED_AT = (2, 4)
-"""Training steps after which held-out episodes were played."""
+LAST_STEP = 4
+"""The training step after which held-out episodes were played."""
 
 mpl.use("Agg")
 
@@ -32,8 +32,8 @@ mpl.use("Agg")
 class Arm:
     """The runs of one reward, a row of each array for each seed."""
 
-    solved: dict[int, np.ndarray]
-    """By training step, [seeds, starts] bool; the starts are the same in every run."""
+    solved: np.ndarray
+    """[seeds, starts] bool, held out, at the end; the starts are the same in every run."""
     trained: np.ndarray
     """[seeds, steps], success of the training episodes, sampled."""
     episodes: np.ndarray
@@ -51,15 +51,15 @@ def read_arm(folder: Path) -> Arm:
         return np.array([[line[name] for line in run] for run in lines])
 
     return Arm(
-        solved={step: np.stack([_outcomes(seed, step) for seed in seeds]) for step in JUDGED_AT},
+        solved=np.stack([_outcomes(seed) for seed in seeds]),
         trained=column("rollout/success_rate"),
         episodes=column("rollout/episodes"),
         simulator_steps=column("rollout/steps"),
     )
 
 
-def _outcomes(run: Path, step: int) -> np.ndarray:
-    content = json.loads((run / "evaluations" / f"step_{step}.json").read_text())
+def _outcomes(run: Path) -> np.ndarray:
+    content = json.loads((run / "evaluations" / f"step_{LAST_STEP}.json").read_text())
     return np.array([episode["outcome"] == Outcome.SUCCESS for episode in content["episodes"]])
 
 
@@ -73,64 +73,69 @@ def check_equal(arms: dict[str, Arm]) -> None:
     for name, arm in arms.items():
         if not np.array_equal(arm.episodes, first.episodes):
             raise ValueError(f"{name} trained on {arm.episodes}, {BASELINE} on {first.episodes}")
-        for step in JUDGED_AT:
-            if arm.solved[step].shape != first.solved[step].shape:
-                raise ValueError(f"{name} and {BASELINE} were judged on other starts")
+        if arm.solved.shape != first.solved.shape:
+            raise ValueError(f"{name} and {BASELINE} were judged on other starts")
 
 
-def difference(arm: Arm, baseline: Arm, step: int) -> Estimate:
-    """Mean gain in success over the baseline, start by start and seed by seed.
+def gain(arm: Arm, baseline: Arm) -> Estimate:
+    """Mean gain in held-out success over the baseline, start by start and seed by seed.
 
     The interval comes from drawing starts; what another three seeds would give is not in it.
     """
-    gain = arm.solved[step].astype(float) - baseline.solved[step]
-    num_seeds, num_starts = gain.shape
+    gained = arm.solved.astype(float) - baseline.solved
+    num_seeds, num_starts = gained.shape
     start = np.tile(np.arange(num_starts), num_seeds)
-    flat = gain.ravel()
+    flat = gained.ravel()
     return estimate(lambda rows: float(flat[rows].mean()), start, seed=0, resamples=RESAMPLES)
 
 
 def table(arms: dict[str, Arm]) -> str:
     """Return Markdown, a line for each reward."""
-    head = ["reward"]
-    for step in JUDGED_AT:
-        head += [f"after {step} steps, by seed", "all seeds (95%)", f"less `{BASELINE}` (95%)"]
-    head += ["simulator steps"]
+    head = [
+        "reward",
+        "held-out, by seed",
+        "all seeds (95%)",
+        f"less `{BASELINE}` (95%)",
+        "training episodes solved",
+        "simulator steps",
+    ]
     lines = [head, ["---"] * len(head)]
     for name, arm in arms.items():
-        cells = [f"`{name}`"]
-        for step in JUDGED_AT:
-            solved = arm.solved[step]
-            cells.append(", ".join(f"{100 * rate:.0f}" for rate in solved.mean(axis=1)))
-            total = SuccessRate(successes=int(solved.sum()), episodes=solved.size, crashes=0)
-            low, high = total.ci95
-            cells.append(f"{100 * total.rate:.0f}% ({100 * low:.0f}-{100 * high:.0f})")
-            gain = difference(arm, arms[BASELINE], step)
-            is_itself = name == BASELINE
-            ends = f"({100 * gain.low:+.0f}, {100 * gain.high:+.0f})"
-            cells.append("" if is_itself else f"{100 * gain.value:+.0f} {ends}")
-        cells.append(f"{arm.simulator_steps.sum(axis=1).mean():.0f}")
-        lines.append(cells)
+        total = SuccessRate(successes=int(arm.solved.sum()), episodes=arm.solved.size, crashes=0)
+        low, high = total.ci95
+        found = gain(arm, arms[BASELINE])
+        change = f"{100 * found.value:+.0f} ({100 * found.low:+.0f}, {100 * found.high:+.0f})"
+        lines.append(
+            [
+                f"`{name}`",
+                ", ".join(f"{100 * rate:.0f}" for rate in arm.solved.mean(axis=1)),
+                f"{100 * total.rate:.0f}% ({100 * low:.0f}-{100 * high:.0f})",
+                "" if name == BASELINE else change,
+                f"{100 * arm.trained.mean():.0f}%",
+                f"{arm.simulator_steps.sum(axis=1).mean():.0f}",
+            ]
+        )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def draw(path: Path, arms: dict[str, Arm]) -> None:
-    """Draw training and held-out success: the mean over seeds, and each seed as a thin line."""
-    figure = Figure(figsize=(9.0, 3.8), dpi=110, layout="constrained")
+    """Draw training success, mean over seeds, and held-out success at the end, a dot a seed."""
+    figure = Figure(figsize=(9.0, 3.6), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for index, (name, arm) in enumerate(arms.items()):
-        colour = f"C{index}"
+    for place, (name, arm) in enumerate(arms.items()):
+        colour = f"C{place}"
         steps = np.arange(1, arm.trained.shape[1] + 1)
-        held_out = np.stack([arm.solved[step].mean(axis=1) for step in JUDGED_AT], axis=1)
-        for axes, x, rates in ((left, steps, arm.trained), (right, JUDGED_AT, held_out)):
-            axes.plot(x, 100 * rates.T, color=colour, linewidth=0.5, alpha=0.5)
-            axes.plot(x, 100 * rates.mean(axis=0), color=colour, marker="o", label=name)
+        left.plot(steps, 100 * arm.trained.mean(axis=0), "o-", color=colour, label=name)
+        rates = 100 * arm.solved.mean(axis=1)
+        right.plot(np.full(len(rates), place), rates, "o", color=colour, alpha=0.5)
+        right.plot([place - 0.25, place + 0.25], [rates.mean()] * 2, color=colour)
     left.set(xlabel="training step", ylabel="success, %", title="training episodes, sampled")
-    right.set(xlabel="training step", title="held-out, greedy", ylim=(0, 100))
+    left.set_xticks(steps)
+    left.legend(frameon=False)
+    right.set(title=f"held-out, greedy, after step {LAST_STEP}", ylim=(0, 100))
+    right.set_xticks(range(len(arms)), list(arms), rotation=15)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.set_xticks(steps)
-    right.legend(frameon=False, loc="lower right")
     figure.savefig(path)
 
 

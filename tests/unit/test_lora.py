@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from verl_vla.policies.lora import add_adapters, merge_adapters
+from verl_vla.policies.lora import add_adapters, merge_adapters, without_adapters
 from verl_vla.policies.nf4 import plain_state, quantize_under_adapters
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig, OpenVLAOFTModel
 from verl_vla.policies.openvla_oft import tiny as tiny_openvla_oft
@@ -124,6 +124,14 @@ def test_merged_weights_answer_as_the_adapters_do(build: Build) -> None:
     assert not torch.allclose(mine["logits"], answer(make(build))["logits"], atol=0.1)
     assert torch.allclose(mine["logits"], theirs["logits"], atol=1e-3)
     assert torch.allclose(mine["nll"], theirs["nll"], atol=1e-3)
+
+
+def test_adapters_can_be_left_out_of_an_answer() -> None:
+    plain, model = make(openvla_oft), adapted(openvla_oft)
+    learned = answer(model)["logits"]
+    with without_adapters(model):
+        assert torch.equal(answer(model)["logits"], answer(plain)["logits"])
+    assert torch.equal(answer(model)["logits"], learned)
 
 
 def test_a_model_without_adapters_is_merged_as_it_is() -> None:

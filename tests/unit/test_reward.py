@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from verl_vla.errors import ConfigError, ContractError, RewardError
-from verl_vla.reward import REWARDS_FOLDER, RewardResult, learn, load_reward, score
+from verl_vla.reward import (
+    REWARDS_FOLDER,
+    RewardResult,
+    learn,
+    load_reward,
+    looks_at_pictures,
+    score,
+)
 from verl_vla.types import Decisions, Episodes, Outcome, Trajectories
 
 HEADER = """
@@ -233,6 +240,15 @@ def test_frames_and_proprio_come_only_when_asked_for():
     batch, _ = judge(Stub(requires=frozenset({"proprio"})))
     assert batch.frames is None
     assert [p[:, 0].tolist() for p in batch.proprio] == [[0, 1], [10], [20]]
+
+
+def test_the_picture_after_the_last_step_is_an_episodes_last_frame():
+    """The publications never look at the success itself."""
+    ended = (np.full((1, 2, 2, 3), 9, np.uint8), None, np.full((1, 2, 2, 3), 29, np.uint8))
+    stub = Stub(requires=frozenset({"frames"}))
+    batch, _ = judge(stub, replace(make_trajectories(), endings=ended))
+    assert [f[:, 0, 0, 0, 0].tolist() for f in batch.frames] == [[0, 1, 9], [10], [20, 29]]
+    assert looks_at_pictures(stub) and not looks_at_pictures(Stub())
 
 
 def test_a_crashed_episode_never_reaches_a_reward():

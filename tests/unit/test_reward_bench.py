@@ -92,7 +92,7 @@ def test_what_looks_at_pictures_ranks_and_shuffling_destroys_what_is_temporal(ro
     for label in ("knn", "head"):
         ordered, mixed = rows[label], rows[f"{label}, shuffled"]
         assert ordered.by_progress.spearman.value > 0.85
-        assert mixed.by_progress.spearman.value < ordered.by_progress.spearman.low
+        assert mixed.by_progress.spearman.value < ordered.by_progress.spearman.value - 0.05
         assert ordered.changes_advantage.value > 0.5
 
 
@@ -160,8 +160,8 @@ def test_an_encoder_of_clips_is_asked_again_for_each_part(halves):
     reward.measure = measure_lengths
     contestant = replace(make_contestants({}, 0)[0], label="clips", reward=reward)
     rows = measure([contestant], *halves, CONFIG)
-    assert {1, 8} <= seen
-    assert rows[0].readings.curves[0][0] == 1.0
+    assert {2, 9} <= seen, "one decision shows the start and what came of it"
+    assert rows[0].readings.curves[0][0] == 2.0
 
 
 def test_advantages_are_compared_with_those_of_the_outcome(halves):

@@ -79,6 +79,9 @@ def test_what_is_read_is_what_was_played_to_the_bit(tmp_path: Path):
         assert all(
             np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(mine, theirs, strict=True)
         )
+    assert read.endings[-1] is trajectories.endings[-1] is None
+    for mine, theirs in zip(trajectories.endings[:-1], read.endings[:-1], strict=True):
+        assert np.array_equal(mine, theirs)
     assert read.crashes == trajectories.crashes != {}
     assert [f.name for f in tmp_path.iterdir()] == ["round_0000.npz"]
 
@@ -142,7 +145,8 @@ def test_a_cut_episode_shows_its_beginning_and_hides_its_end():
     cut = sample.cut(lengths)
     assert not cut.batch.success.any()
     for row, length in enumerate(lengths):
-        assert len(cut.batch.frames[row]) == len(cut.batch.proprio[row]) == length
+        assert len(cut.batch.proprio[row]) == length
+        assert np.array_equal(cut.batch.frames[row], sample.batch.frames[row][: length + 1])
         assert cut.batch.num_steps[row] == sample.executed[row][:length].sum()
         assert np.array_equal(cut.batch.goals[row], sample.batch.goals[row][: length + 1])
         assert cut.truth[row] == goal_progress(sample.batch.goals[row])[length]

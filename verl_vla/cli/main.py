@@ -22,7 +22,7 @@ VERBS = {
     "doctor": "say whether this machine can train, or a checkpoint: doctor [--checkpoint DIR]",
     "demos": "record demonstrations of scripted experts: demos --suite NAME --out PLACE ...",
     "sft": "fine-tune on demonstrations: sft recipe=NAME ..., or sft --demos FILE ...",
-    "new-policy": "put a policy together: new-policy --language DIR --vision DIR --demos FILE ...",
+    "new-policy": "put a policy together: new-policy --language DIR --vision DIR --demos DIR ...",
     "reward-bench": "measure rewards before training on them: reward-bench --rewards A,B --out DIR",
     "quickstart": "train the embedded policy and show what it learned",
     "bench": "measure the speed of a part: bench images ...",

@@ -196,7 +196,8 @@ def _play(folder: Path, played: PlayConfig, env: EnvironmentConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_policy(find_policy(played.policy), DTYPES[played.dtype], played.unnorm_key)
     torch.nn.Module.to(policy.model, device)
-    with open_simulators(env, env_config(env, policy.processor), policy.shape) as simulators:
+    simulated = replace(env_config(env, policy.processor), draw_ending=True)
+    with open_simulators(env, simulated, policy.shape) as simulators:
         play_missing(
             folder,
             _groups(played),

@@ -27,7 +27,7 @@ from verl_vla.build import (
     starts,
     task_ids,
 )
-from verl_vla.envs.libero import EnvConfig
+from verl_vla.envs.libero import CAMERAS, EnvConfig
 from verl_vla.envs.pool import EnvPool
 from verl_vla.envs.suites import SUITES, suite
 from verl_vla.errors import ConfigError
@@ -91,6 +91,7 @@ class SFTRun:
             self.learned,
             processor.codec,
             image_size=processor.shape.image_size,
+            num_views=processor.shape.num_views,
             augment_seed=recipe.seed if recipe.demos.augment else None,
         )
 
@@ -100,6 +101,7 @@ class SFTRun:
             self.held_out,
             processor.codec,
             image_size=processor.shape.image_size,
+            num_views=processor.shape.num_views,
             augment_seed=None,
         )
 
@@ -143,7 +145,12 @@ def prepare_run(recipe: SFTRecipe) -> SFTRun:
         work = Rerendering(
             source=source,
             target=folder / f"demos_{render_size}px",
-            env=EnvConfig(suite=env.suite, render_size=render_size, max_simulators=1),
+            env=EnvConfig(
+                suite=env.suite,
+                render_size=render_size,
+                cameras=CAMERAS[: load_processor(policy_folder).shape.num_views],
+                max_simulators=1,
+            ),
         )
         rerender(work, tasks, workers=env.num_workers)
         learned, held_out = read_demos(work.target, chosen, tasks, choice)
@@ -209,8 +216,14 @@ def _check_samples(run: SFTRun) -> None:
             f"the demonstrations make {len(samples)} samples, fewer than optimizer.batch_size, "
             f"{batch}; set a smaller batch or learn more episodes"
         )
+    num_views = processor.shape.num_views
     for demo in run.learned + run.held_out:
         processor.prompt(demo.instruction)
+        if len(demo.cameras) < num_views:
+            raise ConfigError(
+                f"the policy takes {num_views} images, but {demo.name} of {demo.file} has pictures "
+                f"of {' and '.join(demo.cameras)} alone; set demos.pictures=rerendered"
+            )
     logger.info(
         "%d episodes, %d samples to learn; %d episodes held out",
         len(run.learned),

@@ -50,6 +50,11 @@ def score(
     return batch, judge(reward, batch)
 
 
+def looks_at_pictures(reward: TrajectoryReward) -> bool:
+    """Whether it matters to a reward what an episode looked like."""
+    return bool(reward.requires & {"frames", "features"})
+
+
 def make_batch(trajectories: Trajectories, *, suite: str, split: Split) -> TrajectoryBatch:
     """Arrange trajectories by episode, with everything that a reward may require but features.
 
@@ -74,7 +79,10 @@ def make_batch(trajectories: Trajectories, *, suite: str, split: Split) -> Traje
         init_state_id=episodes.init_state_id.numpy(),
         success=episodes.success.numpy(),
         num_steps=episodes.num_steps.numpy(),
-        frames=tuple(image[r] for r in rows),
+        frames=tuple(
+            image[r] if ending is None else np.concatenate([image[r], ending[None]])
+            for r, ending in zip(rows, trajectories.endings or [None] * len(rows), strict=True)
+        ),
         proprio=tuple(proprio[r] for r in rows),
         goals=trajectories.goals,
         split=split,

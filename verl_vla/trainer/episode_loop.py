@@ -51,6 +51,7 @@ class StepAccount:
             "rollout/steps": float(self.steps),
             "rollout/decisions": float(self.decisions),
             "rollout/decisions_per_s": self.decisions / rollout_s,
+            "rollout/decisions_for_ended": float(self.times.decisions_for_ended),
             "rollout/env_wait_share": self.times.wait_s / rollout_s,
             "rollout/policy_share": self.times.policy_s / rollout_s,
             "time/rollout_s": self.times.total_s,

@@ -155,7 +155,8 @@ class VLATrainer(PPOTrainerSync):
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         """One pass over the batch, in ``num_mini_batches`` optimizer steps."""
-        episodes = {key.rsplit("_", 1)[0] for key in batch.keys if key.startswith("g")}
+        real = [key for key in batch.keys if key.startswith("g")]
+        episodes = {key.rsplit("_", 1)[0] for key in real}
         num_mini_batches = self.recipe.optimizer.num_mini_batches
         batch.extra_info = {
             **(batch.extra_info or {}),
@@ -165,7 +166,8 @@ class VLATrainer(PPOTrainerSync):
             "epochs": 1,
         }
         output = self.actor_rollout_wg.update_actor(batch)
-        metrics.update(summarise_update(tu.get(output, "metrics")))
+        num_padding = len(batch.keys) - len(real)
+        metrics.update(summarise_update(tu.get(output, "metrics"), num_padding))
         return batch
 
     def _validate(self) -> dict[str, float]:

@@ -168,6 +168,8 @@ def row_loss(
     metrics = {
         "loss_sum": parts.loss.item(),
         "num_tokens": parts.num_tokens.item(),
+        "num_rows": len(mask),
+        "num_rows_idle": int((~mask.any(1) | (advantage == 0)).sum()),
         "num_clipped_low": parts.num_clipped_low.item(),
         "num_clipped_high": parts.num_clipped_high.item(),
         "ratio_sum": parts.ratio_sum.item(),
