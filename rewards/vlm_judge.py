@@ -1,6 +1,6 @@
 """A served vision-language model says how far a failure came.
 
-The server speaks OpenAI's protocol, as a local vLLM does (the extra ``vllm``, in an environment of
+The server speaks OpenAI's protocol, as a local vLLM does (the extra ``vllm``, in a process of
 its own):
 
     vllm serve MODEL_FOLDER --port 8000 --limit-mm-per-prompt '{"image": 8}'
@@ -154,8 +154,8 @@ class VlmJudgeReward(StatelessReward):
             known = [entry["id"] for entry in self._ask("models")["data"]]
         except LOST as error:
             raise ConfigError(
-                f"no judge answers at {self._url} ({error}); install the extra vllm in an "
-                f"environment of its own and run: vllm serve {self._model}, or set reward_args.url"
+                f"no judge answers at {self._url} ({error}); install the extra vllm "
+                f"and run: vllm serve {self._model}, or set reward_args.url"
             ) from error
         if self._model not in known:
             raise ConfigError(
