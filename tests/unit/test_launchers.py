@@ -12,6 +12,8 @@ import yaml
 
 from verl_vla.cli.main import VERBS
 from verl_vla.composition import group_options, load_recipe
+from verl_vla.errors import ConfigError
+from verl_vla.trainer import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = [
@@ -77,6 +79,17 @@ def test_a_node_that_is_told_nothing_says_what_it_needs(words, tmp_path):
     assert re.search("say head NODES or join|name the first node|say how many nodes", done.stderr)
 
 
+def test_training_waits_for_the_nodes_and_not_for_ever(monkeypatch):
+    nodes = [{"Alive": True}, {"Alive": False}]
+    monkeypatch.setattr(launch.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(launch, "NODES_POLL_S", 0)
+    launch.wait_for_nodes(1)
+    with pytest.raises(ConfigError, match="cluster.num_nodes is 2, but 1 joined .* within 0 s"):
+        launch.wait_for_nodes(2, limit_s=0)
+    monkeypatch.setattr(launch.time, "sleep", lambda _: nodes.append({"Alive": True}))
+    launch.wait_for_nodes(3)
+
+
 def test_the_skypilot_task_has_its_fields():
     task = yaml.safe_load((ROOT / "scripts" / "cloud" / "skypilot.yaml").read_text())
     assert task.keys() <= SKYPILOT_FIELDS
@@ -88,7 +101,7 @@ def test_the_skypilot_task_has_its_fields():
 
 
 def test_the_modal_wrapper_decides_nothing():
-    """It compiles without Modal; it has neither a branch nor a loop, and its words make a recipe."""
+    """Compiles without Modal; has neither a branch nor a loop, and its words make a recipe."""
     path = ROOT / "scripts" / "cloud" / "modal_train.py"
     tree = ast.parse(path.read_text())
     assert not [n for n in ast.walk(tree) if isinstance(n, (ast.If, ast.For, ast.While, ast.Try))]
