@@ -19,7 +19,7 @@ VERBS = {
     "train": "improve a policy: train recipe=NAME key=value ...",
     "eval": "measure a policy on held-out starts: eval --policy DIR --suite NAME ...",
     "compare": "say which of two evaluated policies is better: compare A B",
-    "doctor": "say whether a checkpoint can be trained: doctor --checkpoint DIR ...",
+    "doctor": "say whether this machine can train, or a checkpoint: doctor [--checkpoint DIR]",
     "demos": "record demonstrations of scripted experts: demos --suite NAME --out PLACE ...",
     "sft": "fine-tune on demonstrations: sft recipe=NAME ..., or sft --demos FILE ...",
     "new-policy": "put a policy together: new-policy --language DIR --vision DIR --demos DIR ...",
