@@ -92,8 +92,7 @@ def pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Paire
     Raises:
         ConfigError: they differ in what decides whether they compare, or in their starts.
     """
-    kept = [{key: record[key] for key in DECIDES} for record in (first, second)]
-    differ = differences(*kept)
+    differ = differences(_conditions(first), _conditions(second))
     if differ:
         raise ConfigError(
             f"these evaluations do not compare: {'; '.join(differ)}. Evaluate one of them again "
@@ -116,8 +115,8 @@ def pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Paire
 
 def told_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """What else differs, as ``key: first -> second``."""
-    kept = [{key: r[key] for key in TOLD if key in r} for r in (first, second)]
-    return differences(*kept)
+    one, other = ({key: r[key] for key in TOLD if key in r} for r in (first, second))
+    return differences(one, other)
 
 
 def table(pairs: Mapping[str, Paired]) -> str:
@@ -146,6 +145,10 @@ def as_json(pairs: Mapping[str, Paired]) -> dict[str, Any]:
         }
         for name, found in pairs.items()
     }
+
+
+def _conditions(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: record[key] for key in DECIDES}
 
 
 def _start(episode: Mapping[str, Any]) -> tuple[int, int]:

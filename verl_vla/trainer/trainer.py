@@ -17,10 +17,13 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 
 from verl_vla import gate
+from verl_vla.album import Album
 from verl_vla.build import Run
+from verl_vla.conditions import played_in
 from verl_vla.evaluation import evaluate
 from verl_vla.metrics import MetricsFile
 from verl_vla.progress import Progress
+from verl_vla.run_report.page import write_report
 from verl_vla.sampling import StartSampler
 from verl_vla.trainer import checkpoint
 from verl_vla.trainer.cluster_policy import ClusterPolicy
@@ -32,6 +35,9 @@ from verl_vla.trainer.worker import VLAWorker
 from verl_vla.types import EpisodeSpec
 
 logger = logging.getLogger(__name__)
+
+REPORT_EVERY_S = 300.0
+"""Seconds between two refreshments of ``report.html``; less than 1% of the time."""
 
 
 class VLATrainer(PPOTrainerSync):
@@ -46,11 +52,18 @@ class VLATrainer(PPOTrainerSync):
             run.training_starts, seed=recipe.seed, group_size=recipe.sampling.group_size
         )
         self.metrics_file = MetricsFile(run.folder / "metrics.jsonl")
+        self.album = Album(
+            run.folder,
+            played_in(run.env_config, run.task_names),
+            run.processor.codec,
+            recipe.trainer.keep_groups,
+        )
         self.progress = Progress(recipe.trainer.total_training_steps)
         self._specs: dict[int, list[EpisodeSpec]] = {}
         self._evaluation_s = 0.0
         self._checkpoint_s = 0.0
         self._save_is_due = False
+        self._reported_at = time.monotonic()
         self._greedy_before: gate.Rates | None = None
 
     def init(self) -> None:
@@ -70,13 +83,16 @@ class VLATrainer(PPOTrainerSync):
             temperature=self.recipe.sampling.temperature,
             seed=self.recipe.seed,
             specs_of=self._specs.__getitem__,
+            album=self.album,
         )
         self.actor_rollout_wg.set_policy_loss(
             self.recipe.loss.clip, self.run.processor.shape.action_dim
         )
         if self.global_steps > 0:
             self.config.trainer.val_before_train = False
-        self.metrics_file.rewind(self.global_steps if self.global_steps else -1)
+        last_step = self.global_steps if self.global_steps else -1
+        self.metrics_file.rewind(last_step)
+        self.album.rewind(last_step)
 
     def train(self) -> None:
         """Run veRL's loop to the last step."""
@@ -195,6 +211,13 @@ class VLATrainer(PPOTrainerSync):
         self.progress.show_step(global_steps, values)
         if self._save_is_due:
             self._write_checkpoint()
+        self._refresh_report()
+
+    def _refresh_report(self) -> None:
+        """Now and then: it takes a second or two, however long a step is."""
+        if time.monotonic() - self._reported_at > REPORT_EVERY_S:
+            write_report(self.run.folder)
+            self._reported_at = time.monotonic()
 
     def _memory(self) -> dict[str, float]:
         peaks = self.actor_rollout_wg.peak_memory()
