@@ -92,7 +92,7 @@ def replay(header: Mapping[str, Any], line: Mapping[str, Any]) -> list[Picture]:
                 chunk=actions[decision],
                 place=place,
                 step=step,
-                progress=line["progress"][decision] if line["progress"] else None,
+                progress=_progress(line, decision + (outcome is not None)),
                 verdict=_verdict(line) if outcome is not None else "",
             )
             pictures.append(compose(seen, scene))
@@ -144,6 +144,10 @@ def write_video(path: Path, pictures: list[Picture]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = np.stack(pictures)
     imageio.imwrite(path, frames, fps=FRAMES_PER_S, codec="libx264", macro_block_size=4)
+
+
+def _progress(line: Mapping[str, Any], decisions: int) -> float | None:
+    return line["progress"][decisions] if line["progress"] else None
 
 
 def _verdict(line: Mapping[str, Any]) -> str:

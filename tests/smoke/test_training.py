@@ -14,6 +14,7 @@ from verl_vla.actions import load_statistics
 from verl_vla.cli.main import EXIT_COLD_START, EXIT_STARVED
 from verl_vla.envs.assets import assets_available
 from verl_vla.envs.suites import suite
+from verl_vla.journal import read_episodes
 from verl_vla.metrics import METRICS, OPEN_FAMILIES, is_reproducible, read_metrics
 from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
 from verl_vla.trainer.checkpoint import complete_steps, step_folder
@@ -49,6 +50,11 @@ def test_a_run_reports_every_declared_metric(whole_run: TrainingRun) -> None:
     assert set(METRICS) <= seen
     assert all(name in METRICS or name.startswith(OPEN_FAMILIES) for name in seen)
     assert (whole_run.folder / "curve.png").stat().st_size > 0
+    episodes = read_episodes(whole_run.folder)
+    assert len(episodes) == sum(line["rollout/episodes"] for line in lines)
+    report = (whole_run.folder / "report.html").read_text()
+    assert "ended after 4 training steps" in report
+    assert "data:image/webp;base64," in report
 
 
 def test_rollout_and_update_agree_on_the_log_probs(whole_run: TrainingRun) -> None:
@@ -72,6 +78,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     run.finish()
     assert reproducible(run.folder) == reproducible(whole_run.folder)
     assert largest_difference(weights(run, 4), weights(whole_run, 4)) == 0
+    assert read_episodes(run.folder) == read_episodes(whole_run.folder)
 
 
 def test_two_ranks_make_the_same_first_update_as_one(

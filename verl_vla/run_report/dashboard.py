@@ -115,6 +115,7 @@ def _row(name: str, view: RunView) -> dict[str, str]:
     return {
         "name": name,
         "address": f"/run?name={quote(name)}",
+        "steps": f"{view.last_step} of {view.total_steps}",
         "status": status(view),
         "suite": view.recipe["environment"]["suite"],
         "reward": view.recipe["reward"],

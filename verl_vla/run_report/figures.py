@@ -103,6 +103,7 @@ def groups(view: RunView) -> str:
             if counts.any():
                 axes.bar(steps, counts, bottom=floor, color=color, label=kind, width=0.8)
                 floor += counts
+        _from_zero(axes)
         _step_axis(axes, "groups played")
 
     return _svg(draw)
@@ -141,6 +142,7 @@ def time_by_part(view: RunView) -> str:
             if seconds.any():
                 axes.bar(steps, seconds, bottom=floor, color=COLORS[i], label=label, width=0.8)
                 floor += seconds
+        _from_zero(axes)
         _step_axis(axes, "seconds")
 
     return _svg(draw)

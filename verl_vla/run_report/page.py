@@ -66,9 +66,9 @@ def status(view: RunView) -> str:
     """Where a run stands, in words."""
     if view.has_ended:
         return f"ended after {view.last_step} training steps"
-    place = f"{view.last_step} of {view.total_steps} training steps"
-    ago = f"last sign of life {format_seconds(view.quiet_s)} ago"
-    return f"{place}, {'going' if view.quiet_s < GOING_S else 'silent'}, {ago}"
+    going = "going" if view.quiet_s < GOING_S else "silent"
+    ago = format_seconds(view.quiet_s)
+    return f"{view.last_step} of {view.total_steps} training steps, {going}, last written {ago} ago"
 
 
 def share_with_counts(rate: Mapping[str, Any] | None) -> str:
