@@ -92,7 +92,8 @@ def pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Paire
     Raises:
         ConfigError: they differ in what decides whether they compare, or in their starts.
     """
-    differ = differences(_conditions(first), _conditions(second))
+    here, there = ({key: record[key] for key in DECIDES} for record in (first, second))
+    differ = differences(here, there)
     if differ:
         raise ConfigError(
             f"these evaluations do not compare: {'; '.join(differ)}. Evaluate one of them again "
@@ -115,8 +116,8 @@ def pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Paire
 
 def told_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """What else differs, as ``key: first -> second``."""
-    one, other = ({key: r[key] for key in TOLD if key in r} for r in (first, second))
-    return differences(one, other)
+    here, there = ({key: r[key] for key in TOLD if key in r} for r in (first, second))
+    return differences(here, there)
 
 
 def table(pairs: Mapping[str, Paired]) -> str:
@@ -145,10 +146,6 @@ def as_json(pairs: Mapping[str, Paired]) -> dict[str, Any]:
         }
         for name, found in pairs.items()
     }
-
-
-def _conditions(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: record[key] for key in DECIDES}
 
 
 def _start(episode: Mapping[str, Any]) -> tuple[int, int]:

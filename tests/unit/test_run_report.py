@@ -11,7 +11,13 @@ from report_world import NAMES, add_step, make_run
 from verl_vla.cli import report
 from verl_vla.errors import ConfigError
 from verl_vla.run_report import figures
-from verl_vla.run_report.page import share_with_counts, status, write_report
+from verl_vla.run_report.page import (
+    REFRESH_EVERY_S,
+    LiveReport,
+    share_with_counts,
+    status,
+    write_report,
+)
 from verl_vla.run_report.reading import find_runs, kind_of, read_run
 from verl_vla.types import Outcome
 
@@ -134,3 +140,14 @@ def test_runs_are_found_at_any_depth(tmp_path):
 def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"holds no recipe\.yaml"):
         write_report(tmp_path)
+
+
+def test_the_report_of_a_run_that_goes_on_is_written_now_and_then(folder, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("verl_vla.run_report.page.time.monotonic", lambda: now[0])
+    live = LiveReport(folder)
+    live.refresh()
+    assert not (folder / "report.html").exists()
+    now[0] += REFRESH_EVERY_S
+    live.refresh()
+    assert "3 of 5 training steps" in (folder / "report.html").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ GOING_S = 300.0
 """A run that has not ended and wrote nothing for so long is called silent: stopped, or in a step
 that takes longer."""
 
+REFRESH_EVERY_S = 300.0
+"""Seconds between two reports of a run that is going; less than 1% of its time."""
+
 WORDS = {Outcome.SUCCESS: "solved", Outcome.TIMEOUT: "not solved", Outcome.CRASH: "simulator lost"}
 
 FilmSource = Callable[[int], str]
@@ -45,6 +49,20 @@ def write_report(folder: Path) -> Path:
     partial.write_text(page)
     partial.replace(file)
     return file
+
+
+class LiveReport:
+    """Writes the report of a run that is going, now and then: it takes a second or two."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._written_at = time.monotonic()
+
+    def refresh(self) -> None:
+        """Write it, if that was not done lately."""
+        if time.monotonic() - self._written_at >= REFRESH_EVERY_S:
+            write_report(self._folder)
+            self._written_at = time.monotonic()
 
 
 def run_body(view: RunView, film: FilmSource) -> str:

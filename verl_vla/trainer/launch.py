@@ -1,14 +1,19 @@
 """Start Ray and TransferQueue, train, and end both whatever happens.
 
+Most of a start is waiting for other processes to import, so things that need not wait for each
+other do not: veRL's trainer is imported while Ray starts, the learner while TransferQueue does.
+
 The trainer runs in the process that was started, not in an actor: signals, the console and the
 simulators then belong to one process, and veRL is imported once less (ADR-0004).
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,8 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
 from verl_vla.build import Run
+from verl_vla.envs.assets import ASSETS_VARIABLE
 from verl_vla.recipe import ClusterConfig
-from verl_vla.trainer.trainer import VLATrainer
+from verl_vla.trainer.env_nodes import open_env_nodes
 from verl_vla.trainer.translate import to_verl
 from verl_vla.trainer.verl_process import choose_device, divert_output, prepare_verl
 
@@ -50,11 +56,15 @@ def train(run: Run) -> None:
     with ExitStack() as stack:
         os.environ["TENSORBOARD_DIR"] = str(run.folder / "tensorboard")
         stack.enter_context(divert_output(run.folder))
+        beside = stack.enter_context(ThreadPoolExecutor(max_workers=2))
+        importing = beside.submit(importlib.import_module, "verl_vla.trainer.trainer")
         stack.enter_context(_ray_cluster(run, config))
-        stack.enter_context(_transfer_queue(config))
-        logger.info("starting the learner (about half a minute on two cores)")
-        trainer = VLATrainer(config, run)  # pyright: ignore[reportAbstractUsage] -- veRL's decorator hides the base
+        queue = stack.enter_context(_transfer_queue(config, beside))
+        logger.info("starting the learner (some 20 seconds on two cores)")
+        simulators = run.simulators or stack.enter_context(open_env_nodes(run))
+        trainer = importing.result().VLATrainer(config, run, simulators)
         trainer.init()
+        queue.result()
         trainer.train()
 
 
@@ -68,6 +78,8 @@ def _ray_cluster(run: Run, config: DictConfig) -> Generator[None]:
         "VERL_PLATFORM": os.environ["VERL_PLATFORM"],
         "OMP_NUM_THREADS": "1",
     }
+    if ASSETS_VARIABLE in os.environ:  # for nodes that simulate
+        variables[ASSETS_VARIABLE] = os.environ[ASSETS_VARIABLE]
     environment["env_vars"] = {**environment["env_vars"], **variables}
     if cluster.address is not None:
         ray.init(address=cluster.address, runtime_env=environment, log_to_driver=False)
@@ -109,9 +121,10 @@ def _logical_cpus(cluster: ClusterConfig) -> int | None:
 
 
 @contextmanager
-def _transfer_queue(config: DictConfig) -> Generator[None]:
-    tq.init(config.transfer_queue)
+def _transfer_queue(config: DictConfig, beside: ThreadPoolExecutor) -> Generator[Future[Any]]:
+    starting = beside.submit(tq.init, config.transfer_queue)
     try:
-        yield
+        yield starting
     finally:
+        starting.exception()  # what is half started can neither be used nor ended
         tq.close()
