@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from verl_vla.conditions import conditions
+from verl_vla.album import Album
+from verl_vla.conditions import conditions, played_in
 from verl_vla.envs.assets import find_assets
 from verl_vla.envs.libero import CAMERAS, EnvConfig, make_env
 from verl_vla.envs.pool import EnvPool
@@ -70,6 +71,11 @@ class Run:
     def checkpoints(self) -> Path:
         """Where checkpoints are kept."""
         return self.folder / "checkpoints"
+
+    def open_album(self) -> Album:
+        """What is kept of the training episodes."""
+        header = played_in(self.env_config, self.task_names)
+        return Album(self.folder, header, self.processor.codec, self.recipe.trainer.keep_groups)
 
     def keep_evaluation(self, step: int, result: Evaluation) -> None:
         """Write one evaluation of the run, with the outcome of each of its episodes."""
