@@ -182,7 +182,8 @@ def test_several_nodes_train_as_one_and_a_lost_one_costs_its_episodes(
 
 
 def test_without_env_nodes_nothing_is_played(several_nodes: SeveralNodes, tmp_path: Path) -> None:
-    """Goes on where the test above stopped: one of two nodes is left."""
+    while len(several_nodes.env_nodes) > 1:
+        several_nodes.kill_env_node()
     words = ["recipe=quickstart", f"out='{tmp_path / 'run'}'", *several_nodes.words]
     ray.init(address=several_nodes.cluster.address, log_to_driver=False)
     try:
