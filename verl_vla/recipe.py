@@ -13,7 +13,7 @@ from verl_vla.errors import ConfigError
 from verl_vla.evaluation import EvaluationConfig
 from verl_vla.gate import GateConfig
 from verl_vla.loss import ClipRange, KLConfig
-from verl_vla.policies.lora import LORA_ALPHA, LoraTargets
+from verl_vla.policies.lora_choice import LORA_ALPHA, LoraTargets
 from verl_vla.sampling import SamplingConfig
 
 

@@ -83,6 +83,8 @@ def _speak_plainly() -> None:
     ours.addHandler(console)
     ours.setLevel(logging.INFO)
     ours.propagate = False
+    # it says at every import which of its faster kernels is missing
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _one_thread_each() -> None:

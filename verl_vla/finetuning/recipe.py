@@ -11,7 +11,7 @@ from verl_vla.config import parse
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import EvaluationConfig
 from verl_vla.finetuning.hdf5 import DemoChoice
-from verl_vla.policies.lora import LORA_ALPHA
+from verl_vla.policies.lora_choice import LORA_ALPHA
 from verl_vla.recipe import EnvironmentConfig
 
 SFT_RECIPES_FOLDER = RECIPES_FOLDER / "sft"
