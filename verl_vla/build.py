@@ -108,6 +108,8 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     require_extras(
         {"policy.quantization": recipe.policy.quantization, "optimizer.name": recipe.optimizer.name}
     )
+    for logger_name in recipe.trainer.loggers:
+        require_extras({"trainer.loggers": logger_name})
     processor = load_processor(policy_folder, recipe.policy.unnorm_key)
     reward = load_reward(recipe.reward, recipe.reward_args, seed=recipe.seed)
     config = replace(env_config(env, processor), draw_ending=looks_at_pictures(reward))
