@@ -203,7 +203,7 @@ def test_a_scratch_vla_is_fine_tuned(
     path = f"policy.path='{tmp_path / 'new'}'"
     run = FineTuning(tmp_path / "run", mini_demos, path, *BRIEF, *words).here()
     first, last = run.reproducible()
-    assert first["sft/loss"] == pytest.approx(math.log(256), rel=0.03), "as good as a guess"
+    assert 0.94 < first["sft/loss"] / math.log(256) < 1.03, "about as good as a guess"
     if PLAYED_AT_THE_END in words:
         assert last["eval/episodes"] == 2
     folder = run.policy(2)
