@@ -24,6 +24,7 @@ from verl_vla.composition import load_recipe
 from verl_vla.envs.assets import assets_available
 from verl_vla.envs.suites import suite
 from verl_vla.errors import ConfigError, ContractError, EpisodeCrashed
+from verl_vla.journal import read_episodes
 from verl_vla.metrics import METRICS, OPEN_FAMILIES, is_reproducible, read_metrics
 from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
 from verl_vla.trainer.checkpoint import complete_steps, step_folder
@@ -83,6 +84,11 @@ def test_a_run_reports_every_declared_metric(whole_run: TrainingRun) -> None:
     assert set(METRICS) <= seen
     assert all(name in METRICS or name.startswith(OPEN_FAMILIES) for name in seen)
     assert (whole_run.folder / "curve.png").stat().st_size > 0
+    episodes = read_episodes(whole_run.folder)
+    assert len(episodes) == sum(line["rollout/episodes"] for line in lines)
+    report = (whole_run.folder / "report.html").read_text()
+    assert "ended after 4 training steps" in report
+    assert "data:image/webp;base64," in report
 
 
 def test_rollout_and_update_agree_on_the_log_probs(whole_run: TrainingRun) -> None:
@@ -136,6 +142,7 @@ def test_a_killed_run_with_a_refused_reward_goes_on_as_if_nothing_had_happened(
     assert not list(run.folder.glob("refused*"))
     assert reproducible(run.folder) == reproducible(whole_run.folder)
     assert largest_difference(weights(run, 4), weights(whole_run, 4)) == 0
+    assert read_episodes(run.folder) == read_episodes(whole_run.folder)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +182,8 @@ def test_several_nodes_train_as_one_and_a_lost_one_costs_its_episodes(
 
 
 def test_without_env_nodes_nothing_is_played(several_nodes: SeveralNodes, tmp_path: Path) -> None:
-    """Goes on where the test above stopped: one of two nodes is left."""
+    while len(several_nodes.env_nodes) > 1:
+        several_nodes.kill_env_node()
     words = ["recipe=quickstart", f"out='{tmp_path / 'run'}'", *several_nodes.words]
     ray.init(address=several_nodes.cluster.address, log_to_driver=False)
     try:

@@ -16,7 +16,15 @@ from verl_vla.benchmarks.env import _compared, _moves
 from verl_vla.benchmarks.measuring import Seconds, ratio, record, spread, take_turns, timed
 from verl_vla.benchmarks.pool import IdlePolicy, scaling, two_against_one
 from verl_vla.benchmarks.rollout import compare
-from verl_vla.benchmarks.step_model import Load, Machine, step_time
+from verl_vla.benchmarks.step_model import (
+    CHUNK_CORE_S,
+    Load,
+    Machine,
+    node,
+    simplevla_load,
+    step_time,
+    table_rows,
+)
 from verl_vla.cli import bench
 from verl_vla.envs.fake import FakeEnv, FakeEnvConfig
 from verl_vla.envs.pool import EnvPool
@@ -210,3 +218,13 @@ def test_tables_stand_between_their_lines_and_nothing_else_moves(tmp_path: Path)
 def test_the_page_holds_what_the_records_say() -> None:
     text = (page.DOCS / "benchmarks.md").read_text()
     assert page.with_tables(text, page.read_records(page.DOCS / "benchmarks")) == text
+
+
+def test_the_performance_page_says_what_the_model_computes() -> None:
+    text = (page.DOCS / "performance.md").read_text()
+    for row in table_rows():
+        assert row in text
+    half = step_time(simplevla_load(0.5), node("8 x A100"))
+    assert half.total_s < step_time(simplevla_load(1.0), node("8 x A100")).total_s
+    kept = json.loads((page.DOCS / "benchmarks" / "env_libero_spatial.json").read_text())
+    assert kept["chunk_ours_processor_ms"][0] / 1000 == pytest.approx(CHUNK_CORE_S, rel=0.1)

@@ -50,8 +50,8 @@ def test_the_sums_become_the_declared_metrics():
 
 
 def test_the_divergence_is_reported_where_the_loss_has_a_kl_term():
-    assert "actor/kl" not in summarise_update(REPORTED)
-    values = summarise_update(REPORTED | {"kl_sum": [0.0, 0.2, 1.0]})
+    assert "actor/kl" not in summarise(REPORTED)
+    values = summarise(REPORTED | {"kl_sum": [0.0, 0.2, 1.0]})
     check_declared(values)
     assert values["actor/kl"] == pytest.approx(1.2 / 60)
 
