@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from verl_vla.conditions import conditions
+from verl_vla.album import Album
+from verl_vla.conditions import conditions, played_in
 from verl_vla.envs.assets import find_assets
 from verl_vla.envs.libero import CAMERAS, EnvConfig, make_env
 from verl_vla.envs.pool import EnvPool
@@ -71,6 +72,11 @@ class Run:
         """Where checkpoints are kept."""
         return self.folder / "checkpoints"
 
+    def open_album(self) -> Album:
+        """What is kept of the training episodes."""
+        header = played_in(self.env_config, self.task_names)
+        return Album(self.folder, header, self.processor.codec, self.recipe.trainer.keep_groups)
+
     def keep_evaluation(self, step: int, result: Evaluation) -> None:
         """Write one evaluation of the run, with the outcome of each of its episodes."""
         config = self.recipe.evaluation
@@ -102,6 +108,8 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     require_extras(
         {"policy.quantization": recipe.policy.quantization, "optimizer.name": recipe.optimizer.name}
     )
+    for logger_name in recipe.trainer.loggers:
+        require_extras({"trainer.loggers": logger_name})
     processor = load_processor(policy_folder, recipe.policy.unnorm_key)
     reward = load_reward(recipe.reward, recipe.reward_args, seed=recipe.seed)
     config = replace(env_config(env, processor), draw_ending=looks_at_pictures(reward))

@@ -22,6 +22,8 @@ EXTRAS = {
     ("optimizer.name", "adamw_8bit"): Extra("bitsandbytes", "qlora"),
     ("optimizer.name", "paged_adamw_8bit"): Extra("bitsandbytes", "qlora"),
     ("optimizer.name", "deepspeed_cpu_adam"): Extra("deepspeed", "deepspeed"),
+    ("trainer.loggers", "mlflow"): Extra("mlflow", "tracking"),
+    ("trainer.loggers", "swanlab"): Extra("swanlab", "tracking"),
 }
 """By knob and value."""
 

@@ -159,8 +159,12 @@ def check_declared(values: Mapping[str, float], declared: Mapping[str, Metric] =
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a ``metrics.jsonl``, each a mapping that also holds ``step``."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of a ``metrics.jsonl``, each a mapping that also holds ``step``.
+
+    A last line that is still being written is left out.
+    """
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = [json.loads(line) for line in whole]
     return [
         {name: math.nan if value is None else value for name, value in line.items()}
         for line in lines

@@ -163,6 +163,9 @@ class TrainerConfig:
     0 evaluates nothing."""
     eval_before: bool = True
     """Evaluate the policy before the first step."""
+    keep_groups: int = 1
+    """Of how many groups a training step the actions and a film of every episode are kept, some
+    20 kB each; ``replay`` plays them again. 0 keeps none."""
     loggers: tuple[str, ...] = ("tensorboard",)
     """Besides the console and ``metrics.jsonl``: any of veRL's tracking back ends."""
     project: str = "verl_vla"
@@ -173,7 +176,7 @@ class TrainerConfig:
             raise ConfigError(
                 f"trainer.total_training_steps is {self.total_training_steps}; set at least 1"
             )
-        for name in ("save_every", "eval_every"):
+        for name in ("save_every", "eval_every", "keep_groups"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"trainer.{name} is {getattr(self, name)}; set 0 for never")
         if self.keep_checkpoints < 1:

@@ -24,6 +24,7 @@ from verl_vla.composition import load_recipe
 from verl_vla.envs.assets import assets_available
 from verl_vla.envs.suites import suite
 from verl_vla.errors import ConfigError, ContractError, EpisodeCrashed
+from verl_vla.journal import read_episodes
 from verl_vla.metrics import METRICS, OPEN_FAMILIES, is_reproducible, read_metrics
 from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
 from verl_vla.trainer.checkpoint import complete_steps, step_folder
@@ -83,6 +84,11 @@ def test_a_run_reports_every_declared_metric(whole_run: TrainingRun) -> None:
     assert set(METRICS) <= seen
     assert all(name in METRICS or name.startswith(OPEN_FAMILIES) for name in seen)
     assert (whole_run.folder / "curve.png").stat().st_size > 0
+    episodes = read_episodes(whole_run.folder)
+    assert len(episodes) == sum(line["rollout/episodes"] for line in lines)
+    report = (whole_run.folder / "report.html").read_text()
+    assert "ended after 4 training steps" in report
+    assert "data:image/webp;base64," in report
 
 
 def test_rollout_and_update_agree_on_the_log_probs(whole_run: TrainingRun) -> None:
@@ -114,27 +120,29 @@ def test_the_learner_is_held_to_the_policy_that_it_began_as(whole_run: TrainingR
 def test_a_killed_run_with_a_refused_reward_goes_on_as_if_nothing_had_happened(
     whole_run: TrainingRun, small_words: list[str], tmp_path: Path
 ) -> None:
-    """Killed in its third step; then, saving nothing by itself, refused in its fourth."""
+    """Killed in its second step; then, saving nothing by itself, refused in its third."""
     reward = write_documented_reward(tmp_path)
     run = TrainingRun(tmp_path / "run", [*small_words, f"reward='{reward}'"])
     checkpoints = run.folder / "checkpoints"
-    run.kill_when(lambda: complete_steps(checkpoints)[-1:] == [2])
+    run.kill_when(lambda: complete_steps(checkpoints)[-1:] == [1])
     lines = read_metrics(whole_run.folder / "metrics.jsonl")
-    episode = int(sum(line["rollout/episodes"] for line in lines[:3]))
+    episode = int(sum(line["rollout/episodes"] for line in lines[:2]))
+    assert lines[2]["groups/rounds"] == 1, "or not all episodes of the third step are kept"
     file = tmp_path / "brisk.py"
     right = file.read_text()
     file.write_text(right.replace("return RewardResult", BROKEN.format(episode=episode)))
     rare = TrainingRun(run.folder, [*small_words, f"reward='{reward}'", "trainer.save_every=99"])
     said = rare.finish(exit_code=EXIT_REWARD)
     assert f"BriskReward returned nan for episode {episode} (1 of " in said
-    assert "Training step 3 was saved; the episodes of step 4 are kept." in said
+    assert "Training step 2 was saved; the episodes of step 3 are kept." in said
     file.write_text(right)
     run.finish()
-    last = read_metrics(run.folder / "metrics.jsonl")[-1]
-    assert last["time/rollout_s"] == 0, "the episodes were played again"
+    third = read_metrics(run.folder / "metrics.jsonl")[2]
+    assert third["time/rollout_s"] == 0, "the episodes were played again"
     assert not list(run.folder.glob("refused*"))
     assert reproducible(run.folder) == reproducible(whole_run.folder)
     assert largest_difference(weights(run, 4), weights(whole_run, 4)) == 0
+    assert read_episodes(run.folder) == read_episodes(whole_run.folder)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +182,8 @@ def test_several_nodes_train_as_one_and_a_lost_one_costs_its_episodes(
 
 
 def test_without_env_nodes_nothing_is_played(several_nodes: SeveralNodes, tmp_path: Path) -> None:
-    """Goes on where the test above stopped: one of two nodes is left."""
+    while len(several_nodes.env_nodes) > 1:
+        several_nodes.kill_env_node()
     words = ["recipe=quickstart", f"out='{tmp_path / 'run'}'", *several_nodes.words]
     ray.init(address=several_nodes.cluster.address, log_to_driver=False)
     try:

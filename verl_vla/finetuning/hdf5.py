@@ -166,11 +166,6 @@ class FrameReader:
         stored = file[f"data/{demo.name}/{PICTURES[camera]}"][int(demo.steps[index])]
         return np.ascontiguousarray(stored[::-1, ::-1])
 
-    @property
-    def open_files(self) -> int:
-        """How many files are open in this process."""
-        return len(self._files) if self._process == os.getpid() else 0
-
     def close(self) -> None:
         """Close what is open."""
         while self._files:

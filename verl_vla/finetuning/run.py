@@ -87,23 +87,11 @@ class SFTRun:
     def samples(self, processor: Processor) -> DemoSamples:
         """What is learned."""
         recipe = self.recipe
-        return DemoSamples(
-            self.learned,
-            processor.codec,
-            image_size=processor.shape.image_size,
-            num_views=processor.shape.num_views,
-            augment_seed=recipe.seed if recipe.demos.augment else None,
-        )
+        return _samples(self.learned, processor, recipe.seed if recipe.demos.augment else None)
 
     def held_out_samples(self, processor: Processor) -> DemoSamples:
         """What is tested open loop."""
-        return DemoSamples(
-            self.held_out,
-            processor.codec,
-            image_size=processor.shape.image_size,
-            num_views=processor.shape.num_views,
-            augment_seed=None,
-        )
+        return _samples(self.held_out, processor, None)
 
     @contextmanager
     def open_simulators(self, processor: Processor) -> Generator[EnvPool]:
@@ -198,6 +186,18 @@ def _first_policy(recipe: SFTRecipe, folder: Path, statistics: ActionStatistics)
         save_statistics(partial, statistics)
     partial.replace(folder)
     return folder
+
+
+def _samples(
+    demos: tuple[Demo, ...], processor: Processor, augment_seed: int | None
+) -> DemoSamples:
+    return DemoSamples(
+        demos,
+        processor.codec,
+        image_size=processor.shape.image_size,
+        num_views=processor.shape.num_views,
+        augment_seed=augment_seed,
+    )
 
 
 def _load_processor(folder: Path, render_size: int) -> Processor:

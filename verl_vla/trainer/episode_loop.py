@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
 import transfer_queue as tq
 from tensordict import TensorDict
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
+from verl_vla.album import Album
 from verl_vla.errors import RewardError
 from verl_vla.reward import TrajectoryReward, learn, score
 from verl_vla.rollout import NoiseSource, RolloutTimes, Simulators, play
@@ -77,6 +77,7 @@ class EpisodeLoop:
         temperature: float,
         seed: int,
         specs_of: Callable[[int], list[EpisodeSpec]],
+        album: Album,
         refused: RefusedEpisodes,
     ) -> None:
         self._policy = policy
@@ -86,6 +87,7 @@ class EpisodeLoop:
         self._temperature = temperature
         self._noise = NoiseSource(seed=seed, stream=TRAINING_STREAM)
         self._specs_of = specs_of
+        self._album = album
         self._refused = refused
         self.account = StepAccount()
         """Of the training step under way; replaced when a step begins."""
@@ -107,18 +109,19 @@ class EpisodeLoop:
         self._enter(played)
         alive = played.select(~played.episodes.crashed)
         try:
-            spread = self._score_and_store(alive, global_step) if len(alive.episodes) else {}
+            scores = self._score_and_store(alive, global_step) if len(alive.episodes) else {}
         except RewardError:
             self._refused.keep(played, global_step)
             raise
         self._refused.forget(global_step)
+        self._album.add(global_step, played, scores)
+        spread = _spread(played, scores)
         began = time.perf_counter()
         tq.kv_batch_put(
             keys=[group_key(group) for group in groups],
             partition_id="train",
             tags=[
-                _prompt_tag(played, group, global_step)
-                | {"score_spread": spread[group] if group in spread else 0.0}
+                _prompt_tag(played, group, global_step) | {"score_spread": spread[group]}
                 for group in groups
             ],
         )
@@ -135,7 +138,7 @@ class EpisodeLoop:
         )
 
     def _score_and_store(self, alive: Trajectories, global_step: int) -> dict[int, float]:
-        """Return by how much the scores of each group differ."""
+        """Return the score of each episode, by its id."""
         began = time.perf_counter()
         batch, result = score(self._reward, alive, suite=self._suite, split="train")
         learned = learn(self._reward, batch)
@@ -153,11 +156,7 @@ class EpisodeLoop:
             keys=keys, fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id="train"
         )
         self.account.transfer_s += time.perf_counter() - scored
-        group_id = alive.episodes.group_id.numpy()
-        return {
-            int(group): float(np.ptp(result.score[group_id == group]))
-            for group in np.unique(group_id)
-        }
+        return dict(zip(alive.episodes.episode_id.tolist(), result.score.tolist(), strict=True))
 
     def _enter(self, played: Trajectories) -> None:
         episodes = played.episodes
@@ -166,6 +165,17 @@ class EpisodeLoop:
         self.account.solved += int(episodes.success.sum())
         self.account.steps += int(episodes.num_steps.sum())
         self.account.decisions += len(played.decisions)
+
+
+def _spread(played: Trajectories, scores: Mapping[int, float]) -> dict[int, float]:
+    """By how much the scores of the surviving episodes of each group differ; 0 where none did."""
+    known: dict[int, list[float]] = {}
+    episodes = played.episodes
+    for group, episode in zip(
+        episodes.group_id.tolist(), episodes.episode_id.tolist(), strict=True
+    ):
+        known.setdefault(group, []).extend([scores[episode]] if episode in scores else [])
+    return {group: max(values) - min(values) if values else 0.0 for group, values in known.items()}
 
 
 def _prompt_tag(played: Trajectories, group: int, global_step: int) -> dict[str, int | bool | str]:

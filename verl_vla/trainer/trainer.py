@@ -24,6 +24,7 @@ from verl_vla.evaluation import evaluate
 from verl_vla.metrics import MetricsFile
 from verl_vla.progress import Progress
 from verl_vla.rollout import Simulators
+from verl_vla.run_report.page import LiveReport
 from verl_vla.sampling import StartSampler
 from verl_vla.trainer import checkpoint
 from verl_vla.trainer.cluster_policy import ClusterPolicy
@@ -51,6 +52,8 @@ class VLATrainer(PPOTrainerSync):
             run.training_starts, seed=recipe.seed, group_size=recipe.sampling.group_size
         )
         self.metrics_file = MetricsFile(run.folder / "metrics.jsonl")
+        self.album = run.open_album()
+        self.report = LiveReport(run.folder)
         self.progress = Progress(recipe.trainer.total_training_steps)
         self._specs: dict[int, list[EpisodeSpec]] = {}
         self._evaluation_s = 0.0
@@ -76,12 +79,15 @@ class VLATrainer(PPOTrainerSync):
             temperature=self.recipe.sampling.temperature,
             seed=self.recipe.seed,
             specs_of=self._specs.__getitem__,
+            album=self.album,
             refused=RefusedEpisodes(self.run.folder, first_step=self.global_steps + 1),
         )
         self.actor_rollout_wg.set_policy_loss(self.recipe.loss, self.run.processor.shape.action_dim)
         if self.global_steps > 0:
             self.config.trainer.val_before_train = False
-        self.metrics_file.rewind(self.global_steps if self.global_steps else -1)
+        last_step = self.global_steps if self.global_steps else -1
+        self.metrics_file.rewind(last_step)
+        self.album.rewind(last_step)
 
     def train(self) -> None:
         """Run veRL's loop to the last step.
@@ -216,6 +222,7 @@ class VLATrainer(PPOTrainerSync):
         self.progress.show_step(global_steps, values)
         if self._save_is_due:
             self._write_checkpoint(self._run_state())
+        self.report.refresh()
 
     def _memory(self) -> dict[str, float]:
         process, allocated, reserved = zip(*self.actor_rollout_wg.peak_memory(), strict=True)
