@@ -9,11 +9,21 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from verl_vla.config import nearest
-from verl_vla.errors import ColdStartError, ConfigError, StarvedError
+from verl_vla.errors import (
+    EXIT_SIGNAL,
+    CheckpointError,
+    ColdStartError,
+    ConfigError,
+    DivergedError,
+    Interrupted,
+    LearnerLostError,
+    StarvedError,
+)
 
 VERBS = {
     "train": "improve a policy: train recipe=NAME key=value ...",
@@ -38,6 +48,24 @@ EXIT_STARVED = 3
 EXIT_COLD_START = 4
 """Training did not begin: the policy succeeds too seldom to learn from its own episodes."""
 
+EXIT_CHECKPOINT = 5
+"""A checkpoint could not be written, or none is sound."""
+
+EXIT_DIVERGED = 6
+"""Training stopped because losses or gradients were no longer finite."""
+
+EXIT_LEARNER_LOST = 7
+"""Training stopped because a process of the learner died."""
+
+STOPPED = {
+    StarvedError: EXIT_STARVED,
+    ColdStartError: EXIT_COLD_START,
+    CheckpointError: EXIT_CHECKPOINT,
+    DivergedError: EXIT_DIVERGED,
+    LearnerLostError: EXIT_LEARNER_LOST,
+}
+"""What ends a command for a reason that its message explains; each with its exit code."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code of the process."""
@@ -55,12 +83,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_USAGE
-    except StarvedError as error:
+    except tuple(STOPPED) as error:
         sys.stderr.write(f"stopped: {error}\n")
-        return EXIT_STARVED
-    except ColdStartError as error:
+        return STOPPED[type(error)]
+    except Interrupted as error:
         sys.stderr.write(f"stopped: {error}\n")
-        return EXIT_COLD_START
+        return EXIT_SIGNAL + error.signal_number
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped: SIGINT\n")
+        return EXIT_SIGNAL + signal.SIGINT
 
 
 def _speak_plainly() -> None:

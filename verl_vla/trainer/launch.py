@@ -15,10 +15,14 @@ from typing import Any
 import ray
 import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
 from verl_vla.build import Run
+from verl_vla.errors import ConfigError, DivergedError, LearnerLostError
+from verl_vla.interruption import stop_requests
 from verl_vla.recipe import ClusterConfig
+from verl_vla.trainer.checkpoint import complete_steps
 from verl_vla.trainer.trainer import VLATrainer
 from verl_vla.trainer.translate import to_verl
 from verl_vla.trainer.verl_process import choose_device, divert_output, prepare_verl
@@ -51,9 +55,11 @@ def train(run: Run) -> None:
         os.environ["TENSORBOARD_DIR"] = str(run.folder / "tensorboard")
         stack.enter_context(divert_output(run.folder))
         stack.enter_context(_ray_cluster(run, config))
+        stack.enter_context(_own_errors(run))
         stack.enter_context(_transfer_queue(config))
+        stop = stack.enter_context(stop_requests())  # after Ray, which has a handler of its own
         logger.info("starting the learner (about half a minute on two cores)")
-        trainer = VLATrainer(config, run)  # pyright: ignore[reportAbstractUsage] -- veRL's decorator hides the base
+        trainer = VLATrainer(config, run, stop)  # pyright: ignore[reportAbstractUsage] -- veRL's decorator hides the base
         trainer.init()
         trainer.train()
 
@@ -106,6 +112,24 @@ def _logical_cpus(cluster: ClusterConfig) -> int | None:
     if choose_device(cluster.device) == "cuda":
         return None
     return LOGICAL_CPUS_BESIDE_RANKS + cluster.ranks_per_node
+
+
+@contextmanager
+def _own_errors(run: Run) -> Generator[None]:
+    """Say what happened in a rank as if it had happened here, and what a rank's death means."""
+    try:
+        yield
+    except RayTaskError as error:
+        if not isinstance(error.cause, ConfigError | DivergedError):
+            raise
+        raise error.cause from error
+    except (RayActorError, OutOfMemoryError) as error:
+        steps = complete_steps(run.checkpoints)
+        kept = f"checkpoint of step {steps[-1]}" if steps else "beginning: nothing was saved yet"
+        raise LearnerLostError(
+            f"a learner process died ({' '.join(str(error).split())}). The same command goes on "
+            f"from the {kept}"
+        ) from error
 
 
 @contextmanager

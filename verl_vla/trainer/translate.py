@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl_vla.build import Run
 from verl_vla.errors import ConfigError
+from verl_vla.trainer.checkpoint import UNFINISHED
 from verl_vla.trainer.engine import MODEL_TYPE
 from verl_vla.trainer.verl_process import choose_device
 from verl_vla.trainer.worker import ROLLOUT_NAME
@@ -162,5 +163,5 @@ def _run(run: Run) -> Knobs:
         "trainer.save_freq": save if save else never,
         "trainer.test_freq": evaluate if evaluate else never,
         "trainer.val_before_train": recipe.trainer.eval_before,
-        "trainer.default_local_dir": str(run.checkpoints),
+        "trainer.default_local_dir": str(run.checkpoints / UNFINISHED),
     }

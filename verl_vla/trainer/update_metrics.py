@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,16 +14,20 @@ def summarise_update(reported: Mapping[str, Any]) -> dict[str, float]:
 
     Args:
         reported: lists with one entry per micro-batch (in the same order under every name), as
-            `verl_vla.trainer.worker` makes them, and ``grad_norm`` and ``lr`` per optimizer step.
+            `verl_vla.trainer.worker` makes them, and ``grad_norm`` and ``lr`` per optimizer step;
+            a norm that is not finite stands for a step that was left out.
     """
     tokens = _array(reported["num_tokens"])
     first = _array(reported["optimizer_step"]) == 0
     first_tokens = max(float(tokens[first].sum()), 1.0)
     total = max(float(tokens.sum()), 1.0)
     steps = len(np.unique(_array(reported["optimizer_step"])))
+    norm = _array(reported["grad_norm"])
+    taken = norm[np.isfinite(norm)]
     return {
         "actor/loss": float(_array(reported["loss_sum"]).sum()) / steps,
-        "actor/grad_norm": float(_array(reported["grad_norm"]).mean()),
+        "actor/grad_norm": float(taken.mean()) if len(taken) else math.nan,
+        "actor/skipped": float(steps * (1 - len(taken) / len(norm))),
         "actor/lr": float(_array(reported["lr"])[-1]),
         "actor/entropy": float(_array(reported["entropy_sum"]).sum()) / total,
         "actor/ratio_first": float(_array(reported["ratio_sum"])[first].sum()) / first_tokens,

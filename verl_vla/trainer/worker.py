@@ -23,6 +23,7 @@ from verl.workers.rollout import base as rollout_base
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from verl_vla.loss import ClipRange, policy_loss, trajectory_weight
+from verl_vla.trainer.finite_guard import FiniteGuard
 from verl_vla.trainer.platform import peak_process_bytes
 from verl_vla.trainer.rows import dense, stacked
 
@@ -68,6 +69,11 @@ class VLAWorker(ActorRolloutRefWorker):
                 num_ranks=torch.distributed.get_world_size(),
             )
         )
+
+    @register(dispatch_mode=EVERY_RANK)
+    def guard_updates(self, folder: str, max_in_a_row: int) -> None:
+        """See `verl_vla.trainer.finite_guard.FiniteGuard`."""
+        self.engine.guard = FiniteGuard(folder=Path(folder), max_in_a_row=max_in_a_row)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def generate_actions(self, data: TensorDict) -> TensorDict:
