@@ -82,8 +82,9 @@ def writing(checkpoints: Path, step: int) -> Generator[Path]:
     except ContractError:
         raise
     except Exception as error:
+        message = _why_not_written(checkpoints, step, error)
         shutil.rmtree(unfinished, ignore_errors=True)  # its bytes may be those that are missing
-        raise CheckpointError(_why_not_written(checkpoints, step, error)) from error
+        raise CheckpointError(message) from error
 
 
 def newest_sound(checkpoints: Path) -> int | None:
@@ -217,7 +218,7 @@ def _why_not_written(checkpoints: Path, step: int, error: Exception) -> str:
     kept = f"That of step {steps[-1]} is whole" if steps else "There is no other"
     return (
         f"the checkpoint of step {step} could not be written to {checkpoints} ({lines[-1]}; "
-        f"{free / 2**20:.0f} MiB are free there). {kept}. Remove the cause, e.g. make room, and "
+        f"{free / 2**20:.0f} MiB were left there). {kept}. Remove the cause, e.g. make room, and "
         "start the same command again"
     )
 

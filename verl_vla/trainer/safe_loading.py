@@ -8,28 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy._core.multiarray import _reconstruct
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, ShardOrderEntry, TensorMeta
 
 SWITCH = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-"""Of ``torch.load``: whatever its caller says. veRL says ``weights_only=False``."""
+"""Of ``torch.load``: it then reads weights alone, whatever its caller says. veRL says
+``weights_only=False``."""
 
-ALLOWED: list[Any] = [
-    # weights and moments of FSDP2
-    DTensor,
-    DTensorSpec,
-    DeviceMesh,
-    Shard,
-    ShardOrderEntry,
-    TensorMeta,
-    # the state of NumPy's random numbers
-    _reconstruct,
-    np.ndarray,
-    np.dtype,
-    np.dtypes.UInt32DType,
-]
-"""All that veRL's files of a rank hold besides what torch allows by itself."""
+ALLOWED: list[Any] = [_reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType]
+"""The state of NumPy's random numbers, which veRL saves with each rank; FSDP2's types are allowed by
+torch itself."""
 
 
 def refuse_code() -> None:
