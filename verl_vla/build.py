@@ -5,28 +5,26 @@ Everything that can be wrong with a recipe is found here, before a process is st
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
 
-import yaml
-
+from verl_vla.conditions import conditions
 from verl_vla.envs.assets import find_assets
 from verl_vla.envs.libero import EnvConfig, make_env
 from verl_vla.envs.pool import EnvPool
-from verl_vla.envs.suites import Suite, suite
+from verl_vla.envs.suites import Split, Suite, suite
 from verl_vla.errors import ConfigError
-from verl_vla.evaluation import Evaluation
+from verl_vla.evaluation import Evaluation, episode_entries
 from verl_vla.policies.base import PolicyShape, Processor
 from verl_vla.policies.loading import load_processor, require_sound
 from verl_vla.policies.openvla_oft.attention import require_backend
 from verl_vla.recipe import EnvironmentConfig, Recipe
 from verl_vla.reward import TrajectoryReward, load_reward
+from verl_vla.run_folder import claimed_folder, evaluation_record, keep_evaluation
 from verl_vla.sampling import Start
 
 logger = logging.getLogger(__name__)
@@ -72,11 +70,16 @@ class Run:
 
     def keep_evaluation(self, step: int, result: Evaluation) -> None:
         """Write one evaluation of the run, with the outcome of each of its episodes."""
-        folder = self.folder / "evaluations"
-        folder.mkdir(exist_ok=True)
-        (folder / f"step_{step}.json").write_text(
-            json.dumps(evaluation_record(result, self.env_config, self.task_names), indent=1)
+        config = self.recipe.evaluation
+        given = conditions(
+            self.env_config,
+            self.task_names,
+            states="held_out",
+            temperature=config.temperature,
+            seed=self.recipe.seed,
         )
+        entries = episode_entries(result.trajectories)
+        keep_evaluation(self.folder, step, evaluation_record(entries, given, self.task_names))
 
 
 @contextmanager
@@ -99,8 +102,10 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     training = starts(chosen, tasks, "train")
     held_out = starts(chosen, tasks, "held_out", per_task=recipe.evaluation.episodes_per_task)
     folder = Path(recipe.out).expanduser().resolve()
-    claim_folder(folder, recipe.as_dict(), MAY_CHANGE)
-    with open_simulators(env, config, processor.shape) as simulators:
+    with (
+        claimed_folder(folder, recipe.as_dict(), MAY_CHANGE),
+        open_simulators(env, config, processor.shape) as simulators,
+    ):
         yield Run(
             recipe=recipe,
             folder=folder,
@@ -202,7 +207,7 @@ def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:
 def starts(
     chosen: Suite,
     tasks: Sequence[int],
-    split: Literal["train", "held_out"],
+    split: Split,
     *,
     per_task: int | None = None,
 ) -> tuple[Start, ...]:
@@ -217,77 +222,3 @@ def starts(
             )
         found += [Start(task_id=task, init_state_id=s) for s in states[:per_task]]
     return tuple(found)
-
-
-def evaluation_record(
-    result: Evaluation, env: EnvConfig, task_names: dict[int, str]
-) -> dict[str, Any]:
-    """An evaluation as JSON, with what decides whether two of them compare."""
-    chosen = suite(env.suite)
-    episodes = result.trajectories.episodes
-    return {
-        "suite": env.suite,
-        "step_limits": {
-            name: chosen.step_limit(env.step_limit, task) for task, name in task_names.items()
-        },
-        "states": "held_out",
-        "render_size": env.render_size,
-        "total": result.total.as_json(),
-        "tasks": {task_names[t]: rate.as_json() for t, rate in result.per_task.items()},
-        "episodes": [
-            {"task": task, "init_state": state, "outcome": outcome, "steps": steps}
-            for task, state, outcome, steps in zip(
-                episodes.task_id.tolist(),
-                episodes.init_state_id.tolist(),
-                episodes.outcome.tolist(),
-                episodes.num_steps.tolist(),
-                strict=True,
-            )
-        ],
-        "crashes": {str(key): why for key, why in result.trajectories.crashes.items()},
-    }
-
-
-def claim_folder(folder: Path, recipe: Mapping[str, Any], may_change: Sequence[str]) -> None:
-    """Make a run's folder and write ``recipe`` into it, or check that it holds the same run.
-
-    Raises:
-        ConfigError: the folder cannot be written, or holds a run that differs in more than the
-            parts that ``may_change`` names.
-    """
-    file = folder / "recipe.yaml"
-    wanted: dict[str, Any] = json.loads(json.dumps(recipe))
-    if file.exists():
-        changed = _differences(yaml.safe_load(file.read_text()), wanted, may_change)
-        if changed:
-            raise ConfigError(
-                f"{folder} holds a run with other settings ({'; '.join(changed)}); "
-                "choose another out=FOLDER, or use the same settings to resume it"
-            )
-    partial_file = file.with_suffix(".tmp")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial_file.write_text(yaml.safe_dump(wanted, sort_keys=False))
-        partial_file.replace(file)
-    except OSError as error:
-        raise ConfigError(
-            f"out is {folder}, which cannot be written ({error.strerror}); "
-            "choose another out=FOLDER"
-        ) from error
-
-
-def _differences(
-    before: dict[str, Any], after: dict[str, Any], may_change: Sequence[str], path: str = ""
-) -> list[str]:
-    """Knobs that differ and may not, as ``key: old -> new``."""
-    found: list[str] = []
-    for key in sorted(before.keys() | after.keys()):
-        name = f"{path}.{key}" if path else key
-        if name in may_change:
-            continue
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, may_change, name)
-        elif old != new:
-            found.append(f"{name}: {old!r} -> {new!r}")
-    return found

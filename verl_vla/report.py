@@ -101,7 +101,7 @@ def success_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """Two evaluations as a table: per task and pooled, with counts and intervals.
 
     Args:
-        before: as `verl_vla.build.evaluation_record` makes them.
+        before: as `verl_vla.run_folder.evaluation_record` makes them.
         after: the same tasks and starts.
     """
     rows = [(name, before["tasks"][name], after["tasks"][name]) for name in before["tasks"]]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -96,6 +96,7 @@ def play(
     temperature: float,
     noise: NoiseSource,
     times: RolloutTimes | None = None,
+    ended: Callable[[Trajectories], None] | None = None,
 ) -> Trajectories:
     """Play every spec to its end, as many at a time as there are slots.
 
@@ -106,13 +107,14 @@ def play(
         temperature: of the action tokens; 0 plays greedily.
         noise: gives the random numbers of each decision.
         times: if given, the seconds spent are added to it.
+        ended: if given, told of each episode as it ends, by a table of that episode alone.
     """
     started = time.perf_counter()
     records = [_Record(spec) for spec in specs]
     queue = deque(records)
     num_slots = min(simulators.num_slots, len(records))
     middle = (num_slots + 1) // 2
-    game = _Game(policy, simulators, temperature, noise, queue, times or RolloutTimes())
+    game = _Game(policy, simulators, temperature, noise, queue, times or RolloutTimes(), ended)
     halves = [_Half(range(middle)), _Half(range(middle, num_slots))]
     for half in halves:
         game.start_free_slots(half)
@@ -157,6 +159,7 @@ class _Game:
     noise: NoiseSource
     queue: deque[_Record]
     times: RolloutTimes
+    ended: Callable[[Trajectories], None] | None
 
     def start_free_slots(self, half: _Half) -> None:
         """Give every free slot of ``half`` the next episode of the queue."""
@@ -179,7 +182,9 @@ class _Game:
         for slot in sorted(answers):
             observation = _note_answer(half.playing[slot], answers[slot])
             if observation is None:
-                del half.playing[slot]
+                record = half.playing.pop(slot)
+                if self.ended is not None:
+                    self.ended(_tabulate([record], self.policy))
             else:
                 seen[slot] = observation
         self.start_free_slots(half)

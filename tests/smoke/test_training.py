@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import PROJECT, TrainingRun
+from training_runs import PROJECT, SECRET, TrainingRun
 
 from verl_vla.actions import load_statistics
-from verl_vla.cli.main import EXIT_COLD_START, EXIT_STARVED
+from verl_vla.cli.main import EXIT_COLD_START, EXIT_LEARNER_LOST, EXIT_STARVED
 from verl_vla.envs.assets import assets_available
 from verl_vla.envs.suites import suite
+from verl_vla.errors import EXIT_SIGNAL
 from verl_vla.metrics import METRICS, OPEN_FAMILIES, is_reproducible, read_metrics
 from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
 from verl_vla.trainer.checkpoint import complete_steps, step_folder
@@ -63,15 +67,72 @@ def test_a_training_step_moves_the_weights(whole_run: TrainingRun) -> None:
     assert largest_difference(base, moved) > EQUAL_UPDATE
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+def learner_of(run: subprocess.Popen[str]) -> int:
+    """Process id of the Ray worker that learns for ``run``."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal() and run.pid in ancestors(int(folder.name)):
+            title = (folder / "cmdline").read_bytes().decode(errors="replace")
+            if title.startswith("ray::") and "WorkerDict" in title:
+                return int(folder.name)
+    raise AssertionError("the run has no learner")
+
+
+def ancestors(pid: int) -> list[int]:
+    found: list[int] = []
+    while pid > 1:
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:  # it has ended meanwhile
+            return found
+        pid = int(stat.rpartition(")")[2].split()[1])
+        found.append(pid)
+    return found
+
+
+def test_a_run_that_ends_in_every_way_goes_on_as_if_nothing_had_happened(
     whole_run: TrainingRun, small_words: list[str], tmp_path: Path
 ) -> None:
     run = TrainingRun(tmp_path / "run", small_words)
     checkpoints = run.folder / "checkpoints"
-    run.kill_when(lambda: complete_steps(checkpoints)[-1:] == [2])
-    run.finish()
+
+    # somebody asks for the end while the first step is played
+    process = run.start_until((run.folder / "gate.json").exists)
+    process.send_signal(signal.SIGTERM)
+    said = run.await_end(process, EXIT_SIGNAL + signal.SIGTERM)
+    assert "stopped: SIGTERM after step 1; the same command goes on from there" in said
+    assert "Traceback" not in said
+    assert complete_steps(checkpoints) == [1]
+
+    # a learner dies
+    process = run.start_until(lambda: complete_steps(checkpoints)[-1:] == [2])
+    os.kill(learner_of(process), signal.SIGKILL)
+    said = run.await_end(process, EXIT_LEARNER_LOST)
+    assert "stopped: a learner process died" in said
+    newest = complete_steps(checkpoints)[-1]
+    assert f"goes on from the checkpoint of step {newest}" in said
+
+    # the trainer dies while it saves
+    run.kill_when((checkpoints / "unfinished" / f"global_step_{newest + 1}").exists)
+
+    # the newest checkpoint is not what was written
+    newest = complete_steps(checkpoints)[-1]
+    (file,) = step_folder(checkpoints, newest).glob("actor/optim*.pt")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    said = run.finish()
+    assert f"CORRUPT CHECKPOINT {step_folder(checkpoints, newest)}" in said
+    assert f"going on from step {newest - 1}" in said
+
     assert reproducible(run.folder) == reproducible(whole_run.folder)
     assert largest_difference(weights(run, 4), weights(whole_run, 4)) == 0
+
+
+def test_a_run_writes_down_no_secret(whole_run: TrainingRun) -> None:
+    files = [path for path in whole_run.folder.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        assert SECRET.encode() not in path.read_bytes(), path
 
 
 def test_two_ranks_make_the_same_first_update_as_one(

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import json
-import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 from verl_vla.actions import ActionStatistics
 from verl_vla.build import (
     check_assets,
     env_config,
-    evaluation_record,
     find_policy,
     open_run,
     starts,
     task_ids,
 )
-from verl_vla.envs.libero import EnvConfig
 from verl_vla.envs.pool import EnvPool
 from verl_vla.envs.suites import suite
 from verl_vla.errors import ConfigError, ContractError
-from verl_vla.evaluation import Evaluation, EvaluationConfig, SuccessRate, count
+from verl_vla.evaluation import EvaluationConfig
 from verl_vla.gate import GateConfig
 from verl_vla.policies.base import PolicyShape
 from verl_vla.policies.loading import load_processor
@@ -42,7 +38,6 @@ from verl_vla.recipe import (
     TrainerConfig,
 )
 from verl_vla.sampling import Start
-from verl_vla.types import Decisions, Episodes, Outcome, Trajectories
 
 MINI = suite("mini")
 SHAPE = PolicyShape(num_views=1, image_size=28, chunk_length=8, action_dim=7, num_bins=256)
@@ -300,69 +295,3 @@ def test_a_policy_with_more_views_than_cameras_is_refused():
 def test_the_embedded_suite_needs_no_assets(monkeypatch):
     monkeypatch.setattr("verl_vla.build.find_assets", lambda: pytest.fail("assets were looked for"))
     check_assets(MINI)
-
-
-def make_evaluation(outcomes: list[Outcome]) -> Evaluation:
-    """One episode of task 2 per outcome, without decisions."""
-    number = len(outcomes)
-    ids = torch.arange(number)
-    played = Trajectories(
-        episodes=Episodes(
-            task_id=torch.full((number,), 2),
-            init_state_id=ids + 50,
-            group_id=ids,
-            episode_id=ids,
-            outcome=torch.tensor(outcomes, dtype=torch.int64),
-            num_steps=ids + 10,
-        ),
-        decisions=Decisions(
-            episode=torch.zeros(0, dtype=torch.int64),
-            image=torch.zeros(0, 1, 2, 2, 3, dtype=torch.uint8),
-            proprio=torch.zeros(0, 8),
-            bins=torch.zeros(0, 56, dtype=torch.int64),
-            logp=torch.zeros(0, 56),
-            executed=torch.zeros(0, dtype=torch.int64),
-        ),
-        prompt_ids=(),
-        goals=(np.zeros((1, 1, 3), dtype=np.float32),) * number,
-        crashes={i: "lost" for i, o in enumerate(outcomes) if o == Outcome.CRASH},
-    )
-    rate = count(played, [2])
-    return Evaluation(total=rate, per_task={2: rate}, trajectories=played)
-
-
-def test_an_evaluation_is_written_with_what_decides_whether_two_compare():
-    env = EnvConfig(suite="mini", render_size=64)
-    result = make_evaluation([Outcome.SUCCESS, Outcome.TIMEOUT, Outcome.CRASH])
-    record = evaluation_record(result, env, {2: "name"})
-    rate = SuccessRate(successes=1, episodes=2, crashes=1).as_json()
-    assert record == {
-        "suite": "mini",
-        "step_limits": {"name": MINI.step_limit("published", 2)},
-        "states": "held_out",
-        "render_size": 64,
-        "total": rate,
-        "tasks": {"name": rate},
-        "episodes": [
-            {"task": 2, "init_state": 50, "outcome": 0, "steps": 10},
-            {"task": 2, "init_state": 51, "outcome": 1, "steps": 11},
-            {"task": 2, "init_state": 52, "outcome": 2, "steps": 12},
-        ],
-        "crashes": {"2": "lost"},
-    }
-
-
-def test_an_evaluation_that_lost_everything_is_still_json():
-    result = make_evaluation([Outcome.CRASH])
-    assert math.isnan(result.total.rate)
-    record = evaluation_record(result, EnvConfig(suite="mini"), {2: "name"})
-    assert json.loads(json.dumps(record, allow_nan=False))["total"]["rate"] is None
-
-
-def test_evaluations_are_kept_by_step(recipe, no_simulators):
-    with open_run(recipe) as run:
-        run.keep_evaluation(0, make_evaluation([Outcome.TIMEOUT]))
-        run.keep_evaluation(5, make_evaluation([Outcome.SUCCESS]))
-    folder = run.folder / "evaluations"
-    rates = {p.stem: json.loads(p.read_text())["total"]["rate"] for p in folder.iterdir()}
-    assert rates == {"step_0": 0.0, "step_5": 1.0}

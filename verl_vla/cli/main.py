@@ -28,6 +28,7 @@ from verl_vla.errors import (
 VERBS = {
     "train": "improve a policy: train recipe=NAME key=value ...",
     "eval": "measure a policy on held-out starts: eval --policy DIR --suite NAME ...",
+    "compare": "say which of two evaluated policies is better: compare A B",
     "doctor": "say whether a checkpoint can be trained: doctor --checkpoint DIR ...",
     "demos": "record demonstrations of scripted experts: demos --suite NAME --out PLACE ...",
     "sft": "fine-tune on demonstrations: sft recipe=NAME ..., or sft --demos FILE ...",

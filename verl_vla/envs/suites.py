@@ -21,7 +21,8 @@ from verl_vla.config import nearest
 from verl_vla.envs.assets import libero_root
 from verl_vla.errors import ConfigError
 
-Split = Literal["train", "held_out"]
+Split = Literal["train", "held_out", "official"]
+"""``official`` is every recorded start, as in published evaluations: trained on or not."""
 StepLimit = Literal["published", "simplevla"] | int
 
 SUITES = ("mini", "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
@@ -131,7 +132,7 @@ class Suite:
         return limit
 
     def init_state_ids(self, task_id: int, split: Split) -> list[int]:
-        """Return the recorded starts that may be trained on, or those kept for evaluation.
+        """Return the recorded starts that may be trained on, those kept for evaluation, or all.
 
         Of LIBERO's 50 states, every fifth (4, 9, .., 49) is held out: 40 to train on, 10 to
         evaluate. Published numbers use all 50 for both; a number on the 10 is not one on the 50.
@@ -144,6 +145,8 @@ class Suite:
         if split not in get_args(Split):
             raise ConfigError(f"split is {split!r}; {nearest(split, get_args(Split))}")
         ids = range(self.num_init_states)
+        if split == "official":
+            return list(ids)
         if self.needs_assets:
             held_out = [i for i in ids if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from verl_vla.evaluation import Evaluation
 from verl_vla.progress import Progress, format_seconds
 from verl_vla.report import draw_sft_curve
+from verl_vla.run_folder import keep_evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +58,7 @@ class SFTReport:
     def keep_evaluation(self, step: int, result: Evaluation, record: Mapping[str, Any]) -> None:
         """Report an evaluation and write it down, with the outcome of each of its episodes."""
         self._progress.show_evaluation(step, result.total)
-        folder = self._folder / "evaluations"
-        folder.mkdir(exist_ok=True)
-        (folder / f"step_{step}.json").write_text(json.dumps(record, indent=1))
+        keep_evaluation(self._folder, step, record)
 
     def draw(self, lines: Sequence[Mapping[str, float]]) -> None:
         """Draw ``curve.png`` of everything measured."""

@@ -14,8 +14,8 @@ SWITCH = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 ``weights_only=False``."""
 
 ALLOWED: list[Any] = [_reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType]
-"""The state of NumPy's random numbers, which veRL saves with each rank; FSDP2's types are allowed by
-torch itself."""
+"""The state of NumPy's random numbers, which veRL saves with each rank. Torch itself allows FSDP2's
+types."""
 
 
 def refuse_code() -> None:

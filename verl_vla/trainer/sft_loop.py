@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from verl.utils.device import get_device_id
 
-from verl_vla.build import evaluation_record
-from verl_vla.evaluation import evaluate
+from verl_vla.conditions import conditions
+from verl_vla.evaluation import episode_entries, evaluate
 from verl_vla.finetuning.metrics import SFT_METRICS
 from verl_vla.finetuning.report import SFTReport
 from verl_vla.finetuning.run import SFTRun
@@ -23,6 +23,7 @@ from verl_vla.finetuning.samples import Draw, SampleBatch, StepSampler, collate
 from verl_vla.interruption import StopRequest, leave_signals_to_parent
 from verl_vla.metrics import MetricsFile, read_metrics
 from verl_vla.rollout import Simulators
+from verl_vla.run_folder import evaluation_record
 from verl_vla.trainer import checkpoint
 from verl_vla.trainer.rank_policy import RankPolicy, serve
 from verl_vla.trainer.sft_engine import SFTEngine
@@ -184,7 +185,15 @@ class SFTLoop:
             seed=recipe.seed,
         )
         policy.dismiss()
-        record = evaluation_record(result, self._run.env_config, self._run.task_names)
+        names = self._run.task_names
+        given = conditions(
+            self._run.env_config,
+            names,
+            states="held_out",
+            temperature=recipe.evaluation.temperature,
+            seed=recipe.seed,
+        )
+        record = evaluation_record(episode_entries(result.trajectories), given, names)
         self._report.keep_evaluation(step, result, record)
         values = result.as_metrics(self._run.task_names)
         return values | {"time/evaluation_s": time.perf_counter() - began}

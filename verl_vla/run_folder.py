@@ -1,0 +1,95 @@
+"""What a run's folder says about the run: its recipe, and the records of its evaluations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from verl_vla.config import differences
+from verl_vla.errors import ConfigError
+from verl_vla.evaluation import count_entries
+from verl_vla.folder_lock import LOCK, folder_lock
+
+
+def evaluation_record(
+    entries: Sequence[Mapping[str, Any]],
+    conditions: Mapping[str, Any],
+    task_names: Mapping[int, str],
+) -> dict[str, Any]:
+    """An evaluation as JSON, with what decides whether two of them compare.
+
+    Args:
+        entries: one an episode, as `verl_vla.evaluation.episode_entries` makes them.
+        conditions: see `verl_vla.conditions`.
+        task_names: of the tasks that were played, by task id.
+    """
+    played = ("task", "init_state", "outcome", "steps")
+    return dict(conditions) | {
+        "total": count_entries(entries, task_names).as_json(),
+        "tasks": {
+            name: count_entries(entries, [task]).as_json() for task, name in task_names.items()
+        },
+        "episodes": [{name: entry[name] for name in played} for entry in entries],
+        "crashes": {
+            str(entry["episode"]): entry["crash"] for entry in entries if entry["crash"] is not None
+        },
+    }
+
+
+def keep_evaluation(folder: Path, step: int, record: Mapping[str, Any]) -> None:
+    """Write the evaluation after a training step into the run's folder, whole or not at all."""
+    file = folder / "evaluations" / f"step_{step}.json"
+    file.parent.mkdir(exist_ok=True)
+    partial = file.with_suffix(".tmp")
+    partial.write_text(json.dumps(record, indent=1))
+    partial.replace(file)
+
+
+@contextmanager
+def claimed_folder(
+    folder: Path, recipe: Mapping[str, Any], may_change: Sequence[str]
+) -> Generator[None]:
+    """Make a run's folder and write ``recipe`` into it, or check that it holds the same run.
+
+    It is this process's alone until the context ends.
+
+    Raises:
+        ConfigError: the folder cannot be written, is in use, holds something that is no run, or a
+            run that differs in more than the parts that ``may_change`` names.
+    """
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(folder_lock(folder))
+            _write_recipe(folder, json.loads(json.dumps(recipe)), may_change)
+        except OSError as error:
+            raise ConfigError(
+                f"out is {folder}, which cannot be written ({error.strerror}); "
+                "choose another out=FOLDER"
+            ) from error
+        yield
+
+
+def _write_recipe(folder: Path, wanted: dict[str, Any], may_change: Sequence[str]) -> None:
+    file = folder / "recipe.yaml"
+    partial_file = file.with_suffix(".tmp")
+    others = {path.name for path in folder.iterdir()} - {LOCK, partial_file.name}
+    if file.exists():
+        changed = differences(yaml.safe_load(file.read_text()), wanted, may_change)
+        if changed:
+            raise ConfigError(
+                f"{folder} holds a run with other settings ({'; '.join(changed)}); "
+                "choose another out=FOLDER, or use the same settings to resume it"
+            )
+    elif others:
+        raise ConfigError(
+            f"out is {folder}, which holds {min(others)!r} and no run; choose a new or an empty "
+            "folder"
+        )
+    partial_file.write_text(yaml.safe_dump(wanted, sort_keys=False))
+    partial_file.replace(file)
