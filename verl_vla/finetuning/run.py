@@ -223,7 +223,7 @@ def _check_samples(run: SFTRun) -> None:
 
 
 def _refuse_second_adapters(policy: LearnerConfig, folder: Path) -> None:
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     has_adapters = isinstance(config, ScratchVLAConfig) and config.lora_rank > 0
     if has_adapters and policy.lora_rank is not None:
         raise ConfigError(
