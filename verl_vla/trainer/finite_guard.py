@@ -72,8 +72,8 @@ def all_finite(losses: list[float]) -> bool:
 def plain_rows(data: TensorDict) -> dict[str, Any]:
     """The rows of a mini-batch as tuples of tensors, and its plain values, for `torch.save`."""
     rows: dict[str, Any] = {}
-    for name, value in data.items():
-        assert isinstance(name, str), "rows are flat"
+    for name in map(str, data.keys()):
+        value = data[name]
         if isinstance(value, Tensor):
             rows[name] = tuple(row.clone() for row in value.unbind())
         elif value is None or isinstance(value, str | int | float):
