@@ -112,7 +112,8 @@ def test_a_run_that_ends_in_every_way_goes_on_as_if_nothing_had_happened(
     assert f"goes on from the checkpoint of step {newest}" in said
 
     # the trainer dies while it saves
-    run.kill_when((checkpoints / "unfinished" / f"global_step_{newest + 1}").exists)
+    unfinished = checkpoints / "unfinished" / f"global_step_{newest + 1}"
+    run.kill_when(lambda: unfinished.exists() or complete_steps(checkpoints)[-1] > newest)
 
     # the newest checkpoint is not what was written
     newest = complete_steps(checkpoints)[-1]
