@@ -35,6 +35,7 @@ VERBS = {
     "new-policy": "put a policy together: new-policy --language DIR --vision DIR --demos FILE ...",
     "reward-bench": "measure rewards before training on them: reward-bench --rewards A,B --out DIR",
     "quickstart": "train the embedded policy and show what it learned",
+    "soak": "play thousands of episodes while simulators crash, and see that nothing grows",
     "bench": "measure the speed of a part: bench images ...",
     "recipes": "list the recipes that come with the project",
 }
