@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,8 +51,8 @@ BOUNDS: dict[str, float] = {
     "trainer_handles": 0,
     "simulator_handles": 0,
 }
-"""By how much each may grow. Memory needs room for what the allocator keeps: in 1,000 episodes a leak
-of 64 KiB an episode, a third of one picture, shows."""
+"""By how much each may grow. Memory needs room for what the allocator keeps; in 1,000 episodes a
+leak of 64 KiB an episode shows, which is a third of one picture."""
 
 
 def soak(
@@ -79,10 +79,10 @@ def measure(simulators: Sequence[int], *, episodes: int, crashes: int) -> Sample
         episodes=episodes,
         crashes=crashes,
         trainer_mib=_status_mib(own, "RssAnon"),
-        simulator_mib=max(_each(alive, lambda pid: _status_mib(pid, "RssAnon"))),
+        simulator_mib=max(_status_mib(pid, "RssAnon") for pid in alive),
         shared_mib=_status_mib(own, "RssShmem"),
         trainer_handles=len(os.listdir(f"/proc/{own}/fd")),
-        simulator_handles=max(_each(alive, lambda pid: len(os.listdir(f"/proc/{pid}/fd")))),
+        simulator_handles=max(len(os.listdir(f"/proc/{pid}/fd")) for pid in alive),
     )
 
 
@@ -109,10 +109,6 @@ def excesses(grown: dict[str, float]) -> list[str]:
         for name, bound in BOUNDS.items()
         if grown[name] > bound
     ]
-
-
-def _each(pids: Sequence[int], read: Callable[[int], float]) -> list[float]:
-    return [read(pid) for pid in pids] or [0.0]
 
 
 def _status_mib(pid: int, name: str) -> float:

@@ -44,26 +44,25 @@ class RandomPolicy:
         )
 
 
-def run(leak=lambda: None, *, blocks: int = 9, crash_share: float = 0.1) -> list[Sample]:
+def run(leak=lambda: None, *, blocks: int = 8, crash_share: float = 0.05) -> list[Sample]:
     starts = [Start(task_id=i % 4, init_state_id=i // 4) for i in range(40)]
     with EnvPool(
         partial(make_fragile, partial(FakeEnv, FakeEnvConfig(image_size=16)), crash_share),
-        num_workers=2,
+        num_workers=1,
         num_slots=8,
         image_shape=(1, 16, 16, 3),
         timeout_s=60.0,
         worker_env={},
     ) as pool:
         sampler = StartSampler(starts, seed=0, group_size=1)
-        samples = soak(pool, RandomPolicy(leak), sampler, block=20, temperature=1.0)
+        samples = soak(pool, RandomPolicy(leak), sampler, block=12, temperature=1.0)
         return list(islice(samples, blocks))
 
 
 def test_nothing_grows_while_simulators_die():
     samples = run()
-    assert samples[-1].episodes == 180
-    # 18 are expected; fewer than 4 or more than 40 come in one run of ten thousand
-    assert 4 <= samples[-1].crashes <= 40
+    assert samples[-1].episodes == 96
+    assert samples[-1].crashes == 4  # every twentieth
     assert excesses(growth(samples)) == []
 
 
@@ -73,7 +72,7 @@ def test_a_leak_is_found(name):
 
     def leak():
         if name == "trainer_mib":
-            held.append(np.ones(2**18))  # 2 MiB
+            held.append(np.ones(2**20))  # 8 MiB
         else:
             held.append(os.open("/dev/null", os.O_RDONLY))
 

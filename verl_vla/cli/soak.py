@@ -1,4 +1,4 @@
-"""``soak``: play many episodes of the mini suite while simulators crash, and see that nothing grows.
+"""``soak``: play many episodes of the mini suite while simulators crash; nothing may grow.
 
 Prints a line a block and writes one JSON object; exit code 1 where something grew beyond its bound.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from verl_vla.build import env_config, find_policy, starts
+from verl_vla.build import env_config, find_policy, starts, task_ids
 from verl_vla.envs.fragile import make_fragile
 from verl_vla.envs.libero import make_env
 from verl_vla.envs.pool import EnvPool
@@ -54,6 +54,7 @@ def run(arguments: Sequence[str]) -> int:
         "crashes": samples[-1].crashes,
         "crash_share": options.crash_share,
         "wall_s": round(time.perf_counter() - began, 1),
+        "tasks": options.tasks,
         "workers": options.workers,
         "slots": options.slots,
         "growth": {name: round(value, 1) for name, value in grown.items()},
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m verl_vla soak", description=__doc__)
     add = parser.add_argument
     add("--policy", default="bases/mini", help="folder of a checkpoint")
+    add("--tasks", type=int, nargs="+", default=[0, 6], help="task ids of the mini suite")
     add("--episodes", type=int, default=2000, help="at least that many are played")
     add("--block", type=int, default=80, help="episodes between two samples")
     add("--crash-share", type=float, default=0.01, help="of the episodes")
@@ -87,7 +89,7 @@ def _play(options: argparse.Namespace) -> list[Sample]:
     env = EnvironmentConfig(suite="mini", num_workers=options.workers, num_slots=options.slots)
     config, shape = env_config(env, policy.processor), policy.shape
     chosen = suite("mini")
-    played = starts(chosen, range(len(chosen.tasks)), "train")
+    played = starts(chosen, task_ids(chosen, options.tasks), "train")
     with EnvPool(
         partial(make_fragile, partial(make_env, config), options.crash_share),
         num_workers=options.workers,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,12 @@ from verl_vla.types import Observation
 
 @dataclass(slots=True)
 class FragileEnv:
-    """Wraps an environment; some episodes end with its process, or with an exception."""
+    """Wraps an environment; now and then it raises, or its process is killed."""
 
     inner: Env
     crash_share: float
-    """Of the episodes, each at its first chunk; half of them of each kind."""
-    _rng: np.random.Generator = field(default_factory=np.random.default_rng)
-    _is_first_chunk: bool = True
+    """Of the first chunks of episodes; each process crashes at its 1 / ``crash_share``-th."""
+    _num_first_chunks: int = 0
 
     def reset(self, task_id: int, init_state_id: int) -> Observation:
         """See `verl_vla.envs.base.Env`."""
@@ -33,10 +32,9 @@ class FragileEnv:
         Raises:
             RuntimeError: this is one of the episodes that crash.
         """
-        drawn = self._rng.random()
-        if self._is_first_chunk and drawn < self.crash_share / 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self._is_first_chunk and drawn < self.crash_share:
+        if self._num_first_chunks * self.crash_share >= 1:
+            if os.getpid() % 2:
+                os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("a crash of the soak")
         return self.inner.step_chunk(actions)
 
@@ -46,7 +44,7 @@ class FragileEnv:
 
     def restore(self, snapshot: Snapshot) -> None:
         """See `verl_vla.envs.base.Env`."""
-        self._is_first_chunk = snapshot.num_steps == 0
+        self._num_first_chunks += snapshot.num_steps == 0
         self.inner.restore(snapshot)
 
     def close(self) -> None:
