@@ -41,7 +41,7 @@ EXIT_GREW = 1
 def run(arguments: Sequence[str]) -> int:
     """Play, measure, judge."""
     options = _parser().parse_args(arguments)
-    for name in ("episodes", "block", "workers", "slots"):
+    for name in ("episodes", "block", "limit", "workers", "slots"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} is {getattr(options, name)}; set at least 1")
     if not 0 <= options.crash_share < 1:
@@ -55,6 +55,7 @@ def run(arguments: Sequence[str]) -> int:
         "crash_share": options.crash_share,
         "wall_s": round(time.perf_counter() - began, 1),
         "tasks": options.tasks,
+        "step_limit": options.limit,
         "workers": options.workers,
         "slots": options.slots,
         "growth": {name: round(value, 1) for name, value in grown.items()},
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tasks", type=int, nargs="+", default=[0, 6], help="task ids of the mini suite")
     add("--episodes", type=int, default=2000, help="at least that many are played")
     add("--block", type=int, default=80, help="episodes between two samples")
+    add("--limit", type=int, default=16, help="steps of an episode; few, so that many are played")
     add("--crash-share", type=float, default=0.01, help="of the episodes")
     add("--workers", type=int, default=2, help="simulator processes")
     add("--slots", type=int, default=16, help="episodes under way at the same time")
@@ -86,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 def _play(options: argparse.Namespace) -> list[Sample]:
     torch.set_num_threads(1)
     policy = load_policy(find_policy(options.policy))
-    env = EnvironmentConfig(suite="mini", num_workers=options.workers, num_slots=options.slots)
+    env = EnvironmentConfig(suite="mini", step_limit=options.limit)
     config, shape = env_config(env, policy.processor), policy.shape
     chosen = suite("mini")
     played = starts(chosen, task_ids(chosen, options.tasks), "train")
