@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from verl_vla.conditions import conditions
+from verl_vla.album import Album
+from verl_vla.conditions import conditions, played_in
 from verl_vla.envs.assets import find_assets
-from verl_vla.envs.libero import EnvConfig, make_env
+from verl_vla.envs.libero import CAMERAS, EnvConfig, make_env
 from verl_vla.envs.pool import EnvPool
 from verl_vla.envs.suites import Split, Suite, suite
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import Evaluation, episode_entries
+from verl_vla.extras import require_extras
 from verl_vla.policies.base import PolicyShape, Processor
-from verl_vla.policies.loading import load_processor, require_sound
+from verl_vla.policies.loading import check_adapters, load_processor, require_sound
 from verl_vla.policies.openvla_oft.attention import require_backend
 from verl_vla.recipe import EnvironmentConfig, Recipe
-from verl_vla.reward import TrajectoryReward, load_reward
+from verl_vla.reward import TrajectoryReward, load_reward, looks_at_pictures
 from verl_vla.run_folder import claimed_folder, evaluation_record, keep_evaluation
 from verl_vla.sampling import Start
 
@@ -40,6 +42,7 @@ MAY_CHANGE = (
     "evaluation",
     "gate",
     "cluster.address",
+    "cluster.env_nodes",
     "environment.num_workers",
     "environment.timeout_s",
 )
@@ -57,7 +60,8 @@ class Run:
     processor: Processor
     env_config: EnvConfig
     """Of every simulator."""
-    simulators: EnvPool
+    simulators: EnvPool | None
+    """On this machine; None where nodes of a Ray cluster simulate."""
     reward: TrajectoryReward
     training_starts: tuple[Start, ...]
     evaluation_starts: tuple[Start, ...]
@@ -67,6 +71,11 @@ class Run:
     def checkpoints(self) -> Path:
         """Where checkpoints are kept."""
         return self.folder / "checkpoints"
+
+    def open_album(self) -> Album:
+        """What is kept of the training episodes."""
+        header = played_in(self.env_config, self.task_names)
+        return Album(self.folder, header, self.processor.codec, self.recipe.trainer.keep_groups)
 
     def keep_evaluation(self, step: int, result: Evaluation) -> None:
         """Write one evaluation of the run, with the outcome of each of its episodes."""
@@ -95,17 +104,22 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     policy_folder = find_policy(recipe.policy.path)
     require_backend(recipe.policy.attention)
     require_sound(policy_folder, recipe.policy.unnorm_key)
+    check_adapters(policy_folder, recipe.policy.lora_rank, has_kl=recipe.loss.kl.is_on)
+    require_extras(
+        {"policy.quantization": recipe.policy.quantization, "optimizer.name": recipe.optimizer.name}
+    )
+    for logger_name in recipe.trainer.loggers:
+        require_extras({"trainer.loggers": logger_name})
     processor = load_processor(policy_folder, recipe.policy.unnorm_key)
     reward = load_reward(recipe.reward, recipe.reward_args, seed=recipe.seed)
-    config = env_config(env, processor)
+    config = replace(env_config(env, processor), draw_ending=looks_at_pictures(reward))
     check_assets(chosen)
     training = starts(chosen, tasks, "train")
     held_out = starts(chosen, tasks, "held_out", per_task=recipe.evaluation.episodes_per_task)
     folder = Path(recipe.out).expanduser().resolve()
-    with (
-        claimed_folder(folder, recipe.as_dict(), MAY_CHANGE),
-        open_simulators(env, config, processor.shape) as simulators,
-    ):
+    is_elsewhere = recipe.cluster.env_nodes > 0
+    here = nullcontext() if is_elsewhere else open_simulators(env, config, processor.shape)
+    with claimed_folder(folder, recipe.as_dict(), MAY_CHANGE), here as simulators:
         yield Run(
             recipe=recipe,
             folder=folder,
@@ -191,16 +205,17 @@ def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:
             f"environment.render_size is {render_size}, but the policy sees images of "
             f"{shape.image_size} px; render at least that large (openvla-oft: 256 for 224)"
         )
-    if shape.num_views != 1:
+    if shape.num_views > len(CAMERAS):
         raise ConfigError(
-            f"the policy takes {shape.num_views} images, but the environments show one camera "
-            "(agentview); use a checkpoint with num_images_in_input 1"
+            f"the policy takes {shape.num_views} images, but the environments have "
+            f"{len(CAMERAS)} cameras, {' and '.join(CAMERAS)}; use a policy of fewer views"
         )
     return EnvConfig(
         suite=env.suite,
         step_limit=env.step_limit,
         render_size=render_size,
         image_size=shape.image_size,
+        cameras=CAMERAS[: shape.num_views],
     )
 
 

@@ -92,8 +92,8 @@ def pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Paire
     Raises:
         ConfigError: they differ in what decides whether they compare, or in their starts.
     """
-    kept = [{key: record[key] for key in DECIDES} for record in (first, second)]
-    differ = differences(*kept)
+    here, there = ({key: record[key] for key in DECIDES} for record in (first, second))
+    differ = differences(here, there)
     if differ:
         raise ConfigError(
             f"these evaluations do not compare: {'; '.join(differ)}. Evaluate one of them again "
@@ -116,8 +116,8 @@ def pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Paire
 
 def told_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """What else differs, as ``key: first -> second``."""
-    kept = [{key: r[key] for key in TOLD if key in r} for r in (first, second)]
-    return differences(*kept)
+    here, there = ({key: r[key] for key in TOLD if key in r} for r in (first, second))
+    return differences(here, there)
 
 
 def table(pairs: Mapping[str, Paired]) -> str:

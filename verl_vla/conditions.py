@@ -35,6 +35,25 @@ DECIDES = (
 types and come from different commits; those are told, and do not forbid a comparison."""
 
 
+def played_in(env: EnvConfig, task_names: Mapping[int, str]) -> dict[str, Any]:
+    """What an episode needs to be played again, as JSON.
+
+    Args:
+        env: of every simulator.
+        task_names: of the tasks that are played, by task id.
+    """
+    chosen = suite(env.suite)
+    return {
+        "suite": env.suite,
+        "step_limits": {
+            name: chosen.step_limit(env.step_limit, task) for task, name in task_names.items()
+        },
+        "settle_steps": env.settle_steps,
+        "render_size": env.render_size,
+        "image_size": env.image_size,
+    }
+
+
 def conditions(
     env: EnvConfig,
     task_names: Mapping[int, str],
@@ -53,15 +72,8 @@ def conditions(
         seed: of the noise of sampled play.
     """
     chosen = suite(env.suite)
-    return {
-        "suite": env.suite,
+    return played_in(env, task_names) | {
         "states": states,
-        "step_limits": {
-            name: chosen.step_limit(env.step_limit, task) for task, name in task_names.items()
-        },
-        "settle_steps": env.settle_steps,
-        "render_size": env.render_size,
-        "image_size": env.image_size,
         "renderer": _renderer(),
         "assets": describe_assets(find_assets()) if chosen.needs_assets else None,
         "sampling": f"temperature {temperature:g}" if temperature else "greedy",

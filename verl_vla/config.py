@@ -8,10 +8,13 @@ worker starts.
 
 from __future__ import annotations
 
+import ast
 import difflib
+import inspect
 import math
+import textwrap
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -58,6 +61,37 @@ def nearest(name: str, choices: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, choices, n=1)
     known = f"Known: {', '.join(choices)}"
     return f"did you mean {close[0]!r}? {known}" if close else known
+
+
+def meanings(schema: type[Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """Name every knob of ``schema`` and of its sections, with the docstring below its field.
+
+    >>> dict(meanings(__import__("verl_vla.loss").loss.ClipRange, "loss.clip"))["loss.clip.low"]
+    "The ratio's lower bound is ``1 - low``."
+    """
+    hints, documented = get_type_hints(schema), _docstrings(schema)
+    for f in fields(schema):
+        name = _join(path, f.name)
+        if is_dataclass(hints[f.name]):
+            yield from meanings(cast("type[Any]", hints[f.name]), name)
+        else:
+            yield name, documented[f.name] if f.name in documented else ""
+
+
+def _docstrings(schema: type[Any]) -> dict[str, str]:
+    """The string that stands below each field; Python itself does not keep them."""
+    [definition] = ast.parse(textwrap.dedent(inspect.getsource(schema))).body
+    assert isinstance(definition, ast.ClassDef)
+    found: dict[str, str] = {}
+    for node, below in zip(definition.body, definition.body[1:], strict=False):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+        ):
+            found[node.target.id] = " ".join(str(below.value.value).split())
+    return found
 
 
 def differences(

@@ -114,14 +114,17 @@ def episode_lines(
         }
         if with_actions:
             actions = codec.to_simulator(decisions.bins[of_episode])
-            line["actions"] = base64.b64encode(actions.tobytes()).decode()
+            line["actions"] = {
+                "shape": list(actions.shape),
+                "base64": base64.b64encode(actions.tobytes()).decode(),
+            }
             line["executed"] = decisions.executed[of_episode].tolist()
         lines.append(line)
     return lines
 
 
-def actions_of(line: Mapping[str, Any], shape: tuple[int, int]) -> npt.NDArray[np.float32]:
-    """The actions of a journal's line, [decisions, K, A]; ``shape`` is (K, A).
+def actions_of(line: Mapping[str, Any]) -> npt.NDArray[np.float32]:
+    """The actions of a journal's line, [decisions, K, A] in simulator units.
 
     Raises:
         ConfigError: they were not kept.
@@ -131,8 +134,8 @@ def actions_of(line: Mapping[str, Any], shape: tuple[int, int]) -> npt.NDArray[n
             f"the actions of episode {line['episode']} were not kept; a training run keeps those "
             "of trainer.keep_groups groups a step"
         )
-    values = np.frombuffer(base64.b64decode(line["actions"]), dtype=np.float32)
-    return values.reshape(-1, *shape)
+    kept = line["actions"]
+    return np.frombuffer(base64.b64decode(kept["base64"]), np.float32).reshape(kept["shape"])
 
 
 def _check_same(path: Path, before: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

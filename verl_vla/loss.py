@@ -30,6 +30,29 @@ class ClipRange:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KLConfig:
+    """How strongly the learner is held to the starting policy; SRPO's published objective does so.
+
+    The paper gives no coefficient, and its release none above 0.
+    """
+
+    coefficient: float = 0.0
+    """Of the divergence in the loss. 0 builds no second model and computes nothing."""
+
+    def __post_init__(self) -> None:
+        if self.coefficient < 0:
+            raise ConfigError(
+                f"loss.kl.coefficient is {self.coefficient}; set 0 for no KL term, or a small "
+                "positive number, e.g. 0.01"
+            )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether a starting policy is needed."""
+        return self.coefficient > 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LossParts:
     """The loss of one micro-batch, and sums over its executed tokens.
 
@@ -114,3 +137,22 @@ def policy_loss(
             ratio_sum=(ratio * mask).sum(),
             ratio_deviation=(ratio - 1).abs().max(),
         )
+
+
+def divergence(logp: Tensor, start_logp: Tensor, mask: Tensor) -> Tensor:
+    """Estimate KL(current || starting policy) of each token from the one bin that was sampled.
+
+    ``r - 1 - log r`` with ``r`` the starting policy's probability over the current one's: unbiased
+    while the bins were sampled by the current policy, never negative, and of low variance (GRPO,
+    arXiv:2402.03300, equation 4; "k3" in Schulman, "Approximating KL divergence", 2020).
+
+    Args:
+        logp: [N, T] nats, current policy, carries the gradient.
+        start_logp: [N, T] nats, starting policy, at the same temperature.
+        mask: [N, T] bool, from `executed_mask`.
+
+    Returns:
+        [N, T] nats, 0 where nothing was executed.
+    """
+    log_ratio = torch.where(mask, start_logp - logp, torch.zeros_like(logp))
+    return log_ratio.expm1() - log_ratio

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from enum import IntEnum
+from itertools import compress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,55 +27,13 @@ import torch
 from torch import Tensor
 
 from verl_vla.errors import ContractError
+from verl_vla.played import EpisodeSpec as EpisodeSpec
+from verl_vla.played import GoalReadings as GoalReadings
+from verl_vla.played import Observation as Observation
+from verl_vla.played import Outcome as Outcome
+from verl_vla.played import Reading as Reading
 
 Table = TypeVar("Table")
-
-GoalReadings = npt.NDArray[np.float32]
-"""[..., G, 3], what a simulator knows about each of the G goals of its task, by `Reading`."""
-
-
-class Outcome(IntEnum):
-    """How an episode ended. A crash is not a failure of the policy and is never trained on."""
-
-    SUCCESS = 0
-    TIMEOUT = 1
-    CRASH = 2
-
-
-class Reading(IntEnum):
-    """The columns of `GoalReadings`. Rewards may ask for them; a policy never sees them."""
-
-    REACH = 0
-    """From the gripper to what must be moved, m."""
-    REMAINING = 1
-    """From there to where the goal wants it, m; of a joint, how far it must still go, m or rad."""
-    HOLDS = 2
-    """1 where the simulator calls the goal reached, else 0."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EpisodeSpec:
-    """Where one episode starts, whom it is compared with, and its place in the run's noise."""
-
-    task_id: int
-    """Index of the task in its suite."""
-    init_state_id: int
-    """Index of the recorded start in its task; decided by the run, never by an environment."""
-    group_id: int
-    """Episodes with the same group id are compared with each other."""
-    episode_id: int
-    """Unique in the run; the sampling noise of an episode is a function of it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Observation:
-    """What the policy sees before one decision."""
-
-    image: npt.NDArray[np.uint8]
-    """[V, H, W, 3] RGB, upright, through `verl_vla.observations.prepare_image`."""
-    proprio: npt.NDArray[np.float32]
-    """[P] end-effector position (m), axis-angle (rad), gripper joints (m); not normalised."""
-    instruction: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +115,9 @@ class Trajectories:
     goals: tuple[GoalReadings, ...]
     """B arrays [decisions + 1, G, 3]: before the first decision, and after each."""
     crashes: dict[int, str] = field(default_factory=dict[int, str])
+    endings: tuple[npt.NDArray[np.uint8] | None, ...] = ()
+    """B pictures [V, H, W, 3] after the last step, None where none was drawn; empty where nobody
+    was asked to draw any."""
 
     def __post_init__(self) -> None:
         if len(self.prompt_ids) != len(self.decisions):
@@ -167,6 +128,8 @@ class Trajectories:
             raise ContractError(
                 f"goal readings of {len(self.goals)} episodes for {len(self.episodes)}"
             )
+        if len(self.endings) not in (0, len(self.episodes)):
+            raise ContractError(f"endings of {len(self.endings)} episodes for {len(self.episodes)}")
         for row in self.decisions.episode.aminmax() if len(self.decisions) else ():
             if not 0 <= int(row) < len(self.episodes):
                 raise ContractError(
@@ -195,6 +158,7 @@ class Trajectories:
             prompt_ids=tuple(p for p, row in zip(self.prompt_ids, rows, strict=True) if row),
             goals=tuple(g for g, kept in zip(self.goals, keep, strict=True) if kept),
             crashes={key: why for key, why in self.crashes.items() if key in ids},
+            endings=tuple(compress(self.endings, keep)),
         )
 
     @staticmethod
@@ -213,6 +177,7 @@ class Trajectories:
             prompt_ids=tuple(prompt for p in parts for prompt in p.prompt_ids),
             goals=tuple(readings for p in parts for readings in p.goals),
             crashes={key: why for p in parts for key, why in p.crashes.items()},
+            endings=tuple(ending for p in parts for ending in p.endings),
         )
 
 

@@ -9,12 +9,16 @@ import signal
 import time
 from pathlib import Path
 
+import imageio.v3 as imageio
 import pytest
 
 from verl_vla.cli import eval as eval_verb
+from verl_vla.cli import replay as replay_verb
 from verl_vla.comparison import RESULT
 from verl_vla.errors import ConfigError
+from verl_vla.film import HOLD_FRAMES
 from verl_vla.journal import actions_of, read_episodes
+from verl_vla.replaying import read_episode, replay
 from verl_vla.types import Outcome
 
 pytestmark = pytest.mark.sim
@@ -94,7 +98,7 @@ def test_the_record_says_what_decides_whether_it_compares(undisturbed: Path) -> 
 
 def test_every_action_is_kept(undisturbed: Path) -> None:
     for line in read_episodes(undisturbed):
-        actions = actions_of(line, (8, 7))
+        actions = actions_of(line)
         assert len(actions) == len(line["executed"]) == len(line["progress"]) - 1
         assert sum(line["executed"]) == line["steps"]
 
@@ -102,3 +106,23 @@ def test_every_action_is_kept(undisturbed: Path) -> None:
 def test_another_evaluation_in_the_same_folder_is_refused(undisturbed: Path) -> None:
     with pytest.raises(ConfigError, match=r"step_limits.*48 -> 20.*choose another folder"):
         eval_verb.run(words(undisturbed, "--limit", "20"))
+
+
+def test_an_episode_is_filmed_as_it_was_played(undisturbed: Path, tmp_path: Path) -> None:
+    lines = read_episodes(undisturbed)
+    shortest = min(lines, key=lambda line: line["steps"])
+    video = tmp_path / "video.mp4"
+    words = [str(undisturbed), "--episode", str(shortest["episode"]), "--out", str(video)]
+    assert replay_verb.run(words) == 0
+    assert len(imageio.imread(video)) == shortest["steps"] + 1 + HOLD_FRAMES
+
+
+def test_an_episode_that_this_machine_plays_otherwise_is_not_filmed(undisturbed: Path) -> None:
+    header, line = read_episode(undisturbed, read_episodes(undisturbed)[0]["episode"])
+    with pytest.raises(ConfigError, match="simulates otherwise: compare the versions of mujoco"):
+        replay(header, line | {"executed": line["executed"][:1]})
+
+
+def test_an_episode_that_was_not_played_is_refused(undisturbed: Path) -> None:
+    with pytest.raises(ConfigError, match="--episode is 99, but it was not played; the last that"):
+        read_episode(undisturbed, 99)

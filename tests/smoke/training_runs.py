@@ -57,6 +57,12 @@ class TrainingRun:
         process.send_signal(signal.SIGKILL)
         process.wait()
 
+    def disturb_when(self, condition: Callable[[], bool], disturb: Callable[[], None]) -> str:
+        """Run it until ``condition`` holds, ``disturb`` it, and return what it said to its end."""
+        process = self.start_until(condition)
+        disturb()
+        return self.await_end(process, 0)
+
     def start_until(self, condition: Callable[[], bool]) -> subprocess.Popen[str]:
         """Start it and wait until ``condition`` holds."""
         process = self.start()
@@ -66,3 +72,10 @@ class TrainingRun:
             assert time.monotonic() < deadline, "the moment to kill never came"
             time.sleep(0.02)
         return process
+
+
+def corrupt(file: Path) -> None:
+    """Turn one bit of ``file``, as a disk may."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)

@@ -73,7 +73,7 @@ def test_a_folder_without_a_journal_has_no_episodes_and_no_header(tmp_path):
 
 def test_actions_that_were_not_kept_are_refused():
     with pytest.raises(ConfigError, match="the actions of episode 4 were not kept"):
-        actions_of({"episode": 4, "actions": None}, (2, 1))
+        actions_of({"episode": 4, "actions": None})
 
 
 def play(tmp_path, shown):
@@ -117,7 +117,7 @@ def test_what_is_in_the_journal_is_not_played_again(tmp_path):
 def test_an_episode_is_written_with_what_plays_it_again(tmp_path):
     lines, _ = play(tmp_path, [])
     first = lines[0]
-    assert actions_of(first, (2, 1)).shape == (1, 2, 1)
+    assert actions_of(first).shape == (1, 2, 1)
     assert first["executed"] == [2]
     assert first["progress"] == [0.0, 0.0]
     assert (first["task"], first["init_state"]) == (STARTS[0].task_id, STARTS[0].init_state_id)

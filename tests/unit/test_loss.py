@@ -11,10 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
+from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla, kl_penalty
 
 from verl_vla.errors import ConfigError
-from verl_vla.loss import ClipRange, executed_mask, policy_loss, trajectory_weight
+from verl_vla.loss import (
+    ClipRange,
+    KLConfig,
+    divergence,
+    executed_mask,
+    policy_loss,
+    trajectory_weight,
+)
 
 CHUNK, DIM = 3, 2
 TOKENS = CHUNK * DIM
@@ -263,3 +270,37 @@ def test_the_mask_covers_whole_actions_from_the_first(executed, action_dim):
 def test_an_impossible_bound_is_refused(name, value):
     with pytest.raises(ConfigError, match=rf"loss\.clip\.{name} is {value}; .* e\.g\. 0\.2"):
         ClipRange(**{name: value})
+
+
+@given(batches)
+@settings(max_examples=40)
+def test_the_divergence_is_verls_low_variance_estimate(batch):
+    ours = divergence(batch.logp, batch.old_logp, batch.mask)
+    theirs = kl_penalty(batch.logp, batch.old_logp, "low_var_kl")
+    torch.testing.assert_close(ours, theirs * batch.mask)
+    assert (ours >= 0).all()
+
+
+def test_the_mean_divergence_of_sampled_bins_is_the_divergence():
+    """Weighted by the current policy's own probabilities, the estimate is exact."""
+    current, start = (torch.log_softmax(torch.tensor(x), 0) for x in ([1.0, 0.2, -2], [0.3, 0, 1]))
+    sampled = divergence(current[None], start[None], torch.ones(1, 3, dtype=torch.bool))[0]
+    exact = (current.exp() * (current - start)).sum()
+    assert float((current.exp() * sampled).sum()) == pytest.approx(float(exact))
+    assert divergence(start[None], start[None], torch.ones(1, 3, dtype=torch.bool)).sum() == 0
+
+
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf")])
+def test_the_divergence_pulls_back_by_the_ratio_and_only_where_something_ran(junk):
+    logp = torch.tensor([[-1.0, -2.0, junk]], dtype=torch.float64, requires_grad=True)
+    start = torch.tensor([[-1.5, -0.5, -1.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, False]])
+    (gradient,) = torch.autograd.grad(divergence(logp, start, mask).sum(), logp)
+    assert gradient[0].tolist() == pytest.approx([1 - math.exp(-0.5), 1 - math.exp(1.5), 0])
+
+
+def test_the_kl_term_is_off_unless_it_is_asked_for_and_never_negative():
+    assert not KLConfig().is_on
+    assert KLConfig(coefficient=0.01).is_on
+    with pytest.raises(ConfigError, match=r"loss\.kl\.coefficient is -0\.1; set 0 for no KL term"):
+        KLConfig(coefficient=-0.1)

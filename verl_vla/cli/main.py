@@ -22,6 +22,7 @@ from verl_vla.errors import (
     DivergedError,
     Interrupted,
     LearnerLostError,
+    RewardError,
     StarvedError,
 )
 
@@ -29,15 +30,20 @@ VERBS = {
     "train": "improve a policy: train recipe=NAME key=value ...",
     "eval": "measure a policy on held-out starts: eval --policy DIR --suite NAME ...",
     "compare": "say which of two evaluated policies is better: compare A B",
-    "doctor": "say whether a checkpoint can be trained: doctor --checkpoint DIR ...",
+    "replay": "make a video of an episode that was played: replay RUN --episode ID",
+    "report": "write report.html of a training run: report RUN",
+    "dashboard": "a local page on runs, also those that are going: dashboard RUNS_DIR",
+    "doctor": "say whether this machine can train, or a checkpoint: doctor [--checkpoint DIR]",
     "demos": "record demonstrations of scripted experts: demos --suite NAME --out PLACE ...",
     "sft": "fine-tune on demonstrations: sft recipe=NAME ..., or sft --demos FILE ...",
-    "new-policy": "put a policy together: new-policy --language DIR --vision DIR --demos FILE ...",
+    "new-policy": "put a policy together: new-policy --language DIR --vision DIR --demos DIR ...",
     "reward-bench": "measure rewards before training on them: reward-bench --rewards A,B --out DIR",
     "quickstart": "train the embedded policy and show what it learned",
     "soak": "play thousands of episodes while simulators crash, and see that nothing grows",
-    "bench": "measure the speed of a part: bench images ...",
+    "bench": "measure the speed of a part: bench env|pool|rollout|update|step|gpu|images ...",
     "recipes": "list the recipes that come with the project",
+    "plan": "say whether a recipe fits and how long it takes: plan recipe=NAME --gpu a100-80 ...",
+    "explain": "say what every knob of a recipe is, and why: explain recipe=NAME key=value ...",
 }
 """Verb to its one-line help; each is a module of `verl_vla.cli`."""
 
@@ -50,18 +56,22 @@ EXIT_STARVED = 3
 EXIT_COLD_START = 4
 """Training did not begin: the policy succeeds too seldom to learn from its own episodes."""
 
-EXIT_CHECKPOINT = 5
+EXIT_REWARD = 5
+"""The reward raised, or gave an answer that cannot be trained on."""
+
+EXIT_CHECKPOINT = 6
 """A checkpoint could not be written, or none is sound."""
 
-EXIT_DIVERGED = 6
+EXIT_DIVERGED = 7
 """Training stopped because losses or gradients were no longer finite."""
 
-EXIT_LEARNER_LOST = 7
+EXIT_LEARNER_LOST = 8
 """Training stopped because a process of the learner died."""
 
 STOPPED = {
     StarvedError: EXIT_STARVED,
     ColdStartError: EXIT_COLD_START,
+    RewardError: EXIT_REWARD,
     CheckpointError: EXIT_CHECKPOINT,
     DivergedError: EXIT_DIVERGED,
     LearnerLostError: EXIT_LEARNER_LOST,

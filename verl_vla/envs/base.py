@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from verl_vla.types import GoalReadings, Observation, Outcome
+from verl_vla.played import GoalReadings, Observation, Outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,9 @@ class ChunkResult:
     """What the policy sees next; None where the episode ended."""
     goals: GoalReadings
     """[2, G, 3], before the chunk and after it."""
+    ending: npt.NDArray[np.uint8] | None = None
+    """[V, H, W, 3], what was to be seen after the last step, as in an observation; None where the
+    episode goes on, or where the environment was not told to draw it."""
 
 
 class Env(Protocol):

@@ -18,7 +18,7 @@ import numpy as np
 
 from verl_vla.envs.control import Floats
 from verl_vla.errors import ContractError
-from verl_vla.types import GoalReadings
+from verl_vla.played import GoalReadings
 
 UP_HEIGHT_M = 1.0
 """What LIBERO's ``Up`` asks of an object's height."""

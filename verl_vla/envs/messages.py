@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from verl_vla.errors import ConfigError, ContractError, EpisodeCrashed
-from verl_vla.types import GoalReadings, Outcome
+from verl_vla.played import GoalReadings, Outcome
 
 STACK_SIGNAL = signal.SIGUSR1
 """Upon this signal a worker writes to its output where it is."""
@@ -102,6 +102,8 @@ class Stepped:
     outcome: Outcome | None
     moment: Moment | None
     """None where the episode ended."""
+    has_ending: bool
+    """Whether the slot's frame shows how it ended."""
     goals: GoalReadings
     busy_s: float
 

@@ -26,7 +26,7 @@ from verl_vla.envs.messages import Request, Result, Setup, make_frames_file, map
 from verl_vla.envs.process import WorkerProcess
 from verl_vla.envs.slots import Answer, PoolStats, Slots
 from verl_vla.errors import ConfigError, ContractError
-from verl_vla.types import EpisodeSpec
+from verl_vla.played import EpisodeSpec
 
 
 class EnvPool:

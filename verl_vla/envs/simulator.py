@@ -24,7 +24,7 @@ from robosuite.utils.transform_utils import convert_quat, quat2axisangle
 from verl_vla.envs.control import ArmControl, ArmState, Floats
 from verl_vla.envs.goals import GoalMeter
 from verl_vla.envs.rendering import Look, Renderer
-from verl_vla.types import GoalReadings
+from verl_vla.played import GoalReadings
 
 PHYSICS_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 """Everything that MuJoCo's next step depends on, the solver's warm start included."""

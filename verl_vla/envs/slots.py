@@ -23,7 +23,7 @@ from verl_vla.envs.messages import (
 )
 from verl_vla.envs.starts import Start, StartCache, StartKey
 from verl_vla.errors import ConfigError, ContractError, EpisodeCrashed
-from verl_vla.types import EpisodeSpec, Observation
+from verl_vla.played import EpisodeSpec, Observation
 
 Answer = Observation | ChunkResult | EpisodeCrashed
 """To a reset an observation, to a step its result, to either the loss of the simulator."""
@@ -199,6 +199,7 @@ class Slots:
             outcome=result.outcome,
             observation=observation,
             goals=result.goals,
+            ending=self._frames[slot].copy() if result.has_ending else None,
         )
 
     def _note_failure(self, request: Request, result: Failed) -> StartEpisode | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from verl_vla.types import Observation
+from verl_vla.played import Observation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,10 @@ task list in its own order, the instruction spelt by the task's name, the ``.pru
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
+import pickle
+import zipfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +17,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from numpy._core.multiarray import _reconstruct
 
 from verl_vla.config import nearest
@@ -56,12 +58,12 @@ LIBERO_INIT_STATES = 50
 MINI_INIT_STATES = 100
 HELD_OUT_EVERY = 5
 
-_NUMPY_TYPES: list[Any] = [
-    (_reconstruct, "numpy.core.multiarray._reconstruct"),
-    np.ndarray,
-    np.dtype,
-    np.dtypes.Float64DType,
-]
+_NUMPY_TYPES: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): codecs.encode,
+}
 """All that a LIBERO init-state file may hold; anything else in it is refused."""
 _MINI = Path(__file__).parent / "mini"
 
@@ -245,5 +247,17 @@ def _read_states(file: Path) -> npt.NDArray[np.float64]:
     if file.suffix == ".npz":
         with np.load(file, allow_pickle=False) as stored:
             return stored["states"]
-    with torch.serialization.safe_globals(_NUMPY_TYPES):
-        return torch.load(file, weights_only=True)
+    # what `torch.save` makes of an array: a pickle in an archive, which can be read without torch
+    with zipfile.ZipFile(file) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        with archive.open(name) as stored:
+            return _StatesUnpickler(stored).load()
+
+
+class _StatesUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if (module_name, global_name) not in _NUMPY_TYPES:
+            raise pickle.UnpicklingError(
+                f"an init-state file asks for {module_name}.{global_name}, which no array needs"
+            )
+        return _NUMPY_TYPES[module_name, global_name]

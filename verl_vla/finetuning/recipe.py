@@ -212,4 +212,4 @@ def load_sft_recipe(arguments: Sequence[str]) -> SFTRecipe:
     Raises:
         ConfigError: no recipe named, unknown recipe or key, or a value that cannot be.
     """
-    return parse(SFTRecipe, compose_recipe(arguments, SFT_RECIPES_FOLDER))
+    return parse(SFTRecipe, compose_recipe(arguments, SFT_RECIPES_FOLDER).values)

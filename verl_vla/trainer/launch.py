@@ -1,14 +1,20 @@
 """Start Ray and TransferQueue, train, and end both whatever happens.
 
+Most of a start is waiting for other processes to import, so things that need not wait for each
+other do not: veRL's trainer is imported while Ray starts, the learner while TransferQueue does.
+
 The trainer runs in the process that was started, not in an actor: signals, the console and the
 simulators then belong to one process, and veRL is imported once less (ADR-0004).
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import time
 from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,11 +25,12 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
 from verl_vla.build import Run
+from verl_vla.envs.assets import ASSETS_VARIABLE
 from verl_vla.errors import ConfigError, DivergedError, LearnerLostError
 from verl_vla.interruption import stop_requests
 from verl_vla.recipe import ClusterConfig
 from verl_vla.trainer.checkpoint import complete_steps
-from verl_vla.trainer.trainer import VLATrainer
+from verl_vla.trainer.env_nodes import open_env_nodes
 from verl_vla.trainer.translate import to_verl
 from verl_vla.trainer.verl_process import choose_device, divert_output, prepare_verl
 
@@ -37,6 +44,10 @@ RAY_ATTEMPTS = 3
 RAY_IS_LATE = "timed out during startup"
 """Ray raises a plain ``Exception`` with these words after a fixed 30 s (``_private/node.py``); on
 a loaded machine its processes can need longer, and are faster the second time."""
+
+NODES_LIMIT_S = 600.0
+NODES_POLL_S = 1.0
+"""A Slurm job's nodes start within minutes of each other."""
 
 WORKER_NICENESS = 0
 """Ray's own 15 would let the simulators, and whatever else runs on the machine, take the learner's
@@ -54,14 +65,34 @@ def train(run: Run) -> None:
     with ExitStack() as stack:
         os.environ["TENSORBOARD_DIR"] = str(run.folder / "tensorboard")
         stack.enter_context(divert_output(run.folder))
+        beside = stack.enter_context(ThreadPoolExecutor(max_workers=2))
+        importing = beside.submit(importlib.import_module, "verl_vla.trainer.trainer")
         stack.enter_context(_ray_cluster(run, config))
         stack.enter_context(_own_errors(run))
-        stack.enter_context(_transfer_queue(config))
+        queue = stack.enter_context(_transfer_queue(config, beside))
         stop = stack.enter_context(stop_requests())  # after Ray, which has a handler of its own
-        logger.info("starting the learner (about half a minute on two cores)")
-        trainer = VLATrainer(config, run, stop)  # pyright: ignore[reportAbstractUsage] -- veRL's decorator hides the base
+        logger.info("starting the learner (some 20 seconds on two cores)")
+        simulators = run.simulators or stack.enter_context(open_env_nodes(run))
+        trainer = importing.result().VLATrainer(config, run, simulators, stop)
         trainer.init()
+        queue.result()
         trainer.train()
+
+
+def wait_for_nodes(num_nodes: int, limit_s: float = NODES_LIMIT_S) -> None:
+    """Wait until the Ray cluster has as many nodes as hold ranks; they rarely start together.
+
+    Raises:
+        ConfigError: they did not join within ``limit_s``.
+    """
+    deadline = time.monotonic() + limit_s
+    while (there := sum(node["Alive"] for node in ray.nodes())) < num_nodes:
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"cluster.num_nodes is {num_nodes}, but {there} joined the Ray cluster within "
+                f"{limit_s:.0f} s; start Ray on the others, or set cluster.num_nodes={there}"
+            )
+        time.sleep(NODES_POLL_S)
 
 
 @contextmanager
@@ -74,9 +105,12 @@ def _ray_cluster(run: Run, config: DictConfig) -> Generator[None]:
         "VERL_PLATFORM": os.environ["VERL_PLATFORM"],
         "OMP_NUM_THREADS": "1",
     }
+    if ASSETS_VARIABLE in os.environ:  # for nodes that simulate
+        variables[ASSETS_VARIABLE] = os.environ[ASSETS_VARIABLE]
     environment["env_vars"] = {**environment["env_vars"], **variables}
     if cluster.address is not None:
         ray.init(address=cluster.address, runtime_env=environment, log_to_driver=False)
+        wait_for_nodes(cluster.num_nodes)
     else:
         _start_ray(cluster, environment)
     try:
@@ -133,9 +167,10 @@ def _own_errors(run: Run) -> Generator[None]:
 
 
 @contextmanager
-def _transfer_queue(config: DictConfig) -> Generator[None]:
-    tq.init(config.transfer_queue)
+def _transfer_queue(config: DictConfig, beside: ThreadPoolExecutor) -> Generator[Future[Any]]:
+    starting = beside.submit(tq.init, config.transfer_queue)
     try:
-        yield
+        yield starting
     finally:
+        starting.exception()  # what is half started can neither be used nor ended
         tq.close()

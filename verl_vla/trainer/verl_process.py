@@ -17,6 +17,13 @@ from verl_vla.errors import ConfigError
 VERL_VERSION = "0.9.1"
 """The release whose hooks `VLATrainer` and `VLAEngine` answer; others have other hooks."""
 
+MODEL_TYPE = "vla"
+"""veRL's key for `VLAEngine`; set as ``actor_rollout_ref.model.model_type``. Which architecture it
+holds, the checkpoint's own ``config.json`` says."""
+
+ROLLOUT_NAME = "shared_weights"
+"""veRL's name for a rollout that needs no server: the learner's module plays."""
+
 
 def choose_device(wanted: str) -> str:
     """``cuda`` or ``cpu``; ``auto`` takes the GPUs where there are any."""

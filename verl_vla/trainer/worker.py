@@ -22,14 +22,12 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.rollout import base as rollout_base
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
-from verl_vla.loss import ClipRange, policy_loss, trajectory_weight
+from verl_vla.loss import divergence, policy_loss, trajectory_weight
+from verl_vla.recipe import LossConfig
 from verl_vla.trainer.finite_guard import FiniteGuard
 from verl_vla.trainer.platform import peak_process_bytes
 from verl_vla.trainer.rows import dense, stacked
-
-ROLLOUT_NAME = "shared_weights"
-"""veRL's name for a rollout that needs no server: the learner's module plays."""
-
+from verl_vla.trainer.verl_process import ROLLOUT_NAME
 
 EVERY_RANK: Any = vars(Dispatch)["ONE_TO_ALL"]
 """veRL's enumeration makes its members at run time."""
@@ -59,12 +57,12 @@ class VLAWorker(ActorRolloutRefWorker):
         return self.actor
 
     @register(dispatch_mode=EVERY_RANK)
-    def set_policy_loss(self, clip: ClipRange, action_dim: int) -> None:
+    def set_policy_loss(self, config: LossConfig, action_dim: int) -> None:
         """Replace veRL's loss, whose clipping always has a third bound, by ours."""
         self._learner.set_loss_fn(
             partial(
-                _row_loss,
-                clip=clip,
+                row_loss,
+                config=config,
                 action_dim=action_dim,
                 num_ranks=torch.distributed.get_world_size(),
             )
@@ -105,10 +103,19 @@ class VLAWorker(ActorRolloutRefWorker):
         self.engine.export(Path(folder))
 
     @register(dispatch_mode=EVERY_RANK)
-    def peak_memory(self) -> tuple[int, int]:
-        """(resident bytes of this process, device bytes allocated), both since it began."""
-        device = 0 if get_device_name() == "cpu" else get_torch_device().max_memory_allocated()
-        return peak_process_bytes(), int(device)
+    def peak_memory(self) -> tuple[int, int, int]:
+        """Measure peaks, in bytes.
+
+        Returns:
+            Resident in this process since it began; on the device, allocated and reserved, since
+            this was last asked.
+        """
+        if get_device_name() == "cpu":
+            return peak_process_bytes(), 0, 0
+        device = get_torch_device()
+        allocated, reserved = device.max_memory_allocated(), device.max_memory_reserved()
+        device.reset_peak_memory_stats()
+        return peak_process_bytes(), int(allocated), int(reserved)
 
 
 class SharedWeightsRollout(rollout_base.BaseRollout):
@@ -141,12 +148,12 @@ def register_rollout() -> None:
     RolloutReplicaRegistry.register(ROLLOUT_NAME, lambda: SharedWeightsReplica)
 
 
-def _row_loss(
+def row_loss(
     *,
     logp: Tensor,
     entropy: Tensor,
     data: TensorDict,
-    clip: ClipRange,
+    config: LossConfig,
     action_dim: int,
     num_ranks: int,
 ) -> tuple[Tensor, dict[str, float]]:
@@ -157,29 +164,30 @@ def _row_loss(
     width = logp.shape[1]
     mask = dense(data["response_mask"], width).bool()
     advantage = dense(data["advantages"], width)[:, 0]
-    steps = stacked(data["trajectory_steps"]).flatten()
-    parts = policy_loss(
-        logp,
-        dense(data["old_log_probs"], width),
-        advantage,
-        mask,
-        trajectory_weight(
-            steps,
-            action_dim=action_dim,
-            num_trajectories=tu.get_non_tensor_data(data, "num_trajectories", None),
-        ),
-        clip,
+    weight = trajectory_weight(
+        stacked(data["trajectory_steps"]).flatten(),
+        action_dim=action_dim,
+        num_trajectories=tu.get_non_tensor_data(data, "num_trajectories", None),
     )
+    old_logp = dense(data["old_log_probs"], width)
+    parts = policy_loss(logp, old_logp, advantage, mask, weight, config.clip)
     metrics = {
         "loss_sum": parts.loss.item(),
         "num_tokens": parts.num_tokens.item(),
+        "num_rows": len(mask),
+        "num_rows_idle": int((~mask.any(1) | (advantage == 0)).sum()),
         "num_clipped_low": parts.num_clipped_low.item(),
         "num_clipped_high": parts.num_clipped_high.item(),
         "ratio_sum": parts.ratio_sum.item(),
         "ratio_deviation": parts.ratio_deviation.item(),
         "entropy_sum": (entropy * mask).sum().item(),
     }
-    return parts.loss * num_ranks, metrics
+    loss = parts.loss
+    if config.kl.is_on:
+        kl = divergence(logp, dense(data["ref_log_prob"], width), mask)
+        loss = loss + config.kl.coefficient * (kl * weight[:, None]).sum()
+        metrics["kl_sum"] = kl.sum().item()
+    return loss * num_ranks, metrics
 
 
 register_rollout()

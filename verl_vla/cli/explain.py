@@ -1,0 +1,63 @@
+"""``explain recipe=NAME key=value ...``: every knob with its value, its origin and its meaning."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from verl_vla.composition import RECIPES_FOLDER, Composition, compose_recipe, leaves
+from verl_vla.config import meanings, parse
+from verl_vla.recipe import Recipe
+
+DEFAULT = "default"
+WIDTH = 100
+"""Columns of a line."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print three lines or more a knob; needs neither the policy nor a simulator."""
+    composition = compose_recipe(arguments, RECIPES_FOLDER)
+    recipe = parse(Recipe, composition.values)
+    for group, file in composition.choices.items():
+        print(f"{group}={file}")
+    for name, value, origin, meaning in explain(recipe, composition):
+        print(f"\n{name} = {_plain(value)}    [{origin}]")
+        print(textwrap.fill(meaning, WIDTH, initial_indent="    ", subsequent_indent="    "))
+    return 0
+
+
+def explain(recipe: Recipe, composition: Composition) -> Iterator[tuple[str, Any, str, str]]:
+    """Each knob's name, value, origin and meaning, in the order of `Recipe`.
+
+    The sections ``reward_args`` and ``verl`` hold what others define; each of their entries is
+    named, and the meaning is the section's.
+    """
+    values = recipe.as_dict()
+    for knob, meaning in meanings(Recipe):
+        value: Any = values
+        for key in knob.split("."):
+            value = value[key]
+        for name, entry in leaves(value, knob):
+            yield name, entry, _origin(name, composition), meaning
+
+
+def _origin(name: str, composition: Composition) -> str:
+    """Where the knob, or a section around it that was set as a whole, got its value."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        key = ".".join(parts[:length])
+        if key in composition.origins:
+            return composition.origins[key]
+    return DEFAULT
+
+
+def _plain(value: Any) -> str:
+    """As it is written on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return f"[{','.join(map(_plain, value))}]"
+    return str(value)
