@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from verl_vla.benchmarks.measuring import Record, record, require_positive
 from verl_vla.errors import ConfigError
 from verl_vla.policies.base import Chooser
-from verl_vla.policies.lora import LORA_ALPHA
+from verl_vla.policies.lora_choice import LORA_ALPHA
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig, OpenVLAOFTModel
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tokenizer, tiny_config
 
