@@ -67,7 +67,7 @@ class Unsure(StatelessReward):
 def test_a_refused_round_leaves_its_episodes_behind(tmp_path: Path) -> None:
     kept = RefusedEpisodes(tmp_path, first_step=STEP)
     kept.keep(PLAYED, STEP)
-    nobody: Any = None  # neither a policy nor a simulator is asked
+    nobody: Any = None  # neither a policy nor a simulator is asked, and nothing is shown
     loop = EpisodeLoop(
         nobody,
         nobody,
@@ -76,6 +76,7 @@ def test_a_refused_round_leaves_its_episodes_behind(tmp_path: Path) -> None:
         temperature=1.0,
         seed=0,
         specs_of=lambda group: SPECS[group * SIZE : (group + 1) * SIZE],
+        album=nobody,
         refused=kept,
     )
     asked = tu.get_tensordict({"uid": [group_key(group) for group in range(NUM_GROUPS)]})

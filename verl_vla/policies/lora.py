@@ -6,6 +6,7 @@ drawn from a normal distribution.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -87,3 +88,8 @@ def merge_adapters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
         change = layer.scaling[ADAPTER] * (second @ first)
         merged[f"{name}.weight"] = (weight.float() + change).to(weight.dtype)
     return merged
+
+
+def nf4() -> Any:
+    """`verl_vla.policies.nf4`, which needs a package that not everybody installs."""
+    return importlib.import_module("verl_vla.policies.nf4")

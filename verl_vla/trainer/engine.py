@@ -6,7 +6,7 @@ own ``forward``, so that FSDP2's hooks fire, and never builds logits of the whol
 
 from __future__ import annotations
 
-import importlib
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,11 +17,10 @@ import torch.distributed
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import AutoModel
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
-from verl.utils.fsdp_utils import fsdp2_load_full_state_dict
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
@@ -30,9 +29,12 @@ from verl.workers.engine.utils import detach_tree
 from verl_vla.action_distribution import entropy, log_prob
 from verl_vla.policies.base import ActionLogits, Chooser
 from verl_vla.policies.loading import load_model, load_processor
-from verl_vla.policies.lora import merge_adapters, without_adapters
+from verl_vla.policies.lora import merge_adapters, nf4, without_adapters
+from verl_vla.trainer.finite_guard import FiniteGuard, all_finite, plain_rows
 from verl_vla.trainer.optimizers import build_optimizer
 from verl_vla.trainer.rows import dense, pack_like_language_model, right_padded, stacked
+from verl_vla.trainer.safe_loading import refuse_code
+from verl_vla.trainer.sharding import shard
 from verl_vla.trainer.trained_weights import load_trained, save_trained, trained
 from verl_vla.trainer.verl_process import MODEL_TYPE
 
@@ -42,6 +44,13 @@ class VLAEngine(FSDPEngine):
 
     num_optimizer_steps = 0
     """Since the last rollout: 0 while the first mini-batch of an update runs."""
+    guard: FiniteGuard
+    """Set before the first update."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.losses: list[float] = []
+        """Of the micro-batches since the last optimizer step, this rank's."""
 
     @property
     def is_quantized(self) -> bool:
@@ -79,39 +88,18 @@ class VLAEngine(FSDPEngine):
         return module
 
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
-        """Shard layer by layer.
+        """Shard it; 4-bit weights stay whole.
 
-        veRL would also wrap the embedding and the head, whose weights this model reads directly:
-        under FSDP2 those would be shards there. 4-bit weights are not sharded: FSDP2 would split
-        their bytes and lose what belongs to them, so they run on one rank.
+        FSDP2 would split their bytes and lose what belongs to them, so they run on one rank.
         """
-        precision: dict[str, Any] = dict(self.engine_config.mixed_precision or {})
-        param_dtype = PrecisionType.to_dtype(precision["param_dtype"])
-        self._autocast_dtype, self.scaler = param_dtype, None
+        param_dtype = dict(self.engine_config.mixed_precision)["param_dtype"]
+        self._autocast_dtype, self.scaler = PrecisionType.to_dtype(param_dtype), None
         if self.is_quantized:
             return module.to(get_device_id())
         pin_memory = get_device_name() != "cpu"
         offload = CPUOffloadPolicy(pin_memory) if self.engine_config.offload_policy else None
         self._uses_fsdp2_cpu_offload_policy = offload is not None
-        options: dict[str, Any] = {
-            "mesh": self.device_mesh,
-            "mp_policy": MixedPrecisionPolicy(
-                param_dtype=param_dtype,
-                reduce_dtype=PrecisionType.to_dtype(precision["reduce_dtype"]),
-                cast_forward_inputs=True,
-            ),
-            "reshard_after_forward": self.engine_config.reshard_after_forward,
-        }
-        if offload is not None:
-            options["offload_policy"] = offload
-        full_state = module.state_dict()
-        layers: set[str] = set(module._no_split_modules)  # pyright: ignore[reportArgumentType]
-        for part in module.modules():
-            if type(part).__name__ in layers:
-                fully_shard(part, **options)
-        fully_shard(module, **options)
-        fsdp2_load_full_state_dict(module, full_state, self.device_mesh, offload)
-        return module
+        return shard(module, self.device_mesh, self.engine_config, offload)
 
     def _build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(trained(module), self.optimizer_config)
@@ -213,11 +201,32 @@ class VLAEngine(FSDPEngine):
             return logp.sum(), {"model_output": detach_tree(output), "loss": 0.0, "metrics": {}}
         loss, metrics = loss_function(logp=logp, entropy=spread, data=micro_batch)
         metrics["optimizer_step"] = self.num_optimizer_steps
-        return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": metrics}
+        self.losses.append(loss.detach().item())
+        return loss, {"model_output": {}, "loss": self.losses[-1], "metrics": metrics}
+
+    def train_batch(self, data: TensorDict, loss_function: Callable[..., Any]) -> Any:
+        """Learn from a mini-batch.
+
+        Raises:
+            DivergedError: too many optimizer steps in a row were left out.
+        """
+        output = super().train_batch(data, loss_function)
+        norm = output["metrics"]["grad_norm"]
+        self.guard.count(norm, lambda: plain_rows(data), self.export)
+        return output
 
     def optimizer_step(self) -> float:
-        """Clip, step, and count."""
-        norm = super().optimizer_step()
+        """Clip, step, and count; a step is left out where a loss or the gradient is not finite.
+
+        Returns:
+            The gradient's norm before clipping; not finite where the step was left out.
+        """
+        if all_finite(self.losses):
+            norm = super().optimizer_step()  # which leaves out what has no finite norm
+        else:
+            self.optimizer_zero_grad()
+            norm = math.nan
+        self.losses.clear()
         self.num_optimizer_steps += 1
         return norm
 
@@ -282,11 +291,7 @@ class VLAEngine(FSDPEngine):
         plain.save_pretrained(str(folder), state_dict=state)
 
 
-def nf4() -> Any:
-    """`verl_vla.policies.nf4`, which needs a package that not everybody installs."""
-    return importlib.import_module("verl_vla.policies.nf4")
-
-
+refuse_code()
 # not as a decorator, which would hide the type of the class from whoever extends it
 EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp2"], device=["cuda", "npu", "cpu"])(
     VLAEngine
