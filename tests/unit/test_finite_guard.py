@@ -18,14 +18,14 @@ from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelCo
 from verl_vla.build import PROJECT_FOLDER
 from verl_vla.envs.suites import suite
 from verl_vla.errors import DivergedError
-from verl_vla.loss import ClipRange
+from verl_vla.recipe import LossConfig
 from verl_vla.trainer.engine import MODEL_TYPE, VLAEngine
 from verl_vla.trainer.finite_guard import FiniteGuard, load_rows
 from verl_vla.trainer.verl_process import prepare_verl
-from verl_vla.trainer.worker import _row_loss
+from verl_vla.trainer.worker import row_loss
 
 NUM_ROWS, NUM_TOKENS, ACTION_DIM = 4, 56, 7
-LOSS = partial(_row_loss, clip=ClipRange(), action_dim=ACTION_DIM, num_ranks=1)
+LOSS = partial(row_loss, config=LossConfig(), action_dim=ACTION_DIM, num_ranks=1)
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +55,16 @@ def make_engine(policy: Path, diverged: Path) -> VLAEngine:
             model_type=MODEL_TYPE,
             use_remove_padding=False,
             enable_gradient_checkpointing=False,
-            override_config={"attn_implementation": "sdpa", "unnorm_key": None},
+            override_config={
+                "attn_implementation": "sdpa",
+                "unnorm_key": None,
+                "quantization": "none",
+            },
         ),
         FSDPEngineConfig(
             strategy="fsdp2", use_torch_compile=False, model_dtype="fp32", mixed_precision=full
         ),
-        FSDPOptimizerConfig(lr=1e-3, clip_grad=1.0, total_training_steps=9),
+        FSDPOptimizerConfig(optimizer="adamw", lr=1e-3, clip_grad=1.0, total_training_steps=9),
         CheckpointConfig(),
     )
     engine.initialize()
