@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from verl_vla.envs.assets import find_assets
 from verl_vla.envs.libero import EnvConfig, make_env
 from verl_vla.envs.pool import EnvPool
-from verl_vla.envs.suites import Suite, suite
+from verl_vla.envs.suites import Split, Suite, suite
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import Evaluation
 from verl_vla.policies.base import PolicyShape, Processor
@@ -92,7 +91,9 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     config = env_config(env, processor)
     check_assets(chosen)
     training = starts(chosen, tasks, "train")
-    held_out = starts(chosen, tasks, "held_out", per_task=recipe.evaluation.episodes_per_task)
+    evaluated = starts(
+        chosen, tasks, recipe.evaluation.states, per_task=recipe.evaluation.episodes_per_task
+    )
     folder = Path(recipe.out).expanduser().resolve()
     claim_folder(folder, recipe.as_dict(), MAY_CHANGE)
     with open_simulators(env, config, processor.shape) as simulators:
@@ -105,7 +106,7 @@ def open_run(recipe: Recipe) -> Generator[Run]:
             simulators=simulators,
             reward=reward,
             training_starts=training,
-            evaluation_starts=held_out,
+            evaluation_starts=evaluated,
             task_names={task: chosen.tasks[task].name for task in tasks},
         )
 
@@ -197,7 +198,7 @@ def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:
 def starts(
     chosen: Suite,
     tasks: Sequence[int],
-    split: Literal["train", "held_out"],
+    split: Split,
     *,
     per_task: int | None = None,
 ) -> tuple[Start, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,6 +14,8 @@ from verl_vla.policies.base import Policy
 from verl_vla.rollout import NoiseSource, RolloutTimes, Simulators, play
 from verl_vla.sampling import Start
 from verl_vla.types import EpisodeSpec, Trajectories
+
+EvaluatedStates = Literal["held_out", "drawn"]
 
 WILSON_Z = 1.959963984540054
 """The 97.5% quantile of the normal distribution: a two-sided 95% interval."""
@@ -30,12 +32,20 @@ class EvaluationConfig:
     """Held-out starts per task, from the first on; null plays all of them once."""
     temperature: float = 0.0
     """0 plays greedily."""
+    states: EvaluatedStates = "held_out"
+    """``held_out``: recorded init states that are never trained on, 10 a task of LIBERO's suites;
+    ``drawn``: starts drawn from the tasks' regions, as many as ``episodes_per_task`` says."""
 
     def __post_init__(self) -> None:
         if self.episodes_per_task is not None and self.episodes_per_task < 1:
             raise ConfigError(
                 f"evaluation.episodes_per_task is {self.episodes_per_task}; "
                 "set at least 1, or null for all held-out starts"
+            )
+        if self.states == "drawn" and self.episodes_per_task is None:
+            raise ConfigError(
+                "evaluation.states is 'drawn', and evaluation.episodes_per_task does not say how "
+                "many to draw; set it, e.g. to 100"
             )
         if self.temperature < 0:
             raise ConfigError(

@@ -21,12 +21,13 @@ def evaluation_record(
     """An evaluation as JSON, with what decides whether two of them compare."""
     chosen = suite(env.suite)
     episodes = result.trajectories.episodes
+    is_drawn = bool((episodes.init_state_id >= chosen.num_init_states).any())
     return {
         "suite": env.suite,
         "step_limits": {
             name: chosen.step_limit(env.step_limit, task) for task, name in task_names.items()
         },
-        "states": "held_out",
+        "states": "drawn" if is_drawn else "held_out",
         "render_size": env.render_size,
         "total": result.total.as_json(),
         "tasks": {task_names[t]: rate.as_json() for t, rate in result.per_task.items()},

@@ -74,6 +74,13 @@ def test_an_evaluation_that_lost_everything_is_still_json():
     assert json.loads(json.dumps(record, allow_nan=False))["total"]["rate"] is None
 
 
+def test_an_evaluation_of_drawn_starts_says_so():
+    result = make_evaluation([Outcome.SUCCESS])
+    ids = result.trajectories.episodes.init_state_id
+    ids += MINI.num_init_states
+    assert evaluation_record(result, EnvConfig(suite="mini"), {2: "name"})["states"] == "drawn"
+
+
 def test_evaluations_are_kept_by_step(tmp_path):
     env = EnvConfig(suite="mini")
     for step, outcome in ((0, Outcome.TIMEOUT), (5, Outcome.SUCCESS)):

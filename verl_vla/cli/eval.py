@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -24,7 +25,7 @@ from verl_vla.build import (
 )
 from verl_vla.envs.suites import SUITES, StepLimit, suite
 from verl_vla.errors import ConfigError
-from verl_vla.evaluation import Evaluation, EvaluationConfig, evaluate
+from verl_vla.evaluation import EvaluatedStates, Evaluation, EvaluationConfig, evaluate
 from verl_vla.policies.loading import load_policy
 from verl_vla.provenance import provenance
 from verl_vla.recipe import EnvironmentConfig
@@ -42,9 +43,11 @@ def run(arguments: Sequence[str]) -> int:
     tasks = task_ids(chosen, options.tasks)
     folder = find_policy(options.policy)
     config = EvaluationConfig(
-        episodes_per_task=options.episodes, temperature=_temperature(options.sampling)
+        episodes_per_task=options.episodes,
+        temperature=_temperature(options.sampling),
+        states=options.states,
     )
-    held_out = starts(chosen, tasks, "held_out", per_task=config.episodes_per_task)
+    evaluated = starts(chosen, tasks, config.states, per_task=config.episodes_per_task)
     env = EnvironmentConfig(
         suite=options.suite,
         step_limit=_step_limit(options.limit),
@@ -60,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
     began = time.perf_counter()
     simulated = env_config(env, policy.processor)
     with open_simulators(env, simulated, policy.shape) as simulators:
-        result = evaluate(held_out, policy, simulators, config=config, seed=options.seed)
+        result = evaluate(evaluated, policy, simulators, config=config, seed=options.seed)
     names = {task: chosen.tasks[task].name for task in tasks}
     _show(result, names)
     record = evaluation_record(result, simulated, names) | {
@@ -83,7 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--policy", required=True, help="folder of a checkpoint")
     add("--suite", required=True, help=f"one of {', '.join(SUITES)}")
     add("--tasks", type=int, nargs="+", help="task ids; all if not given")
-    add("--episodes", type=int, help="held-out starts per task; all if not given")
+    add("--episodes", type=int, help="starts per task; all held-out ones if not given")
+    add("--states", choices=get_args(EvaluatedStates), default="held_out", help="which starts")
     add("--sampling", default="greedy", help="greedy, or a temperature")
     add("--limit", default="published", help="step limit: published, simplevla, or a number")
     add("--render-size", type=int, help="camera picture, px; the policy's own if not given")

@@ -23,7 +23,7 @@ from verl_vla.config import nearest
 from verl_vla.envs.assets import libero_root
 from verl_vla.errors import ConfigError
 
-Split = Literal["train", "held_out"]
+Split = Literal["train", "held_out", "drawn"]
 StepLimit = Literal["published", "simplevla"] | int
 
 SUITES = ("mini", "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
@@ -56,6 +56,8 @@ skill, not of pace."""
 LIBERO_INIT_STATES = 50
 MINI_INIT_STATES = 100
 HELD_OUT_EVERY = 5
+MAX_DRAWN = 1000
+"""Starts of a task that can be drawn besides its recorded ones, for evaluations that need more."""
 
 _NUMPY_TYPES: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
@@ -139,6 +141,9 @@ class Suite:
         evaluate. Published numbers use all 50 for both; a number on the 10 is not one on the 50.
         The mini suite trains on its first 50 and holds out its last 50.
 
+        ``drawn`` starts are recorded nowhere: their ids follow the recorded ones, and an
+        environment draws them from the task's regions. Nobody trains on them.
+
         Raises:
             ConfigError: there is no such task or split.
         """
@@ -146,6 +151,8 @@ class Suite:
         if split not in get_args(Split):
             raise ConfigError(f"split is {split!r}; {nearest(split, get_args(Split))}")
         ids = range(self.num_init_states)
+        if split == "drawn":
+            return list(range(len(ids), len(ids) + MAX_DRAWN))
         if self.needs_assets:
             held_out = [i for i in ids if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
         else:
