@@ -231,6 +231,7 @@ def test_the_seconds_are_added_up():
     [
         ({"episodes_per_task": 0}, "evaluation.episodes_per_task is 0; set at least 1, or null"),
         ({"temperature": -0.1}, "evaluation.temperature is -0.1; set 0 for greedy play"),
+        ({"states": "drawn"}, "does not say how many to draw; set it"),
     ],
 )
 def test_an_impossible_knob_is_refused(knobs, message):
