@@ -9,7 +9,8 @@ cd "$root"
 out=${1:-runs/libero}
 shift || true
 export OMP_NUM_THREADS=1
-ESTIMATE
+say "about 15 minutes on a quiet machine, 30 on a busy one, by the arithmetic of docs/experiments/libero.md: recording,
+fine-tuning, 5 training steps and two evaluations of 100 episodes, on one core; longer the first time, to set up"
 set_up_packages run
 set_up_renderer
 mkdir -p "$out"

@@ -96,7 +96,7 @@ def test_a_careless_expert_goes_on_without_what_it_missed(
     while not (solved or expert.has_missed()):
         solved = simulator.step(expert.act())
     assert solved is not misses
-    assert (simulator.object_position("red_cube")[2] < on_table + 0.01) is misses
+    assert (simulator.object_position("red_cube")[2] < on_table + 0.01) == misses
 
 
 def test_a_task_that_is_no_pick_and_place_is_refused(env: LiberoEnv) -> None:
