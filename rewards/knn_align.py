@@ -32,6 +32,7 @@ class KnnAlignReward(ReferenceReward):
         encoder: str,
         encoder_args: Mapping[str, Any] | None = None,
         alpha: float = 0.6,
+        anneal: bool = False,
         num_neighbours: int = 5,
         final_share: float = 0.1,
         memory_capacity: int = 64,
@@ -44,6 +45,7 @@ class KnnAlignReward(ReferenceReward):
             encoder: see `verl_vla.encoders.make_encoder`.
             encoder_args: its arguments.
             alpha: what the best conceivable failure is worth, in (0, 1).
+            anneal: see `ReferenceReward`.
             num_neighbours: reference rows that vote on one row.
             final_share: of the rows of an episode, the last ones, over which votes are averaged.
             memory_capacity: successes kept of each task.
@@ -60,6 +62,7 @@ class KnnAlignReward(ReferenceReward):
         super().__init__(
             make_encoder(encoder, encoder_args or {}),
             alpha=alpha,
+            anneal=anneal,
             memory_capacity=memory_capacity,
             memory_max_age=memory_max_age,
             max_invalid_share=max_invalid_share,

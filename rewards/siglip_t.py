@@ -51,6 +51,7 @@ class SiglipTReward(ReferenceReward):
         pooling: Pooling = "last_k",
         last_k: int = 3,
         alpha: float = 0.6,
+        anneal: bool = False,
         head_width: int = 64,
         head_steps: int = 50,
         memory_capacity: int = 64,
@@ -70,6 +71,7 @@ class SiglipTReward(ReferenceReward):
             last_k: rows; a row is a decision. The publication pooled 20 frames, which at 8 steps
                 a decision are 3 rows.
             alpha: what the best conceivable failure is worth, in (0, 1).
+            anneal: see `ReferenceReward`.
             head_width: of the causal head.
             head_steps: its optimizer steps in one update.
             memory_capacity: successes kept of each task.
@@ -96,6 +98,7 @@ class SiglipTReward(ReferenceReward):
         super().__init__(
             make_encoder(encoder, encoder_args or {}),
             alpha=alpha,
+            anneal=anneal,
             memory_capacity=memory_capacity,
             memory_max_age=memory_max_age,
             max_invalid_share=max_invalid_share,

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from sklearn.cluster import dbscan
 
 from verl_vla.encoders import make_encoder
 from verl_vla.reward import (
@@ -44,6 +45,7 @@ class SrpoReward(ReferenceReward):
         encoder: str,
         encoder_args: Mapping[str, Any] | None = None,
         alpha: float = 0.8,
+        anneal: bool = False,
         from_start: bool = True,
         memory_capacity: int = 64,
         memory_max_age: int = 100,
@@ -55,6 +57,7 @@ class SrpoReward(ReferenceReward):
             encoder: see `verl_vla.encoders.make_encoder`; the paper's is ``vjepa2``.
             encoder_args: its arguments.
             alpha: what the best conceivable failure is worth; 0.8 was best in the paper.
+            anneal: see `ReferenceReward`.
             from_start: subtract an episode's first row, so that layouts can be pooled. The paper
                 does not.
             memory_capacity: successes kept of each task.
@@ -67,6 +70,7 @@ class SrpoReward(ReferenceReward):
         super().__init__(
             make_encoder(encoder, encoder_args or {}),
             alpha=alpha,
+            anneal=anneal,
             memory_capacity=memory_capacity,
             memory_max_age=memory_max_age,
             max_invalid_share=max_invalid_share,
@@ -137,36 +141,9 @@ def cluster_centres(embeddings: Floats) -> Floats:
         return embeddings.mean(axis=0, keepdims=True)
     distance = np.linalg.norm(embeddings[:, None] - embeddings[None], axis=2)
     nearest = np.where(np.eye(num, dtype=bool), np.inf, distance).min(axis=1)
-    labels = dbscan(distance, radius=SCALE * float(np.median(nearest)), min_samples=MIN_SAMPLES)
+    # where most are duplicates the radius is 0, which scikit-learn refuses
+    radius = max(SCALE * float(np.median(nearest)), float(np.finfo(np.float64).tiny))
+    _, labels = dbscan(distance, eps=radius, min_samples=MIN_SAMPLES, metric="precomputed")
     members = [labels == label for label in range(labels.max() + 1)]
     alone = [np.arange(num) == i for i in np.flatnonzero(labels < 0)]
     return np.stack([embeddings[chosen].mean(axis=0) for chosen in (*members, *alone)])
-
-
-def dbscan(distance: Floats, *, radius: float, min_samples: int) -> Any:
-    """Label points by density (Ester et al. 1996).
-
-    Args:
-        distance: [R, R].
-        radius: within which points are neighbours, themselves included.
-        min_samples: neighbours that make a point a core.
-
-    Returns:
-        [R] int64, -1 for a point that no core reaches.
-    """
-    close = distance <= radius
-    is_core = close.sum(axis=1) >= min_samples
-    labels = np.full(len(distance), -1, dtype=np.int64)
-    label = -1
-    for seed in np.flatnonzero(is_core):
-        if labels[seed] >= 0:
-            continue
-        label += 1
-        reached = [int(seed)]
-        while reached:
-            point = reached.pop()
-            if labels[point] < 0:
-                labels[point] = label
-                if is_core[point]:
-                    reached.extend(int(i) for i in np.flatnonzero(close[point] & (labels < 0)))
-    return labels

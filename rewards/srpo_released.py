@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from sklearn.cluster import dbscan
+from sklearn.preprocessing import StandardScaler
 
 from verl_vla.encoders import make_encoder
 from verl_vla.errors import ConfigError, ContractError
@@ -127,17 +129,8 @@ def _failure_scores(successes: Floats, failures: Floats) -> Floats:
 
 def _released_centres(successes: Floats) -> Floats:
     """Clusters of standardised features; their means in raw space, or the mean of everything."""
-    spread = successes.std(axis=0)
-    standard = (successes - successes.mean(axis=0)) / np.where(spread == 0, 1.0, spread)
-    distance = np.linalg.norm(standard[:, None] - standard[None], axis=2)
-    close = distance <= RADIUS
-    is_core = close.sum(axis=1) >= MIN_SAMPLES
-    labels = np.full(len(successes), -1)
-    # with two samples to a core every member of a cluster is one, so clusters are components
-    for point in np.flatnonzero(is_core):
-        joined = labels[close[point] & (labels >= 0)]
-        labels[close[point]] = label = point if not len(joined) else joined.min()
-        labels[np.isin(labels, joined)] = label
+    standard = StandardScaler().fit_transform(successes)
+    _, labels = dbscan(standard, eps=RADIUS, min_samples=MIN_SAMPLES)
     found = [successes[labels == label].mean(axis=0) for label in np.unique(labels[labels >= 0])]
     return np.stack(found) if found else successes.mean(axis=0, keepdims=True)
 

@@ -17,6 +17,8 @@ gate() { # <name> <command>
 gate 'ruff check' "$python" -m ruff check --output-format concise .
 gate 'ruff format' "$python" -m ruff format --check .
 gate 'import-linter' "$python" -c "$lint_imports" --no-logo
+export NO_MKDOCS_2_WARNING=1 # of the theme, on every build
+gate 'docs' "$python" -m mkdocs build --quiet --site-dir "$venv/site"
 gate 'pyright' "$python" -m pyright --pythonpath "$python"
 
 if [ "${#failed[@]}" -gt 0 ]; then stop "gates failed: ${failed[*]}"; fi

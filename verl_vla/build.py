@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from verl_vla.album import Album
+from verl_vla.conditions import conditions, played_in
 from verl_vla.envs.assets import find_assets
-from verl_vla.envs.libero import EnvConfig, make_env
+from verl_vla.envs.libero import CAMERAS, EnvConfig, make_env
 from verl_vla.envs.pool import EnvPool
 from verl_vla.envs.suites import Split, Suite, suite
 from verl_vla.errors import ConfigError
-from verl_vla.evaluation import Evaluation
+from verl_vla.evaluation import Evaluation, episode_entries
+from verl_vla.extras import require_extras
 from verl_vla.policies.base import PolicyShape, Processor
-from verl_vla.policies.loading import load_processor, require_sound
+from verl_vla.policies.loading import check_adapters, load_processor, require_sound
 from verl_vla.policies.openvla_oft.attention import require_backend
 from verl_vla.recipe import EnvironmentConfig, Recipe
-from verl_vla.reward import TrajectoryReward, load_reward
+from verl_vla.reward import TrajectoryReward, load_reward, looks_at_pictures
 from verl_vla.run_folder import claim_folder, evaluation_record, keep_evaluation
 from verl_vla.sampling import Start
 
@@ -39,6 +42,7 @@ MAY_CHANGE = (
     "evaluation",
     "gate",
     "cluster.address",
+    "cluster.env_nodes",
     "environment.num_workers",
     "environment.timeout_s",
 )
@@ -56,7 +60,8 @@ class Run:
     processor: Processor
     env_config: EnvConfig
     """Of every simulator."""
-    simulators: EnvPool
+    simulators: EnvPool | None
+    """On this machine; None where nodes of a Ray cluster simulate."""
     reward: TrajectoryReward
     training_starts: tuple[Start, ...]
     evaluation_starts: tuple[Start, ...]
@@ -67,10 +72,23 @@ class Run:
         """Where checkpoints are kept."""
         return self.folder / "checkpoints"
 
+    def open_album(self) -> Album:
+        """What is kept of the training episodes."""
+        header = played_in(self.env_config, self.task_names)
+        return Album(self.folder, header, self.processor.codec, self.recipe.trainer.keep_groups)
+
     def keep_evaluation(self, step: int, result: Evaluation) -> None:
         """Write one evaluation of the run, with the outcome of each of its episodes."""
-        record = evaluation_record(result, self.env_config, self.task_names)
-        keep_evaluation(self.folder, step, record)
+        config = self.recipe.evaluation
+        given = conditions(
+            self.env_config,
+            self.task_names,
+            states=config.states,
+            temperature=config.temperature,
+            seed=self.recipe.seed,
+        )
+        entries = episode_entries(result.trajectories)
+        keep_evaluation(self.folder, step, evaluation_record(entries, given, self.task_names))
 
 
 @contextmanager
@@ -86,9 +104,15 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     policy_folder = find_policy(recipe.policy.path)
     require_backend(recipe.policy.attention)
     require_sound(policy_folder, recipe.policy.unnorm_key)
+    check_adapters(policy_folder, recipe.policy.lora_rank, has_kl=recipe.loss.kl.is_on)
+    require_extras(
+        {"policy.quantization": recipe.policy.quantization, "optimizer.name": recipe.optimizer.name}
+    )
+    for logger_name in recipe.trainer.loggers:
+        require_extras({"trainer.loggers": logger_name})
     processor = load_processor(policy_folder, recipe.policy.unnorm_key)
     reward = load_reward(recipe.reward, recipe.reward_args, seed=recipe.seed)
-    config = env_config(env, processor)
+    config = replace(env_config(env, processor), draw_ending=looks_at_pictures(reward))
     check_assets(chosen)
     training = starts(chosen, tasks, "train")
     evaluated = starts(
@@ -96,7 +120,9 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     )
     folder = Path(recipe.out).expanduser().resolve()
     claim_folder(folder, recipe.as_dict(), MAY_CHANGE)
-    with open_simulators(env, config, processor.shape) as simulators:
+    is_elsewhere = recipe.cluster.env_nodes > 0
+    here = nullcontext() if is_elsewhere else open_simulators(env, config, processor.shape)
+    with here as simulators:
         yield Run(
             recipe=recipe,
             folder=folder,
@@ -182,16 +208,17 @@ def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:
             f"environment.render_size is {render_size}, but the policy sees images of "
             f"{shape.image_size} px; render at least that large (openvla-oft: 256 for 224)"
         )
-    if shape.num_views != 1:
+    if shape.num_views > len(CAMERAS):
         raise ConfigError(
-            f"the policy takes {shape.num_views} images, but the environments show one camera "
-            "(agentview); use a checkpoint with num_images_in_input 1"
+            f"the policy takes {shape.num_views} images, but the environments have "
+            f"{len(CAMERAS)} cameras, {' and '.join(CAMERAS)}; use a policy of fewer views"
         )
     return EnvConfig(
         suite=env.suite,
         step_limit=env.step_limit,
         render_size=render_size,
         image_size=shape.image_size,
+        cameras=CAMERAS[: shape.num_views],
     )
 
 
@@ -203,6 +230,11 @@ def starts(
     per_task: int | None = None,
 ) -> tuple[Start, ...]:
     """All starts of a split, or the first ``per_task`` of each task."""
+    if split == "drawn" and per_task is None:
+        raise ConfigError(
+            "starts shall be drawn, and nothing says how many a task; set "
+            "evaluation.episodes_per_task, or --episodes of eval, e.g. to 100"
+        )
     found: list[Start] = []
     for task in tasks:
         states = chosen.init_state_ids(task, split)

@@ -94,6 +94,26 @@ def _docstrings(schema: type[Any]) -> dict[str, str]:
     return found
 
 
+def differences(
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    may_change: Sequence[str] = (),
+    path: str = "",
+) -> list[str]:
+    """What differs and may not between two nested mappings, as ``key: old -> new``."""
+    found: list[str] = []
+    for key in sorted(before.keys() | after.keys()):
+        name = f"{path}.{key}" if path else key
+        if name in may_change:
+            continue
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, may_change, name)
+        elif old != new:
+            found.append(f"{name}: {old!r} -> {new!r}")
+    return found
+
+
 def _unknown_key(key: str, known: list[str], path: str) -> str:
     close = difflib.get_close_matches(str(key), known, n=1)
     remedy = (

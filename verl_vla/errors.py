@@ -2,6 +2,7 @@
 
 ``ConfigError``       the person who wrote the recipe or started the command
 ``ContractError``     the person who wrote the code on one side of a boundary
+``RewardError``       the person who wrote the reward
 ``EpisodeCrashed``    nobody yet: one simulator died; the run goes on and counts it
 ``ColdStartError``    the person who chose the policy: it succeeds too seldom to be trained
 ``StarvedError``      the person who chose the tasks: no group taught anything
@@ -14,6 +15,10 @@ class ConfigError(ValueError):
 
 class ContractError(TypeError):
     """A table or message has a wrong shape, dtype or key; raised where it is made."""
+
+
+class RewardError(ContractError):
+    """A reward or its encoder raised, or gave an answer that cannot be trained on."""
 
 
 class EpisodeCrashed(RuntimeError):  # noqa: N818 -- an event, named for what happened

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,9 +13,7 @@ from verl_vla.errors import ConfigError
 from verl_vla.policies.base import Policy
 from verl_vla.rollout import NoiseSource, RolloutTimes, Simulators, play
 from verl_vla.sampling import Start
-from verl_vla.types import EpisodeSpec, Trajectories
-
-EvaluatedStates = Literal["held_out", "drawn"]
+from verl_vla.types import EpisodeSpec, Outcome, Trajectories
 
 WILSON_Z = 1.959963984540054
 """The 97.5% quantile of the normal distribution: a two-sided 95% interval."""
@@ -32,7 +30,7 @@ class EvaluationConfig:
     """Held-out starts per task, from the first on; null plays all of them once."""
     temperature: float = 0.0
     """0 plays greedily."""
-    states: EvaluatedStates = "held_out"
+    states: Literal["held_out", "drawn"] = "held_out"
     """``held_out``: recorded init states that are never trained on, 10 a task of LIBERO's suites;
     ``drawn``: starts drawn from the tasks' regions, as many as ``episodes_per_task`` says."""
 
@@ -41,11 +39,6 @@ class EvaluationConfig:
             raise ConfigError(
                 f"evaluation.episodes_per_task is {self.episodes_per_task}; "
                 "set at least 1, or null for all held-out starts"
-            )
-        if self.states == "drawn" and self.episodes_per_task is None:
-            raise ConfigError(
-                "evaluation.states is 'drawn', and evaluation.episodes_per_task does not say how "
-                "many to draw; set it, e.g. to 100"
             )
         if self.temperature < 0:
             raise ConfigError(
@@ -169,3 +162,41 @@ def count(trajectories: Trajectories, tasks: Sequence[int]) -> SuccessRate:
         episodes=int(of_tasks.sum()) - crashes,
         crashes=crashes,
     )
+
+
+def count_entries(entries: Sequence[Mapping[str, Any]], tasks: Collection[int]) -> SuccessRate:
+    """Count as `count` does, from what `episode_entries` wrote down."""
+    outcomes = [entry["outcome"] for entry in entries if entry["task"] in tasks]
+    crashes = outcomes.count(Outcome.CRASH)
+    return SuccessRate(
+        successes=outcomes.count(Outcome.SUCCESS),
+        episodes=len(outcomes) - crashes,
+        crashes=crashes,
+    )
+
+
+def episode_entries(trajectories: Trajectories) -> list[dict[str, Any]]:
+    """Where each episode began and how it ended, as plain values in the order of the episodes.
+
+    ``crash`` is why the simulator was lost, else None.
+    """
+    episodes = trajectories.episodes
+    columns = zip(
+        episodes.episode_id.tolist(),
+        episodes.task_id.tolist(),
+        episodes.init_state_id.tolist(),
+        episodes.outcome.tolist(),
+        episodes.num_steps.tolist(),
+        strict=True,
+    )
+    return [
+        {
+            "episode": episode,
+            "task": task,
+            "init_state": state,
+            "outcome": outcome,
+            "steps": steps,
+            "crash": trajectories.crashes.get(episode),
+        }
+        for episode, task, state, outcome, steps in columns
+    ]

@@ -145,8 +145,8 @@ class Probe:
             return "Greedy play is good enough: lower sampling.temperature, which drowns it"
         return (
             "Fine-tune the policy further on demonstrations (sft), choose easier tasks "
-            "(environment.tasks), or write a dense reward, which tells failures apart "
-            "(docs/add-a-reward.md), with sampling.dynamic=false"
+            "(environment.tasks), or take a dense reward, which tells failures apart: "
+            "reward=reaching sampling.filter_on=reward, or your own (docs/add-a-reward.md)"
         )
 
 

@@ -18,7 +18,7 @@ from verl_vla.envs.experts.choice import make_expert
 from verl_vla.envs.libero import CAMERAS, SETTLE_ACTION, EnvConfig, LiberoEnv
 from verl_vla.envs.mini.make_init_states import sample_init_state
 from verl_vla.envs.suites import Task
-from verl_vla.libero_files import LiberoEpisode
+from verl_vla.libero_files import PICTURES, LiberoEpisode
 from verl_vla.recording import env_of_process, first_kept
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 SLOWEST_PACE, FASTEST_PACE = 0.7, 0.85
 """Each episode draws the largest commanded translation, of 1, between these two."""
-PICTURES = dict(zip(CAMERAS, ("agentview_rgb", "eye_in_hand_rgb"), strict=True))
-"""LIBERO's name for the pictures of each camera."""
 ROBOSUITE = 1
 """robomimic ``envs/env_base.py``, ``EnvType.ROBOSUITE_TYPE``."""
 
@@ -93,7 +91,7 @@ def _row(simulator: Simulator, action: npt.NDArray[np.float64]) -> dict[str, npt
     seen = simulator.seen_robot()
     pictures = {
         # `render` turns LIBERO's picture by 180 degrees; turned once more it is LIBERO's again
-        f"obs/{name}": simulator.render(camera)[::-1, ::-1]
+        name: simulator.render(camera)[::-1, ::-1]
         for camera, name in PICTURES.items()
     }
     return {

@@ -33,6 +33,9 @@ METRICS: dict[str, Metric] = {
     "rollout/steps": Metric(unit="count", meaning="simulator steps the policy chose"),
     "rollout/decisions": Metric(unit="count", meaning="policy calls with an answer"),
     "rollout/decisions_per_s": Metric(unit="1/s", meaning="decisions / seconds of rollout"),
+    "rollout/decisions_for_ended": Metric(
+        unit="count", meaning="policy calls for episodes that had ended; always 0"
+    ),
     "rollout/env_wait_share": Metric(
         unit="share", meaning="of the rollout's seconds spent waiting for simulators"
     ),
@@ -58,8 +61,24 @@ METRICS: dict[str, Metric] = {
         unit="nats",
         meaning="mean divergence from the starting policy per executed token; with loss.kl only",
     ),
+    "actor/rows": Metric(unit="count", meaning="decisions trained on, all ranks"),
+    "actor/rows_of_padding": Metric(
+        unit="count",
+        meaning="rows without content, so that ranks and optimizer steps get equally many; fewer "
+        "than ranks x optimizer steps",
+    ),
+    "actor/rows_without_gradient": Metric(
+        unit="count",
+        meaning="decisions trained on whose advantage is 0; 0 where groups that agree are dropped "
+        "and rewards are binary",
+    ),
     "memory/process_peak": Metric(unit="GiB", meaning="peak resident memory of a learner process"),
-    "memory/device_peak": Metric(unit="GiB", meaning="peak device memory allocated; 0 on a CPU"),
+    "memory/device_peak": Metric(
+        unit="GiB", meaning="peak device memory allocated since the last report; 0 on a CPU"
+    ),
+    "memory/device_reserved_peak": Metric(
+        unit="GiB", meaning="the same, with what torch keeps for later"
+    ),
     "time/step_s": Metric(unit="s", meaning="the whole training step"),
     "time/rollout_s": Metric(unit="s", meaning="playing episodes"),
     "time/reward_s": Metric(unit="s", meaning="scoring trajectories"),
@@ -140,8 +159,12 @@ def check_declared(values: Mapping[str, float], declared: Mapping[str, Metric] =
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a ``metrics.jsonl``, each a mapping that also holds ``step``."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of a ``metrics.jsonl``, each a mapping that also holds ``step``.
+
+    A last line that is still being written is left out.
+    """
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = [json.loads(line) for line in whole]
     return [
         {name: math.nan if value is None else value for name, value in line.items()}
         for line in lines

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from verl_vla.evaluation import SuccessRate
+from verl_vla.types import Outcome
 
 logger = logging.getLogger(__name__)
 
 SMOOTHING = 0.7
 """Weight of the past in the running mean of a step's seconds, for the time left."""
+
+
+EVALUATION_LINES_EVERY_S = 10.0
+"""Seconds between two lines of an evaluation."""
 
 
 class Progress:
@@ -59,6 +66,44 @@ class Progress:
         past = seconds if self._seconds_per_step is None else self._seconds_per_step
         self._seconds_per_step = SMOOTHING * past + (1 - SMOOTHING) * seconds
         return self._seconds_per_step * (self._total_steps - step)
+
+
+class EvaluationProgress:
+    """A line now and then while the episodes of one evaluation end.
+
+    Args:
+        total: episodes to be played in all.
+        found: lines of the episodes that an earlier process played.
+    """
+
+    def __init__(self, total: int, found: Sequence[Mapping[str, Any]]) -> None:
+        self._total = total
+        self._outcomes = [line["outcome"] for line in found]
+        self._found = self._played
+        self._began = self._shown = time.perf_counter()
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        """Take note of an episode that ended, and report where it is time to or it was the last."""
+        self._outcomes.append(line["outcome"])
+        now, played = time.perf_counter(), self._played
+        if now - self._shown < EVALUATION_LINES_EVERY_S and played < self._total:
+            return
+        self._shown = now
+        spent, fresh = now - self._began, max(1, played - self._found)
+        logger.info(
+            "%*d/%d played  success %5.1f%%  simulators lost %d  %s  left %s",
+            len(str(self._total)),
+            played,
+            self._total,
+            100 * self._outcomes.count(Outcome.SUCCESS) / max(1, played),
+            self._outcomes.count(Outcome.CRASH),
+            format_seconds(spent),
+            format_seconds(spent / fresh * (self._total - played)),
+        )
+
+    @property
+    def _played(self) -> int:
+        return len(self._outcomes) - self._outcomes.count(Outcome.CRASH)
 
 
 def format_seconds(seconds: float) -> str:

@@ -13,12 +13,18 @@ PACKAGES = ("verl", "torch", "transformers", "hf-libero", "robosuite", "mujoco",
 
 def provenance() -> dict[str, str]:
     """Versions, machine and commit, for the record beside every measured number."""
-    versions = {name: metadata.version(name) for name in PACKAGES}
-    return versions | {
+    return {name: _version(name) for name in PACKAGES} | {
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "commit": commit(),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def commit() -> str:

@@ -13,6 +13,7 @@ from verl_vla.errors import ConfigError
 from verl_vla.evaluation import EvaluationConfig
 from verl_vla.gate import GateConfig
 from verl_vla.loss import ClipRange, KLConfig
+from verl_vla.policies.lora import LORA_ALPHA, LoraTargets
 from verl_vla.sampling import SamplingConfig
 
 
@@ -26,14 +27,35 @@ class PolicyConfig:
     unnorm_key: str | None = None
     """Which entry of ``dataset_statistics.json``; null where there is only one."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the weights and the body's arithmetic; the head is always float32."""
+    """Of the arithmetic, the head's excepted, and of frozen weights under adapters; what is trained
+    is held in float32, and the head is always computed in it."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Back end of the language model's attention, bidirectional in all. The last one needs a CUDA
     device and the package flash-attn."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    lora_rank: int | None = None
+    """Rank of low-rank adapters, the only weights that then are trained; null trains them all. A
+    checkpoint of the run holds adapters alone, an exported policy has them merged."""
+    lora_alpha: int = LORA_ALPHA
+    """The adapters' product is scaled by ``lora_alpha / lora_rank``."""
+    lora_targets: LoraTargets = "language_model"
+    """``language_model`` puts them on its layers; ``all-linear`` also on head, projector and vision
+    towers, as openvla-oft fine-tunes. A scratch VLA has them on its language model in both."""
+    quantization: Literal["none", "nf4"] = "none"
+    """``nf4`` holds the language model's layers under their adapters in 4 bits (QLoRA), on one
+    rank. Rollout and update use the same 4-bit weights. Needs the extra ``qlora``."""
 
     def __post_init__(self) -> None:
+        for name in ("lora_rank", "lora_alpha"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"policy.{name} is {value}; set at least 1")
+        if self.quantization == "nf4" and self.lora_rank is None:
+            raise ConfigError(
+                "policy.quantization is 'nf4', and weights in 4 bits cannot be trained; set "
+                "policy.lora_rank, e.g. to 16, or policy.quantization=none"
+            )
         if self.attention == "flash_attention_2" and self.dtype == "float32":
             raise ConfigError(
                 "policy.attention is 'flash_attention_2', which computes in 16 bits, and "
@@ -57,7 +79,7 @@ class EnvironmentConfig:
     """Height and width of a camera's picture before it is prepared for the policy, pixels; null
     takes what the policy was fine-tuned on, and openvla-oft's 256 where its folder does not say."""
     num_workers: int = 8
-    """Simulator processes."""
+    """Simulator processes of each machine that simulates."""
     num_slots: int = 64
     """Episodes under way at the same time."""
     timeout_s: float = 300.0
@@ -79,6 +101,10 @@ class EnvironmentConfig:
 class OptimizerConfig:
     """AdamW, and how a training step is cut into optimizer steps and micro-batches."""
 
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "deepspeed_cpu_adam"] = "adamw"
+    """AdamW in float32; with its state in 8 bits, which the paged one moves to host memory where
+    the device has none left (extra ``qlora``); or DeepSpeed's on the CPU, with weights, gradients
+    and state in host memory (extra ``deepspeed``)."""
     lr: float = 5e-6
     """Constant after warm-up (SimpleVLA-RL: 5e-6, full fine-tuning)."""
     warmup_steps: int = 0
@@ -137,6 +163,9 @@ class TrainerConfig:
     0 evaluates nothing."""
     eval_before: bool = True
     """Evaluate the policy before the first step."""
+    keep_groups: int = 1
+    """Of how many groups a training step the actions and a film of every episode are kept, some
+    20 kB each; ``replay`` plays them again. 0 keeps none."""
     loggers: tuple[str, ...] = ("tensorboard",)
     """Besides the console and ``metrics.jsonl``: any of veRL's tracking back ends."""
     project: str = "verl_vla"
@@ -147,7 +176,7 @@ class TrainerConfig:
             raise ConfigError(
                 f"trainer.total_training_steps is {self.total_training_steps}; set at least 1"
             )
-        for name in ("save_every", "eval_every"):
+        for name in ("save_every", "eval_every", "keep_groups"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"trainer.{name} is {getattr(self, name)}; set 0 for never")
         if self.keep_checkpoints < 1:
@@ -169,8 +198,18 @@ class ClusterConfig:
     """Data-parallel learner processes on each node, one GPU each."""
     address: str | None = None
     """Of a running Ray cluster; null starts one on this machine."""
+    env_nodes: int = 0
+    """How many nodes of that cluster simulate, of those that were started with
+    ``--resources '{"env_node": 1}'``; 0 simulates on this machine."""
 
     def __post_init__(self) -> None:
+        if self.env_nodes < 0:
+            raise ConfigError(f"cluster.env_nodes is {self.env_nodes}; set 0 or more")
+        if self.env_nodes and self.address is None:
+            raise ConfigError(
+                f"cluster.env_nodes is {self.env_nodes}, but cluster.address names no Ray cluster; "
+                "set it, e.g. cluster.address=auto, or cluster.env_nodes=0"
+            )
         for name in ("num_nodes", "ranks_per_node"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"cluster.{name} is {getattr(self, name)}; set at least 1")
@@ -206,6 +245,23 @@ class Recipe:
             raise ConfigError("out is empty; name a folder for the run, e.g. out=runs/first")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; set 0 or more")
+        if self.policy.quantization == "nf4":
+            self._check_one_rank()
+
+    def _check_one_rank(self) -> None:
+        """Weights in 4 bits are not sharded."""
+        num_ranks = self.cluster.num_nodes * self.cluster.ranks_per_node
+        if num_ranks > 1:
+            raise ConfigError(
+                f"policy.quantization is 'nf4', which runs on one rank, and the cluster has "
+                f"{num_ranks}; set cluster.num_nodes=1 and cluster.ranks_per_node=1, or "
+                "policy.quantization=none"
+            )
+        if self.optimizer.name == "deepspeed_cpu_adam":
+            raise ConfigError(
+                "optimizer.name is 'deepspeed_cpu_adam', which keeps weights in host memory, and "
+                "policy.quantization is 'nf4', which keeps them on the device; choose another one"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested mapping, ready for YAML."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -79,13 +79,15 @@ class NoiseSource:
 
 @dataclass(slots=True)
 class RolloutTimes:
-    """Where the time of a rollout went, seconds of the process that drives it."""
+    """Where the time of a rollout went, seconds of the process that drives it; and for nothing."""
 
     policy_s: float = 0.0
     """Deciding."""
     wait_s: float = 0.0
     """Waiting for simulators."""
     total_s: float = 0.0
+    decisions_for_ended: int = 0
+    """Decisions for episodes that had already ended; always 0, or the loop is wrong."""
 
 
 def play(
@@ -96,6 +98,8 @@ def play(
     temperature: float,
     noise: NoiseSource,
     times: RolloutTimes | None = None,
+    ended: Callable[[Trajectories], None] | None = None,
+    num_parts: int = 2,
 ) -> Trajectories:
     """Play every spec to its end, as many at a time as there are slots.
 
@@ -106,13 +110,16 @@ def play(
         temperature: of the action tokens; 0 plays greedily.
         noise: gives the random numbers of each decision.
         times: if given, the seconds spent are added to it.
+        ended: if given, told of each episode as it ends, by a table of that episode alone.
+        num_parts: 2 lets the halves of the slots take turns; 1 has simulators and policy wait for
+            each other, as other projects do, and is there to be measured.
     """
     started = time.perf_counter()
     records = [_Record(spec) for spec in specs]
     queue = deque(records)
     num_slots = min(simulators.num_slots, len(records))
-    middle = (num_slots + 1) // 2
-    game = _Game(policy, simulators, temperature, noise, queue, times or RolloutTimes())
+    middle = -(-num_slots // num_parts)
+    game = _Game(policy, simulators, temperature, noise, queue, times or RolloutTimes(), ended)
     halves = [_Half(range(middle)), _Half(range(middle, num_slots))]
     for half in halves:
         game.start_free_slots(half)
@@ -137,6 +144,7 @@ class _Record:
     prompt_ids: list[Tensor] = field(default_factory=list[Tensor])
     executed: list[int] = field(default_factory=list[int])
     goals: list[GoalReadings] = field(default_factory=list[GoalReadings])
+    ending: npt.NDArray[np.uint8] | None = None
     outcome: Outcome | None = None
     crash: EpisodeCrashed | None = None
 
@@ -157,6 +165,7 @@ class _Game:
     noise: NoiseSource
     queue: deque[_Record]
     times: RolloutTimes
+    ended: Callable[[Trajectories], None] | None
 
     def start_free_slots(self, half: _Half) -> None:
         """Give every free slot of ``half`` the next episode of the queue."""
@@ -179,7 +188,9 @@ class _Game:
         for slot in sorted(answers):
             observation = _note_answer(half.playing[slot], answers[slot])
             if observation is None:
-                del half.playing[slot]
+                record = half.playing.pop(slot)
+                if self.ended is not None:
+                    self.ended(_tabulate([record], self.policy))
             else:
                 seen[slot] = observation
         self.start_free_slots(half)
@@ -189,6 +200,7 @@ class _Game:
     def _decide(self, half: _Half, seen: dict[int, Observation]) -> None:
         began = time.perf_counter()
         records = [half.playing[slot] for slot in seen]
+        self.times.decisions_for_ended += sum(r.outcome is not None for r in records)
         num_tokens = self.policy.shape.num_tokens
         noise = np.stack(
             [
@@ -220,6 +232,7 @@ def _note_answer(record: _Record, answer: Answer) -> Observation | None:
         return answer
     record.executed.append(answer.executed)
     record.goals.append(answer.goals)
+    record.ending = answer.ending
     record.outcome = answer.outcome
     return answer.observation
 
@@ -241,6 +254,7 @@ def _tabulate(records: list[_Record], policy: Policy) -> Trajectories:
         decisions=_decisions(records, rows, policy),
         prompt_ids=tuple(records[b].prompt_ids[i] for b, i in rows),
         goals=tuple(_goals(record) for record in records),
+        endings=tuple(record.ending for record in records),
         crashes={r.spec.episode_id: str(r.crash) for r in records if r.crash is not None},
     )
 

@@ -9,39 +9,33 @@ from typing import Any
 
 import yaml
 
-from verl_vla.envs.libero import EnvConfig
-from verl_vla.envs.suites import suite
+from verl_vla.config import differences
 from verl_vla.errors import ConfigError
-from verl_vla.evaluation import Evaluation
+from verl_vla.evaluation import count_entries
 
 
 def evaluation_record(
-    result: Evaluation, env: EnvConfig, task_names: dict[int, str]
+    entries: Sequence[Mapping[str, Any]],
+    conditions: Mapping[str, Any],
+    task_names: Mapping[int, str],
 ) -> dict[str, Any]:
-    """An evaluation as JSON, with what decides whether two of them compare."""
-    chosen = suite(env.suite)
-    episodes = result.trajectories.episodes
-    is_drawn = bool((episodes.init_state_id >= chosen.num_init_states).any())
-    return {
-        "suite": env.suite,
-        "step_limits": {
-            name: chosen.step_limit(env.step_limit, task) for task, name in task_names.items()
+    """An evaluation as JSON, with what decides whether two of them compare.
+
+    Args:
+        entries: one an episode, as `verl_vla.evaluation.episode_entries` makes them.
+        conditions: see `verl_vla.conditions`.
+        task_names: of the tasks that were played, by task id.
+    """
+    played = ("task", "init_state", "outcome", "steps")
+    return dict(conditions) | {
+        "total": count_entries(entries, task_names).as_json(),
+        "tasks": {
+            name: count_entries(entries, [task]).as_json() for task, name in task_names.items()
         },
-        "states": "drawn" if is_drawn else "held_out",
-        "render_size": env.render_size,
-        "total": result.total.as_json(),
-        "tasks": {task_names[t]: rate.as_json() for t, rate in result.per_task.items()},
-        "episodes": [
-            {"task": task, "init_state": state, "outcome": outcome, "steps": steps}
-            for task, state, outcome, steps in zip(
-                episodes.task_id.tolist(),
-                episodes.init_state_id.tolist(),
-                episodes.outcome.tolist(),
-                episodes.num_steps.tolist(),
-                strict=True,
-            )
-        ],
-        "crashes": {str(key): why for key, why in result.trajectories.crashes.items()},
+        "episodes": [{name: entry[name] for name in played} for entry in entries],
+        "crashes": {
+            str(entry["episode"]): entry["crash"] for entry in entries if entry["crash"] is not None
+        },
     }
 
 
@@ -64,7 +58,7 @@ def claim_folder(folder: Path, recipe: Mapping[str, Any], may_change: Sequence[s
     file = folder / "recipe.yaml"
     wanted: dict[str, Any] = json.loads(json.dumps(recipe))
     if file.exists():
-        changed = _differences(yaml.safe_load(file.read_text()), wanted, may_change)
+        changed = differences(yaml.safe_load(file.read_text()), wanted, may_change)
         if changed:
             raise ConfigError(
                 f"{folder} holds a run with other settings ({'; '.join(changed)}); "
@@ -80,20 +74,3 @@ def claim_folder(folder: Path, recipe: Mapping[str, Any], may_change: Sequence[s
             f"out is {folder}, which cannot be written ({error.strerror}); "
             "choose another out=FOLDER"
         ) from error
-
-
-def _differences(
-    before: dict[str, Any], after: dict[str, Any], may_change: Sequence[str], path: str = ""
-) -> list[str]:
-    """Knobs that differ and may not, as ``key: old -> new``."""
-    found: list[str] = []
-    for key in sorted(before.keys() | after.keys()):
-        name = f"{path}.{key}" if path else key
-        if name in may_change:
-            continue
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, may_change, name)
-        elif old != new:
-            found.append(f"{name}: {old!r} -> {new!r}")
-    return found

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import compress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -114,6 +115,9 @@ class Trajectories:
     goals: tuple[GoalReadings, ...]
     """B arrays [decisions + 1, G, 3]: before the first decision, and after each."""
     crashes: dict[int, str] = field(default_factory=dict[int, str])
+    endings: tuple[npt.NDArray[np.uint8] | None, ...] = ()
+    """B pictures [V, H, W, 3] after the last step, None where none was drawn; empty where nobody
+    was asked to draw any."""
 
     def __post_init__(self) -> None:
         if len(self.prompt_ids) != len(self.decisions):
@@ -124,6 +128,8 @@ class Trajectories:
             raise ContractError(
                 f"goal readings of {len(self.goals)} episodes for {len(self.episodes)}"
             )
+        if len(self.endings) not in (0, len(self.episodes)):
+            raise ContractError(f"endings of {len(self.endings)} episodes for {len(self.episodes)}")
         for row in self.decisions.episode.aminmax() if len(self.decisions) else ():
             if not 0 <= int(row) < len(self.episodes):
                 raise ContractError(
@@ -152,6 +158,7 @@ class Trajectories:
             prompt_ids=tuple(p for p, row in zip(self.prompt_ids, rows, strict=True) if row),
             goals=tuple(g for g, kept in zip(self.goals, keep, strict=True) if kept),
             crashes={key: why for key, why in self.crashes.items() if key in ids},
+            endings=tuple(compress(self.endings, keep)),
         )
 
     @staticmethod
@@ -170,6 +177,7 @@ class Trajectories:
             prompt_ids=tuple(prompt for p in parts for prompt in p.prompt_ids),
             goals=tuple(readings for p in parts for readings in p.goals),
             crashes={key: why for p in parts for key, why in p.crashes.items()},
+            endings=tuple(ending for p in parts for ending in p.endings),
         )
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains with each reward of docs/experiments/rewards.md and three seeds. A second call trains what is missing.
 #   rewards_grpo.sh FOLDER [key=value ...]
-# LAUNCHER, if set, goes before each run: LAUNCHER='nice -n 5'.
+# SEEDS='0 1' trains fewer.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 out=$1
@@ -12,11 +12,11 @@ train() { # <name> <seed> <key=value> ...
     local folder=$out/$1/seed$2 seed=$2
     shift 2
     if [ -e "$folder/curve.png" ]; then return; fi # drawn when a run has ended
-    ${LAUNCHER:-} "$root/.venv/bin/python" -m verl_vla train recipe="$root/docs/experiments/rewards_grpo.yaml" \
+    "$root/.venv/bin/python" -m verl_vla train recipe="$root/docs/experiments/rewards_grpo.yaml" \
         seed="$seed" out="$folder" "$@" "${more[@]}"
 }
 
-for seed in 0 1 2; do
+for seed in ${SEEDS:-0 1 2}; do
     train binary "$seed"
     train srpo "$seed" reward=srpo reward_args.encoder=pixels
     train siglip_t_none "$seed" reward=siglip_t reward_args.encoder=pixels reward_args.temporal=none

@@ -23,9 +23,9 @@ def picture(progress: float, task: int, layout: int) -> np.ndarray:
 
 
 def episode(reached: float, num: int, task: int, layout: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures [num, 1, H, W, 3] before each decision, and readings [num + 1, 1, 3]."""
+    """Pictures [num + 1, 1, H, W, 3] before each decision and at the end; readings as many."""
     progress = reached * np.linspace(0, 1, num + 1)
-    frames = np.stack([picture(p, task, layout) for p in progress[:-1]])
+    frames = np.stack([picture(p, task, layout) for p in progress])
     left = 1 - progress
     goals = np.stack([left, left, progress >= 1], axis=1)[:, None].astype(np.float32)
     return frames, goals
@@ -39,7 +39,7 @@ def make_trajectories(seed: int = 0, *, crash_last: bool = False) -> Trajectorie
         name: []
         for name in ("task_id", "init_state_id", "group_id", "episode_id", "outcome", "num_steps")
     }
-    goals = []
+    goals, endings = [], []
     for index in range(NUM_GROUPS * SIZE):
         group = index // SIZE
         task = group % TASKS
@@ -48,10 +48,11 @@ def make_trajectories(seed: int = 0, *, crash_last: bool = False) -> Trajectorie
         frames, readings = episode(1.0 if solved else rng.random(), num, task, group)
         last = 3 if solved else CHUNK
         goals.append(readings)
-        rows["image"].append(frames)
+        rows["image"].append(frames[:-1])
         rows["episode"] += [index] * num
         rows["executed"] += [CHUNK] * (num - 1) + [last]
         lost = crash_last and index == NUM_GROUPS * SIZE - 1
+        endings.append(None if lost else frames[-1])
         outcome = Outcome.SUCCESS if solved else Outcome.TIMEOUT
         values = (group % TASKS, group // TASKS, group, index)
         for name, value in zip(table, values, strict=False):
@@ -71,5 +72,6 @@ def make_trajectories(seed: int = 0, *, crash_last: bool = False) -> Trajectorie
         ),
         prompt_ids=tuple(torch.arange(1 + row % 3) for row in range(num_rows)),
         goals=tuple(goals),
+        endings=tuple(endings),
         crashes={NUM_GROUPS * SIZE - 1: "killed"} if crash_last else {},
     )

@@ -107,13 +107,15 @@ def case_fake() -> Case:
         EpisodeSpec(task_id=i % 4, init_state_id=i // 8, group_id=i // 4, episode_id=i)
         for i in range(16)
     ]
-    config = FakeEnvConfig(image_size=32, num_views=2)
+    config = FakeEnvConfig(image_size=32, num_views=2, draw_ending=True)
     return Case(partial(FakeEnv, config), (2, 32, 32, 3), specs, scale=1.0)
 
 
 def case_mini() -> Case:
     libero = importlib.import_module("verl_vla.envs.libero")
-    config = libero.EnvConfig(suite="mini", step_limit=20, render_size=128, image_size=112)
+    config = libero.EnvConfig(
+        suite="mini", step_limit=20, render_size=128, image_size=112, draw_ending=True
+    )
     specs = [
         EpisodeSpec(task_id=i % 2, init_state_id=i // 4, group_id=i // 2, episode_id=i)
         for i in range(6)
@@ -188,7 +190,10 @@ def assert_same_answers(got: dict[int, list], expected: dict[int, list]) -> None
             assert (mine.executed, mine.outcome) == (theirs.executed, theirs.outcome)
             if theirs.observation is None:
                 assert mine.observation is None
+                np.testing.assert_array_equal(mine.ending, theirs.ending)
+                assert theirs.ending is not None
             else:
+                assert mine.ending is theirs.ending is None
                 assert_same_observation(mine.observation, theirs.observation)
 
 

@@ -91,6 +91,30 @@ def test_logits_of_prompts_of_different_lengths(
         assert (logits[row] - outputs[f"action_logits_{row}"]).abs().max() < 1e-5
 
 
+@torch.no_grad()
+def test_in_bfloat16_it_errs_no_more_than_the_original(
+    outputs: dict[str, Tensor], prompts: list[Tensor]
+) -> None:
+    """The original's head is bfloat16 too; both errors are those of log-probs at T = 1.6."""
+    half = OpenVLAOFTModel.from_pretrained(TINY, dtype=torch.bfloat16)
+    hidden: list[Tensor] = []
+    half.language_model.model.register_forward_hook(
+        lambda *call: hidden.append(call[2].last_hidden_state)
+    )
+    first_id = half.config.first_action_id
+    for row, prompt in enumerate(prompts):
+        logits = half.action_logits(outputs["pixel_values"][row : row + 1], prompt.unsqueeze(0))
+        first = half.config.num_patches + len(prompt) - 1
+        of_all = half.language_model.lm_head(hidden[row][:, first : first + 56])
+        originals = of_all[0, :, first_id : first_id + 256].float()
+        exact = (outputs[f"action_logits_{row}"] / 1.6).log_softmax(-1)
+        ours, theirs = (
+            ((these / 1.6).log_softmax(-1) - exact).abs() for these in (logits[0], originals)
+        )
+        assert 0 < ours.mean() <= theirs.mean() < 0.01
+        assert ours.max() <= theirs.max() < 0.07
+
+
 def test_decoded_actions(
     model: OpenVLAOFTModel, outputs: dict[str, Tensor], prompts: list[Tensor]
 ) -> None:

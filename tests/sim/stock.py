@@ -28,7 +28,7 @@ def main(suite_name: str, task_id: int, folder: Path) -> None:
         init_state, moves = question["init_state"], question["moves"]
     bddl_file = str(ours.suite.task(task_id).bddl_file)
     trace: dict[str, list[np.ndarray]] = {}
-    with asset_folder(ours._assets):
+    with asset_folder(ours.assets):
         env = OffScreenRenderEnv(
             bddl_file_name=bddl_file, camera_heights=SIZE, camera_widths=SIZE, ignore_done=True
         )

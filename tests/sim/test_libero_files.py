@@ -14,11 +14,11 @@ from recorded_demos import IDLE_AT, RENDER_SIZE
 from torch.utils.data import DataLoader
 
 from verl_vla.actions import ActionCodec
-from verl_vla.envs.libero import EnvConfig, make_env
+from verl_vla.envs.libero import CAMERAS, EnvConfig, make_env
 from verl_vla.envs.suites import suite
 from verl_vla.errors import ConfigError
 from verl_vla.finetuning.hdf5 import Demo, DemoChoice, FrameReader, demo_file, read_demos
-from verl_vla.finetuning.rerender import Rerendering, rerender
+from verl_vla.finetuning.rerender import Rerendering, rerender, rerender_task
 from verl_vla.finetuning.samples import DemoSamples, Draw, SampleBatch, StepSampler, collate
 from verl_vla.finetuning.targets import measure_statistics
 from verl_vla.observations import prepare_image
@@ -34,10 +34,12 @@ def read_all(folder: Path) -> list[Demo]:
     return read_demos(folder, MINI, (PUSH, LIFT), ALL)[0]
 
 
-def make_samples(demos: list[Demo], *, augment_seed: int | None = 3) -> DemoSamples:
+def make_samples(
+    demos: list[Demo], *, num_views: int = 1, augment_seed: int | None = 3
+) -> DemoSamples:
     statistics = measure_statistics([demo.actions for demo in demos], key="mini_no_noops")
     codec = ActionCodec(num_bins=256, chunk_length=8, action_dim=7, statistics=statistics)
-    return DemoSamples(demos, codec, image_size=28, augment_seed=augment_seed)
+    return DemoSamples(demos, codec, image_size=28, num_views=num_views, augment_seed=augment_seed)
 
 
 def test_what_is_read_is_what_was_recorded(mini_demos: Path) -> None:
@@ -68,8 +70,10 @@ def test_a_picture_is_turned_as_policies_see_it(mini_demos: Path) -> None:
             env.step(action)
             step += 1
     assert step == demo.steps[4] > 0
-    seen = env.simulator(LIFT).render("agentview")
-    assert np.array_equal(FrameReader().read(demo, 4), seen)
+    assert demo.cameras == CAMERAS
+    for camera in CAMERAS:
+        seen = env.simulator(LIFT).render(camera)
+        assert np.array_equal(FrameReader().read(demo, 4, camera), seen)
     env.close()
 
 
@@ -109,7 +113,7 @@ def test_h5py_handle_across_fork(mini_demos: Path) -> None:
     samples = make_samples(read_all(mini_demos))
     draws = [Draw(row=row, number=row) for row in range(len(samples))]
     alone = [samples[draw] for draw in draws]
-    assert samples._frames.open_files == 2, "the parent holds its handles while it forks"
+    assert len(samples._frames._files) == 2, "the parent holds its handles while it forks"
     loader = DataLoader(
         samples,
         batch_sampler=[[draw] for draw in draws],
@@ -128,13 +132,10 @@ def test_h5py_handle_across_fork(mini_demos: Path) -> None:
 def _refuse_inherited(worker: int) -> None:
     samples = torch.utils.data.get_worker_info().dataset
     assert os.getpid() != samples._frames._process
-    assert samples._frames.open_files == 0, (
-        "a worker must not count its parent's handles as its own"
-    )
     inherited = list(samples._frames._files.values())
     samples[Draw(row=0, number=0)]
-    assert samples._frames.open_files == 1
-    assert not any(inherited), "an h5py.File is false once it is closed"
+    assert len(inherited) == 2 and not any(inherited), "an h5py.File is false once it is closed"
+    assert len(samples._frames._files) == 1, "only what the worker has opened itself"
 
 
 def same(a: SampleBatch, b: SampleBatch) -> bool:
@@ -161,20 +162,34 @@ def test_a_sample_is_the_prepared_picture_and_the_next_actions(mini_demos: Path)
         dataset.close()
 
 
+def test_a_policy_of_two_views_sees_the_wrist_camera_too(mini_demos: Path) -> None:
+    demos = read_all(mini_demos)
+    plain = make_samples(demos, num_views=2, augment_seed=None)
+    images = plain[Draw(row=3, number=0)].images[0]
+    assert images.shape == (2, 28, 28, 3)
+    for image, camera in zip(images, CAMERAS, strict=True):
+        render = FrameReader().read(demos[0], 3, camera)
+        assert np.array_equal(image, prepare_image(render, size=28, crop_area=0.9))
+    both, one = (make_samples(demos, num_views=n)[Draw(row=3, number=7)].images for n in (2, 1))
+    assert torch.equal(both[:, :1], one)
+    plain.close()
+
+
 def test_drawing_again_gives_the_recorded_pictures(mini_demos: Path, tmp_path) -> None:
     work = Rerendering(
         source=mini_demos,
         target=tmp_path / "large",
-        env=EnvConfig(suite="mini", render_size=128, image_size=28),
+        env=EnvConfig(suite="mini", render_size=128, image_size=28, cameras=CAMERAS),
     )
     rerender(work, (PUSH, LIFT), workers=1)
     stored, drawn = read_all(mini_demos), read_all(tmp_path / "large")
+    assert {demo.cameras for demo in drawn} == {CAMERAS}
     assert [d.actions.tobytes() for d in stored] == [d.actions.tobytes() for d in drawn]
     for small, large in zip(stored, drawn, strict=True):
         ends = (0, len(small.actions) - 1)
-        recorded = [FrameReader().read(small, index).astype(float) for index in ends]
-        for index in (0, 1):
-            after = FrameReader().read(large, ends[index]).astype(float)
+        for index, camera in ((0, CAMERAS[0]), (1, CAMERAS[0]), (0, CAMERAS[1])):
+            recorded = [FrameReader().read(small, end, camera).astype(float) for end in ends]
+            after = FrameReader().read(large, ends[index], camera).astype(float)
             assert after.shape == (128, 128, 3)
             halved = after.reshape(RENDER_SIZE, 2, RENDER_SIZE, 2, 3).mean(axis=(1, 3))
             own, other = (np.abs(halved - recorded[i]).mean() for i in (index, 1 - index))
@@ -186,14 +201,13 @@ def test_drawing_again_gives_the_recorded_pictures(mini_demos: Path, tmp_path) -
 
 
 def test_states_of_another_task_are_refused(mini_demos: Path, tmp_path) -> None:
-    wrong = tmp_path / "wrong"
+    wrong, out = tmp_path / "wrong", tmp_path / "out"
     wrong.mkdir()
+    out.mkdir()
     shutil.copy(demo_file(mini_demos, MINI.task(LIFT).name), demo_file(wrong, MINI.task(4).name))
-    work = Rerendering(
-        source=wrong, target=tmp_path / "out", env=EnvConfig(suite="mini", render_size=32)
-    )
+    work = Rerendering(source=wrong, target=out, env=EnvConfig(suite="mini", render_size=32))
     with pytest.raises(ConfigError, match=r"has states \[\d+, \d+\], but a state of its task has"):
-        rerender(work, [4], workers=1)
+        rerender_task(work, 4)
     assert not demo_file(work.target, MINI.task(4).name).exists()
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from documented_reward import write_documented_reward
 from training_runs import PROJECT, TrainingRun
 
 
@@ -22,13 +23,15 @@ def base_of_two_datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_words(base_of_two_datasets: Path) -> list[str]:
-    """A training run of four short steps on the mini suite."""
+def small_words(base_of_two_datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A training run of four short steps on the mini suite, with a reward of the user's own."""
     return [
         "recipe=quickstart",
         f"policy.path='{base_of_two_datasets}'",
         "policy.unnorm_key=mini",
         "seed=7",
+        f"reward='{write_documented_reward(tmp_path_factory.mktemp('reward'))}'",
+        "loss.kl.coefficient=0.01",
         "gate.episodes=8",
         "gate.threshold=0.1",
         "environment.tasks=[0,6]",

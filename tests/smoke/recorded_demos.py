@@ -9,9 +9,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from verl_vla.envs.libero import SETTLE_ACTION, EnvConfig, LiberoEnv, make_env
+from verl_vla.envs.libero import CAMERAS, SETTLE_ACTION, EnvConfig, LiberoEnv, make_env
 from verl_vla.envs.mini.experts import EXPERTS
 from verl_vla.finetuning.hdf5 import demo_file
+from verl_vla.libero_files import PICTURES
 
 PACE = 0.8
 IDLE_AT = (0, 7, 8)
@@ -43,16 +44,18 @@ def _record_episode(env: LiberoEnv, task_id: int, index: int, group: h5py.Group)
     env.reset(task_id, index)
     simulator = env.simulator(task_id)
     expert = EXPERTS[env.suite.task(task_id).name](simulator, PACE, 0.0)
-    actions, states, frames = [], [], []
+    actions, states, frames = [], [], {camera: [] for camera in CAMERAS}
     is_solved = False
     while not is_solved:
         last = actions[-1][-1] if actions else SETTLE_ACTION[-1]
         idle = np.array([*SETTLE_ACTION[:-1], last])
         actions.append(idle if len(actions) in IDLE_AT else expert.act())
         states.append(simulator._env.sim.get_state().flatten())
-        frames.append(simulator.render("agentview")[::-1, ::-1])
+        for camera, seen in frames.items():
+            seen.append(simulator.render(camera)[::-1, ::-1])
         is_solved = simulator.step(actions[-1])
         assert len(actions) < 200, "the expert has lost its way"
     group["actions"] = np.stack(actions)
     group["states"] = np.stack(states)
-    group["obs/agentview_rgb"] = np.stack(frames)
+    for camera, seen in frames.items():
+        group[PICTURES[camera]] = np.stack(seen)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from recorded_demos import RENDER_SIZE
 from safetensors.torch import load_file
 from scratch_parts import write_language, write_vision
 from training_runs import TrainingRun
@@ -19,7 +21,8 @@ from verl_vla.cli.main import EXIT_USAGE, main
 from verl_vla.envs.suites import suite
 from verl_vla.finetuning.metrics import SFT_METRICS
 from verl_vla.metrics import is_reproducible, read_metrics
-from verl_vla.policies.loading import load_policy, require_sound
+from verl_vla.policies.loading import load_policy, load_processor, require_sound
+from verl_vla.policies.openvla_oft import OpenVLAOFTModel
 from verl_vla.policies.scratch_vla import ScratchVLAModel, ScratchVLAPolicy
 from verl_vla.policies.scratch_vla.assembly import assemble
 from verl_vla.trainer.checkpoint import complete_steps, step_folder
@@ -43,12 +46,13 @@ SMALL = (
     "optimizer.decay_at=[5]",
     "trainer.total_steps=6",
     "trainer.save_every=2",
-    "trainer.test_every=3",
+    "trainer.test_every=1",
     "trainer.play_every=0",
     "trainer.keep_checkpoints=9",
 )
-DRAWN_AGAIN = ("demos.pictures=rerendered", "trainer.play_every=100")
-BRIEF = ("trainer.total_steps=2", "trainer.test_every=0", "trainer.play_every=2")
+DRAWN_AGAIN = "demos.pictures=rerendered"
+PLAYED_AT_THE_END = "trainer.play_every=100"
+BRIEF = ("trainer.total_steps=2", "trainer.test_every=0")
 
 
 class FineTuning(TrainingRun):
@@ -69,6 +73,11 @@ class FineTuning(TrainingRun):
     def policy(self, step: int) -> Path:
         return step_folder(self.folder / "checkpoints", step) / "policy"
 
+    @property
+    def drawn(self) -> Path:
+        """The demonstrations with the pictures that this run has drawn again."""
+        return self.folder / "demos_112px"
+
 
 def largest_difference(a: Path, b: Path) -> float:
     mine, theirs = (load_file(folder / "model.safetensors") for folder in (a, b))
@@ -79,7 +88,8 @@ def largest_difference(a: Path, b: Path) -> float:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, mini_demos: Path) -> tuple[FineTuning, str]:
     """A run that was never interrupted, and what it said; it plays at its end."""
-    run = FineTuning(tmp_path_factory.mktemp("whole") / "run", mini_demos, *DRAWN_AGAIN)
+    words = (DRAWN_AGAIN, PLAYED_AT_THE_END)
+    run = FineTuning(tmp_path_factory.mktemp("whole") / "run", mini_demos, *words)
     return run, run.finish()
 
 
@@ -114,45 +124,52 @@ def test_an_epoch_lost_without_step_checkpoints(whole: tuple[FineTuning, str]) -
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    whole: tuple[FineTuning, str], mini_demos: Path, tmp_path: Path
+    whole: tuple[FineTuning, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = FineTuning(tmp_path / "run", mini_demos, *DRAWN_AGAIN, "demos.num_loaders=1")
+    words = (PLAYED_AT_THE_END, "demos.num_loaders=1")
+    run = FineTuning(tmp_path / "run", whole[0].drawn, *words)
     run.kill_when(lambda: complete_steps(run.folder / "checkpoints")[-1:] == [2])
-    said = run.finish()
-    assert "resumed after step" in said
+    run.here()
+    assert "resumed after step" in capsys.readouterr().out
     assert run.reproducible() == whole[0].reproducible()
     assert largest_difference(run.policy(6), whole[0].policy(6)) == 0
 
 
-def test_two_ranks_learn_as_one(mini_demos: Path, tmp_path: Path) -> None:
-    words = ("trainer.total_steps=1", "trainer.play_every=1")
-    alone = FineTuning(tmp_path / "one", mini_demos, *words).here()
-    both = FineTuning(tmp_path / "two", mini_demos, *words, "ranks.num_ranks=2").here()
-    (one,), (two,) = alone.reproducible(), both.reproducible()
+def test_two_ranks_learn_as_one(whole: tuple[FineTuning, str], tmp_path: Path) -> None:
+    words = ("trainer.total_steps=1", "trainer.play_every=1", "ranks.num_ranks=2")
+    both = FineTuning(tmp_path / "two", whole[0].drawn, *words).here()
+    one, (two,) = whole[0].reproducible()[0], both.reproducible()
     assert two["sft/loss"] == pytest.approx(one["sft/loss"], abs=RANKS_DIFFER)
     assert two["sft/held_out_loss"] == pytest.approx(one["sft/held_out_loss"], abs=1e-3)
     assert two["sft/grad_norm"] == pytest.approx(one["sft/grad_norm"], rel=1e-4)
-    assert two["eval/episodes"] == one["eval/episodes"] == 2
+    assert two["eval/episodes"] == 2
     # at the first step, Adam moves every weight by its rate in the direction of its gradient's sign
-    assert largest_difference(alone.policy(1), both.policy(1)) < 2.1 * two["sft/lr"]
+    assert largest_difference(whole[0].policy(1), both.policy(1)) < 2.1 * two["sft/lr"]
 
 
 def test_adapters_learn_are_resumed_and_merged(mini_demos: Path, tmp_path: Path) -> None:
-    words = ("policy.lora_rank=4", "policy.gradient_checkpointing=true")
+    words = ("policy.lora_rank=4", "policy.gradient_checkpointing=true", "trainer.total_steps=4")
     run = FineTuning(tmp_path / "whole", mini_demos, *words).here()
     losses = [line["sft/loss"] for line in run.reproducible()]
     assert losses[-1] < losses[0]
-    policy = load_policy(run.policy(6))
-    assert not any("lora" in name for name in policy.model.state_dict())
+    model = AutoModel.from_pretrained(run.policy(4), trust_remote_code=False)
+    assert isinstance(model, OpenVLAOFTModel)
     first = load_file(run.folder / "first_policy" / "model.safetensors")
-    last = load_file(run.policy(6) / "model.safetensors")
+    last = model.state_dict()
+    assert not any("lora" in name for name in last)
     still = {name for name in first if torch.equal(first[name], last[name])}
     assert "language_model.model.embed_tokens.weight" in still
     assert "language_model.lm_head.weight" not in still
+    processor = load_processor(run.policy(4))
+    assert processor.codec.statistics.key == "mini_no_noops"
+    assert processor.render_size == RENDER_SIZE
+    # as if it had been stopped after its second step
     again = FineTuning(tmp_path / "again", mini_demos, *words)
-    again.here("trainer.total_steps=3").here()
+    shutil.copytree(run.folder, again.folder)
+    shutil.rmtree(again.policy(4).parent)
+    again.here()
     assert [line["sft/loss"] for line in again.reproducible()] == losses
-    assert largest_difference(run.policy(6), again.policy(6)) == 0
+    assert largest_difference(run.policy(4), again.policy(4)) == 0
 
 
 def new_policy(folder: Path, **choices: Any) -> ScratchVLAPolicy:
@@ -171,23 +188,24 @@ def new_policy(folder: Path, **choices: Any) -> ScratchVLAPolicy:
 
 
 @pytest.mark.parametrize(
-    ("decoding", "own_rank", "words"),
+    ("choices", "words"),
     [
-        ("parallel", 0, []),
-        ("parallel", 0, ["policy.lora_rank=4"]),
-        ("autoregressive", 4, []),
+        ({"num_views": 2}, [PLAYED_AT_THE_END]),
+        ({}, ["policy.lora_rank=4"]),
+        ({"decoding": "autoregressive", "lora_rank": 4}, [PLAYED_AT_THE_END]),
     ],
-    ids=["whole", "adapters of the recipe", "adapters of the policy"],
+    ids=["whole, with two cameras", "adapters of the recipe", "adapters of the policy"],
 )
 def test_a_scratch_vla_is_fine_tuned(
-    decoding: str, own_rank: int, words: list[str], mini_demos: Path, tmp_path: Path
+    choices: dict[str, Any], words: list[str], mini_demos: Path, tmp_path: Path
 ) -> None:
-    before = new_policy(tmp_path, decoding=decoding, lora_rank=own_rank).model.state_dict()
+    before = new_policy(tmp_path, **choices).model.state_dict()
     path = f"policy.path='{tmp_path / 'new'}'"
     run = FineTuning(tmp_path / "run", mini_demos, path, *BRIEF, *words).here()
     first, last = run.reproducible()
     assert first["sft/loss"] == pytest.approx(math.log(256), rel=0.03), "as good as a guess"
-    assert last["eval/episodes"] == 2
+    if PLAYED_AT_THE_END in words:
+        assert last["eval/episodes"] == 2
     folder = run.policy(2)
     assert main(["doctor", "--checkpoint", str(folder)]) == 0
     assert load_policy(folder).processor.codec.statistics.key == "mini_no_noops"
@@ -200,7 +218,7 @@ def test_a_scratch_vla_is_fine_tuned(
     assert {"projector.fc1.weight", "action_tokens.head.weight"} <= moved
     assert "language_model.layers.0.mlp.up_proj.weight" in moved
     assert not any(name.startswith("vision_towers.") for name in moved)
-    has_adapters = bool(own_rank or words)
+    has_adapters = "lora_rank" in choices or "policy.lora_rank=4" in words
     assert ("language_model.norm.weight" in moved) != has_adapters
 
 
@@ -213,9 +231,22 @@ def test_adapters_are_not_put_on_adapters(
     assert "has adapters of rank 4 already" in capsys.readouterr().err
 
 
+def test_pictures_that_a_view_lacks_are_refused(
+    whole: tuple[FineTuning, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A policy of one view has had none of the wrist camera drawn."""
+    new_policy(tmp_path, num_views=2)
+    path = f"policy.path='{tmp_path / 'new'}'"
+    assert main(FineTuning(tmp_path / "run", whole[0].drawn, path).words) == EXIT_USAGE
+    said = capsys.readouterr().err
+    assert "takes 2 images, but demo_0" in said
+    assert "pictures of agentview alone; set demos.pictures=rerendered" in said
+
+
 def test_other_demonstrations_do_not_continue_a_run(
     whole: tuple[FineTuning, str], mini_demos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changed = FineTuning(whole[0].folder, mini_demos, *DRAWN_AGAIN, "demos.choice.per_task=1")
+    words = (DRAWN_AGAIN, PLAYED_AT_THE_END, "demos.choice.per_task=1")
+    changed = FineTuning(whole[0].folder, mini_demos, *words)
     assert main(changed.words) == EXIT_USAGE
     assert "demos.choice.per_task: 'all' -> 1" in capsys.readouterr().err

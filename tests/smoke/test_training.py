@@ -3,25 +3,60 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import ray
 import torch
+from documented_reward import write_documented_reward
+from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 from training_runs import PROJECT, TrainingRun
 
 from verl_vla.actions import load_statistics
-from verl_vla.cli.main import EXIT_COLD_START, EXIT_STARVED
+from verl_vla.build import open_run
+from verl_vla.cli.main import EXIT_COLD_START, EXIT_REWARD, EXIT_STARVED
+from verl_vla.composition import load_recipe
 from verl_vla.envs.assets import assets_available
 from verl_vla.envs.suites import suite
+from verl_vla.errors import ConfigError, ContractError, EpisodeCrashed
+from verl_vla.journal import read_episodes
 from verl_vla.metrics import METRICS, OPEN_FAMILIES, is_reproducible, read_metrics
 from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
 from verl_vla.trainer.checkpoint import complete_steps, step_folder
+from verl_vla.trainer.env_nodes import RESOURCE, open_env_nodes
+from verl_vla.types import EpisodeSpec, Observation
+
+NUM_SLOTS = 16
+"""Of the quickstart's profile."""
+
+
+@dataclass
+class SeveralNodes:
+    """A Ray cluster whose nodes are processes of this machine."""
+
+    cluster: Cluster
+    env_nodes: list[Any]
+
+    @property
+    def words(self) -> list[str]:
+        return [f"cluster.address='{self.cluster.address}'", "cluster.env_nodes=2"]
+
+    def kill_env_node(self) -> None:
+        self.cluster.remove_node(self.env_nodes.pop(), allow_graceful=False)
+
 
 pytestmark = [pytest.mark.smoke, pytest.mark.sim]
 
 EQUAL_UPDATE = 1e-5
 """How far one rank's first update may be from that of two: float32 sums in another order."""
+
+BROKEN = "score[batch.episode_id == {episode}] = np.nan\n        return RewardResult"
+"""What makes the reward of the documentation one that must be refused."""
 
 RATIO_TOLERANCE = 1e-3
 """The first mini-batch is scored by the weights that acted."""
@@ -49,6 +84,11 @@ def test_a_run_reports_every_declared_metric(whole_run: TrainingRun) -> None:
     assert set(METRICS) <= seen
     assert all(name in METRICS or name.startswith(OPEN_FAMILIES) for name in seen)
     assert (whole_run.folder / "curve.png").stat().st_size > 0
+    episodes = read_episodes(whole_run.folder)
+    assert len(episodes) == sum(line["rollout/episodes"] for line in lines)
+    report = (whole_run.folder / "report.html").read_text()
+    assert "ended after 4 training steps" in report
+    assert "data:image/webp;base64," in report
 
 
 def test_rollout_and_update_agree_on_the_log_probs(whole_run: TrainingRun) -> None:
@@ -57,35 +97,119 @@ def test_rollout_and_update_agree_on_the_log_probs(whole_run: TrainingRun) -> No
         assert line["actor/ratio_first_deviation"] < RATIO_TOLERANCE
 
 
+def test_nothing_is_decided_or_trained_on_in_vain(whole_run: TrainingRun) -> None:
+    for line in read_metrics(whole_run.folder / "metrics.jsonl"):
+        assert line["rollout/decisions_for_ended"] == 0
+        assert line["actor/rows_without_gradient"] == 0
+        assert line["actor/rows"] > 0
+        assert line["actor/rows_of_padding"] == 0, "one rank, one optimizer step"
+
+
 def test_a_training_step_moves_the_weights(whole_run: TrainingRun) -> None:
     base = load_file(PROJECT / "bases" / "mini" / "model.safetensors")
     moved = weights(whole_run, 1)
     assert largest_difference(base, moved) > EQUAL_UPDATE
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+def test_the_learner_is_held_to_the_policy_that_it_began_as(whole_run: TrainingRun) -> None:
+    first, *later = (line["actor/kl"] for line in read_metrics(whole_run.folder / "metrics.jsonl"))
+    assert abs(first) < EQUAL_UPDATE
+    assert min(later) > EQUAL_UPDATE
+
+
+def test_a_killed_run_with_a_refused_reward_goes_on_as_if_nothing_had_happened(
     whole_run: TrainingRun, small_words: list[str], tmp_path: Path
 ) -> None:
-    run = TrainingRun(tmp_path / "run", small_words)
+    """Killed in its second step; then, saving nothing by itself, refused in its third."""
+    reward = write_documented_reward(tmp_path)
+    run = TrainingRun(tmp_path / "run", [*small_words, f"reward='{reward}'"])
     checkpoints = run.folder / "checkpoints"
-    run.kill_when(lambda: complete_steps(checkpoints)[-1:] == [2])
+    run.kill_when(lambda: complete_steps(checkpoints)[-1:] == [1])
+    lines = read_metrics(whole_run.folder / "metrics.jsonl")
+    episode = int(sum(line["rollout/episodes"] for line in lines[:2]))
+    assert lines[2]["groups/rounds"] == 1, "or not all episodes of the third step are kept"
+    file = tmp_path / "brisk.py"
+    right = file.read_text()
+    file.write_text(right.replace("return RewardResult", BROKEN.format(episode=episode)))
+    rare = TrainingRun(run.folder, [*small_words, f"reward='{reward}'", "trainer.save_every=99"])
+    said = rare.finish(exit_code=EXIT_REWARD)
+    assert f"BriskReward returned nan for episode {episode} (1 of " in said
+    assert "Training step 2 was saved; the episodes of step 3 are kept." in said
+    file.write_text(right)
     run.finish()
+    third = read_metrics(run.folder / "metrics.jsonl")[2]
+    assert third["time/rollout_s"] == 0, "the episodes were played again"
+    assert not list(run.folder.glob("refused*"))
     assert reproducible(run.folder) == reproducible(whole_run.folder)
     assert largest_difference(weights(run, 4), weights(whole_run, 4)) == 0
+    assert read_episodes(run.folder) == read_episodes(whole_run.folder)
 
 
-def test_two_ranks_make_the_same_first_update_as_one(
-    whole_run: TrainingRun, small_words: list[str], tmp_path: Path
+@pytest.fixture(scope="module")
+def several_nodes() -> Iterator[SeveralNodes]:
+    """A Ray cluster of four nodes: two for ranks, of which one holds the trainer, two simulate."""
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False}
+    )
+    cluster.add_node(num_cpus=2)
+    env_nodes = [cluster.add_node(num_cpus=0, resources={RESOURCE: 1}) for _ in range(2)]
+    yield SeveralNodes(cluster, env_nodes)
+    cluster.shutdown()
+
+
+def test_several_nodes_train_as_one_and_a_lost_one_costs_its_episodes(
+    whole_run: TrainingRun, small_words: list[str], several_nodes: SeveralNodes, tmp_path: Path
 ) -> None:
+    words = [*several_nodes.words, "cluster.num_nodes=2", "environment.num_workers=1"]
     run = TrainingRun(
         tmp_path / "run",
-        [*small_words, "cluster.ranks_per_node=2", "trainer.total_training_steps=1"],
+        [*small_words, *words, "trainer.total_training_steps=2", "trainer.eval_every=0"],
     )
-    run.finish()
+    run.disturb_when(
+        lambda: complete_steps(run.folder / "checkpoints") == [1], several_nodes.kill_env_node
+    )
     assert largest_difference(weights(run, 1), weights(whole_run, 1)) < EQUAL_UPDATE
-    one, two = (read_metrics(r.folder / "metrics.jsonl")[0] for r in (whole_run, run))
-    for name in ("rollout/success_rate", "rollout/steps", "groups/kept"):
-        assert one[name] == two[name]
+    one, (two, after) = (
+        read_metrics(r.folder / "metrics.jsonl")[:n] for r, n in ((whole_run, 1), (run, 2))
+    )
+    for name, value in one[0].items():
+        if name.startswith(("rollout/", "groups/")) and is_reproducible(name):
+            assert two[name] == value, name
+    lost = after["rollout/crashes"]
+    assert 0 < lost <= NUM_SLOTS / 2, "only what the lost node played"
+    assert after["rollout/episodes"] > lost
+    assert after["actor/grad_norm"] > 0
+
+
+def test_without_env_nodes_nothing_is_played(several_nodes: SeveralNodes, tmp_path: Path) -> None:
+    while len(several_nodes.env_nodes) > 1:
+        several_nodes.kill_env_node()
+    words = ["recipe=quickstart", f"out='{tmp_path / 'run'}'", *several_nodes.words]
+    ray.init(address=several_nodes.cluster.address, log_to_driver=False)
+    try:
+        with open_run(load_recipe(words)) as run:
+            assert run.simulators is None
+            with pytest.raises(ConfigError, match="cluster has 1 of them; start more with: ray"):
+                open_env_nodes(run).__enter__()
+        with (
+            open_run(load_recipe([*words, "cluster.env_nodes=1"])) as run,
+            open_env_nodes(run) as nodes,
+        ):
+            spec = EpisodeSpec(task_id=0, init_state_id=0, group_id=0, episode_id=0)
+            nodes.reset({0: spec})
+            seen = nodes.wait([0])[0]
+            assert isinstance(seen, Observation)
+            assert seen.image.flags.owndata
+            nodes.step({0: np.zeros((1, 6), dtype=np.float32)})
+            with pytest.raises(ContractError):
+                nodes.wait([0])
+            nodes.reset({0: spec})
+            several_nodes.kill_env_node()
+            assert isinstance(nodes.wait([0])[0], EpisodeCrashed)
+            with pytest.raises(RuntimeError, match="every env node was lost"):
+                nodes.reset({0: spec})
+    finally:
+        ray.shutdown()
 
 
 def test_the_embedded_policy_learns(tmp_path: Path) -> None:
@@ -94,6 +218,7 @@ def test_the_embedded_policy_learns(tmp_path: Path) -> None:
         ["recipe=quickstart", "trainer.total_training_steps=4", "trainer.save_every=0"],
     )
     run.finish()
+    assert all("actor/kl" not in line for line in read_metrics(run.folder / "metrics.jsonl"))
     before, after = (
         json.loads((run.folder / "evaluations" / f"step_{step}.json").read_text())["total"]
         for step in (0, 4)

@@ -47,11 +47,23 @@ class TrainingRun:
 
     def kill_when(self, condition: Callable[[], bool]) -> None:
         """Run it until ``condition`` holds, then kill the process without warning."""
+        process = self._start_and_await(condition)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    def disturb_when(self, condition: Callable[[], bool], disturb: Callable[[], None]) -> str:
+        """Run it until ``condition`` holds, ``disturb`` it, and return what it said to its end."""
+        process = self._start_and_await(condition)
+        disturb()
+        said, _ = process.communicate(timeout=RUN_LIMIT_S)
+        assert process.returncode == 0, said
+        return said
+
+    def _start_and_await(self, condition: Callable[[], bool]) -> subprocess.Popen[str]:
         process = self.start()
         deadline = time.monotonic() + RUN_LIMIT_S
         while not condition():
             assert process.poll() is None, process.stdout.read() if process.stdout else ""
             assert time.monotonic() < deadline, "the moment to kill never came"
             time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        return process

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from documented_reward import PAGE, documented_code, write_documented_reward
 from planted_world import make_batch
 
 from verl_vla.reward import complete, judge, load_reward
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "add-a-reward.md"
 MAX_LINES = 20
 
 
 @pytest.fixture
 def brisk(tmp_path) -> str:
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    assert sum(bool(line.strip()) for line in code.splitlines()) <= MAX_LINES
-    (tmp_path / "brisk.py").write_text(code)
-    return f"{tmp_path}/brisk.py:BriskReward"
+    lines = [line for line in documented_code().splitlines() if line.strip()]
+    assert len(lines) <= MAX_LINES
+    return write_documented_reward(tmp_path)
 
 
 def test_the_reward_of_the_page_is_loaded_by_path_and_scores(brisk):

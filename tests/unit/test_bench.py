@@ -21,7 +21,8 @@ def test_the_images_are_counted_and_the_conditions_stand_beside(
     low, high = record["images_per_core_second_range"]
     assert 0 < low <= record["images_per_core_second"] <= high
     assert (record["render_size"], record["image_size"], record["threads"]) == (32, 28, 1)
-    assert {"simplejpeg", "scipy", "python", "machine", "commit"} <= record["versions"].keys()
+    assert {"simplejpeg", "scipy"} <= record["versions"].keys()
+    assert {"python", "machine", "commit", "load_average_at_end"} <= record["conditions"].keys()
     assert [line.split()[0] for line in table] == list(record)
 
 

@@ -20,15 +20,18 @@ from verl_vla.build import (
     starts,
     task_ids,
 )
+from verl_vla.envs.libero import CAMERAS
 from verl_vla.envs.pool import EnvPool
 from verl_vla.envs.suites import suite
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.evaluation import EvaluationConfig
 from verl_vla.gate import GateConfig
+from verl_vla.loss import KLConfig
 from verl_vla.policies.base import PolicyShape
 from verl_vla.policies.loading import load_processor
 from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
+from verl_vla.policies.scratch_vla import tiny as tiny_scratch_vla
 from verl_vla.recipe import (
     ClusterConfig,
     EnvironmentConfig,
@@ -152,6 +155,29 @@ def test_whatever_is_wrong_is_found_before_a_process_or_a_folder_is_made(
     assert not Path(recipe.out).exists()
 
 
+def test_adapters_must_go_with_the_checkpoint(recipe, tmp_path, no_simulators):
+    sizes = tiny_scratch_vla.ScratchSizes(
+        image_size=28, llm_width=32, llm_depth=1, llm_mlp=64, lora_rank=4
+    )
+    statistics = tiny_policy().processor.codec.statistics
+    words = [task.instruction for task in MINI.tasks]
+    tiny_scratch_vla.build_tiny_policy(words, statistics, sizes=sizes).save_pretrained(
+        tmp_path / "own"
+    )
+    plain = replace(sizes, lora_rank=0)
+    tiny_scratch_vla.build_tiny_policy(words, statistics, sizes=plain).save_pretrained(
+        tmp_path / "plain"
+    )
+    own, none = (
+        replace(recipe, policy=PolicyConfig(path=str(tmp_path / name), lora_rank=8))
+        for name in ("own", "plain")
+    )
+    assert "has adapters of rank 4 already" in refusal(own)
+    open_and_close(none)
+    held = replace(none, loss=replace(none.loss, kl=KLConfig(coefficient=0.1)))
+    assert "which without its adapters is not the starting policy" in refusal(held)
+
+
 def test_the_folder_holds_the_whole_recipe(recipe, no_simulators):
     open_and_close(recipe)
     written = yaml.safe_load((Path(recipe.out) / "recipe.yaml").read_text())
@@ -264,6 +290,8 @@ def test_drawn_starts_are_as_many_as_wanted_and_no_others():
     assert [sum(start.task_id == task for start in drawn) for task in tasks] == [100, 100]
     recorded = {*starts(MINI, tasks, "train"), *starts(MINI, tasks, "held_out")}
     assert not recorded & set(drawn)
+    with pytest.raises(ConfigError, match="says how many a task"):
+        starts(MINI, tasks, "drawn")
 
 
 def test_more_starts_than_there_are_is_refused():
@@ -278,7 +306,6 @@ def test_a_simulator_learns_its_sizes_from_recipe_and_policy():
     config = env_config(env, tiny_policy().processor)
     assert (config.suite, config.step_limit) == ("mini", 33)
     assert (config.render_size, config.image_size) == (96, SHAPE.image_size)
-    assert len(config.cameras) == SHAPE.num_views
 
 
 @pytest.mark.parametrize(("known", "rendered"), [({"render_size": 64}, 64), ({}, 256)])
@@ -295,9 +322,12 @@ def test_pictures_of_another_size_are_pointed_out(caplog):
     assert "render_size is 96, but the policy was fine-tuned on pictures of 64 px" in caplog.text
 
 
-def test_a_policy_with_more_views_than_cameras_is_refused():
-    with pytest.raises(ConfigError, match="the policy takes 2 images, but the environments show"):
-        env_config(EnvironmentConfig(suite="mini"), tiny_policy(num_views=2).processor)
+def test_a_policy_is_shown_as_many_cameras_as_it_has_views():
+    env = EnvironmentConfig(suite="mini")
+    assert env_config(env, tiny_policy().processor).cameras == CAMERAS[:1]
+    assert env_config(env, tiny_policy(num_views=2).processor).cameras == CAMERAS
+    with pytest.raises(ConfigError, match="takes 3 images, but the environments have 2 cameras"):
+        env_config(env, tiny_policy(num_views=3).processor)
 
 
 def test_the_embedded_suite_needs_no_assets(monkeypatch):

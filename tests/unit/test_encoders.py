@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
@@ -79,6 +82,28 @@ def arguments(tmp_path_factory) -> dict[str, dict[str, Any]]:
     }
 
 
+@pytest.fixture
+def hub(arguments, monkeypatch, tmp_path):
+    """A hub that cannot be reached, and what was fetched from it before: ``us/tiny-siglip``."""
+    commit = "0" * 40
+    model = tmp_path / "models--us--tiny-siglip"
+    shutil.copytree(arguments["siglip"]["path"], model / "snapshots" / commit)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_weights_may_be_named_as_on_the_hub(hub, arguments):
+    named = make_encoder("siglip", {**arguments["siglip"], "path": "us/tiny-siglip"})
+    local = make_encoder("siglip", arguments["siglip"])
+    assert named.feature_space == local.feature_space
+    with pytest.raises(
+        ConfigError, match=r"us/other is no folder here, and cannot be fetched from"
+    ):
+        make_encoder("siglip", {"path": "us/other"})
+
+
 def clip(num_frames: int, seed: int = 0, size: int = 40) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return rng.integers(0, 255, (num_frames, size, size, 3), dtype=np.uint8)
@@ -139,6 +164,20 @@ def save_other_policy(folder) -> str:
     policy = build_tiny_policy(["lift the cube"], statistics, sizes=sizes, seed=1)
     policy.model.save_pretrained(folder)
     return str(folder)
+
+
+def test_an_encoder_in_a_process_of_its_own_gives_the_same_and_may_be_lost(arguments):
+    here = make_encoder("siglip", arguments["siglip"])
+    beside: Any = make_encoder("siglip", {**arguments["siglip"], "own_process": True})
+    assert beside.feature_space == here.feature_space
+    episodes = [clip(3, 1), clip(0), clip(2, 2)]
+    for mine, theirs in zip(here.encode(episodes), beside.encode(episodes), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)
+    (process,) = beside._pool._processes.values()
+    assert process.pid != os.getpid()
+    process.kill()
+    with pytest.raises(BrokenProcessPool):
+        beside.encode(episodes)
 
 
 def test_pixels_are_the_means_of_a_grid():

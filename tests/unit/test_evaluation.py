@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from one_chunk_world import (
+    SHAPE,
+    STARTS,
+    TASK_NAMES,
+    NotingPolicy,
+    OneChunkSimulators,
+)
 
-from verl_vla.envs.base import ChunkResult
-from verl_vla.errors import ConfigError, EpisodeCrashed
+from verl_vla.errors import ConfigError
 from verl_vla.evaluation import (
     EVALUATION_STREAM,
     WILSON_Z,
@@ -24,81 +27,9 @@ from verl_vla.evaluation import (
     evaluate,
 )
 from verl_vla.metrics import check_declared
-from verl_vla.policies.base import PolicyShape
 from verl_vla.rollout import NoiseSource, RolloutTimes
 from verl_vla.sampling import Start
 from verl_vla.trainer.episode_loop import TRAINING_STREAM
-from verl_vla.types import ActionChunk, EpisodeSpec, Observation, Outcome
-
-SHAPE = PolicyShape(num_views=1, image_size=2, chunk_length=2, action_dim=1, num_bins=4)
-TASK_NAMES = {0: "lift", 4: "push"}
-
-
-class OneChunkSimulators:
-    """Every episode is over after one chunk; the init state says how."""
-
-    num_slots = 3
-
-    def __init__(self) -> None:
-        self._specs: dict[int, EpisodeSpec] = {}
-        self._has_moved: set[int] = set()
-        self.specs: list[EpisodeSpec] = []
-
-    def reset(self, slots: Mapping[int, EpisodeSpec]) -> None:
-        self._specs |= slots
-        self.specs += slots.values()
-
-    def step(self, chunks: Mapping[int, np.ndarray]) -> None:
-        self._has_moved |= chunks.keys()
-
-    def wait(self, slots: Collection[int]) -> dict[int, Observation | ChunkResult | EpisodeCrashed]:
-        return {slot: self._answer(slot) for slot in slots}
-
-    def _answer(self, slot: int) -> Observation | ChunkResult | EpisodeCrashed:
-        spec = self._specs[slot]
-        if slot not in self._has_moved:
-            return Observation(
-                image=np.zeros((1, 2, 2, 3), dtype=np.uint8),
-                proprio=np.zeros(8, dtype=np.float32),
-                instruction=TASK_NAMES[spec.task_id],
-            )
-        self._has_moved.remove(slot)
-        outcome = Outcome(spec.init_state_id % 3)
-        if outcome == Outcome.CRASH:
-            return EpisodeCrashed("lost")
-        goals = np.zeros((2, 1, 3), dtype=np.float32)
-        return ChunkResult(executed=2, outcome=outcome, observation=None, goals=goals)
-
-
-@dataclass
-class NotingPolicy:
-    """Notes what it is asked."""
-
-    shape: PolicyShape = SHAPE
-    temperatures: set[float] = field(default_factory=set)
-    noises: list[torch.Tensor] = field(default_factory=list)
-
-    def act(
-        self, observations: Sequence[Observation], noise: torch.Tensor, *, temperature: float
-    ) -> ActionChunk:
-        self.temperatures.add(temperature)
-        self.noises += list(noise)
-        count = len(observations)
-        return ActionChunk(
-            bins=torch.zeros(count, 2, dtype=torch.int64),
-            logp=torch.zeros(count, 2),
-            prompt_ids=[torch.tensor([1])] * count,
-            actions=np.zeros((count, 2, 1), dtype=np.float32),
-        )
-
-
-def starts_of(tasks: Mapping[int, Sequence[Outcome]]) -> list[Start]:
-    """Starts whose episodes end as listed: state s ends with outcome s % 3."""
-    return [
-        Start(task_id=task, init_state_id=3 * place + outcome)
-        for task, outcomes in tasks.items()
-        for place, outcome in enumerate(outcomes)
-    ]
 
 
 def run_evaluation(starts: Sequence[Start], temperature: float = 0.0):
@@ -107,10 +38,6 @@ def run_evaluation(starts: Sequence[Start], temperature: float = 0.0):
         starts, policy, simulators, config=EvaluationConfig(temperature=temperature), seed=3
     )
     return result, policy, simulators
-
-
-SUCCESS, TIMEOUT, CRASH = Outcome.SUCCESS, Outcome.TIMEOUT, Outcome.CRASH
-STARTS = starts_of({4: [SUCCESS, TIMEOUT, CRASH, SUCCESS], 0: [TIMEOUT, CRASH]})
 
 
 @pytest.mark.parametrize(
@@ -231,7 +158,6 @@ def test_the_seconds_are_added_up():
     [
         ({"episodes_per_task": 0}, "evaluation.episodes_per_task is 0; set at least 1, or null"),
         ({"temperature": -0.1}, "evaluation.temperature is -0.1; set 0 for greedy play"),
-        ({"states": "drawn"}, "does not say how many to draw; set it"),
     ],
 )
 def test_an_impossible_knob_is_refused(knobs, message):

@@ -97,6 +97,19 @@ def test_observation_has_the_shapes_of_the_contract():
     assert seen.proprio.dtype == np.float32
 
 
+def test_an_ending_is_what_would_be_seen_if_the_episode_went_on():
+    short, long = (
+        FakeEnv(FakeEnvConfig(step_limit=limit, stride=0.01, draw_ending=True)) for limit in (8, 24)
+    )
+    actions = np.random.default_rng(0).uniform(-1, 1, (8, 7)).astype(np.float32)
+    ended, goes_on = (env.reset(0, 0) and env.step_chunk(actions) for env in (short, long))
+    assert ended.outcome == Outcome.TIMEOUT and goes_on.outcome is None
+    assert np.array_equal(ended.ending, goes_on.observation.image)
+    silent = FakeEnv(FakeEnvConfig(step_limit=8, stride=0.01))
+    silent.reset(0, 0)
+    assert silent.step_chunk(actions).ending is None
+
+
 def test_up_in_the_field_is_up_in_the_picture_and_right_is_right():
     env = make_env(image_size=64)
 

@@ -69,6 +69,7 @@ def test_a_refusal_says_what_was_measured_and_what_to_do() -> None:
     for remedy in (
         "demonstrations (sft)",
         "environment.tasks",
+        "reward=reaching sampling.filter_on=reward",
         "docs/add-a-reward.md",
         "gate.mode=off",
     ):

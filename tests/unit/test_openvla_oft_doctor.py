@@ -45,7 +45,10 @@ def edit(file: Path, change: Callable[[dict], object]) -> None:
 
 
 def faults(folder: Path) -> dict[str, str]:
-    return {f.subject: f.says for f in examine(folder) if f.is_fault}
+    """What is found wrong; the verb's exit code must say the same."""
+    found = {f.subject: f.says for f in examine(folder) if f.is_fault}
+    assert verb.run(["--checkpoint", str(folder)]) == (verb.EXIT_FAULT if found else 0)
+    return found
 
 
 def split_into_shards(folder: Path) -> list[Path]:

@@ -26,9 +26,11 @@ FRAMEWORKS = {"verl", "ray", "transfer_queue"}
 OURS = {"verl_vla", "rewards"}
 PACKAGE_OF = {
     "PIL": "pillow",
+    "huggingface_hub": "huggingface-hub",
     "hydra": "hydra-core",
     "libero": "hf-libero",
     "transfer_queue": "transferqueue",
+    "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
 """The package on an index, where a module has another name."""

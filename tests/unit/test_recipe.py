@@ -155,6 +155,18 @@ def test_loading_twice_gives_the_same(load):
             "policy={path: a, attention: flash_attention_2, dtype: float32}",
             "policy.attention is 'flash_attention_2', which computes in 16 bits, and policy.dtype",
         ),
+        ("policy.lora_rank=0", "policy.lora_rank is 0; set at least 1"),
+        ("policy.lora_targets=all", "policy.lora_targets is 'all'; choose one of 'language_model'"),
+        (
+            "policy.quantization=nf4",
+            "policy.quantization is 'nf4', and weights in 4 bits cannot be trained; set",
+        ),
+        ("optimizer.name=sgd", "optimizer.name is 'sgd'; choose one of 'adamw', 'adamw_8bit'"),
+        ("cluster.env_nodes=-1", "cluster.env_nodes is -1; set 0 or more"),
+        (
+            "cluster.env_nodes=2",
+            "cluster.env_nodes is 2, but cluster.address names no Ray cluster; set it, e.g.",
+        ),
         ("environment.step_limit=long", "environment.step_limit is 'long'; choose one of"),
         ("environment.num_slots=0", "environment.num_slots is 0; set at least 1"),
         ("environment.timeout_s=0", "environment.timeout_s is 0.0; set the seconds to wait"),
@@ -177,6 +189,20 @@ def test_loading_twice_gives_the_same(load):
 )
 def test_a_wrong_override_is_refused_with_a_remedy(load, override, message):
     assert message in refusal(load, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cluster.ranks_per_node=2", "runs on one rank, and the cluster has 2; set"),
+        ("cluster.num_nodes=3", "runs on one rank, and the cluster has 3; set"),
+        ("optimizer.name=deepspeed_cpu_adam", "keeps weights in host memory"),
+    ],
+)
+def test_weights_in_4_bits_stay_on_one_device(load, override, message):
+    words = ("policy.lora_rank=16", "policy.quantization=nf4")
+    assert load(*words).policy.quantization == "nf4"
+    assert message in refusal(load, *words, override)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,3 +32,40 @@ def test_every_exact_pin_of_the_project_is_the_locked_version() -> None:
     assert pins, "pyproject.toml has no exact pin, or they are written in another way"
     for name, version in pins:
         assert any(line.startswith(f"{name.lower()}=={version} ;") for line in lock), name
+
+
+UV = ROOT / ".venv" / "uv" / "bin" / "uv"
+EXTRAS = ("gpu", "qlora", "deepspeed", "tracking", "vllm", "dev")
+
+
+@pytest.mark.skipif(not UV.exists(), reason=".venv was not made by scripts/_setup.sh")
+def test_all_extras_together_resolve_beside_the_base() -> None:
+    """A dry resolution: nothing is installed. What resolves together resolves alone."""
+    chosen = " ".join(f"--extra {extra}" for extra in EXTRAS)
+    done = subprocess.run(
+        [
+            "bash",
+            "-c",
+            'source scripts/_setup.sh; settings=$("$python" -m pip config list); '
+            "take_over_pip_settings; "
+            '"$uv" pip compile --quiet --python-version 3.11 --no-annotate --no-header '
+            "--python-platform x86_64-manylinux_2_28 "
+            f"{chosen} pyproject.toml requirements/run.in",
+        ],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    names = {line.split("==")[0] for line in done.stdout.splitlines()}
+    assert names >= {"flash-attn", "bitsandbytes", "deepspeed", "mlflow", "swanlab", "vllm"}
+
+
+def test_every_extra_is_resolved_and_told_of() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    section = text.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    assert set(re.findall(r"^(\w+) = \[", section, flags=re.MULTILINE)) == set(EXTRAS)
+    told = (ROOT / "docs" / "running.md").read_text()
+    assert all(f"| `{extra}` |" in told for extra in EXTRAS)

@@ -9,8 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from verl_vla.errors import ConfigError, ContractError
-from verl_vla.reward import REWARDS_FOLDER, RewardError, RewardResult, learn, load_reward, score
+from verl_vla.errors import ConfigError, ContractError, RewardError
+from verl_vla.reward import (
+    REWARDS_FOLDER,
+    RewardResult,
+    learn,
+    load_reward,
+    looks_at_pictures,
+    score,
+)
 from verl_vla.types import Decisions, Episodes, Outcome, Trajectories
 
 HEADER = """
@@ -235,6 +242,15 @@ def test_frames_and_proprio_come_only_when_asked_for():
     assert [p[:, 0].tolist() for p in batch.proprio] == [[0, 1], [10], [20]]
 
 
+def test_the_picture_after_the_last_step_is_an_episodes_last_frame():
+    """The publications never look at the success itself."""
+    ended = (np.full((1, 2, 2, 3), 9, np.uint8), None, np.full((1, 2, 2, 3), 29, np.uint8))
+    stub = Stub(requires=frozenset({"frames"}))
+    batch, _ = judge(stub, replace(make_trajectories(), endings=ended))
+    assert [f[:, 0, 0, 0, 0].tolist() for f in batch.frames] == [[0, 1, 9], [10], [20, 29]]
+    assert looks_at_pictures(stub) and not looks_at_pictures(Stub())
+
+
 def test_a_crashed_episode_never_reaches_a_reward():
     whole = make_trajectories()
     outcome = torch.tensor([Outcome.SUCCESS, Outcome.CRASH, Outcome.TIMEOUT])
@@ -251,7 +267,7 @@ def test_a_crashed_episode_never_reaches_a_reward():
         ({"score": [1, 2]}, r"scores \[2\], progress \[3\] and 3 status words for 3 episodes"),
         ({"score": [[1, 2, 3]]}, r"scores \[1, 3\]"),
         ({"progress": [1]}, r"progress \[1\]"),
-        ({"status": ("ok",)}, r"and 1 status words for 3 episodes; it must return one of each"),
+        ({"status": ("ok",)}, r"and 1 status words for 3 episodes, ids 100 to 102; it must"),
         ({"score": [0, float("nan"), float("inf")]}, r"Stub returned nan for episode 101 \(2 of 3"),
     ],
 )
@@ -319,7 +335,7 @@ def test_an_episode_id_that_stands_twice_is_refused():
         judge(Stub(), replace(whole, episodes=twice))
 
 
-def test_a_reward_that_raises_is_named_and_the_batch_is_kept():
+def test_a_reward_that_raises_is_named_with_its_episodes_and_shown(caplog):
     class Broken(Stub):
         def __call__(self, batch):
             raise ValueError("no such thing")
@@ -332,10 +348,19 @@ def test_a_reward_that_raises_is_named_and_the_batch_is_kept():
     assert "Broken raised ValueError('no such thing') while scoring 3 episodes, ids 100 to 102" in (
         str(caught.value)
     )
-    batch, result = caught.value.batch, Stub()(caught.value.batch)
-    assert result.score.shape == batch.episode_id.shape == (3,)
+    assert 'raise ValueError("no such thing")' in caplog.text
+    batch, _ = judge(Stub())
     with pytest.raises(RewardError, match=r"raised KeyError\('head'\) while learning from 3 episo"):
         learn(Broken(), batch)
+
+
+def test_an_encoder_that_raises_is_named_too():
+    class Empty(MeanColour):
+        def encode(self, frames):
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RewardError, match=r"the encoder of Stub raised RuntimeError\('out of mem"):
+        judge(Stub(requires=frozenset({"features"}), encoder=Empty()))
 
 
 def test_a_score_above_the_stated_bound_is_refused():

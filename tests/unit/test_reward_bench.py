@@ -36,7 +36,7 @@ from verl_vla.reward_bench import (
     verdicts,
 )
 from verl_vla.reward_bench.bench import advantage_changes
-from verl_vla.reward_bench.plots import principal_components
+from verl_vla.reward_bench.plots import in_two_dimensions
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = BenchConfig(curve_groups=4, curve_points=4, resamples=200)
@@ -92,7 +92,7 @@ def test_what_looks_at_pictures_ranks_and_shuffling_destroys_what_is_temporal(ro
     for label in ("knn", "head"):
         ordered, mixed = rows[label], rows[f"{label}, shuffled"]
         assert ordered.by_progress.spearman.value > 0.85
-        assert mixed.by_progress.spearman.value < ordered.by_progress.spearman.low
+        assert mixed.by_progress.spearman.value < ordered.by_progress.spearman.value - 0.05
         assert ordered.changes_advantage.value > 0.5
 
 
@@ -160,8 +160,8 @@ def test_an_encoder_of_clips_is_asked_again_for_each_part(halves):
     reward.measure = measure_lengths
     contestant = replace(make_contestants({}, 0)[0], label="clips", reward=reward)
     rows = measure([contestant], *halves, CONFIG)
-    assert {1, 8} <= seen
-    assert rows[0].readings.curves[0][0] == 1.0
+    assert {2, 9} <= seen, "one decision shows the start and what came of it"
+    assert rows[0].readings.curves[0][0] == 2.0
 
 
 def test_advantages_are_compared_with_those_of_the_outcome(halves):
@@ -227,13 +227,13 @@ def test_what_there_is_to_rank_is_counted(halves):
     assert found["groups"] == NUM_GROUPS // 2
 
 
-def test_principal_components_keep_the_largest_spread():
+def test_what_is_near_stays_near_in_two_dimensions():
     rng = np.random.default_rng(0)
-    wide = rng.normal(size=(50, 1)) * np.array([[3.0, 4.0, 0.0]])
-    plane = principal_components(wide + 0.01 * rng.normal(size=(50, 3)))
-    assert plane.shape == (50, 2)
-    assert np.var(plane[:, 0]) == pytest.approx(np.var(wide @ [0.6, 0.8, 0.0]), rel=0.01)
-    assert principal_components(np.ones((4, 1))).tolist() == [[0.0, 0.0]] * 4
+    kinds = np.repeat([0.0, 20.0, 40.0], 12)
+    plane = in_two_dimensions(kinds[:, None] + rng.normal(size=(36, 5)))
+    distance = np.linalg.norm(plane[:, None] - plane[None], axis=2) + np.diag(np.full(36, np.inf))
+    assert (kinds[distance.argmin(axis=1)] == kinds).all()
+    assert in_two_dimensions(np.ones((4, 1))).shape == (4, 2)
 
 
 def test_rewards_are_named_by_words_or_by_a_file(tmp_path: Path):

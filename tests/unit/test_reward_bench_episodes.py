@@ -12,10 +12,11 @@ from bench_world import NUM_GROUPS, SIZE, make_trajectories
 
 from verl_vla.errors import ConfigError
 from verl_vla.reward import goal_progress
-from verl_vla.reward_bench import choose_groups, claim, is_complete, played_with, read_trajectories
-from verl_vla.reward_bench.episodes import GROUPS_PER_ROUND, PlayConfig, _round_file, _write
+from verl_vla.reward_bench import choose_groups, claim, is_complete, played_with, read_rounds
+from verl_vla.reward_bench.episodes import GROUPS_PER_ROUND, PlayConfig, _round_file
 from verl_vla.reward_bench.samples import halve, join, make_sample, prefix_lengths, take
 from verl_vla.sampling import Start
+from verl_vla.trajectory_file import write_trajectories
 from verl_vla.types import Decisions, Episodes, Outcome
 
 
@@ -65,8 +66,8 @@ def test_an_impossible_play_is_refused(knobs: dict[str, float], message: str):
 
 def test_what_is_read_is_what_was_played_to_the_bit(tmp_path: Path):
     trajectories = make_trajectories(crash_last=True)
-    _write(_round_file(tmp_path, 0), trajectories)
-    read = read_trajectories(tmp_path, GROUPS_PER_ROUND)
+    write_trajectories(_round_file(tmp_path, 0), trajectories)
+    read = read_rounds(tmp_path, GROUPS_PER_ROUND)
     for table in (Episodes, Decisions):
         mine, theirs = (getattr(t, table.__name__.lower()) for t in (trajectories, read))
         for name in mine.__dataclass_fields__:
@@ -78,16 +79,19 @@ def test_what_is_read_is_what_was_played_to_the_bit(tmp_path: Path):
         assert all(
             np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(mine, theirs, strict=True)
         )
+    assert read.endings[-1] is trajectories.endings[-1] is None
+    for mine, theirs in zip(trajectories.endings[:-1], read.endings[:-1], strict=True):
+        assert np.array_equal(mine, theirs)
     assert read.crashes == trajectories.crashes != {}
     assert [f.name for f in tmp_path.iterdir()] == ["round_0000.npz"]
 
 
 def test_a_missing_round_is_known(tmp_path: Path):
-    _write(_round_file(tmp_path, 0), make_trajectories())
+    write_trajectories(_round_file(tmp_path, 0), make_trajectories())
     assert is_complete(tmp_path, GROUPS_PER_ROUND)
     assert not is_complete(tmp_path, GROUPS_PER_ROUND + 1)
     with pytest.raises(ConfigError, match="goes on where it stopped"):
-        read_trajectories(tmp_path, GROUPS_PER_ROUND + 1)
+        read_rounds(tmp_path, GROUPS_PER_ROUND + 1)
 
 
 def test_a_folder_holds_one_kind_of_episodes(tmp_path: Path):
@@ -141,7 +145,8 @@ def test_a_cut_episode_shows_its_beginning_and_hides_its_end():
     cut = sample.cut(lengths)
     assert not cut.batch.success.any()
     for row, length in enumerate(lengths):
-        assert len(cut.batch.frames[row]) == len(cut.batch.proprio[row]) == length
+        assert len(cut.batch.proprio[row]) == length
+        assert np.array_equal(cut.batch.frames[row], sample.batch.frames[row][: length + 1])
         assert cut.batch.num_steps[row] == sample.executed[row][:length].sum()
         assert np.array_equal(cut.batch.goals[row], sample.batch.goals[row][: length + 1])
         assert cut.truth[row] == goal_progress(sample.batch.goals[row])[length]

@@ -247,6 +247,22 @@ def test_no_failure_reaches_a_success(taught):
     assert scores[1:].max() <= taught._alpha < 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_looks_like_a_success_is_worth_less_the_more_often_the_task_is_solved(kind):
+    """Else a policy may learn the pose of a success instead of succeeding."""
+    made, plain = make(kind, anneal=True), make(kind)
+    seldom = make_batch([1, 1] + [0.5] * 6, seed=3, first_id=500)
+    often = make_batch([1, 1, 1, 1, 1, 1, 0.5, 0.5], seed=4, first_id=600)
+    batch = make_batch([0.1, 0.4, 0.6, 0.95], first_id=900)
+    for step, left in ((seldom, 1 - 0.25), (often, 1 - (0.8 * 0.25 + 0.2 * 0.75))):
+        made.update(step)
+        plain.update(step)
+        np.testing.assert_allclose(made(batch).score, left * plain(batch).score, rtol=1e-5)
+    again = make(kind, anneal=True)
+    again.load_state_dict(made.state_dict())
+    np.testing.assert_array_equal(again(batch).score, made(batch).score)
+
+
 @pytest.mark.parametrize("alpha", [0, 1, 1.5, -0.1])
 def test_alpha_leaves_room_below_a_success(alpha):
     with pytest.raises(ConfigError, match=f"alpha is {alpha}; a failure must be worth more than"):

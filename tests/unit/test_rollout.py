@@ -58,7 +58,14 @@ def go_on(executed: int, spec: EpisodeSpec, decision: int) -> ChunkResult:
 
 
 def end(executed: int, outcome: Outcome, decision: int) -> ChunkResult:
-    return ChunkResult(executed=executed, outcome=outcome, observation=None, goals=goals(decision))
+    """An end whose picture tells after how many decisions it came."""
+    return ChunkResult(
+        executed=executed,
+        outcome=outcome,
+        observation=None,
+        goals=goals(decision),
+        ending=np.full((1, 2, 2, 3), 100 + decision, dtype=np.uint8),
+    )
 
 
 class ScriptedSimulators:
@@ -227,6 +234,14 @@ def test_goal_readings_begin_before_the_first_decision_and_follow_each():
     assert len(never_began) == 0
 
 
+def test_an_episode_keeps_the_picture_it_ended_in():
+    scripts = [Script(decisions=3), Script(decisions=2, crash_at=1), Script(decisions=1)]
+    played, _, _ = play_scripts(scripts, num_slots=3)
+    long, lost, short = played.endings
+    assert (long[0, 0, 0, 0], short[0, 0, 0, 0]) == (102, 100)
+    assert lost is None
+
+
 def test_steps_and_outcomes_are_counted_to_the_action():
     played, _, _ = play_scripts(
         [
@@ -277,6 +292,37 @@ def test_one_half_simulates_while_the_policy_decides_for_the_other():
         assert {episode - 10 for episode, _ in batch} == halves[turn % 2]
         if turn < len(policy.batches) - 1:
             assert moving == halves[1 - turn % 2]
+
+
+def test_in_one_part_nothing_simulates_while_the_policy_decides():
+    specs = make_specs(6)
+    simulators = ScriptedSimulators({s.episode_id: Script(decisions=3) for s in specs}, 4)
+    policy = ScriptedPolicy(simulators)
+    alone = play(specs, policy, simulators, temperature=1.5, noise=NOISE, num_parts=1)
+    assert not any(policy.moving)
+    in_halves, _, _ = play_scripts([Script(decisions=3)] * 6, 4)
+    assert torch.equal(alone.decisions.bins, in_halves.decisions.bins)
+
+
+def test_a_decision_for_an_ended_episode_would_be_counted():
+    class Forgetful(ScriptedSimulators):
+        """Shows one more picture after the end."""
+
+        def _after_chunk(self, slot: int, actions: np.ndarray) -> ChunkResult | EpisodeCrashed:
+            ended = super()._after_chunk(slot, actions)
+            assert isinstance(ended, ChunkResult)
+            return ChunkResult(
+                executed=ended.executed,
+                outcome=ended.outcome,
+                observation=see(self._specs[slot], 1),
+                goals=ended.goals,
+            )
+
+    specs, times = make_specs(1), RolloutTimes()
+    simulators = Forgetful({specs[0].episode_id: Script()}, 1)
+    with pytest.raises(AssertionError, match="plays nothing"):
+        play(specs, ScriptedPolicy(), simulators, temperature=1.0, noise=NOISE, times=times)
+    assert times.decisions_for_ended == 1
 
 
 def test_the_decision_a_simulator_died_on_is_left_out():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -144,6 +145,24 @@ def test_the_command_writes_a_policy(language: Path, vision: Path, tmp_path: Pat
     assert policy.shape.num_views == 2 and policy.shape.num_tokens == 7
     assert policy.processor.codec.statistics.key == "mini"
     assert main.main(words) == main.EXIT_USAGE  # never over another policy
+
+
+def test_the_command_measures_a_folder_of_liberos_files(
+    language: Path, vision: Path, tmp_path: Path
+) -> None:
+    actions = np.random.default_rng(0).uniform(-1, 1, (50, 7))
+    actions[20:30, :6] = 0  # idle
+    actions[:, 6] = -1
+    with h5py.File(tmp_path / "lift_demo.hdf5", "w") as file:
+        file["data/demo_0/actions"] = actions
+    words = ["new-policy", "--language", str(language), "--vision", str(vision), "--out"]
+    words = [*words, str(tmp_path / "new"), "--demos", str(tmp_path)]
+    assert main.main(words) == 0
+    statistics = load_processor(tmp_path / "new").codec.statistics
+    moving = np.delete(actions, np.arange(20, 30), axis=0).astype(np.float32)
+    assert statistics.q99[0] == np.quantile(moving[:, 0], 0.99)
+    (tmp_path / "lift_demo.hdf5").write_bytes(b"no HDF5")
+    assert main.main([*words, "--out", str(tmp_path / "other")]) == main.EXIT_USAGE
 
 
 def test_the_sizes_of_qwen_3b_with_siglip_so400m() -> None:

@@ -26,7 +26,9 @@ def started(name: bytes = b"start") -> Started:
 
 
 def stepped(name: bytes) -> Stepped:
-    return Stepped(executed=8, outcome=None, moment=moment(name), goals=GOALS, busy_s=0.25)
+    return Stepped(
+        executed=8, outcome=None, moment=moment(name), has_ending=False, goals=GOALS, busy_s=0.25
+    )
 
 
 @pytest.fixture
@@ -112,7 +114,9 @@ def test_a_request_keeps_its_actions_when_the_caller_reuses_the_array(slots):
 def test_a_slot_is_free_once_its_episode_has_ended(slots):
     slots.note(slots.start(0, spec(5)), started())
     slots.take_answers([0])[0]
-    end = Stepped(executed=3, outcome=Outcome.SUCCESS, moment=None, goals=GOALS, busy_s=0.25)
+    end = Stepped(
+        executed=3, outcome=Outcome.SUCCESS, moment=None, has_ending=False, goals=GOALS, busy_s=0.25
+    )
     slots.note(slots.step(0, CHUNK), end)
     result = slots.take_answers([0])[0]
     assert (result.executed, result.outcome, result.observation) == (3, Outcome.SUCCESS, None)

@@ -37,11 +37,15 @@ def test_a_success_that_stands_alone_is_a_centre_of_its_own():
     assert sorted(SRPO.cluster_centres(embeddings).ravel().round(6).tolist()) == [0.1, 9.0]
 
 
-def test_dbscan_tells_cores_borders_and_noise():
-    points = np.array([0.0, 1.0, 2.0, 3.4, 9.0])
-    distance = np.abs(points[:, None] - points[None])
-    assert SRPO.dbscan(distance, radius=1.0, min_samples=3).tolist() == [0, 0, 0, -1, -1]
-    assert SRPO.dbscan(distance, radius=1.5, min_samples=2).tolist() == [0, 0, 0, 0, -1]
+def test_clusters_are_found_where_most_successes_are_the_same():
+    embeddings = np.array([[1.0], [1.0], [1.0], [5.0]])
+    assert sorted(SRPO.cluster_centres(embeddings).ravel().tolist()) == [1.0, 5.0]
+
+
+def test_the_released_clusters_drop_whatever_stands_alone():
+    embeddings = np.array([[0.0], [0.1], [9.0], [9.1], [40.0]])
+    centres = RELEASED._released_centres(embeddings)
+    np.testing.assert_allclose(np.sort(centres.ravel()), [0.05, 9.05])
 
 
 def test_near_failures_are_worth_more_which_is_the_sign_that_was_meant():

@@ -144,6 +144,17 @@ def test_trajectories_need_goal_readings_of_every_episode():
         replace(whole, goals=whole.goals[:1])
 
 
+def test_endings_stay_with_their_episodes_and_none_need_be_drawn():
+    endings = tuple(np.full((1, 2, 2, 3), b, np.uint8) for b in range(2)) + (None,)
+    whole = replace(make_trajectories([2, 1, 1]), endings=endings)
+    twice = Trajectories.concat([whole, replace(whole, endings=endings[::-1])])
+    kept = twice.select(torch.tensor([False, True, True, True, False, True]))
+    assert [e if e is None else int(e.max()) for e in kept.endings] == [1, None, None, 0]
+    assert make_trajectories([2]).select(torch.tensor([True])).endings == ()
+    with pytest.raises(ContractError, match="endings of 1 episodes for 3"):
+        replace(whole, endings=endings[:1])
+
+
 def test_goal_readings_stay_with_their_episodes():
     both = Trajectories.concat([make_trajectories([2, 1]), make_trajectories([1, 3], first_id=2)])
     kept = both.select(torch.tensor([False, True, False, True]))

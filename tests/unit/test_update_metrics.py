@@ -17,14 +17,20 @@ REPORTED = {
     "ratio_sum": [10.0, 30.2, 26.0],
     "ratio_deviation": [0.01, 0.02, 0.7],
     "entropy_sum": [10.0, 60.0, 50.0],
+    "num_rows": [2, 4, 4],
+    "num_rows_idle": [0, 1, 2],
     "grad_norm": [3.0, 5.0],
     "lr": [1e-4, 2e-4],
 }
 """Two micro-batches in a first optimizer step and one in a second."""
 
 
+def summarise(reported, num_padding=1):
+    return summarise_update(reported, num_padding)
+
+
 def test_the_sums_become_the_declared_metrics():
-    values = summarise_update(REPORTED)
+    values = summarise(REPORTED)
     check_declared(values)
     assert values == pytest.approx(
         {
@@ -36,13 +42,16 @@ def test_the_sums_become_the_declared_metrics():
             "actor/ratio_first_deviation": 0.02,
             "actor/clip_low": 3 / 60,
             "actor/clip_high": 6 / 60,
+            "actor/rows": 9,
+            "actor/rows_of_padding": 1,
+            "actor/rows_without_gradient": 2,
         }
     )
 
 
 def test_the_divergence_is_reported_where_the_loss_has_a_kl_term():
-    assert "actor/kl" not in summarise_update(REPORTED)
-    values = summarise_update(REPORTED | {"kl_sum": [0.0, 0.2, 1.0]})
+    assert "actor/kl" not in summarise(REPORTED)
+    values = summarise(REPORTED | {"kl_sum": [0.0, 0.2, 1.0]})
     check_declared(values)
     assert values["actor/kl"] == pytest.approx(1.2 / 60)
 
@@ -54,19 +63,19 @@ def nest(values):
 
 def test_however_verl_nests_the_lists_the_result_is_the_same():
     nested = {name: nest(values) for name, values in REPORTED.items()}
-    assert summarise_update(nested) == summarise_update(REPORTED)
+    assert summarise(nested) == summarise(REPORTED)
 
 
 def test_single_numbers_and_numpy_numbers_are_lists_of_one():
     single = {name: np.float32(values[0]) for name, values in REPORTED.items()}
-    assert summarise_update(single) == pytest.approx(
-        summarise_update({name: values[:1] for name, values in REPORTED.items()})
+    assert summarise(single) == pytest.approx(
+        summarise({name: values[:1] for name, values in REPORTED.items()})
     )
 
 
 def test_the_first_mini_batch_alone_shows_whether_rollout_and_update_agree():
     drifted = REPORTED | {"ratio_sum": [10.0, 30.0, 99.0], "ratio_deviation": [0.0, 0.0, 9.0]}
-    values = summarise_update(drifted)
+    values = summarise(drifted)
     assert values["actor/ratio_first"] == 1.0
     assert values["actor/ratio_first_deviation"] == 0.0
 
@@ -79,6 +88,8 @@ def test_the_split_into_micro_batches_does_not_show():
         "num_clipped_high",
         "ratio_sum",
         "entropy_sum",
+        "num_rows",
+        "num_rows_idle",
     )
     merged = {
         name: [values[0] + values[1], values[2]]
@@ -86,16 +97,16 @@ def test_the_split_into_micro_batches_does_not_show():
         if name in sums
     }
     merged |= {"optimizer_step": [0, 1], "ratio_deviation": [0.02, 0.7]}
-    whole = summarise_update(REPORTED | merged)
-    assert whole == pytest.approx(summarise_update(REPORTED))
+    whole = summarise(REPORTED | merged)
+    assert whole == pytest.approx(summarise(REPORTED))
 
 
 def test_an_update_without_a_token_is_zero_and_not_an_error():
     nothing = {name: [0.0] for name in REPORTED}
-    values = summarise_update(nothing)
+    values = summarise(nothing)
     assert values["actor/entropy"] == values["actor/clip_low"] == 0
 
 
 def test_a_missing_report_is_not_hidden():
     with pytest.raises(KeyError, match="entropy_sum"):
-        summarise_update({k: v for k, v in REPORTED.items() if k != "entropy_sum"})
+        summarise({k: v for k, v in REPORTED.items() if k != "entropy_sum"})

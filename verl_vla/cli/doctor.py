@@ -1,4 +1,7 @@
-"""``doctor --checkpoint DIR``: say in one table whether a checkpoint can be trained."""
+"""``doctor``: say in one table whether this machine can train; with ``--checkpoint``, a checkpoint.
+
+``--fix`` also prints the commands that would mend what was found. It runs none of them.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from verl_vla.cli.eval import DTYPES
 from verl_vla.envs.libero import make_env
 from verl_vla.envs.suites import SUITES, suite
 from verl_vla.errors import ConfigError
+from verl_vla.machine import examine_machine
 from verl_vla.policies.findings import Finding
 from verl_vla.policies.loading import examine, load_policy
 from verl_vla.policies.openvla_oft.doctor import judge_action_mass
@@ -24,7 +28,7 @@ from verl_vla.recipe import EnvironmentConfig
 logger = logging.getLogger(__name__)
 
 EXIT_FAULT = 1
-"""The checkpoint cannot be trained as it is."""
+"""The machine cannot train, or the checkpoint cannot be trained, as it is."""
 WIDTH = 100
 """Columns of the table."""
 
@@ -32,6 +36,8 @@ WIDTH = 100
 def run(arguments: Sequence[str]) -> int:
     """Examine, print the table, and answer 1 where there is a fault."""
     options = _parser().parse_args(arguments)
+    if options.checkpoint is None:
+        return _examine_machine(options)
     if options.images < 1:
         raise ConfigError(f"--images is {options.images}; set at least 1")
     findings = examine(options.checkpoint, options.unnorm_key)
@@ -50,10 +56,22 @@ def run(arguments: Sequence[str]) -> int:
     return EXIT_FAULT if any(finding.is_fault for finding in findings) else 0
 
 
+def _examine_machine(options: argparse.Namespace) -> int:
+    checks = examine_machine(Path(options.out))
+    _show([check.finding for check in checks])
+    if options.fix:
+        for check in checks:
+            if check.fix is not None:
+                logger.info("%s: %s", check.finding.subject, check.fix)
+    return EXIT_FAULT if any(check.finding.is_fault for check in checks) else 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m verl_vla doctor", description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="folder of a checkpoint")
+    add("--checkpoint", help="folder of a checkpoint to look at, instead of the machine")
+    add("--out", default="runs", help="where runs will be written")
+    add("--fix", action="store_true", help="print the commands that mend the machine; run none")
     add("--unnorm-key", help="entry of dataset_statistics.json")
     add("--suite", help=f"load the weights and look at held-out images of {', '.join(SUITES)}")
     add("--images", type=int, default=8, help="how many images to look at")

@@ -1,4 +1,4 @@
-"""``eval --policy DIR --suite NAME ...``: measure a policy on held-out starts.
+"""``eval --policy DIR --suite NAME --out DIR ...``: measure a policy; the same command resumes.
 
 Needs neither veRL nor Ray: the model runs in this process, the simulators beside it.
 """
@@ -9,9 +9,9 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -23,12 +23,17 @@ from verl_vla.build import (
     starts,
     task_ids,
 )
-from verl_vla.envs.suites import SUITES, StepLimit, suite
+from verl_vla.comparison import RESULT
+from verl_vla.conditions import conditions
+from verl_vla.envs.suites import SUITES, Split, StepLimit, suite
 from verl_vla.errors import ConfigError
-from verl_vla.evaluation import EvaluatedStates, Evaluation, EvaluationConfig, evaluate
+from verl_vla.evaluation import EvaluationConfig, count_entries
+from verl_vla.journal import Journal, read_episodes
+from verl_vla.policies.checkpoint import fingerprint
 from verl_vla.policies.loading import load_policy
-from verl_vla.provenance import provenance
+from verl_vla.progress import EvaluationProgress
 from verl_vla.recipe import EnvironmentConfig
+from verl_vla.resumable_evaluation import play_remaining
 from verl_vla.run_folder import evaluation_record
 
 logger = logging.getLogger(__name__)
@@ -37,17 +42,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Play, count, print a table, and write ``evaluation.json`` into the output folder."""
+    """Play what is not yet played, count, print a table, and write ``evaluation.json``."""
     options = _parser().parse_args(arguments)
     chosen = suite(options.suite)
     tasks = task_ids(chosen, options.tasks)
+    names = {task: chosen.tasks[task].name for task in tasks}
     folder = find_policy(options.policy)
     config = EvaluationConfig(
-        episodes_per_task=options.episodes,
-        temperature=_temperature(options.sampling),
-        states=options.states,
+        episodes_per_task=options.episodes, temperature=_temperature(options.sampling)
     )
-    evaluated = starts(chosen, tasks, config.states, per_task=config.episodes_per_task)
+    played = starts(chosen, tasks, options.states, per_task=config.episodes_per_task)
     env = EnvironmentConfig(
         suite=options.suite,
         step_limit=_step_limit(options.limit),
@@ -60,23 +64,38 @@ def run(arguments: Sequence[str]) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_policy(folder, DTYPES[options.dtype], options.unnorm_key)
     torch.nn.Module.to(policy.model, device)
-    began = time.perf_counter()
     simulated = env_config(env, policy.processor)
-    with open_simulators(env, simulated, policy.shape) as simulators:
-        result = evaluate(evaluated, policy, simulators, config=config, seed=options.seed)
-    names = {task: chosen.tasks[task].name for task in tasks}
-    _show(result, names)
-    record = evaluation_record(result, simulated, names) | {
-        "policy": options.policy,
-        "sampling": options.sampling,
-        "seed": options.seed,
-        "wall_s": time.perf_counter() - began,
-        "versions": provenance(),
+    given = conditions(
+        simulated, names, states=options.states, temperature=config.temperature, seed=options.seed
+    ) | {
+        "policy": {
+            "path": options.policy,
+            "fingerprint": fingerprint(folder),
+            "unnorm_key": options.unnorm_key,
+        },
+        "dtype": options.dtype,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     }
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "evaluation.json").write_text(json.dumps(record, indent=1))
-    logger.info("written to %s", out / "evaluation.json")
+    out, began = Path(options.out), time.perf_counter()
+    journal = Journal(out, given | {"starts": [[s.task_id, s.init_state_id] for s in played]})
+    found = read_episodes(out)
+    if found:
+        logger.info("%d episodes are in %s already; the others follow", len(found), out)
+    with open_simulators(env, simulated, policy.shape) as simulators:
+        lines = play_remaining(
+            played,
+            policy,
+            simulators,
+            policy.processor.codec,
+            journal,
+            found,
+            temperature=config.temperature,
+            seed=options.seed,
+            show=EvaluationProgress(len(played), found).show,
+        )
+    _show(lines, names)
+    time_spent = {"wall_s": time.perf_counter() - began, "episodes_found": len(found)}
+    _write(out / RESULT, evaluation_record(lines, given, names) | {"time": time_spent})
     return 0
 
 
@@ -86,8 +105,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--policy", required=True, help="folder of a checkpoint")
     add("--suite", required=True, help=f"one of {', '.join(SUITES)}")
     add("--tasks", type=int, nargs="+", help="task ids; all if not given")
-    add("--episodes", type=int, help="starts per task; all held-out ones if not given")
-    add("--states", choices=get_args(EvaluatedStates), default="held_out", help="which starts")
+    add("--episodes", type=int, help="starts per task; all recorded ones if not given")
+    add(
+        "--states",
+        choices=get_args(Split),
+        default="held_out",
+        help="starts to play; official: all recorded ones, as in published numbers; drawn: new ones",
+    )
     add("--sampling", default="greedy", help="greedy, or a temperature")
     add("--limit", default="published", help="step limit: published, simplevla, or a number")
     add("--render-size", type=int, help="camera picture, px; the policy's own if not given")
@@ -119,14 +143,16 @@ def _step_limit(limit: str) -> StepLimit:
     return limit
 
 
-def _show(result: Evaluation, names: dict[int, str]) -> None:
-    width = max(len(name) for name in names.values())
-    for task, rate in [*result.per_task.items(), (None, result.total)]:
+def _show(lines: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> None:
+    rows = [(name, [task]) for task, name in names.items()] + [("all tasks", list(names))]
+    width = max(len(name) for name, _ in rows)
+    for name, tasks in rows:
+        rate = count_entries(lines, tasks)
         low, high = rate.ci95
         logger.info(
             "%-*s  %5.1f%%  %3d of %3d  95%% %5.1f-%5.1f%%  crashed %d",
             width,
-            "all tasks" if task is None else names[task],
+            name,
             100 * rate.rate,
             rate.successes,
             rate.episodes,
@@ -134,3 +160,10 @@ def _show(result: Evaluation, names: dict[int, str]) -> None:
             100 * high,
             rate.crashes,
         )
+
+
+def _write(file: Path, record: Mapping[str, Any]) -> None:
+    partial = file.with_suffix(".tmp")
+    partial.write_text(json.dumps(record, indent=1))
+    partial.replace(file)
+    logger.info("written to %s", file)

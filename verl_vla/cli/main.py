@@ -13,19 +13,24 @@ import sys
 from collections.abc import Sequence
 
 from verl_vla.config import nearest
-from verl_vla.errors import ColdStartError, ConfigError, StarvedError
+from verl_vla.errors import ColdStartError, ConfigError, RewardError, StarvedError
 
 VERBS = {
     "train": "improve a policy: train recipe=NAME key=value ...",
     "eval": "measure a policy on held-out starts: eval --policy DIR --suite NAME ...",
-    "doctor": "say whether a checkpoint can be trained: doctor --checkpoint DIR ...",
+    "compare": "say which of two evaluated policies is better: compare A B",
+    "replay": "make a video of an episode that was played: replay RUN --episode ID",
+    "report": "write report.html of a training run: report RUN",
+    "dashboard": "a local page on runs, also those that are going: dashboard RUNS_DIR",
+    "doctor": "say whether this machine can train, or a checkpoint: doctor [--checkpoint DIR]",
     "demos": "record demonstrations of scripted experts: demos --suite NAME --out PLACE ...",
     "sft": "fine-tune on demonstrations: sft recipe=NAME ..., or sft --demos FILE ...",
-    "new-policy": "put a policy together: new-policy --language DIR --vision DIR --demos FILE ...",
+    "new-policy": "put a policy together: new-policy --language DIR --vision DIR --demos DIR ...",
     "reward-bench": "measure rewards before training on them: reward-bench --rewards A,B --out DIR",
     "quickstart": "train the embedded policy and show what it learned",
-    "bench": "measure the speed of a part: bench images ...",
+    "bench": "measure the speed of a part: bench env|pool|rollout|update|step|gpu|images ...",
     "recipes": "list the recipes that come with the project",
+    "plan": "say whether a recipe fits and how long it takes: plan recipe=NAME --gpu a100-80 ...",
     "explain": "say what every knob of a recipe is, and why: explain recipe=NAME key=value ...",
 }
 """Verb to its one-line help; each is a module of `verl_vla.cli`."""
@@ -38,6 +43,9 @@ EXIT_STARVED = 3
 
 EXIT_COLD_START = 4
 """Training did not begin: the policy succeeds too seldom to learn from its own episodes."""
+
+EXIT_REWARD = 5
+"""The reward raised, or gave an answer that cannot be trained on."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ColdStartError as error:
         sys.stderr.write(f"stopped: {error}\n")
         return EXIT_COLD_START
+    except RewardError as error:
+        sys.stderr.write(f"stopped: {error}\n")
+        return EXIT_REWARD
 
 
 def _speak_plainly() -> None:

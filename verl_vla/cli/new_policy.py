@@ -1,4 +1,4 @@
-"""``new-policy --language DIR --vision DIR --demos FILE --out DIR``: put a scratch VLA together."""
+"""``new-policy --language DIR --vision DIR --demos DIR --out DIR``: put a scratch VLA together."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from verl_vla.actions import ActionStatistics
 from verl_vla.cli.eval import DTYPES
 from verl_vla.demonstrations import DemonstrationFile
 from verl_vla.errors import ConfigError
+from verl_vla.finetuning.hdf5 import read_actions
+from verl_vla.finetuning.targets import measure_statistics
 from verl_vla.policies.scratch_vla.assembly import assemble
 from verl_vla.policies.scratch_vla.configuration import ACTION_ROWS, DECODINGS
 from verl_vla.sft import action_statistics
@@ -25,10 +28,7 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     if Path(options.out).exists():
         raise ConfigError(f"--out is {options.out}, which is there already; name a new folder")
-    with DemonstrationFile(Path(options.demos)) as file:
-        demonstrations = list(file)
-        key = file.suite
-    statistics = action_statistics(demonstrations, key=key)
+    statistics = _measure(Path(options.demos))
     policy = assemble(
         options.language,
         options.vision,
@@ -54,12 +54,20 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _measure(demos: Path) -> ActionStatistics:
+    """The ranges of all actions in a folder of LIBERO's files, or in an .npz of `demos`."""
+    if demos.is_dir():
+        return measure_statistics(read_actions(demos), key=demos.name)
+    with DemonstrationFile(demos) as file:
+        return action_statistics(list(file), key=file.suite)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m verl_vla new-policy", description=__doc__)
     add = parser.add_argument
     add("--language", required=True, help="folder of a causal language model")
     add("--vision", required=True, nargs="+", help="folders of one or two SigLIP models")
-    add("--demos", required=True, help="file that `demos` wrote; gives the ranges of the actions")
+    add("--demos", required=True, help="what `demos` wrote, or LIBERO's folder: gives the ranges")
     add("--decoding", choices=DECODINGS, default=DECODINGS[0])
     add("--action-rows", choices=ACTION_ROWS, default=ACTION_ROWS[0])
     add("--lora-rank", type=int, default=LORA_RANK, help="0 trains the language model itself")

@@ -49,7 +49,7 @@ from verl_vla.reward_bench import (
     played_with,
     ranking_table,
     read_rewards,
-    read_trajectories,
+    read_rounds,
     table_as_json,
     verdicts,
 )
@@ -103,7 +103,7 @@ def run(arguments: Sequence[str]) -> int:
     _write(out, result)
     if options.episodes is None:
         _play(folder, played, _environment(played, options.workers))
-    trajectories = read_trajectories(folder, played.groups)
+    trajectories = read_rounds(folder, played.groups)
     learned, judged = halve(make_sample(trajectories, suite=played.suite, split="train"))
     rows = measure(contestants, learned, judged, config)
     result |= {
@@ -196,7 +196,8 @@ def _play(folder: Path, played: PlayConfig, env: EnvironmentConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_policy(find_policy(played.policy), DTYPES[played.dtype], played.unnorm_key)
     torch.nn.Module.to(policy.model, device)
-    with open_simulators(env, env_config(env, policy.processor), policy.shape) as simulators:
+    simulated = replace(env_config(env, policy.processor), draw_ending=True)
+    with open_simulators(env, simulated, policy.shape) as simulators:
         play_missing(
             folder,
             _groups(played),

@@ -13,6 +13,7 @@ from verl_vla.composition import load_recipe
 from verl_vla.finetuning.run import SFTRun
 from verl_vla.metrics import read_metrics
 from verl_vla.report import draw_curve
+from verl_vla.run_report.page import write_report
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,11 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def improve(opened: Run) -> None:
-    """Train to the last step and draw ``curve.png``."""
+    """Train to the last step, draw ``curve.png`` and write ``report.html``."""
     start_training(opened)
     title = f"GRPO on {opened.recipe.environment.suite}, seed {opened.recipe.seed}"
     draw_curve(opened.folder / "curve.png", read_metrics(opened.folder / "metrics.jsonl"), title)
+    write_report(opened.folder)
 
 
 def start_training(opened: Run | SFTRun, launcher: str = "launch") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.nn import functional
 
 from verl_vla.errors import ConfigError, ContractError
-from verl_vla.normalization import normalize_image
-from verl_vla.observations import ImageStatistics
+from verl_vla.observations import ImageStatistics, normalize_image
 
 Pictures = npt.NDArray[np.uint8]
 """[T, H, W, 3], one view of one episode, in the order of its decisions."""
@@ -25,6 +26,8 @@ Features = npt.NDArray[np.float32]
 """[T, D]"""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+"""Owner and model, as the hub writes them."""
 SAMPLED_WEIGHTS = 1024
 """Numbers of every weight that enter the feature space's name: fine-tuning moves all of them, and
 reading a thousand takes no time."""
@@ -153,18 +156,32 @@ def check_pictures(frames: Sequence[Pictures]) -> None:
 
 
 def require_folder(path: str, purpose: str) -> Path:
-    """Return the folder of a model's weights; nothing is fetched.
+    """Return the folder of a model's weights: a local one, or a copy of the hub's, fetched once.
+
+    Args:
+        path: of a local folder as save_pretrained writes it, or a name on the Hugging Face hub.
+        purpose: what the weights are of, for messages.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: there is no such folder, and none of this name can be fetched.
     """
     folder = Path(path).expanduser()
-    if not (folder / "config.json").is_file():
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists() or not HUB_NAME.fullmatch(path):
         raise ConfigError(
             f"{path} holds no config.json; point encoder_args.path at a local folder with the "
-            f"weights of {purpose}, as save_pretrained writes it"
+            f"weights of {purpose}, as save_pretrained writes it, or name one on the hub"
         )
-    return folder
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # the network fails in too many ways to name
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"{path} is no folder here, and cannot be fetched from the hub "
+            f"({type(error).__name__}: {reason}); point encoder_args.path at a local folder with "
+            f"the weights of {purpose}"
+        ) from error
 
 
 def name_space(kind: str, description: Mapping[str, Any], module: nn.Module | None = None) -> str:

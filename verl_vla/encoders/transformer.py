@@ -1,4 +1,4 @@
-"""DINOv2 and SigLIP as transformers has them, from a local folder."""
+"""DINOv2 and SigLIP as transformers has them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Dinov2Encoder(ImageEncoder):
         """Load the weights.
 
         Args:
-            path: a local folder, for example a copy of ``facebook/dinov2-large``.
+            path: a local folder, or a name on the hub such as ``facebook/dinov2-large``.
             image_size: that pictures are resized to, a multiple of the patch size. Position
                 embeddings are interpolated to it.
             dtype: that the network computes in.
@@ -55,7 +55,7 @@ class Dinov2Encoder(ImageEncoder):
             batch_size: pictures computed at once.
 
         Raises:
-            ConfigError: no such folder, another kind of model, or an impossible size.
+            ConfigError: no such weights, another kind of model, or an impossible size.
         """
         folder = require_folder(path, "DINOv2")
         config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -100,13 +100,13 @@ class SiglipEncoder(ImageEncoder):
         """Load the weights.
 
         Args:
-            path: a local folder, for example a copy of ``google/siglip-so400m-patch14-224``.
+            path: a local folder, or a name on the hub such as ``google/siglip-so400m-patch14-224``.
             dtype: that the network computes in.
             device: as torch spells it.
             batch_size: pictures computed at once.
 
         Raises:
-            ConfigError: no such folder, or another kind of model.
+            ConfigError: no such weights, or another kind of model.
         """
         folder = require_folder(path, "SigLIP")
         found: Any = AutoConfig.from_pretrained(folder, local_files_only=True)

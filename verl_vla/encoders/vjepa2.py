@@ -46,14 +46,14 @@ class Vjepa2Encoder:
         """Load the encoder; the predictor is never run.
 
         Args:
-            path: a local folder, for example a copy of ``facebook/vjepa2-vitl-fpc64-256``.
+            path: a local folder, or a name on the hub such as ``facebook/vjepa2-vitl-fpc64-256``.
             max_frames: of one clip; longer episodes are thinned by `pick_by_content`.
             dtype: that the network computes in.
             device: as torch spells it.
             batch_size: clips computed at once.
 
         Raises:
-            ConfigError: no such folder, or another kind of model.
+            ConfigError: no such weights, or another kind of model.
         """
         check_positive(batch_size=batch_size, max_frames=max_frames)
         folder = require_folder(path, "V-JEPA 2")

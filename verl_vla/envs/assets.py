@@ -8,8 +8,10 @@ textures of the five suites are no part of the wheel; `find_assets` says where t
 from __future__ import annotations
 
 import atexit
+import hashlib
 import importlib
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -28,6 +30,8 @@ CACHED_ASSETS = Path("~/.cache/libero/assets")
 """Where hf-libero keeps its download."""
 ASSETS_REPOSITORY = "lerobot/libero-assets"
 """The dataset on the Hugging Face hub that hf-libero downloads; its `utils/download_utils.py`."""
+STANDINS_FILE = "STANDINS.json"
+"""In a folder of assets that is not complete: the list of those that something else stands for."""
 ASSET_FOLDERS = (
     "articulated_objects",
     "scenes",
@@ -96,6 +100,25 @@ def find_assets() -> Path:
             "it must be the folder that holds them"
         )
     return _download()
+
+
+def describe_assets(folder: Path) -> dict[str, Any]:
+    """What makes two folders of assets draw the same pictures, without reading gigabytes.
+
+    Returns:
+        ``fingerprint``, of the names and sizes of all files, and ``standins``, the files that
+        something else stands for.
+    """
+    sizes = sorted(
+        f"{path.relative_to(folder)} {path.stat().st_size}\n"
+        for path in folder.rglob("*")
+        if path.is_file()
+    )
+    standins = folder / STANDINS_FILE
+    return {
+        "fingerprint": hashlib.sha256("".join(sizes).encode()).hexdigest()[:16],
+        "standins": json.loads(standins.read_text()) if standins.exists() else [],
+    }
 
 
 def _local_assets() -> Path | None:

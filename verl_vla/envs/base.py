@@ -41,6 +41,9 @@ class ChunkResult:
     """What the policy sees next; None where the episode ended."""
     goals: GoalReadings
     """[2, G, 3], before the chunk and after it."""
+    ending: npt.NDArray[np.uint8] | None = None
+    """[V, H, W, 3], what was to be seen after the last step, as in an observation; None where the
+    episode goes on, or where the environment was not told to draw it."""
 
 
 class Env(Protocol):

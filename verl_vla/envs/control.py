@@ -3,7 +3,8 @@
 The arithmetic is robosuite 1.4.0's (`controllers/osc.py`, `controllers/base_controller.py`,
 `models/grippers/panda_gripper.py`), operation by operation and through the same compiled functions,
 so the torques agree to the bit. What is left out decides nothing: look-ups by name, second forward
-passes over an unchanged state, histories that nobody reads.
+passes over an unchanged state, histories that nobody reads, new arrays where old ones will do.
+Matrices keep robosuite's memory order (Fortran's), which chooses the compiled function.
 
 Importing this module imports robosuite: call `verl_vla.envs.assets.import_libero` first.
 """
@@ -11,6 +12,7 @@ Importing this module imports robosuite: call `verl_vla.envs.assets.import_liber
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,8 @@ from robosuite.utils.control_utils import (
     orientation_error,
     set_goal_orientation,
 )
+
+from verl_vla.errors import ContractError
 
 Floats = npt.NDArray[np.float64]
 
@@ -43,6 +47,8 @@ class ArmState:
 
 @dataclass(frozen=True, slots=True)
 class _Kinematics:
+    """The arm at one moment: views of MuJoCo's memory, or buffers that `_read` fills."""
+
     ee_pos: Floats
     ee_ori: Floats
     ee_pos_vel: Floats
@@ -64,19 +70,19 @@ class ArmControl:
         self._model: mujoco.MjModel = sim.model._model
         self._data: mujoco.MjData = sim.data._data
         self._site = int(sim.model.site_name2id(controller.eef_name))
-        self._qpos_index: list[int] = list(controller.qpos_index)
-        self._qvel_index: list[int] = list(controller.qvel_index)
-        self._kp, self._kd = controller.kp, controller.kd
+        self._joints = _neighbours(controller.qvel_index)
+        self._kp_pos, self._kp_ori = controller.kp[:3], controller.kp[3:]
+        self._kd_pos, self._kd_ori = controller.kd[:3], controller.kd[3:]
         self._scale: Floats = np.abs(controller.output_max - controller.output_min) / np.abs(
             controller.input_max - controller.input_min
         )
         self._initial_joint = controller.initial_joint
-        self._arm_actuators: list[int] = list(robot._ref_joint_actuator_indexes)
-        self._torque_limits: tuple[Floats, Floats] = robot.torque_limits
-        self._finger_actuators = [
-            sim.model.actuator_name2id(name) for name in robot.gripper.actuators
-        ]
-        closed, opened = self._model.actuator_ctrlrange[self._finger_actuators].T
+        self._least_torque, self._largest_torque = robot.torque_limits
+        fingers = _neighbours([sim.model.actuator_name2id(n) for n in robot.gripper.actuators])
+        self._arm_ctrl: Floats = self._data.ctrl[_neighbours(robot._ref_joint_actuator_indexes)]
+        self._finger_ctrl: Floats = self._data.ctrl[fingers]
+        self._arm_bias: Floats = self._data.qfrc_bias[self._joints]
+        closed, opened = self._model.actuator_ctrlrange[fingers].T
         self._finger_bias, self._finger_weight = 0.5 * (opened + closed), 0.5 * (opened - closed)
         self._finger_speed = np.array([-1.0, 1.0]) * robot.gripper.speed
         self._at_reset = _Kinematics(
@@ -92,6 +98,10 @@ class ArmControl:
             controller.mass_matrix,
         )
         self._goal_at_reset = (controller.goal_pos, controller.goal_ori)
+        self._jac_pos, self._jac_ori = np.zeros((2, 3, self._model.nv))
+        self._full_mass = np.zeros((self._model.nv, self._model.nv))
+        self._inertia, self._qvel = self._data.qM, self._data.qvel
+        self._now = self._watch(_neighbours(controller.qpos_index))
         self.begin()
 
     def begin(self) -> None:
@@ -144,41 +154,56 @@ class ArmControl:
         self._goal_pos = now.ee_pos + delta[:3]
 
     def _command(self, now: _Kinematics) -> None:
-        self._data.ctrl[self._arm_actuators] = np.clip(self._torques(now), *self._torque_limits)
-        self._gripper = np.clip(self._gripper + self._finger_drive, -1.0, 1.0)
-        self._data.ctrl[self._finger_actuators] = (
-            self._finger_bias + self._finger_weight * self._gripper
+        torques = self._torques(now)
+        self._arm_ctrl[:] = np.minimum(
+            np.maximum(torques, self._least_torque), self._largest_torque
         )
+        self._gripper = np.minimum(np.maximum(self._gripper + self._finger_drive, -1.0), 1.0)
+        self._finger_ctrl[:] = self._finger_bias + self._finger_weight * self._gripper
 
     def _torques(self, now: _Kinematics) -> Floats:
-        force = (self._goal_pos - now.ee_pos) * self._kp[:3] + -now.ee_pos_vel * self._kd[:3]
+        force = (self._goal_pos - now.ee_pos) * self._kp_pos + -now.ee_pos_vel * self._kd_pos
         turn = orientation_error(self._goal_ori, now.ee_ori)
-        torque = turn * self._kp[3:] + -now.ee_ori_vel * self._kd[3:]
+        torque = turn * self._kp_ori + -now.ee_ori_vel * self._kd_ori
         _, lambda_pos, lambda_ori, nullspace = opspace_matrices(
             now.mass_matrix, now.jac_full, now.jac_pos, now.jac_ori
         )
         wrench = np.concatenate([np.dot(lambda_pos, force), np.dot(lambda_ori, torque)])
-        torques = np.dot(now.jac_full.T, wrench) + self._data.qfrc_bias[self._qvel_index]
+        torques = np.dot(now.jac_full.T, wrench) + self._arm_bias
         return torques + nullspace_torques(
             now.mass_matrix, nullspace, self._initial_joint, now.joint_pos, now.joint_vel
         )
 
-    def _read(self) -> _Kinematics:
-        model, data, columns = self._model, self._data, self._qvel_index
-        jac_pos, jac_ori = np.zeros((3, model.nv)), np.zeros((3, model.nv))
-        mujoco.mj_jacSite(model, data, jac_pos, jac_ori, self._site)
-        full_mass = np.empty((model.nv, model.nv))
-        mujoco.mj_fullM(model, full_mass, data.qM)
-        arm_pos, arm_ori = np.array(jac_pos[:, columns]), np.array(jac_ori[:, columns])
+    def _watch(self, positions: slice) -> _Kinematics:
+        num_joints = self._joints.stop - self._joints.start
         return _Kinematics(
-            np.array(data.site_xpos[self._site]),
-            np.array(data.site_xmat[self._site].reshape(3, 3)),
-            np.dot(jac_pos, data.qvel),
-            np.dot(jac_ori, data.qvel),
-            data.qpos[self._qpos_index],
-            data.qvel[columns],
-            arm_pos,
-            arm_ori,
-            np.vstack([arm_pos, arm_ori]),
-            full_mass[columns, :][:, columns],
+            self._data.site_xpos[self._site],
+            self._data.site_xmat[self._site].reshape(3, 3),
+            np.zeros(3),
+            np.zeros(3),
+            self._data.qpos[positions],
+            self._data.qvel[self._joints],
+            np.zeros((3, num_joints), order="F"),
+            np.zeros((3, num_joints), order="F"),
+            np.zeros((6, num_joints), order="F"),
+            np.zeros((num_joints, num_joints), order="F"),
         )
+
+    def _read(self) -> _Kinematics:
+        now, jac_pos, jac_ori = self._now, self._jac_pos, self._jac_ori
+        mujoco.mj_jacSite(self._model, self._data, jac_pos, jac_ori, self._site)
+        mujoco.mj_fullM(self._model, self._full_mass, self._inertia)
+        np.dot(jac_pos, self._qvel, out=now.ee_pos_vel)
+        np.dot(jac_ori, self._qvel, out=now.ee_ori_vel)
+        now.jac_pos[:] = now.jac_full[:3] = jac_pos[:, self._joints]
+        now.jac_ori[:] = now.jac_full[3:] = jac_ori[:, self._joints]
+        now.mass_matrix[:] = self._full_mass[self._joints, self._joints]
+        return now
+
+
+def _neighbours(indices: Sequence[int]) -> slice:
+    """Where the joints or actuators of one part lie, as a slice, which numpy need not copy."""
+    first, last = int(indices[0]), int(indices[-1])
+    if list(indices) != list(range(first, last + 1)):
+        raise ContractError(f"joints or actuators {list(indices)} of the arm are not neighbours")
+    return slice(first, last + 1)

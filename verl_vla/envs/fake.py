@@ -70,6 +70,8 @@ class FakeEnvConfig:
     """How near to the target, along each axis, counts as solved."""
     num_init_states: int = 100
     """Recorded starts of each task."""
+    draw_ending: bool = False
+    """Draw what is to be seen after the last step as well."""
 
     def __post_init__(self) -> None:
         for name in ("num_views", "step_limit", "stride", "tolerance", "num_init_states"):
@@ -125,6 +127,7 @@ class FakeEnv:
             outcome=outcome,
             observation=None if self._is_over else self._observe(),
             goals=np.stack([before, self._goals()]),
+            ending=self._draw() if self._is_over and self._config.draw_ending else None,
         )
 
     def snapshot(self) -> Snapshot:

@@ -61,6 +61,22 @@ def check_gl() -> None:
     context.free()
 
 
+def renderer_name() -> str:
+    """What draws, e.g. ``egl, llvmpipe (LLVM 15.0.6, 256 bits)``; two of them draw two pictures.
+
+    Raises:
+        ConfigError: as in `prepare_gl`.
+    """
+    chosen = prepare_gl()
+    context = importlib.import_module("mujoco.gl_context").GLContext(64, 64)
+    try:
+        context.make_current()
+        gl = importlib.import_module("OpenGL.GL")
+        return f"{chosen}, {gl.glGetString(gl.GL_RENDERER).decode()}"
+    finally:
+        context.free()
+
+
 def _loads(library: str) -> bool:
     try:
         ctypes.CDLL(library)

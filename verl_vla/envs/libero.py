@@ -21,7 +21,7 @@ from verl_vla.envs.gl import check_gl
 from verl_vla.envs.mini.geometry import ASSETS, HIDDEN_BODIES
 from verl_vla.envs.suites import MAX_DRAWN, StepLimit, Suite, suite
 from verl_vla.errors import ConfigError, ContractError
-from verl_vla.observations import prepare_image
+from verl_vla.image_pipeline import prepare_image
 from verl_vla.played import GoalReadings, Observation, Outcome
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ class EnvConfig:
     image_size: int = 224
     """Height and width of what the policy sees, pixels."""
     cameras: tuple[str, ...] = ("agentview",)
+    draw_ending: bool = False
+    """Draw what is to be seen after an episode's last step; a policy has no use for it, a reward
+    that looks at pictures has."""
     settle_steps: int = 10
     """Steps with an open, resting gripper before the first observation; objects drop meanwhile."""
     max_simulators: int = 10
@@ -104,7 +107,7 @@ class LiberoEnv:
         check_gl()
         self.config = config
         self.suite: Suite = suite(config.suite)
-        self._assets = find_assets() if self.suite.needs_assets else ASSETS
+        self.assets = find_assets() if self.suite.needs_assets else ASSETS
         self._simulators: OrderedDict[int, Simulator] = OrderedDict()
         self._load_init_states = cache(self.suite.load_init_states)
         self._episode: _Episode | None = None
@@ -161,12 +164,13 @@ class LiberoEnv:
             outcome = self.step(actions[executed].astype(np.float64))
             executed += 1
         before, episode.goals = episode.goals, self.simulator(episode.task_id).goals()
-        observation = None if outcome is not None else self.observe()
+        has_ended = outcome is not None
         return ChunkResult(
             executed=executed,
             outcome=outcome,
-            observation=observation,
+            observation=None if has_ended else self.observe(),
             goals=np.stack([before, episode.goals]),
+            ending=self._draw() if has_ended and self.config.draw_ending else None,
         )
 
     def step(self, action: npt.NDArray[np.float64]) -> Outcome | None:
@@ -182,12 +186,9 @@ class LiberoEnv:
     def observe(self) -> Observation:
         """Draw the cameras and read the arm, as a policy sees them at this moment."""
         task_id = self._under_way().task_id
-        simulator = self.simulator(task_id)
-        size = self.config.image_size
-        views = [prepare_image(simulator.render(name), size=size) for name in self.config.cameras]
         return Observation(
-            image=np.stack(views),
-            proprio=simulator.proprio(),
+            image=self._draw(),
+            proprio=self.simulator(task_id).proprio(),
             instruction=self.suite.task(task_id).instruction,
         )
 
@@ -225,6 +226,13 @@ class LiberoEnv:
             self._simulators.popitem()[1].close()
         self._episode = None
 
+    def _draw(self) -> npt.NDArray[np.uint8]:
+        """[V, H, W, 3], what the cameras see at this moment, also of an episode that has ended."""
+        simulator, size = self.simulator(self._current().task_id), self.config.image_size
+        return np.stack(
+            [prepare_image(simulator.render(name), size=size) for name in self.config.cameras]
+        )
+
     def _build_simulator(self, task_id: int) -> Simulator:
         from verl_vla.envs.rendering import Look  # noqa: PLC0415 -- MuJoCo reads MUJOCO_GL first
         from verl_vla.envs.simulator import Simulator  # noqa: PLC0415 -- LIBERO, its config
@@ -235,7 +243,7 @@ class LiberoEnv:
             look = replace(
                 look, has_shadows=False, is_antialiased=False, hidden_bodies=HIDDEN_BODIES
             )
-        with asset_folder(self._assets):
+        with asset_folder(self.assets):
             return Simulator(self.suite.task(task_id).bddl_file, look)
 
     def _current(self) -> _Episode:

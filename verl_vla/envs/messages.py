@@ -102,6 +102,8 @@ class Stepped:
     outcome: Outcome | None
     moment: Moment | None
     """None where the episode ended."""
+    has_ending: bool
+    """Whether the slot's frame shows how it ended."""
     goals: GoalReadings
     busy_s: float
 

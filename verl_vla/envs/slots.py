@@ -199,6 +199,7 @@ class Slots:
             outcome=result.outcome,
             observation=observation,
             goals=result.goals,
+            ending=self._frames[slot].copy() if result.has_ending else None,
         )
 
     def _note_failure(self, request: Request, result: Failed) -> StartEpisode | None:

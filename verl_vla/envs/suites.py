@@ -23,7 +23,9 @@ from verl_vla.config import nearest
 from verl_vla.envs.assets import libero_root
 from verl_vla.errors import ConfigError
 
-Split = Literal["train", "held_out", "drawn"]
+Split = Literal["train", "held_out", "official", "drawn"]
+"""``official`` is every recorded start, as in published evaluations: trained on or not; ``drawn``
+starts are recorded nowhere."""
 StepLimit = Literal["published", "simplevla"] | int
 
 SUITES = ("mini", "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
@@ -135,14 +137,14 @@ class Suite:
         return limit
 
     def init_state_ids(self, task_id: int, split: Split) -> list[int]:
-        """Return the recorded starts that may be trained on, or those kept for evaluation.
+        """Return the recorded starts that may be trained on, those kept for evaluation, or all.
 
         Of LIBERO's 50 states, every fifth (4, 9, .., 49) is held out: 40 to train on, 10 to
         evaluate. Published numbers use all 50 for both; a number on the 10 is not one on the 50.
         The mini suite trains on its first 50 and holds out its last 50.
 
-        ``drawn`` starts are recorded nowhere: their ids follow the recorded ones, and an
-        environment draws them from the task's regions. Nobody trains on them.
+        ``drawn`` starts have ids that follow the recorded ones, and an environment draws them from
+        the task's regions. Nobody trains on them.
 
         Raises:
             ConfigError: there is no such task or split.
@@ -151,6 +153,8 @@ class Suite:
         if split not in get_args(Split):
             raise ConfigError(f"split is {split!r}; {nearest(split, get_args(Split))}")
         ids = range(self.num_init_states)
+        if split == "official":
+            return list(ids)
         if split == "drawn":
             return list(range(len(ids), len(ids) + MAX_DRAWN))
         if self.needs_assets:

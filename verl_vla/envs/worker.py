@@ -19,6 +19,7 @@ import traceback
 from multiprocessing.connection import Connection
 
 import numpy as np
+import numpy.typing as npt
 
 from verl_vla.envs.base import Env, Snapshot
 from verl_vla.envs.messages import (
@@ -109,28 +110,34 @@ def _do(env: Env, frames: Frames, request: Request) -> Reply:
     if (result.observation is None) != (result.outcome is not None):
         raise ContractError("an observation must come with every chunk but the last")
     moment = None if result.observation is None else _moment(env, result.observation, frame)
+    if result.ending is not None:
+        _show(result.ending, frame)
     return Stepped(
         executed=result.executed,
         outcome=result.outcome,
         moment=moment,
+        has_ending=result.ending is not None,
         goals=result.goals,
         busy_s=time.perf_counter() - began,
     )
 
 
 def _moment(env: Env, observation: Observation, frame: Frames) -> Moment:
-    image = observation.image
+    _show(observation.image, frame)
+    return Moment(
+        snapshot=pickle.dumps(env.snapshot(), protocol=pickle.HIGHEST_PROTOCOL),
+        proprio=observation.proprio,
+        instruction=observation.instruction,
+    )
+
+
+def _show(image: npt.NDArray[np.uint8], frame: Frames) -> None:
     if image.shape != frame.shape or image.dtype != np.uint8:
         raise ContractError(
             f"the environment's image is {image.dtype} {list(image.shape)}, but the pool was made "
             f"for uint8 {list(frame.shape)}; give both the same views and image size"
         )
     frame[...] = image
-    return Moment(
-        snapshot=pickle.dumps(env.snapshot(), protocol=pickle.HIGHEST_PROTOCOL),
-        proprio=observation.proprio,
-        instruction=observation.instruction,
-    )
 
 
 def _follow_pool(socket_descriptor: int) -> None:

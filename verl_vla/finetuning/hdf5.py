@@ -2,8 +2,8 @@
 
 One HDF5 file a task, ``<task name>_demo.hdf5``: a group ``data`` with the attribute
 ``problem_info`` and, for each episode, ``demo_i/actions`` [T, 7], ``demo_i/states``
-[T, 1 + nq + nv] (time, positions, velocities) and ``demo_i/obs/agentview_rgb`` [T, H, W, 3] uint8,
-stored bottom-up as OpenGL draws. Source: LIBERO ``scripts/create_dataset.py``.
+[T, 1 + nq + nv] (time, positions, velocities) and, for each camera, the `PICTURES` [T, H, W, 3]
+uint8, stored bottom-up as OpenGL draws. Source: LIBERO ``scripts/create_dataset.py``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from verl_vla.envs.libero import CAMERAS
 from verl_vla.envs.suites import Suite
 from verl_vla.errors import ConfigError
 from verl_vla.finetuning.targets import moving_steps
-from verl_vla.libero_files import file_name
+from verl_vla.libero_files import FILE_SUFFIX, PICTURES, file_name
 from verl_vla.observations import Pixels
-
-AGENTVIEW = "obs/agentview_rgb"
-"""The third-person camera's pictures."""
 
 Wording = Literal["task_name", "problem_info"]
 
@@ -49,6 +47,8 @@ class Demo:
     """[T, 7], simulator units; float32 as in openvla-oft's copy of the data."""
     render_size: int
     """Height of its pictures, pixels."""
+    cameras: tuple[str, ...]
+    """Those of `CAMERAS` that it has pictures of, in their order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,13 +114,28 @@ def read_demos(
                     for part in chosen
                 )
         except (OSError, KeyError) as error:
-            raise ConfigError(
-                f"{path} is no LIBERO demonstration file or is broken ({error}); fetch or "
-                "record it again"
-            ) from error
+            raise _broken(path, error) from error
         learned += first
         held_out += last
     return learned, held_out
+
+
+def read_actions(folder: Path) -> list[npt.NDArray[np.float32]]:
+    """Read the actions [T, 7] of every episode of every file in a folder, idle steps left out.
+
+    Raises:
+        ConfigError: a file is broken or of another layout.
+    """
+    actions: list[npt.NDArray[np.float32]] = []
+    for path in sorted(folder.glob(f"*{FILE_SUFFIX}")):
+        try:
+            with h5py.File(path, "r") as file:
+                for name in _episode_names(file):
+                    values = np.asarray(file[f"data/{name}/actions"], dtype=np.float64)
+                    actions.append(values[moving_steps(values)].astype(np.float32))
+        except (OSError, KeyError) as error:
+            raise _broken(path, error) from error
+    return actions
 
 
 def read_sentence(file: Node) -> str:
@@ -141,20 +156,15 @@ class FrameReader:
         self._files: dict[Path, Node] = {}
         self._process = os.getpid()
 
-    def read(self, demo: Demo, index: int) -> Pixels:
+    def read(self, demo: Demo, index: int, camera: str = CAMERAS[0]) -> Pixels:
         """Return the picture before ``demo.actions[index]``: [H, W, 3], upright.
 
         It is turned by 180 degrees, so that left and right are swapped, as openvla-oft does
         (``experiments/robot/libero/libero_utils.py:33``) and as `Renderer.draw` shows it.
         """
         file = self._file(demo.file)
-        stored = file[f"data/{demo.name}/{AGENTVIEW}"][int(demo.steps[index])]
+        stored = file[f"data/{demo.name}/{PICTURES[camera]}"][int(demo.steps[index])]
         return np.ascontiguousarray(stored[::-1, ::-1])
-
-    @property
-    def open_files(self) -> int:
-        """How many files are open in this process."""
-        return len(self._files) if self._process == os.getpid() else 0
 
     def close(self) -> None:
         """Close what is open."""
@@ -177,6 +187,12 @@ class FrameReader:
         return self._files[path]
 
 
+def _broken(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{path} is no LIBERO demonstration file or is broken ({error}); fetch or record it again"
+    )
+
+
 def _episode_names(file: Node) -> list[str]:
     """``demo_0``, ``demo_1``, ... ``demo_10``, in the order of their numbers."""
     names = [name for name in file["data"] if name.startswith("demo_")]
@@ -197,8 +213,9 @@ def _split(names: list[str], choice: DemoChoice, path: Path) -> tuple[list[str],
 def _read_demo(
     file: Node, path: Path, name: str, task_id: int, instruction: str, choice: DemoChoice
 ) -> Demo:
-    actions = np.asarray(file[f"data/{name}/actions"], dtype=np.float64)
-    num_frames, render_size = file[f"data/{name}/{AGENTVIEW}"].shape[:2]
+    episode = file[f"data/{name}"]
+    actions = np.asarray(episode["actions"], dtype=np.float64)
+    num_frames, render_size = episode[PICTURES[CAMERAS[0]]].shape[:2]
     if actions.ndim != 2 or not 0 < len(actions) == num_frames:
         raise ConfigError(
             f"{path}: {name} holds actions {list(actions.shape)} and {num_frames} pictures; each "
@@ -213,4 +230,5 @@ def _read_demo(
         steps=steps,
         actions=actions[steps].astype(np.float32),
         render_size=render_size,
+        cameras=tuple(camera for camera in CAMERAS if PICTURES[camera] in episode),
     )

@@ -24,19 +24,14 @@ class SFTReport:
         self._total_steps = total_steps
         self._show_every = show_every
         self._progress = Progress(total_steps)
-        self._began = time.perf_counter()
-        self._num_shown = 0
+        self._first_shown: tuple[int, float] | None = None
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
-        """Report a step now and then, the first, the last and every tested one always.
-
-        The time left is the mean of this process's steps so far, with all that lay between them.
-        """
-        self._num_shown += 1
+        """Report a step now and then, the first, the last and every tested one always."""
+        left_s = self._time_left_s(step, values["time/step_s"])
         is_telling = "sft/held_out_accuracy" in values or step in (1, self._total_steps)
         if step % self._show_every and not is_telling:
             return
-        per_step = (time.perf_counter() - self._began) / self._num_shown
         held_out = (
             f"  held out {100 * values['sft/held_out_accuracy']:.1f}%"
             if "sft/held_out_accuracy" in values
@@ -52,7 +47,7 @@ class SFTReport:
             held_out,
             values["sft/lr"],
             values["time/step_s"],
-            format_seconds(per_step * (self._total_steps - step)),
+            format_seconds(left_s),
         )
 
     def keep_evaluation(self, step: int, result: Evaluation, record: Mapping[str, Any]) -> None:
@@ -63,3 +58,15 @@ class SFTReport:
     def draw(self, lines: Sequence[Mapping[str, float]]) -> None:
         """Draw ``curve.png`` of everything measured."""
         draw_sft_curve(self._folder / "curve.png", lines, self._folder.name)
+
+    def _time_left_s(self, step: int, seconds: float) -> float:
+        """By the mean of this process's steps so far, with all that lay between them.
+
+        Its first step has waited for everything to start and counts for its own ``seconds`` alone.
+        """
+        now = time.perf_counter()
+        if self._first_shown is None:
+            self._first_shown = (step, now)
+        first, ended = self._first_shown
+        per_step = seconds if step == first else (now - ended) / (step - first)
+        return per_step * (self._total_steps - step)

@@ -23,15 +23,14 @@ import numpy as np
 from verl_vla.envs.libero import EnvConfig, LiberoEnv, make_env
 from verl_vla.envs.suites import suite
 from verl_vla.errors import ConfigError
-from verl_vla.finetuning.hdf5 import AGENTVIEW, Node, demo_file
+from verl_vla.finetuning.hdf5 import Node, demo_file
+from verl_vla.libero_files import PARTIAL_SUFFIX, PICTURES
 from verl_vla.processes import end_with_parent
 from verl_vla.progress import format_seconds
 
 logger = getLogger(__name__)
 
-CAMERA = "agentview"
 RGB = 3
-PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +42,7 @@ class Rerendering:
     target: Path
     """Folder of the same files with other pictures; they hold nothing but what is learned from."""
     env: EnvConfig
-    """Its ``render_size`` is the size of the pictures."""
+    """Its ``cameras`` are drawn, at its ``render_size``."""
 
 
 def rerender(work: Rerendering, tasks: Sequence[int], *, workers: int) -> None:
@@ -82,7 +81,7 @@ def rerender_task(work: Rerendering, task_id: int) -> int:
     """
     env = make_env(work.env)
     path = demo_file(work.target, env.suite.task(task_id).name)
-    partial = path.with_name(path.name + PARTIAL)
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
         with (
             h5py.File(work.source / path.name, "r") as source,
@@ -113,12 +112,16 @@ def _draw_episode(source: Node, target: Node, env: LiberoEnv, task_id: int) -> i
     target["actions"] = source["actions"][()]
     target["states"] = states
     shape = (env.config.render_size, env.config.render_size, RGB)
-    frames = target.create_dataset(
-        AGENTVIEW, shape=(len(states), *shape), dtype=np.uint8, chunks=(1, *shape)
-    )
+    frames = {
+        camera: target.create_dataset(
+            PICTURES[camera], shape=(len(states), *shape), dtype=np.uint8, chunks=(1, *shape)
+        )
+        for camera in env.config.cameras
+    }
     simulator = env.simulator(task_id)
     for step, state in enumerate(states):
         simulator.begin(state)
-        # bottom-up and not mirrored, as LIBERO stores pictures
-        frames[step] = simulator.render(CAMERA)[::-1, ::-1]
+        for camera in frames:
+            # bottom-up and not mirrored, as LIBERO stores pictures
+            frames[camera][step] = simulator.render(camera)[::-1, ::-1]
     return len(states)

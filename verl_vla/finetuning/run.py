@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoConfig
 
 from verl_vla.actions import (
     NO_NOOPS_SUFFIX,
@@ -28,19 +27,18 @@ from verl_vla.build import (
     starts,
     task_ids,
 )
-from verl_vla.envs.libero import EnvConfig
+from verl_vla.envs.libero import CAMERAS, EnvConfig
 from verl_vla.envs.pool import EnvPool
 from verl_vla.envs.suites import SUITES, suite
 from verl_vla.errors import ConfigError
 from verl_vla.finetuning.hdf5 import Demo, read_demos
-from verl_vla.finetuning.recipe import LearnerConfig, SFTRecipe
+from verl_vla.finetuning.recipe import SFTRecipe
 from verl_vla.finetuning.rerender import Rerendering, rerender
 from verl_vla.finetuning.samples import DemoSamples
 from verl_vla.finetuning.targets import measure_statistics
 from verl_vla.policies.base import Processor
-from verl_vla.policies.loading import load_processor, require_sound
+from verl_vla.policies.loading import check_adapters, load_processor, require_sound
 from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
-from verl_vla.policies.scratch_vla import ScratchVLAConfig
 from verl_vla.run_folder import claim_folder
 from verl_vla.sampling import Start
 
@@ -89,21 +87,11 @@ class SFTRun:
     def samples(self, processor: Processor) -> DemoSamples:
         """What is learned."""
         recipe = self.recipe
-        return DemoSamples(
-            self.learned,
-            processor.codec,
-            image_size=processor.shape.image_size,
-            augment_seed=recipe.seed if recipe.demos.augment else None,
-        )
+        return _samples(self.learned, processor, recipe.seed if recipe.demos.augment else None)
 
     def held_out_samples(self, processor: Processor) -> DemoSamples:
         """What is tested open loop."""
-        return DemoSamples(
-            self.held_out,
-            processor.codec,
-            image_size=processor.shape.image_size,
-            augment_seed=None,
-        )
+        return _samples(self.held_out, processor, None)
 
     @contextmanager
     def open_simulators(self, processor: Processor) -> Generator[EnvPool]:
@@ -138,14 +126,19 @@ def prepare_run(recipe: SFTRecipe) -> SFTRun:
     )
     policy_folder = _first_policy(recipe, folder / "first_policy", statistics)
     require_sound(policy_folder)
-    _refuse_second_adapters(recipe.policy, policy_folder)
+    check_adapters(policy_folder, recipe.policy.lora_rank, has_kl=False)
     render_size = learned[0].render_size
     if recipe.demos.pictures == "rerendered":
         render_size = PUBLISHED_RENDER_SIZE if env.render_size is None else env.render_size
         work = Rerendering(
             source=source,
             target=folder / f"demos_{render_size}px",
-            env=EnvConfig(suite=env.suite, render_size=render_size, max_simulators=1),
+            env=EnvConfig(
+                suite=env.suite,
+                render_size=render_size,
+                cameras=CAMERAS[: load_processor(policy_folder).shape.num_views],
+                max_simulators=1,
+            ),
         )
         rerender(work, tasks, workers=env.num_workers)
         learned, held_out = read_demos(work.target, chosen, tasks, choice)
@@ -195,6 +188,18 @@ def _first_policy(recipe: SFTRecipe, folder: Path, statistics: ActionStatistics)
     return folder
 
 
+def _samples(
+    demos: tuple[Demo, ...], processor: Processor, augment_seed: int | None
+) -> DemoSamples:
+    return DemoSamples(
+        demos,
+        processor.codec,
+        image_size=processor.shape.image_size,
+        num_views=processor.shape.num_views,
+        augment_seed=augment_seed,
+    )
+
+
 def _load_processor(folder: Path, render_size: int) -> Processor:
     processor = load_processor(folder)
     processor.render_size = render_size
@@ -211,21 +216,17 @@ def _check_samples(run: SFTRun) -> None:
             f"the demonstrations make {len(samples)} samples, fewer than optimizer.batch_size, "
             f"{batch}; set a smaller batch or learn more episodes"
         )
+    num_views = processor.shape.num_views
     for demo in run.learned + run.held_out:
         processor.prompt(demo.instruction)
+        if len(demo.cameras) < num_views:
+            raise ConfigError(
+                f"the policy takes {num_views} images, but {demo.name} of {demo.file} has pictures "
+                f"of {' and '.join(demo.cameras)} alone; set demos.pictures=rerendered"
+            )
     logger.info(
         "%d episodes, %d samples to learn; %d episodes held out",
         len(run.learned),
         len(samples),
         len(run.held_out),
     )
-
-
-def _refuse_second_adapters(policy: LearnerConfig, folder: Path) -> None:
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    has_adapters = isinstance(config, ScratchVLAConfig) and config.lora_rank > 0
-    if has_adapters and policy.lora_rank is not None:
-        raise ConfigError(
-            f"policy.lora_rank is {policy.lora_rank}, but {policy.path} has adapters of rank "
-            f"{config.lora_rank} already, which are trained; set policy.lora_rank=null"
-        )

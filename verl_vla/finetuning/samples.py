@@ -10,16 +10,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from verl_vla.actions import ActionCodec
+from verl_vla.envs.libero import CAMERAS
 from verl_vla.finetuning.augmentation import CROP_AREA, Change, augment
 from verl_vla.finetuning.hdf5 import Demo, FrameReader
 from verl_vla.finetuning.targets import target_bins
-from verl_vla.observations import prepare_image
+from verl_vla.observations import Pixels, prepare_image
 
 WHOLE_IMAGE = 1.0
 ORDER_STREAM = 1
@@ -39,7 +39,7 @@ class SampleBatch:
     """n samples."""
 
     images: Tensor
-    """[n, 1, S, S, 3] uint8, as the policy sees them."""
+    """[n, V, S, S, 3] uint8, as the policy sees them."""
     bins: Tensor
     """[n, K x A] int64, the classes that command the next K actions."""
     instructions: tuple[str, ...]
@@ -53,6 +53,7 @@ class DemoSamples(Dataset[SampleBatch]):
         demos: episodes.
         codec: of the policy that learns.
         image_size: what the policy sees, pixels.
+        num_views: V; the first V of `CAMERAS`.
         augment_seed: of the augmentations; None shows the centre crop of evaluations instead.
     """
 
@@ -62,12 +63,14 @@ class DemoSamples(Dataset[SampleBatch]):
         codec: ActionCodec,
         *,
         image_size: int,
+        num_views: int = 1,
         augment_seed: int | None,
     ) -> None:
         bins = [target_bins(demo.actions, codec) for demo in demos]
         self._bins = torch.cat(bins)
         self._rows = [(demo, i) for demo, b in zip(demos, bins, strict=True) for i in range(len(b))]
         self._image_size = image_size
+        self._cameras = CAMERAS[:num_views]
         self._augment_seed = augment_seed
         self._frames = FrameReader()
 
@@ -77,9 +80,12 @@ class DemoSamples(Dataset[SampleBatch]):
     def __getitem__(self, draw: Draw) -> SampleBatch:
         """Return one sample as a batch of one."""
         demo, index = self._rows[draw.row]
-        render = self._frames.read(demo, index)
+        views = [
+            self._image(self._frames.read(demo, index, camera), draw.number, view)
+            for view, camera in enumerate(self._cameras)
+        ]
         return SampleBatch(
-            images=self._image(render, draw.number)[None, None],
+            images=torch.stack(views)[None],
             bins=self._bins[draw.row][None],
             instructions=(demo.instruction,),
         )
@@ -88,12 +94,12 @@ class DemoSamples(Dataset[SampleBatch]):
         """Close the files that this process has opened."""
         self._frames.close()
 
-    def _image(self, render: npt.NDArray[np.uint8], number: int) -> Tensor:
+    def _image(self, render: Pixels, number: int, view: int) -> Tensor:
         area = CROP_AREA if self._augment_seed is None else WHOLE_IMAGE
         image = torch.from_numpy(prepare_image(render, size=self._image_size, crop_area=area))
         if self._augment_seed is None:
             return image
-        return augment(image, Change.draw([self._augment_seed, number]))
+        return augment(image, Change.draw([self._augment_seed, number, view]))
 
 
 def collate(samples: Sequence[SampleBatch]) -> SampleBatch:

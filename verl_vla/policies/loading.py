@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from verl_vla.config import nearest
 from verl_vla.errors import ConfigError
@@ -80,6 +80,12 @@ def load_processor(folder: str | Path, unnorm_key: str | None = None) -> Process
     return _architecture(folder).load_processor(folder, unnorm_key)
 
 
+def load_config(folder: str | Path) -> OpenVLAOFTConfig | ScratchVLAConfig:
+    """Read the sizes of a checkpoint."""
+    config: Any = _architecture(folder).model.config_class
+    return config.from_pretrained(str(folder))
+
+
 def load_model(folder: str | Path, **options: Any) -> PreTrainedModel:
     """Read the weights alone; ``options`` are those of `PreTrainedModel.from_pretrained`."""
     model = _architecture(folder).model
@@ -108,6 +114,36 @@ def require_sound(folder: str | Path, unnorm_key: str | None = None) -> None:
     for finding in examine(folder, unnorm_key):
         if finding.is_fault:
             raise ConfigError(finding.says)
+
+
+def check_adapters(folder: str | Path, lora_rank: int | None, *, has_kl: bool) -> None:
+    """Refuse adapters of a recipe that do not go with the checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        lora_rank: of new adapters, or None for none.
+        has_kl: whether the starting policy is asked as well, which is the learner without its
+            adapters.
+
+    Raises:
+        ConfigError: says what does not go together.
+    """
+    if lora_rank is None:
+        return
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if not isinstance(config, ScratchVLAConfig):
+        return
+    if config.lora_rank > 0:
+        raise ConfigError(
+            f"policy.lora_rank is {lora_rank}, but {folder} has adapters of rank "
+            f"{config.lora_rank} already, which are trained; set policy.lora_rank=null"
+        )
+    if has_kl:
+        raise ConfigError(
+            f"policy.lora_rank is {lora_rank} and loss.kl.coefficient is above 0, but {folder} is "
+            "a scratch VLA, which without its adapters is not the starting policy, since its "
+            "projector is trained too; set one of them to null or 0"
+        )
 
 
 def _architecture(folder: str | Path) -> Architecture:

@@ -1,4 +1,4 @@
-"""Low-rank adapters on every linear layer, and their way back into the weights.
+"""Low-rank adapters on linear layers, and their way back into the weights.
 
 openvla-oft ``vla-scripts/finetune.py``: PEFT on ``all-linear`` layers, no dropout, the first factor
 drawn from a normal distribution.
@@ -6,21 +6,27 @@ drawn from a normal distribution.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+LoraTargets = Literal["language_model", "all-linear"]
+"""Where a policy gets its adapters; see `verl_vla.policies.token_model.TokenModel.add_adapters`."""
+
 ADAPTER = "default"
 """PEFT's name for a model's only adapter."""
+ADAPTER_MARK = "lora_"
+"""In the names of all weights that PEFT adds."""
 LORA_ALPHA = 16
 """Over a rank of 32. Source: openvla-oft, ``vla-scripts/finetune.py``, ``min(lora_rank, 16)``."""
 
 
 def add_adapters(part: nn.Module, *, rank: int, alpha: int) -> None:
-    """Freeze ``part`` and put a trainable adapter beside every linear layer in it, in place.
+    """Freeze ``part`` and put a trainable adapter beside every trained linear layer, in place.
 
     It computes what it computed before, since every second factor starts at zero.
 
@@ -40,6 +46,20 @@ def add_adapters(part: nn.Module, *, rank: int, alpha: int) -> None:
         init_lora_weights="gaussian",
     )
     inject_adapter_in_model(config, part)
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Generator[None]:
+    """Let a model answer as it did before it had adapters."""
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    scales = [layer.scaling[ADAPTER] for layer in layers]
+    for layer in layers:
+        layer.scaling[ADAPTER] = 0.0
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling[ADAPTER] = scale
 
 
 def head_rows(head: nn.Linear, rows: slice) -> Tensor:

@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from verl_vla.actions import ActionCodec, ActionStatistics, save_statistics
 from verl_vla.errors import ContractError
-from verl_vla.normalization import normalize_image
-from verl_vla.observations import ImageStatistics
+from verl_vla.observations import ImageStatistics, normalize_image
 from verl_vla.policies.base import PolicyShape
 from verl_vla.policies.checkpoint import write_image_statistics
 

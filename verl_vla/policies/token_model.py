@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from verl_vla.policies.checkpoint import require_all_weights
+from verl_vla.policies.lora import LoraTargets
 
 Model = TypeVar("Model", bound="TokenModel")
 
@@ -42,9 +43,20 @@ class TokenModel(PreTrainedModel):
     def choose_trained(self) -> None:
         """Freeze what is not trained."""
 
+    @property
     @abstractmethod
-    def adapted_part(self) -> nn.Module:
-        """Return the part that low-rank adapters of a fine-tuning are put on."""
+    def decoder(self) -> nn.Module:
+        """The layers of the language model, without its head."""
+
+    @abstractmethod
+    def add_adapters(self, *, rank: int, alpha: int, targets: LoraTargets) -> None:
+        """Freeze what was trained before and put low-rank adapters on it; see `policies.lora`.
+
+        Args:
+            rank: of the adapters.
+            alpha: an adapter's product is scaled by ``alpha / rank``.
+            targets: the decoder's linear layers, or those of every part that was trained before.
+        """
 
     def merged_config(self) -> PreTrainedConfig:
         """Describe the same model without adapters."""

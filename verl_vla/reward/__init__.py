@@ -23,7 +23,7 @@ from verl_vla.reward.loading import REWARDS_FOLDER, import_file, load_reward
 from verl_vla.reward.memory import Reference, ReferenceMemory
 from verl_vla.reward.progress_head import HeadConfig, ProgressHead
 from verl_vla.reward.reference_reward import ReferenceReward
-from verl_vla.reward.scoring import RewardError, complete, judge, learn, make_batch, score
+from verl_vla.reward.scoring import complete, judge, learn, looks_at_pictures, make_batch, score
 
 __all__ = [
     "REWARDS_FOLDER",
@@ -35,7 +35,6 @@ __all__ = [
     "Reference",
     "ReferenceMemory",
     "ReferenceReward",
-    "RewardError",
     "RewardResult",
     "Rows",
     "Split",
@@ -52,6 +51,7 @@ __all__ = [
     "last_rows",
     "learn",
     "load_reward",
+    "looks_at_pictures",
     "make_batch",
     "normalised_time",
     "score",

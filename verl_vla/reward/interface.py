@@ -46,7 +46,8 @@ class TrajectoryBatch:
     num_steps: npt.NDArray[np.int64]
     """[B], simulator steps the policy chose."""
     frames: tuple[npt.NDArray[np.uint8], ...] | None
-    """B arrays [decisions, V, H, W, 3], what the policy saw; None unless required."""
+    """B arrays [decisions + 1, V, H, W, 3]: what the policy saw before each decision, and what was
+    to be seen after the last step, a success's own picture; None unless required."""
     proprio: tuple[npt.NDArray[np.float32], ...] | None
     """B arrays [decisions, P]; None unless required."""
     goals: tuple[GoalReadings, ...] | None = None

@@ -30,6 +30,8 @@ MAX_LEFT_OUT = 8
 LONE_NOISE = 0.1
 """Share of the mean measure that counts as noise where one reference says nothing of its spread:
 wider than what several references usually show."""
+RATE_KEPT = 0.8
+"""Share of a success rate that an update leaves standing: a mean over about 5 steps."""
 TIE = 1e-4
 """Scores of a group that differ by less are the same: GRPO divides by their spread, and would make
 a full-size advantage of a rounding error."""
@@ -57,6 +59,7 @@ class ReferenceReward(ABC):
         encoder: FeatureExtractor,
         *,
         alpha: float,
+        anneal: bool,
         memory_capacity: int,
         memory_max_age: int,
         max_invalid_share: float,
@@ -66,6 +69,8 @@ class ReferenceReward(ABC):
         Args:
             encoder: makes the features.
             alpha: what the best conceivable failure is worth, in (0, 1).
+            anneal: let alpha fall as the success rate of the task rises, to 0 where all is solved:
+                a shape that helped a policy begin is then nothing to be gamed at its end.
             memory_capacity: successes kept of each task.
             memory_max_age: updates after which they are forgotten.
             max_invalid_share: share of a batch whose features may be unusable; above it, and with
@@ -83,6 +88,8 @@ class ReferenceReward(ABC):
             raise ConfigError(f"max_invalid_share is {max_invalid_share}; it is a share, 0 to 1")
         self.encoder = encoder
         self._alpha = alpha
+        self._anneal = anneal
+        self._rates: dict[str, float] = {}
         self._max_invalid_share = max_invalid_share
         self._memory = ReferenceMemory(memory_capacity, memory_max_age)
 
@@ -140,17 +147,23 @@ class ReferenceReward(ABC):
         )
 
     def update(self, batch: TrajectoryBatch) -> Mapping[str, float]:
-        """Remember the successes of a scored training batch."""
+        """Remember the successes of a scored training batch, and how many there were."""
         self._memory.add(batch)
+        tasks = np.array(batch.task_key)
+        for key in sorted(set(batch.task_key)):
+            rate = float(batch.success[tasks == key].mean())
+            before = self._rates[key] if key in self._rates else rate
+            self._rates[key] = RATE_KEPT * before + (1 - RATE_KEPT) * rate
         return {"memory_references": float(len(self._memory))}
 
     def state_dict(self) -> dict[str, Any]:
-        """The references."""
-        return {"memory": self._memory.state_dict()}
+        """The references and the success rates."""
+        return {"memory": self._memory.state_dict(), "rates": dict(self._rates)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self._memory.load_state_dict(state["memory"])
+        self._rates = dict(state["rates"])
 
     def _judge_start(
         self,
@@ -177,7 +190,8 @@ class ReferenceReward(ABC):
         rows, measures = np.array(rows)[measured].tolist(), measures[measured]
         if not rows:
             return
-        scores = self._alpha * np.clip(self.quality(task_key, measures), 0.0, 1.0)
+        alpha = self._alpha_of(task_key)
+        scores = alpha * np.clip(self.quality(task_key, measures), 0.0, 1.0)
         noise = self._noise(task_key, items, measures)
         found.noise.append(noise)
         found.progress[rows], found.score[rows] = measures, scores
@@ -185,8 +199,13 @@ class ReferenceReward(ABC):
             members = [i for i, row in enumerate(rows) if batch.group_id[row] == group]
             if _is_noise(measures[members], scores[members], noise):
                 for i in members:
-                    found.score[rows[i]] = self._alpha / 2
+                    found.score[rows[i]] = alpha / 2
                     found.status[rows[i]] = GATED
+
+    def _alpha_of(self, task_key: str) -> float:
+        if not self._anneal or task_key not in self._rates:
+            return self._alpha
+        return self._alpha * (1 - self._rates[task_key])
 
     def _noise(self, task_key: str, items: Sequence[Reference], measures: Floats) -> float:
         """How much measures of equally good episodes differ: that of successes among themselves."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations
 from typing import cast
@@ -10,7 +12,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from verl_vla.errors import ContractError
+from verl_vla.errors import ContractError, RewardError
 from verl_vla.reward.interface import (
     HasEncoder,
     Need,
@@ -22,20 +24,10 @@ from verl_vla.reward.interface import (
 )
 from verl_vla.types import Trajectories
 
+logger = logging.getLogger(__name__)
+
 THIRD_PERSON = 0
 """The view that encoders see: the first camera of the environment."""
-
-
-class RewardError(ContractError):
-    """A reward raised, or gave an answer that cannot be trained on.
-
-    Nothing was learned from the batch, and ``batch`` still holds all of it: it can be stored, or
-    scored again by a corrected reward, without playing its episodes again.
-    """
-
-    def __init__(self, message: str, batch: TrajectoryBatch) -> None:
-        super().__init__(message)
-        self.batch = batch
 
 
 def score(
@@ -51,12 +43,16 @@ def score(
         What the reward saw, for `learn`, and its answer; `judge` says what is added to its metrics.
 
     Raises:
-        ContractError: a crashed episode, an episode id that stands twice, or features that
-            several episodes share.
-        RewardError: as in `judge`.
+        ContractError: a crashed episode, or an episode id that stands twice.
+        RewardError: as in `complete` and `judge`.
     """
     batch = complete(reward, make_batch(trajectories, suite=suite, split=split))
     return batch, judge(reward, batch)
+
+
+def looks_at_pictures(reward: TrajectoryReward) -> bool:
+    """Whether it matters to a reward what an episode looked like."""
+    return bool(reward.requires & {"frames", "features"})
 
 
 def make_batch(trajectories: Trajectories, *, suite: str, split: Split) -> TrajectoryBatch:
@@ -83,7 +79,10 @@ def make_batch(trajectories: Trajectories, *, suite: str, split: Split) -> Traje
         init_state_id=episodes.init_state_id.numpy(),
         success=episodes.success.numpy(),
         num_steps=episodes.num_steps.numpy(),
-        frames=tuple(image[r] for r in rows),
+        frames=tuple(
+            image[r] if ending is None else np.concatenate([image[r], ending[None]])
+            for r, ending in zip(rows, trajectories.endings or [None] * len(rows), strict=True)
+        ),
         proprio=tuple(proprio[r] for r in rows),
         goals=trajectories.goals,
         split=split,
@@ -94,9 +93,10 @@ def complete(reward: TrajectoryReward, batch: TrajectoryBatch) -> TrajectoryBatc
     """Return ``batch`` with what ``reward`` requires, features encoded, and nothing else.
 
     Raises:
-        ContractError: frames are required but missing, the encoder lost an episode, or it gave
-            siblings whose pictures differ the same features (one identity for several episodes
-            makes every shaped score of a group the same).
+        ContractError: frames are required but missing.
+        RewardError: the encoder raised, lost an episode, or gave siblings whose pictures differ the
+            same features (one identity for several episodes makes every shaped score of a group
+            the same).
     """
     needs: frozenset[Need] = reward.requires
     features, space = batch.features, batch.feature_space
@@ -122,19 +122,12 @@ def judge(reward: TrajectoryReward, batch: TrajectoryBatch) -> RewardResult:
             that the reward says it gives.
     """
     name = type(reward).__name__
-    try:
+    with _named(name, f"while scoring {_describe(batch)}", "correct the reward"):
         result = reward(batch)
-    except Exception as error:
-        raise RewardError(
-            f"{name} raised {error!r} while scoring {_describe(batch)}; correct the reward and "
-            "start the same command again",
-            batch,
-        ) from error
     if type(result) is not RewardResult:
         raise RewardError(
             f"{name} returned {type(result).__name__} for {_describe(batch)}; it must return a "
-            "RewardResult",
-            batch,
+            "RewardResult"
         )
     _check_shapes(name, batch, result)
     _check_values(name, batch, result)
@@ -150,14 +143,9 @@ def learn(reward: TrajectoryReward, batch: TrajectoryBatch) -> Mapping[str, floa
     """
     if batch.split != "train":
         raise ContractError(f"{_describe(batch)} are held out; score them, never learn from them")
-    try:
+    doing = f"while learning from {_describe(batch)}"
+    with _named(type(reward).__name__, doing, "correct its update"):
         return reward.update(batch)
-    except Exception as error:
-        raise RewardError(
-            f"{type(reward).__name__} raised {error!r} while learning from {_describe(batch)}; "
-            "correct its update and start the same command again",
-            batch,
-        ) from error
 
 
 def count_cases(batch: TrajectoryBatch) -> dict[str, float]:
@@ -177,6 +165,16 @@ def count_cases(batch: TrajectoryBatch) -> dict[str, float]:
     }
 
 
+@contextmanager
+def _named(who: str, doing: str, remedy: str) -> Generator[None]:
+    """Turn whatever is raised inside into a `RewardError`, and show where it was raised."""
+    try:
+        yield
+    except Exception as error:
+        logger.exception("%s raised %s", who, doing)
+        raise RewardError(f"{who} raised {error!r} {doing}; {remedy}") from error
+
+
 def _encode(reward: HasEncoder, batch: TrajectoryBatch) -> tuple[tuple[Rows, ...], str]:
     if batch.frames is None:
         raise ContractError(
@@ -184,15 +182,18 @@ def _encode(reward: HasEncoder, batch: TrajectoryBatch) -> tuple[tuple[Rows, ...
             "frames to make them of"
         )
     frames = [episode[:, THIRD_PERSON] for episode in batch.frames]
-    features = tuple(reward.encoder.encode(frames))
+    who, doing = f"the encoder of {type(reward).__name__}", f"on {_describe(batch)}"
+    with _named(who, doing, "correct it, or its encoder_args"):
+        features = tuple(reward.encoder.encode(frames))
     if len(features) != len(batch):
-        raise ContractError(
-            f"the encoder made features of {len(features)} episodes, given {len(batch)}"
+        raise RewardError(
+            f"the encoder made features of {len(features)} episodes, given {len(batch)}; it must "
+            "return one array an episode"
         )
     for group in np.unique(batch.group_id):
         for a, b in _twins(features, np.flatnonzero(batch.group_id == group)):
             if not np.array_equal(frames[a], frames[b]):
-                raise ContractError(
+                raise RewardError(
                     f"episodes {batch.episode_id[a]} and {batch.episode_id[b]} of one group have "
                     "different pictures but the same features; the encoder mixes episodes up or "
                     "has lost what tells them apart"
@@ -211,23 +212,19 @@ def _twins(features: tuple[Rows, ...], rows: npt.NDArray[np.int64]) -> list[tupl
 
 def _check_shapes(name: str, batch: TrajectoryBatch, result: RewardResult) -> None:
     per_episode = (len(batch),)
-    shapes = (result.score.shape, result.progress.shape, (len(result.status),))
+    shapes = [np.shape(part) for part in (result.score, result.progress, result.status)]
     if any(shape != per_episode for shape in shapes):
         raise RewardError(
-            f"{name} returned scores {list(result.score.shape)}, progress "
-            f"{list(result.progress.shape)} and {len(result.status)} status words for "
-            f"{len(batch)} episodes; it must return one of each per episode",
-            batch,
+            f"{name} returned scores {list(shapes[0])}, progress {list(shapes[1])} and "
+            f"{len(result.status)} status words for {_describe(batch)}; it must return one of each "
+            "per episode"
         )
-    counts, sources = result.num_references, result.reference_source
-    if (counts is not None and counts.shape != per_episode) or (
-        sources is not None and (len(sources),) != per_episode
-    ):
-        raise RewardError(
-            f"{name} did not return one number and one source of references for each of "
-            f"{len(batch)} episodes; leave both out or give all",
-            batch,
-        )
+    for part in (result.num_references, result.reference_source):
+        if part is not None and np.shape(part) != per_episode:
+            raise RewardError(
+                f"{name} did not return one number and one source of references for each of "
+                f"{_describe(batch)}; leave both out or give all"
+            )
 
 
 def _check_values(name: str, batch: TrajectoryBatch, result: RewardResult) -> None:
@@ -237,16 +234,14 @@ def _check_values(name: str, batch: TrajectoryBatch, result: RewardResult) -> No
             f"{name} returned {result.score[broken[0]]} for episode {batch.episode_id[broken[0]]} "
             f"({len(broken)} of {len(batch)} scores are not finite); "
             "a reward that cannot judge an episode must give it a neutral score and say so in "
-            "status",
-            batch,
+            "status"
         )
     above = np.flatnonzero(result.score > result.max_score)
     if len(above):
         raise RewardError(
             f"{name} returned {result.score[above[0]]:g} for episode {batch.episode_id[above[0]]} "
             f"({len(above)} of {len(batch)} scores are above {result.max_score:g}); scale the "
-            "scores, or state their true bound in RewardResult.max_score",
-            batch,
+            "scores, or state their true bound in RewardResult.max_score"
         )
 
 

@@ -14,7 +14,7 @@ from verl_vla.reward_bench.episodes import (
     is_complete,
     play_missing,
     played_with,
-    read_trajectories,
+    read_rounds,
 )
 from verl_vla.reward_bench.plots import draw_features, draw_progress, draw_reliability
 from verl_vla.reward_bench.samples import Sample, halve, make_sample
@@ -50,6 +50,6 @@ __all__ = [
     "played_with",
     "ranking_table",
     "read_rewards",
-    "read_trajectories",
+    "read_rounds",
     "verdicts",
 ]

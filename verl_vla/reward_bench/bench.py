@@ -22,6 +22,7 @@ from verl_vla.reward import (
     TrajectoryReward,
     judge,
     learn,
+    looks_at_pictures,
 )
 from verl_vla.reward_bench.contestants import Contestant
 from verl_vla.reward_bench.curves import JUDGED, LEARNED, FeatureShelf, follow
@@ -143,7 +144,7 @@ def measure(
             num_points=config.curve_points,
         )
         rows.append(_row(contestant, contestant.label, shelf, JUDGED, judged, curves, config))
-        if reward.requires & {"frames", "features"}:
+        if looks_at_pictures(reward):
             label = contestant.label + SHUFFLED
             row = _row(contestant, label, shelf, _SHUFFLED_PART, shuffled, (), config)
             rows.append(replace(row, is_control=True))

@@ -104,6 +104,6 @@ def _encode_cut(
         return shelf.fill(reward, f"point {point}", batch)[0]
     whole = shelf.fill(reward, JUDGED, judged.batch)[0].features
     assert whole is not None
-    features = tuple(rows[:length] for rows, length in zip(whole, cut_at, strict=False))
+    features = tuple(rows[: length + 1] for rows, length in zip(whole, cut_at, strict=False))
     space = encoder.feature_space
     return complete(reward, replace(batch, features=features, feature_space=space))

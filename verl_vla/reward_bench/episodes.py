@@ -9,21 +9,19 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from verl_vla.envs.suites import StepLimit
 from verl_vla.errors import ConfigError
 from verl_vla.policies.base import Policy
 from verl_vla.rollout import NoiseSource, Simulators, play
 from verl_vla.sampling import Start
-from verl_vla.types import Decisions, Episodes, EpisodeSpec, Trajectories
+from verl_vla.trajectory_file import read_trajectories, write_trajectories
+from verl_vla.types import EpisodeSpec, Trajectories
 
 logger = logging.getLogger(__name__)
 
@@ -192,14 +190,14 @@ def play_missing(
         specs = [spec for group in groups[first : first + GROUPS_PER_ROUND] for spec in group]
         noise = NoiseSource(seed=seed, stream=BENCH_STREAM)
         trajectories = play(specs, policy, simulators, temperature=temperature, noise=noise)
-        _write(file, trajectories)
+        write_trajectories(file, trajectories)
         solved = int(trajectories.episodes.success.sum())
         logger.info(
             "round %d of %d: %d of %d episodes solved", index + 1, num_rounds, solved, len(specs)
         )
 
 
-def read_trajectories(folder: Path, num_groups: int) -> Trajectories:
+def read_rounds(folder: Path, num_groups: int) -> Trajectories:
     """Read all rounds, crashed episodes included.
 
     Raises:
@@ -211,7 +209,7 @@ def read_trajectories(folder: Path, num_groups: int) -> Trajectories:
             "which goes on where it stopped"
         )
     return Trajectories.concat(
-        [_read(_round_file(folder, index)) for index in range(_num_rounds(num_groups))]
+        [read_trajectories(_round_file(folder, index)) for index in range(_num_rounds(num_groups))]
     )
 
 
@@ -221,50 +219,6 @@ def _num_rounds(num_groups: int) -> int:
 
 def _round_file(folder: Path, index: int) -> Path:
     return folder / f"round_{index:04d}.npz"
-
-
-def _write(file: Path, trajectories: Trajectories) -> None:
-    tables: dict[str, npt.NDArray[Any]] = {}
-    for table in (trajectories.episodes, trajectories.decisions):
-        for f in fields(table):
-            tables[f"{type(table).__name__}.{f.name}"] = getattr(table, f.name).numpy()
-    tables |= _pack("prompt_ids", [prompt.numpy() for prompt in trajectories.prompt_ids])
-    tables |= _pack("goals", trajectories.goals)
-    tables["crashes"] = np.array(json.dumps(trajectories.crashes))
-    partial_file = file.with_suffix(".partial")
-    with partial_file.open("wb") as stream:
-        np.savez_compressed(stream, **tables)  # pyright: ignore[reportArgumentType]
-    partial_file.replace(file)
-
-
-def _read(file: Path) -> Trajectories:
-    with np.load(file, allow_pickle=False) as tables:
-
-        def columns(table: type[Any]) -> dict[str, Tensor]:
-            names = [f.name for f in fields(table)]
-            return {name: torch.from_numpy(tables[f"{table.__name__}.{name}"]) for name in names}
-
-        crashes: dict[str, str] = json.loads(str(tables["crashes"]))
-        return Trajectories(
-            episodes=Episodes(**columns(Episodes)),
-            decisions=Decisions(**columns(Decisions)),
-            prompt_ids=tuple(torch.from_numpy(ids) for ids in _unpack("prompt_ids", tables)),
-            goals=tuple(_unpack("goals", tables)),
-            crashes={int(key): why for key, why in crashes.items()},
-        )
-
-
-def _pack(name: str, arrays: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-    """Arrays of different shapes as one flat array and their shapes."""
-    flat = np.concatenate([a.ravel() for a in arrays]) if arrays else np.zeros(0)
-    return {name: flat, f"{name}.shape": np.array([a.shape for a in arrays], dtype=np.int64)}
-
-
-def _unpack(name: str, tables: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-    shapes = tables[f"{name}.shape"]
-    ends = np.cumsum([np.prod(shape, dtype=np.int64) for shape in shapes])
-    parts = np.split(tables[name], ends[:-1]) if len(shapes) else []
-    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _write_whole(file: Path, content: bytes) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
 
 from verl_vla.reward import Floats
 from verl_vla.reward_bench.bench import BenchRow
@@ -20,6 +21,8 @@ PANEL_INCHES = (2.9, 2.5)
 DPI = 120
 TITLE_SIZE = "x-small"
 SOLVED, FAILED = "#2a7f4f", "#c03020"
+PERPLEXITY = 30.0
+"""Neighbours that t-SNE keeps near, its authors' usual choice; fewer of few episodes."""
 MOMENTS = 21
 """Shares of an episode at which curves of different lengths are averaged."""
 
@@ -78,7 +81,7 @@ def draw_features(
 ) -> bool:
     """Draw the last features of every episode in two dimensions, a panel for each feature space.
 
-    The two are the principal components, by SVD.
+    Only nearness means anything in it: neither axes nor gaps have a scale.
 
     Returns:
         Whether any reward had features to draw; nothing is written where none had.
@@ -94,26 +97,24 @@ def draw_features(
     for axes, row in zip(panels, reversed(spaces.values()), strict=False):
         features = row.readings.end_features
         assert features is not None
-        x, y = principal_components(features).T
+        x, y = in_two_dimensions(features).T
         axes.scatter(x[success], y[success], s=14, marker="*", color=SOLVED, label="success")
         dots = axes.scatter(
             x[~success], y[~success], s=7, c=truth[~success], cmap="plasma", vmin=0, vmax=1
         )
         figure.colorbar(dots, ax=axes, label="true progress of failures")
         axes.set_title(f"{row.label}\n{row.readings.feature_space}", fontsize=TITLE_SIZE)
-        axes.set(xlabel="PC 1", ylabel="PC 2")
+        axes.set(xticks=[], yticks=[])
         axes.legend(frameon=False, fontsize="x-small")
-    figure.suptitle("last features of each episode, PCA", fontsize="small")
+    figure.suptitle("last features of each episode, t-SNE", fontsize="small")
     figure.savefig(path)
     return True
 
 
-def principal_components(features: Floats) -> Floats:
-    """Project [B, D] to its first two principal components [B, 2]; a missing one is 0."""
-    centred = features - features.mean(axis=0)
-    left, scale, _ = np.linalg.svd(centred, full_matrices=False)
-    plane = (left * scale)[:, :2]
-    return np.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))
+def in_two_dimensions(features: Floats) -> Floats:
+    """Map [B, D] to [B, 2] by t-SNE (van der Maaten and Hinton 2008), the same each time."""
+    perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
+    return TSNE(perplexity=perplexity, init="random", random_state=0).fit_transform(features)
 
 
 def _panels(num: int) -> tuple[Figure, Sequence[Axes]]:

@@ -58,7 +58,7 @@ class Sample:
                     [e[:n].sum() for e, n in zip(self.executed, num_decisions, strict=True)],
                     dtype=np.int64,
                 ),
-                frames=_cut(batch.frames, num_decisions),
+                frames=_cut(batch.frames, num_decisions + 1),
                 proprio=_cut(batch.proprio, num_decisions),
                 goals=_cut(batch.goals, num_decisions + 1),
             ),

@@ -6,9 +6,11 @@ own ``forward``, so that FSDP2's hooks fire, and never builds logits of the whol
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed
@@ -16,6 +18,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from transformers import AutoModel
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.fsdp_utils import fsdp2_load_full_state_dict
@@ -27,7 +30,10 @@ from verl.workers.engine.utils import detach_tree
 from verl_vla.action_distribution import entropy, log_prob
 from verl_vla.policies.base import ActionLogits, Chooser
 from verl_vla.policies.loading import load_model, load_processor
+from verl_vla.policies.lora import merge_adapters, without_adapters
+from verl_vla.trainer.optimizers import build_optimizer
 from verl_vla.trainer.rows import dense, pack_like_language_model, right_padded, stacked
+from verl_vla.trainer.trained_weights import load_trained, save_trained, trained
 from verl_vla.trainer.verl_process import MODEL_TYPE
 
 
@@ -36,6 +42,11 @@ class VLAEngine(FSDPEngine):
 
     num_optimizer_steps = 0
     """Since the last rollout: 0 while the first mini-batch of an update runs."""
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights under adapters are held in 4 bits, on one rank and not sharded."""
+        return self.model_config.override_config["quantization"] == "nf4"
 
     def _build_module(self) -> nn.Module:
         folder = str(self.model_config.local_path)
@@ -49,16 +60,38 @@ class VLAEngine(FSDPEngine):
             module.gradient_checkpointing_enable({"use_reentrant": False})
         return module
 
+    def _build_lora_module(self, module: nn.Module) -> Any:
+        """Where the model says; veRL's way needs a language model's methods.
+
+        What is frozen keeps the type it was loaded in, what is trained is float32.
+        """
+        config, model = self.model_config, cast("Any", module)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.engine_config.seed)
+            model.add_adapters(
+                rank=config.lora_rank, alpha=config.lora_alpha, targets=config.target_modules
+            )
+        for weight in module.parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.float()
+        if self.is_quantized:
+            nf4().quantize_under_adapters(model.decoder, get_device_id())
+        return module
+
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
         """Shard layer by layer.
 
         veRL would also wrap the embedding and the head, whose weights this model reads directly:
-        under FSDP2 those would be shards there.
+        under FSDP2 those would be shards there. 4-bit weights are not sharded: FSDP2 would split
+        their bytes and lose what belongs to them, so they run on one rank.
         """
         precision: dict[str, Any] = dict(self.engine_config.mixed_precision or {})
         param_dtype = PrecisionType.to_dtype(precision["param_dtype"])
         self._autocast_dtype, self.scaler = param_dtype, None
-        offload = CPUOffloadPolicy() if self.engine_config.offload_policy else None
+        if self.is_quantized:
+            return module.to(get_device_id())
+        pin_memory = get_device_name() != "cpu"
+        offload = CPUOffloadPolicy(pin_memory) if self.engine_config.offload_policy else None
         self._uses_fsdp2_cpu_offload_policy = offload is not None
         options: dict[str, Any] = {
             "mesh": self.device_mesh,
@@ -81,12 +114,11 @@ class VLAEngine(FSDPEngine):
         return module
 
     def _build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
-        trained = [p for p in module.parameters() if p.requires_grad]
-        options = self.optimizer_config
-        first, second = options.betas
-        return torch.optim.AdamW(
-            trained, lr=options.lr, betas=(first, second), weight_decay=options.weight_decay
-        )
+        return build_optimizer(trained(module), self.optimizer_config)
+
+    def optimizer_zero_grad(self) -> None:
+        """Forget the gradients of the weights; the optimizer may know only their shards."""
+        self.module.zero_grad()
 
     def run_model(
         self,
@@ -108,14 +140,17 @@ class VLAEngine(FSDPEngine):
             chooser: with the noise of B decisions.
             with_nll: whether ``bins`` are demonstrated.
         """
-        return self.module(
-            pixel_values=self.processor.pixel_values(images),
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            bins=bins,
-            chooser=chooser,
-            with_nll=with_nll,
-        )
+        # FSDP2 casts weights and inputs itself; without it, float32 adapters meet 16-bit weights
+        is_mixed = self.is_quantized and self._autocast_dtype != torch.float32
+        with torch.autocast(get_device_name(), self._autocast_dtype, enabled=is_mixed):
+            return self.module(
+                pixel_values=self.processor.pixel_values(images),
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                bins=bins,
+                chooser=chooser,
+                with_nll=with_nll,
+            )
 
     def choose(
         self,
@@ -197,27 +232,59 @@ class VLAEngine(FSDPEngine):
         """As veRL does; on a CPU there is nothing to move to a device first."""
         if get_device_name() != "cpu":
             super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
-            return
-        self.checkpoint_manager.save_checkpoint(
-            local_path=local_path,
-            global_step=global_step,
-            max_ckpt_to_keep=max_ckpt_to_keep,  # pyright: ignore[reportArgumentType]
-        )
+        else:
+            self.checkpoint_manager.save_checkpoint(
+                local_path=local_path,
+                global_step=global_step,
+                max_ckpt_to_keep=max_ckpt_to_keep,  # pyright: ignore[reportArgumentType]
+            )
+        if self._is_lora:
+            save_trained(self.module, local_path)
         torch.distributed.barrier()
 
+    def load_checkpoint(
+        self,
+        local_path: str,
+        hdfs_path: str | None = None,
+        del_local_after_load: Any = True,
+        **kwargs: Any,
+    ) -> None:
+        """As veRL does, and what is trained beside a frozen base."""
+        super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)
+        if self._is_lora:
+            load_trained(self.module, local_path)
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Answer as the starting policy, which the KL term asks for."""
+        return without_adapters(self.module)
+
     def export(self, folder: Path) -> None:
-        """Write a checkpoint folder that `verl_vla eval` and transformers load."""
-        state = get_model_state_dict(
-            self.module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        """Write a checkpoint folder that `verl_vla eval` and transformers load.
+
+        Adapters are merged into the weights that they were trained on, 4-bit ones included.
+        """
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state: dict[str, Any] = (
+            nf4().plain_state(self.module)
+            if self.is_quantized
+            else get_model_state_dict(self.module, options=options)
         )
         if torch.distributed.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            self._save_model(folder, state)
+            self._save_model(folder, merge_adapters(self.module, state))
             self.processor.save_pretrained(folder)
         torch.distributed.barrier()
 
-    def _save_model(self, folder: Path, state: dict[str, Any]) -> None:
-        self.module.save_pretrained(str(folder), state_dict=state)
+    def _save_model(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """Write a model without adapters, given its weights."""
+        with torch.device("meta"):
+            plain = AutoModel.from_config(cast("Any", self.module).merged_config())
+        plain.save_pretrained(str(folder), state_dict=state)
+
+
+def nf4() -> Any:
+    """`verl_vla.policies.nf4`, which needs a package that not everybody installs."""
+    return importlib.import_module("verl_vla.policies.nf4")
 
 
 # not as a decorator, which would hide the type of the class from whoever extends it

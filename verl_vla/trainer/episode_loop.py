@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
 import transfer_queue as tq
 from tensordict import TensorDict
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
+from verl_vla.album import Album
+from verl_vla.errors import RewardError
 from verl_vla.reward import TrajectoryReward, learn, score
 from verl_vla.rollout import NoiseSource, RolloutTimes, Simulators, play
 from verl_vla.trainer.cluster_policy import ClusterPolicy
+from verl_vla.trainer.refused import RefusedEpisodes
 from verl_vla.trainer.rows import group_key, group_of, make_rows
 from verl_vla.types import EpisodeSpec, Trajectories
 
@@ -40,7 +42,7 @@ class StepAccount:
     def as_metrics(self) -> dict[str, float]:
         """Under the names of `verl_vla.metrics`; rates of nothing are NaN."""
         judged = self.episodes - self.crashes
-        rollout_s = max(self.times.total_s, 1e-9)
+        rollout_s = self.times.total_s or math.nan
         return {
             "rollout/success_rate": self.solved / judged if judged else math.nan,
             "rollout/reward": self.score_sum / judged if judged else math.nan,
@@ -49,6 +51,7 @@ class StepAccount:
             "rollout/steps": float(self.steps),
             "rollout/decisions": float(self.decisions),
             "rollout/decisions_per_s": self.decisions / rollout_s,
+            "rollout/decisions_for_ended": float(self.times.decisions_for_ended),
             "rollout/env_wait_share": self.times.wait_s / rollout_s,
             "rollout/policy_share": self.times.policy_s / rollout_s,
             "time/rollout_s": self.times.total_s,
@@ -74,6 +77,8 @@ class EpisodeLoop:
         temperature: float,
         seed: int,
         specs_of: Callable[[int], list[EpisodeSpec]],
+        album: Album,
+        refused: RefusedEpisodes,
     ) -> None:
         self._policy = policy
         self._simulators = simulators
@@ -82,6 +87,8 @@ class EpisodeLoop:
         self._temperature = temperature
         self._noise = NoiseSource(seed=seed, stream=TRAINING_STREAM)
         self._specs_of = specs_of
+        self._album = album
+        self._refused = refused
         self.account = StepAccount()
         """Of the training step under way; replaced when a step begins."""
 
@@ -90,34 +97,48 @@ class EpisodeLoop:
         self.account = StepAccount()
 
     def generate_sequences(self, prompts: TensorDict) -> None:
-        """Play the groups named by ``prompts["uid"]`` to their end and store their rows."""
+        """Play the groups named by ``prompts["uid"]`` to their end and store their rows.
+
+        Raises:
+            RewardError: the reward was refused; the episodes are kept (`RefusedEpisodes`).
+        """
         global_step = int(prompts["global_steps"])
         groups = [group_of(str(uid)) for uid in prompts["uid"]]
-        played = play(
-            [spec for group in groups for spec in self._specs_of(group)],
+        specs = [spec for group in groups for spec in self._specs_of(group)]
+        played = self._refused.take(specs, global_step) or self._play(specs)
+        self._enter(played)
+        alive = played.select(~played.episodes.crashed)
+        try:
+            scores = self._score_and_store(alive, global_step) if len(alive.episodes) else {}
+        except RewardError:
+            self._refused.keep(played, global_step)
+            raise
+        self._refused.forget(global_step)
+        self._album.add(global_step, played, scores)
+        spread = _spread(played, scores)
+        began = time.perf_counter()
+        tq.kv_batch_put(
+            keys=[group_key(group) for group in groups],
+            partition_id="train",
+            tags=[
+                _prompt_tag(played, group, global_step) | {"score_spread": spread[group]}
+                for group in groups
+            ],
+        )
+        self.account.transfer_s += time.perf_counter() - began
+
+    def _play(self, specs: list[EpisodeSpec]) -> Trajectories:
+        return play(
+            specs,
             self._policy,
             self._simulators,
             temperature=self._temperature,
             noise=self._noise,
             times=self.account.times,
         )
-        self._enter(played)
-        alive = played.select(~played.episodes.crashed)
-        spread = self._score_and_store(alive, global_step) if len(alive.episodes) else {}
-        began = time.perf_counter()
-        tq.kv_batch_put(
-            keys=[group_key(group) for group in groups],
-            partition_id="train",
-            tags=[
-                _prompt_tag(played, group, global_step)
-                | {"score_spread": spread[group] if group in spread else 0.0}
-                for group in groups
-            ],
-        )
-        self.account.transfer_s += time.perf_counter() - began
 
     def _score_and_store(self, alive: Trajectories, global_step: int) -> dict[int, float]:
-        """Return by how much the scores of each group differ."""
+        """Return the score of each episode, by its id."""
         began = time.perf_counter()
         batch, result = score(self._reward, alive, suite=self._suite, split="train")
         learned = learn(self._reward, batch)
@@ -135,11 +156,7 @@ class EpisodeLoop:
             keys=keys, fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id="train"
         )
         self.account.transfer_s += time.perf_counter() - scored
-        group_id = alive.episodes.group_id.numpy()
-        return {
-            int(group): float(np.ptp(result.score[group_id == group]))
-            for group in np.unique(group_id)
-        }
+        return dict(zip(alive.episodes.episode_id.tolist(), result.score.tolist(), strict=True))
 
     def _enter(self, played: Trajectories) -> None:
         episodes = played.episodes
@@ -148,6 +165,17 @@ class EpisodeLoop:
         self.account.solved += int(episodes.success.sum())
         self.account.steps += int(episodes.num_steps.sum())
         self.account.decisions += len(played.decisions)
+
+
+def _spread(played: Trajectories, scores: Mapping[int, float]) -> dict[int, float]:
+    """By how much the scores of the surviving episodes of each group differ; 0 where none did."""
+    known: dict[int, list[float]] = {}
+    episodes = played.episodes
+    for group, episode in zip(
+        episodes.group_id.tolist(), episodes.episode_id.tolist(), strict=True
+    ):
+        known.setdefault(group, []).extend([scores[episode]] if episode in scores else [])
+    return {group: max(values) - min(values) if values else 0.0 for group, values in known.items()}
 
 
 def _prompt_tag(played: Trajectories, group: int, global_step: int) -> dict[str, int | bool | str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import time
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
 from verl_vla.build import Run
+from verl_vla.envs.assets import ASSETS_VARIABLE
+from verl_vla.errors import ConfigError
 from verl_vla.recipe import ClusterConfig
+from verl_vla.trainer.env_nodes import open_env_nodes
 from verl_vla.trainer.translate import to_verl
 from verl_vla.trainer.verl_process import choose_device, divert_output, prepare_verl
 
@@ -37,6 +41,10 @@ RAY_ATTEMPTS = 3
 RAY_IS_LATE = "timed out during startup"
 """Ray raises a plain ``Exception`` with these words after a fixed 30 s (``_private/node.py``); on
 a loaded machine its processes can need longer, and are faster the second time."""
+
+NODES_LIMIT_S = 600.0
+NODES_POLL_S = 1.0
+"""A Slurm job's nodes start within minutes of each other."""
 
 WORKER_NICENESS = 0
 """Ray's own 15 would let the simulators, and whatever else runs on the machine, take the learner's
@@ -59,10 +67,27 @@ def train(run: Run) -> None:
         stack.enter_context(_ray_cluster(run, config))
         queue = stack.enter_context(_transfer_queue(config, beside))
         logger.info("starting the learner (some 20 seconds on two cores)")
-        trainer = importing.result().VLATrainer(config, run)
+        simulators = run.simulators or stack.enter_context(open_env_nodes(run))
+        trainer = importing.result().VLATrainer(config, run, simulators)
         trainer.init()
         queue.result()
         trainer.train()
+
+
+def wait_for_nodes(num_nodes: int, limit_s: float = NODES_LIMIT_S) -> None:
+    """Wait until the Ray cluster has as many nodes as hold ranks; they rarely start together.
+
+    Raises:
+        ConfigError: they did not join within ``limit_s``.
+    """
+    deadline = time.monotonic() + limit_s
+    while (there := sum(node["Alive"] for node in ray.nodes())) < num_nodes:
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"cluster.num_nodes is {num_nodes}, but {there} joined the Ray cluster within "
+                f"{limit_s:.0f} s; start Ray on the others, or set cluster.num_nodes={there}"
+            )
+        time.sleep(NODES_POLL_S)
 
 
 @contextmanager
@@ -75,9 +100,12 @@ def _ray_cluster(run: Run, config: DictConfig) -> Generator[None]:
         "VERL_PLATFORM": os.environ["VERL_PLATFORM"],
         "OMP_NUM_THREADS": "1",
     }
+    if ASSETS_VARIABLE in os.environ:  # for nodes that simulate
+        variables[ASSETS_VARIABLE] = os.environ[ASSETS_VARIABLE]
     environment["env_vars"] = {**environment["env_vars"], **variables}
     if cluster.address is not None:
         ray.init(address=cluster.address, runtime_env=environment, log_to_driver=False)
+        wait_for_nodes(cluster.num_nodes)
     else:
         _start_ray(cluster, environment)
     try:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from transformers import AutoModel
 from verl.trainer.config import CheckpointConfig
 from verl.utils.device import get_device_id
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
@@ -18,8 +16,8 @@ from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelCo
 from verl_vla.finetuning.recipe import ScheduleConfig
 from verl_vla.finetuning.run import SFTRun
 from verl_vla.finetuning.samples import SampleBatch
-from verl_vla.policies.lora import add_adapters, merge_adapters
 from verl_vla.trainer.engine import VLAEngine
+from verl_vla.trainer.trained_weights import checkpoint_contents
 from verl_vla.trainer.translate import PRECISION
 from verl_vla.trainer.verl_process import MODEL_TYPE
 
@@ -35,6 +33,7 @@ class SFTEngine(VLAEngine):
         """Describe the engine in veRL's words; `initialize` builds it."""
         self._run = run
         policy, schedule = run.recipe.policy, run.recipe.optimizer
+        contents = checkpoint_contents(has_adapters=policy.lora_rank is not None)
         first, second = schedule.betas
         super().__init__(
             HFModelConfig(
@@ -43,9 +42,14 @@ class SFTEngine(VLAEngine):
                 trust_remote_code=False,
                 use_remove_padding=False,
                 enable_gradient_checkpointing=policy.gradient_checkpointing,
-                override_config={"attn_implementation": policy.attention, "unnorm_key": None},
+                override_config={
+                    "attn_implementation": policy.attention,
+                    "unnorm_key": None,
+                    "quantization": "none",
+                },
                 lora_rank=policy.lora_rank or 0,
                 lora_alpha=policy.lora_alpha,
+                target_modules="all-linear",
             ),
             FSDPEngineConfig(
                 strategy="fsdp2",
@@ -60,6 +64,7 @@ class SFTEngine(VLAEngine):
                 },
             ),
             FSDPOptimizerConfig(
+                optimizer="adamw",
                 lr=schedule.lr,
                 weight_decay=schedule.weight_decay,
                 betas=(first, second),
@@ -68,22 +73,12 @@ class SFTEngine(VLAEngine):
                 lr_warmup_steps=schedule.warmup_steps,
                 total_training_steps=run.recipe.trainer.total_steps,
             ),
-            CheckpointConfig(),
+            CheckpointConfig(save_contents=contents, load_contents=contents),
         )
 
     def _build_module(self) -> nn.Module:
         module = super()._build_module()
         self.processor = self._run.load_processor()
-        return module
-
-    def _build_lora_module(self, module: nn.Module) -> Any:
-        """Where the model says; veRL's way needs a language model's methods."""
-        policy = self._run.recipe.policy
-        assert policy.lora_rank is not None
-        model: Any = module
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._run.recipe.seed)
-            add_adapters(model.adapted_part(), rank=policy.lora_rank, alpha=policy.lora_alpha)
         return module
 
     def _build_lr_scheduler(
@@ -141,15 +136,10 @@ class SFTEngine(VLAEngine):
                 sums += per_sample @ weights.double()
         return [total / num_samples for total in self._add_up(sums)]
 
-    def _save_model(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write a model without adapters, which are merged, in the recipe's type."""
+    def _save_model(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """Write the weights in the recipe's type."""
         dtype = DTYPES[self._run.recipe.policy.dtype]
-        merged = merge_adapters(self.module, state)
-        with torch.device("meta"):
-            plain = AutoModel.from_config(self.module.merged_config())
-        plain.save_pretrained(
-            str(folder), state_dict={name: value.to(dtype) for name, value in merged.items()}
-        )
+        super()._save_model(folder, {name: value.to(dtype) for name, value in state.items()})
 
     def _imitate(self, batch: SampleBatch, rows: slice) -> tuple[Tensor, Tensor]:
         """Score a micro-batch.

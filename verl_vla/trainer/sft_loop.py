@@ -12,7 +12,8 @@ import torch.distributed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from verl_vla.evaluation import evaluate
+from verl_vla.conditions import conditions
+from verl_vla.evaluation import episode_entries, evaluate
 from verl_vla.finetuning.metrics import SFT_METRICS
 from verl_vla.finetuning.report import SFTReport
 from verl_vla.finetuning.run import SFTRun
@@ -156,7 +157,15 @@ class SFTLoop:
             seed=recipe.seed,
         )
         policy.dismiss()
-        record = evaluation_record(result, self._run.env_config, self._run.task_names)
+        names = self._run.task_names
+        given = conditions(
+            self._run.env_config,
+            names,
+            states=recipe.evaluation.states,
+            temperature=recipe.evaluation.temperature,
+            seed=recipe.seed,
+        )
+        record = evaluation_record(episode_entries(result.trajectories), given, names)
         self._report.keep_evaluation(step, result, record)
         values = result.as_metrics(self._run.task_names)
         return values | {"time/evaluation_s": time.perf_counter() - began}

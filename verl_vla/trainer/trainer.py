@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from copy import deepcopy
 from typing import Any
 
 import ray
@@ -18,14 +19,18 @@ from verl.utils import tensordict_utils as tu
 
 from verl_vla import gate
 from verl_vla.build import Run
+from verl_vla.errors import RewardError
 from verl_vla.evaluation import evaluate
 from verl_vla.metrics import MetricsFile
 from verl_vla.progress import Progress
+from verl_vla.rollout import Simulators
+from verl_vla.run_report.page import LiveReport
 from verl_vla.sampling import StartSampler
 from verl_vla.trainer import checkpoint
 from verl_vla.trainer.cluster_policy import ClusterPolicy
 from verl_vla.trainer.episode_loop import EpisodeLoop
 from verl_vla.trainer.placement import CorePoolManager
+from verl_vla.trainer.refused import RefusedEpisodes
 from verl_vla.trainer.rows import group_key
 from verl_vla.trainer.update_metrics import summarise_update
 from verl_vla.trainer.worker import VLAWorker
@@ -37,21 +42,25 @@ logger = logging.getLogger(__name__)
 class VLATrainer(PPOTrainerSync):
     """Groups of episodes instead of prompts, decisions instead of sequences."""
 
-    def __init__(self, config: Any, run: Run) -> None:
+    def __init__(self, config: Any, run: Run, simulators: Simulators) -> None:
         super().__init__(config)
         recipe = run.recipe
         self.run = run
+        self.simulators = simulators
         self.recipe = recipe
         self.starts = StartSampler(
             run.training_starts, seed=recipe.seed, group_size=recipe.sampling.group_size
         )
         self.metrics_file = MetricsFile(run.folder / "metrics.jsonl")
+        self.album = run.open_album()
+        self.report = LiveReport(run.folder)
         self.progress = Progress(recipe.trainer.total_training_steps)
         self._specs: dict[int, list[EpisodeSpec]] = {}
         self._evaluation_s = 0.0
         self._checkpoint_s = 0.0
         self._save_is_due = False
         self._greedy_before: gate.Rates | None = None
+        self._state_before: dict[str, Any] = {}
 
     def init(self) -> None:
         """Start the workers, load the newest whole checkpoint, and make the episode loop."""
@@ -64,21 +73,38 @@ class VLATrainer(PPOTrainerSync):
         )
         self.loop = EpisodeLoop(
             self.policy,
-            self.run.simulators,
+            self.simulators,
             self.run.reward,
             suite=self.recipe.environment.suite,
             temperature=self.recipe.sampling.temperature,
             seed=self.recipe.seed,
             specs_of=self._specs.__getitem__,
+            album=self.album,
+            refused=RefusedEpisodes(self.run.folder, first_step=self.global_steps + 1),
         )
         self.actor_rollout_wg.set_policy_loss(self.recipe.loss, self.run.processor.shape.action_dim)
         if self.global_steps > 0:
             self.config.trainer.val_before_train = False
-        self.metrics_file.rewind(self.global_steps if self.global_steps else -1)
+        last_step = self.global_steps if self.global_steps else -1
+        self.metrics_file.rewind(last_step)
+        self.album.rewind(last_step)
 
     def train(self) -> None:
-        """Run veRL's loop to the last step."""
-        self.fit(self.loop)  # pyright: ignore[reportArgumentType] -- needs generate_sequences only
+        """Run veRL's loop to the last step.
+
+        Raises:
+            RewardError: the reward was refused. The steps before are saved and the episodes of
+                this one are kept, so that the same command goes on with a corrected reward.
+        """
+        try:
+            self.fit(self.loop)  # pyright: ignore[reportArgumentType] -- needs generate_sequences only
+        except RewardError as error:
+            step = self.global_steps
+            saved = self._save_steps_before(step)
+            raise RewardError(
+                f"{error}. {saved}; the episodes of step {step} are kept. Start the same command "
+                "again with a corrected reward"
+            ) from error
 
     def on_train_begin(self) -> None:
         """Before the first update of a run, after its evaluation, ask the cold-start gate.
@@ -94,7 +120,7 @@ class VLATrainer(PPOTrainerSync):
         found = gate.probe(
             gate.probe_starts(self.run.training_starts, config.episodes),
             self.policy,
-            self.run.simulators,
+            self.simulators,
             temperature=self.recipe.sampling.temperature,
             seed=self.recipe.seed,
             greedy=self._greedy_before,
@@ -107,6 +133,7 @@ class VLATrainer(PPOTrainerSync):
         """Forget the groups of the last step and open a new account."""
         self._specs.clear()
         self.loop.begin_step()
+        self._state_before = self._run_state()
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -134,7 +161,8 @@ class VLATrainer(PPOTrainerSync):
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         """One pass over the batch, in ``num_mini_batches`` optimizer steps."""
-        episodes = {key.rsplit("_", 1)[0] for key in batch.keys if key.startswith("g")}
+        real = [key for key in batch.keys if key.startswith("g")]
+        episodes = {key.rsplit("_", 1)[0] for key in real}
         num_mini_batches = self.recipe.optimizer.num_mini_batches
         batch.extra_info = {
             **(batch.extra_info or {}),
@@ -144,7 +172,8 @@ class VLATrainer(PPOTrainerSync):
             "epochs": 1,
         }
         output = self.actor_rollout_wg.update_actor(batch)
-        metrics.update(summarise_update(tu.get(output, "metrics")))
+        num_padding = len(batch.keys) - len(real)
+        metrics.update(summarise_update(tu.get(output, "metrics"), num_padding))
         return batch
 
     def _validate(self) -> dict[str, float]:
@@ -152,7 +181,7 @@ class VLATrainer(PPOTrainerSync):
         result = evaluate(
             self.run.evaluation_starts,
             self.policy,
-            self.run.simulators,
+            self.simulators,
             config=self.recipe.evaluation,
             seed=self.recipe.seed,
         )
@@ -192,14 +221,16 @@ class VLATrainer(PPOTrainerSync):
         self.metrics_file.append(global_steps, values)
         self.progress.show_step(global_steps, values)
         if self._save_is_due:
-            self._write_checkpoint()
+            self._write_checkpoint(self._run_state())
+        self.report.refresh()
 
     def _memory(self) -> dict[str, float]:
-        peaks = self.actor_rollout_wg.peak_memory()
+        process, allocated, reserved = zip(*self.actor_rollout_wg.peak_memory(), strict=True)
         gib = 1024**3
         return {
-            "memory/process_peak": max(process for process, _ in peaks) / gib,
-            "memory/device_peak": max(device for _, device in peaks) / gib,
+            "memory/process_peak": max(process) / gib,
+            "memory/device_peak": max(allocated) / gib,
+            "memory/device_reserved_peak": max(reserved) / gib,
         }
 
     def _save_checkpoint(self) -> None:
@@ -209,16 +240,33 @@ class VLATrainer(PPOTrainerSync):
         """
         self._save_is_due = True
 
-    def _write_checkpoint(self) -> None:
+    def _run_state(self) -> dict[str, Any]:
+        """What veRL does not save, as it stands now."""
+        reward = deepcopy(self.run.reward.state_dict())
+        return {"num_drawn": self.starts.num_drawn, "reward": reward}
+
+    def _save_steps_before(self, step: int) -> str:
+        """Write the checkpoint that ``step``, cut short before its update, began from.
+
+        Returns:
+            What became of the steps before.
+        """
+        last = step - 1
+        if last == 0 or last in checkpoint.complete_steps(self.run.checkpoints):
+            return "No training step is lost"
+        if not self.recipe.trainer.save_every:
+            return "The training steps before are lost, since trainer.save_every is 0"
+        self.global_steps = last
+        self._write_checkpoint(self._state_before)
+        return f"Training step {last} was saved"
+
+    def _write_checkpoint(self, state: dict[str, Any]) -> None:
         began = time.perf_counter()
         folder = checkpoint.step_folder(self.run.checkpoints, self.global_steps)
         checkpoint.discard_partial(folder)
         super()._save_checkpoint()
         self.actor_rollout_wg.export_policy(str(folder / "policy"))
-        checkpoint.save_run_state(
-            folder,
-            {"num_drawn": self.starts.num_drawn, "reward": self.run.reward.state_dict()},
-        )
+        checkpoint.save_run_state(folder, state)
         checkpoint.mark_complete(folder, self.global_steps)
         checkpoint.remove_old(self.run.checkpoints, self.recipe.trainer.keep_checkpoints)
         self._save_is_due = False

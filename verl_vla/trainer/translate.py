@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl_vla.build import Run
 from verl_vla.errors import ConfigError
+from verl_vla.trainer.trained_weights import checkpoint_contents
 from verl_vla.trainer.verl_process import MODEL_TYPE, ROLLOUT_NAME, choose_device
 
 MAX_PROMPT_TOKENS = 64
@@ -83,6 +84,10 @@ def _model(run: Run) -> Knobs:
         f"{model}.enable_gradient_checkpointing": policy.gradient_checkpointing,
         f"{model}.override_config.attn_implementation": policy.attention,
         f"{model}.override_config.unnorm_key": run.processor.codec.statistics.key,
+        f"{model}.override_config.quantization": policy.quantization,
+        f"{model}.lora_rank": policy.lora_rank or 0,
+        f"{model}.lora_alpha": policy.lora_alpha,
+        f"{model}.target_modules": policy.lora_targets,
     }
 
 
@@ -91,6 +96,7 @@ def _actor(run: Run) -> Knobs:
     tokens = MAX_PROMPT_TOKENS + run.processor.shape.num_tokens
     budget = recipe.optimizer.micro_batch_size * tokens
     optim = f"{actor}.optim"
+    has_adapters = recipe.policy.lora_rank is not None
     return {
         f"{actor}.strategy": "fsdp2",
         # Of veRL's KL machinery only the reference worker is used; the term is in our loss.
@@ -105,6 +111,8 @@ def _actor(run: Run) -> Knobs:
         **_fsdp(f"{actor}.fsdp_config", run),
         # The starting policy computes as the learner does, so that they begin equal to the bit.
         **_fsdp("actor_rollout_ref.ref.fsdp_config", run),
+        f"{actor}.checkpoint.save_contents": checkpoint_contents(has_adapters=has_adapters),
+        f"{optim}.optimizer": recipe.optimizer.name,
         f"{optim}.lr": recipe.optimizer.lr,
         f"{optim}.lr_warmup_steps": recipe.optimizer.warmup_steps,
         f"{optim}.weight_decay": recipe.optimizer.weight_decay,
@@ -114,14 +122,17 @@ def _actor(run: Run) -> Knobs:
 
 
 def _fsdp(section: str, run: Run) -> Knobs:
+    policy = run.recipe.policy
+    precision = PRECISION[policy.dtype]
     return {
         f"{section}.strategy": "fsdp2",
         f"{section}.use_torch_compile": False,
         f"{section}.seed": run.recipe.seed,
-        # Weights stay float32 for the optimizer; FSDP casts them for the arithmetic.
-        f"{section}.model_dtype": "fp32",
+        # What is trained stays float32 for the optimizer; FSDP casts it for the arithmetic.
+        f"{section}.model_dtype": "fp32" if policy.lora_rank is None else precision,
+        f"{section}.offload_policy": run.recipe.optimizer.name == "deepspeed_cpu_adam",
         f"{section}.mixed_precision": {
-            "param_dtype": PRECISION[run.recipe.policy.dtype],
+            "param_dtype": precision,
             "reduce_dtype": "fp32",
             "buffer_dtype": "fp32",
         },
@@ -157,6 +168,8 @@ def _run(run: Run) -> Knobs:
         "data.custom_cls.name": "NoDataset",
         "transfer_queue.enable": True,
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": recipe.cluster.num_nodes,
+        # Not on nodes that only simulate, which are started with no CPU for Ray to give away.
+        "transfer_queue.backend.SimpleStorage.required_node_resource": "CPU",
         "trainer.device": choose_device(recipe.cluster.device),
         "trainer.nnodes": recipe.cluster.num_nodes,
         "trainer.n_gpus_per_node": recipe.cluster.ranks_per_node,

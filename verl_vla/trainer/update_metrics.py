@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 
-def summarise_update(reported: Mapping[str, Any]) -> dict[str, float]:
+def summarise_update(reported: Mapping[str, Any], num_padding: int) -> dict[str, float]:
     """Add up the sums of all micro-batches and ranks.
 
     Args:
         reported: lists with one entry per micro-batch (in the same order under every name), as
             `verl_vla.trainer.worker` makes them, and ``grad_norm`` and ``lr`` per optimizer step;
             ``kl_sum`` is among them where the loss has a KL term.
+        num_padding: rows without content among them, from veRL.
     """
     tokens = _array(reported["num_tokens"])
     first = _array(reported["optimizer_step"]) == 0
@@ -30,6 +31,9 @@ def summarise_update(reported: Mapping[str, Any]) -> dict[str, float]:
         "actor/ratio_first_deviation": float(_array(reported["ratio_deviation"])[first].max()),
         "actor/clip_low": float(_array(reported["num_clipped_low"]).sum()) / total,
         "actor/clip_high": float(_array(reported["num_clipped_high"]).sum()) / total,
+        "actor/rows": float(_array(reported["num_rows"]).sum()) - num_padding,
+        "actor/rows_of_padding": float(num_padding),
+        "actor/rows_without_gradient": float(_array(reported["num_rows_idle"]).sum()) - num_padding,
     }
     if "kl_sum" in reported:
         values["actor/kl"] = float(_array(reported["kl_sum"]).sum()) / total

@@ -97,10 +97,19 @@ class VLAWorker(ActorRolloutRefWorker):
         self.engine.export(Path(folder))
 
     @register(dispatch_mode=EVERY_RANK)
-    def peak_memory(self) -> tuple[int, int]:
-        """(resident bytes of this process, device bytes allocated), both since it began."""
-        device = 0 if get_device_name() == "cpu" else get_torch_device().max_memory_allocated()
-        return peak_process_bytes(), int(device)
+    def peak_memory(self) -> tuple[int, int, int]:
+        """Measure peaks, in bytes.
+
+        Returns:
+            Resident in this process since it began; on the device, allocated and reserved, since
+            this was last asked.
+        """
+        if get_device_name() == "cpu":
+            return peak_process_bytes(), 0, 0
+        device = get_torch_device()
+        allocated, reserved = device.max_memory_allocated(), device.max_memory_reserved()
+        device.reset_peak_memory_stats()
+        return peak_process_bytes(), int(allocated), int(reserved)
 
 
 class SharedWeightsRollout(rollout_base.BaseRollout):
@@ -159,6 +168,8 @@ def row_loss(
     metrics = {
         "loss_sum": parts.loss.item(),
         "num_tokens": parts.num_tokens.item(),
+        "num_rows": len(mask),
+        "num_rows_idle": int((~mask.any(1) | (advantage == 0)).sum()),
         "num_clipped_low": parts.num_clipped_low.item(),
         "num_clipped_high": parts.num_clipped_high.item(),
         "ratio_sum": parts.ratio_sum.item(),

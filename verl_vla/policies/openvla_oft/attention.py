@@ -38,5 +38,6 @@ def require_backend(backend: str | None) -> None:
     if backend == FLASH_ATTENTION and not is_flash_attn_2_available():
         raise ConfigError(
             f"attn_implementation is '{FLASH_ATTENTION}', which needs a CUDA device and the "
-            "package flash-attn, and one of them is missing here; install it, or choose sdpa"
+            "package flash-attn, and one of them is missing here; install it (the extra gpu), or "
+            "choose sdpa"
         )

@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.policies.base import ActionLogits, Chooser
-from verl_vla.policies.lora import head_rows
+from verl_vla.policies.lora import ADAPTER_MARK, LoraTargets, add_adapters, head_rows
 from verl_vla.policies.openvla_oft.attention import (
     require_backend,
     require_bidirectional_backend,
@@ -32,12 +32,10 @@ from verl_vla.policies.openvla_oft.vision import (
     AttentionPool,
     FusedVisionBackbone,
     LayerScale,
+    Projector,
     VisionTransformer,
 )
 from verl_vla.policies.token_model import TokenModel
-
-PROJECTOR_EXPANSION = 4
-"""Width of the projector's first layer over the width of its input."""
 
 
 class OpenVLAOFTModel(TokenModel):
@@ -66,9 +64,17 @@ class OpenVLAOFTModel(TokenModel):
         for tower in self.vision_backbone.towers:
             tower.freeze_unused()
 
-    def adapted_part(self) -> nn.Module:
-        """All of it, the head and the vision towers too (openvla-oft: ``all-linear``)."""
-        return self
+    @property
+    def decoder(self) -> nn.Module:
+        """The layers of the language model, without its head."""
+        return self.language_model.model
+
+    def add_adapters(self, *, rank: int, alpha: int, targets: LoraTargets) -> None:
+        """See `TokenModel.add_adapters`; ``all-linear`` takes in head, projector and towers."""
+        part = self.decoder if targets == "language_model" else self
+        add_adapters(part, rank=rank, alpha=alpha)
+        for name, weight in self.named_parameters():
+            weight.requires_grad_(ADAPTER_MARK in name)
 
     def action_logits(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
@@ -210,22 +216,6 @@ class OpenVLAOFTModel(TokenModel):
             init.constant_(module.scale_factor, self.config.layer_scale_init)
         elif isinstance(module, AttentionPool):
             init.normal_(module.latent, std=self.config.initializer_range)
-
-
-class Projector(nn.Module):
-    """Carries patch features into the language model's width."""
-
-    def __init__(self, vision_width: int, language_width: int) -> None:
-        super().__init__()
-        hidden = PROJECTOR_EXPANSION * vision_width
-        self.fc1 = nn.Linear(vision_width, hidden)
-        self.fc2 = nn.Linear(hidden, language_width)
-        self.fc3 = nn.Linear(language_width, language_width)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Map [..., vision_width] to [..., language_width]."""
-        x = functional.gelu(self.fc1(features))
-        return self.fc3(functional.gelu(self.fc2(x)))
 
 
 def require_bidirectional(model: OpenVLAOFTModel) -> None:

@@ -17,6 +17,8 @@ from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig, Vision
 
 NORM_EPSILON = 1e-6
 """timm's LayerNorm in vision transformers; PyTorch's default is ten times larger."""
+PROJECTOR_EXPANSION = 4
+"""Width of the projector's first layer over the width of its input."""
 
 
 class FusedVisionBackbone(nn.Module):
@@ -179,3 +181,19 @@ class AttentionPool(nn.Module):
         self.proj = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=NORM_EPSILON)
         self.mlp = Mlp(width, mlp_size)
+
+
+class Projector(nn.Module):
+    """Carries patch features into the language model's width."""
+
+    def __init__(self, vision_width: int, language_width: int) -> None:
+        super().__init__()
+        hidden = PROJECTOR_EXPANSION * vision_width
+        self.fc1 = nn.Linear(vision_width, hidden)
+        self.fc2 = nn.Linear(hidden, language_width)
+        self.fc3 = nn.Linear(language_width, language_width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map [..., vision_width] to [..., language_width]."""
+        x = functional.gelu(self.fc1(features))
+        return self.fc3(functional.gelu(self.fc2(x)))

@@ -22,7 +22,7 @@ from transformers import AutoModel, Cache, DynamicCache, SiglipVisionModel
 
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.policies.base import ActionLogits, Chooser
-from verl_vla.policies.lora import add_adapters
+from verl_vla.policies.lora import ADAPTER_MARK, LoraTargets, add_adapters
 from verl_vla.policies.scratch_vla.action_tokens import ActionTokens, embed_bins, score_bins
 from verl_vla.policies.scratch_vla.attention import align_right, pairwise_mask
 from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig
@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 ATTENTION = ("sdpa", "eager")
 """Back ends of transformers 5 that take a mask for every pair of tokens."""
-ADAPTER_MARK = "lora_"
-"""In the names of all weights that peft adds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +64,7 @@ class ScratchVLAModel(TokenModel):
         self._require_attention()
         if config.lora_rank:
             # after post_init, which would fill the adapters' zeros with noise
-            add_adapters(self.adapted_part(), rank=config.lora_rank, alpha=config.lora_alpha)
+            add_adapters(self.decoder, rank=config.lora_rank, alpha=config.lora_alpha)
         self.choose_trained()
 
     def choose_trained(self) -> None:
@@ -83,9 +81,18 @@ class ScratchVLAModel(TokenModel):
                 "just that"
             )
 
-    def adapted_part(self) -> nn.Module:
-        """The language model; the projector and the action rows begin as nothing."""
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model, which has no head."""
         return self.language_model
+
+    def add_adapters(self, *, rank: int, alpha: int, targets: LoraTargets) -> None:
+        """See `TokenModel.add_adapters`.
+
+        Both targets are the language model's layers: the projector and the action rows began as
+        nothing and go on being trained whole.
+        """
+        add_adapters(self.decoder, rank=rank, alpha=alpha)
 
     def merged_config(self) -> ScratchVLAConfig:
         """Describe the same model without adapters."""

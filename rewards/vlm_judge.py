@@ -1,0 +1,178 @@
+"""A served vision-language model says how far a failure came.
+
+The server speaks OpenAI's protocol, as a local vLLM does (the extra ``vllm``, in a process of
+its own):
+
+    vllm serve MODEL_FOLDER --port 8000 --limit-mm-per-prompt '{"image": 8}'
+
+Only failures are shown to it, so it can never change the reward of a success.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+
+from verl_vla.errors import ConfigError, RewardError
+from verl_vla.reward import RewardResult, StatelessReward, TrajectoryBatch
+
+QUESTION = (
+    "A robot was told: {instruction}. These {count} pictures, in the order of time, show what it "
+    "did; it did not finish. How far did it come, from 0 (nothing of it was done) to 100 (all but "
+    "done)?"
+)
+ANSWER = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "progress",
+        "schema": {
+            "type": "object",
+            "properties": {"progress": {"type": "integer", "minimum": 0, "maximum": 100}},
+            "required": ["progress"],
+            "additionalProperties": False,
+        },
+    },
+}
+"""OpenAI's ``response_format``; vLLM lets the model write nothing else."""
+MAX_ANSWER_TOKENS = 16
+JPEG_QUALITY = 90
+FULL_PROGRESS = 100
+LOST = (OSError, http.client.HTTPException, urllib.error.URLError)
+"""A server that is not there, or went away in the middle."""
+
+
+class VlmJudgeReward(StatelessReward):
+    """``alpha`` times the progress that the judge sees, for failures; 1 for a success."""
+
+    requires = frozenset({"frames"})
+
+    def __init__(
+        self,
+        model: str,
+        instructions: Mapping[str, str],
+        url: str = "http://127.0.0.1:8000/v1",
+        alpha: float = 0.5,
+        num_frames: int = 8,
+        num_requests: int = 16,
+        timeout_s: float = 120.0,
+        max_lost_share: float = 0.05,
+    ) -> None:
+        """Find the server.
+
+        Args:
+            model: the name that the server gives it.
+            instructions: what the robot was told, by ``suite/task_id``.
+            url: of the server, up to and with its version.
+            alpha: what the best conceivable failure is worth, above 0 and below 1.
+            num_frames: pictures of an episode, evenly spaced, the last one among them.
+            num_requests: episodes that are judged at the same time.
+            timeout_s: for one answer.
+            max_lost_share: of failures that may stay without an answer; they score 0.
+
+        Raises:
+            ConfigError: a number outside its range, no server, or one without this model.
+        """
+        if not 0 < alpha < 1:
+            raise ConfigError(f"reward_args.alpha is {alpha}; set more than 0 and less than 1")
+        for name, value in (("num_frames", num_frames), ("num_requests", num_requests)):
+            if value < 1:
+                raise ConfigError(f"reward_args.{name} is {value}; set at least 1")
+        self._model, self._url, self._timeout_s = model, url.rstrip("/"), timeout_s
+        self._instructions = dict(instructions)
+        self._alpha, self._num_frames, self._num_requests = alpha, num_frames, num_requests
+        self._max_lost_share = max_lost_share
+        self._require_model()
+
+    def __call__(self, batch: TrajectoryBatch) -> RewardResult:
+        """Judge the failures, several at a time.
+
+        Raises:
+            ConfigError: a task has no instruction.
+            RewardError: more failures stayed without an answer than may.
+        """
+        assert batch.frames is not None
+        failures = np.flatnonzero(~batch.success)
+        missing = sorted({batch.task_key[row] for row in failures} - self._instructions.keys())
+        if missing:
+            raise ConfigError(f"reward_args.instructions has none for {missing[0]!r}; add it")
+        progress = np.ones(len(batch), dtype=np.float32)
+        with ThreadPoolExecutor(self._num_requests) as pool:
+            asked = [
+                pool.submit(self._judge, batch.frames[row], batch.task_key[row]) for row in failures
+            ]
+            progress[failures] = [answer.result() for answer in asked]
+        lost = np.isnan(progress)
+        if lost.sum() > self._max_lost_share * max(1, len(failures)):
+            raise RewardError(
+                f"the judge at {self._url} left {lost.sum()} of {len(failures)} failures without "
+                "an answer; see the server's log, or set reward_args.max_lost_share"
+            )
+        shaped = self._alpha * np.nan_to_num(progress, nan=0.0)
+        return RewardResult(
+            score=np.where(batch.success, 1.0, shaped).astype(np.float32),
+            progress=progress,
+            status=tuple(
+                "success" if solved else "lost" if gone else "failure"
+                for solved, gone in zip(batch.success, lost, strict=True)
+            ),
+            metrics={"lost": float(lost.sum())},
+        )
+
+    def _judge(self, frames: npt.NDArray[np.uint8], task_key: str) -> float:
+        """0 to 1, or NaN where the server gave no answer."""
+        rows = np.linspace(0, len(frames) - 1, min(self._num_frames, len(frames))).round()
+        pictures = [frames[int(row), 0] for row in rows]
+        question = QUESTION.format(instruction=self._instructions[task_key], count=len(pictures))
+        content: list[dict[str, Any]] = [{"type": "text", "text": question}]
+        content += [{"type": "image_url", "image_url": {"url": _as_url(p)}} for p in pictures]
+        body = {
+            "model": self._model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+            "max_tokens": MAX_ANSWER_TOKENS,
+            "response_format": ANSWER,
+        }
+        try:
+            answer = self._ask("chat/completions", body)
+            said = json.loads(answer["choices"][0]["message"]["content"])["progress"]
+            return min(max(float(said), 0), FULL_PROGRESS) / FULL_PROGRESS
+        except (*LOST, ValueError, KeyError, TypeError, IndexError):
+            return float("nan")
+
+    def _require_model(self) -> None:
+        try:
+            known = [entry["id"] for entry in self._ask("models")["data"]]
+        except LOST as error:
+            raise ConfigError(
+                f"no judge answers at {self._url} ({error}); install the extra vllm "
+                f"and run: vllm serve {self._model}, or set reward_args.url"
+            ) from error
+        if self._model not in known:
+            raise ConfigError(
+                f"reward_args.model is {self._model!r}, but {self._url} serves {', '.join(known)}"
+            )
+
+    def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """GET, or POST ``body``, and read the JSON of the answer."""
+        request = urllib.request.Request(
+            f"{self._url}/{path}",
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=self._timeout_s) as answer:
+            return json.load(answer)
+
+
+def _as_url(picture: npt.NDArray[np.uint8]) -> str:
+    data = simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=JPEG_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Trains on several nodes. On the first:   train_multinode.sh head NODES suite=spatial ...
+# On every other one, before or after it:  train_multinode.sh join ADDRESS
+# The folders of the policy and of the run must be the same on all nodes.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
+cd "$root"
+set_up_packages run
+set_up_renderer
+port=${RAY_PORT:-6379}
+case ${1:-} in
+    join) exec "$venv/bin/ray" start --address "${2:?name the first node}:$port" --block ;;
+    head) ;;
+    *) stop "say head NODES or join ADDRESS" ;;
+esac
+nodes=${2:?say how many nodes}
+shift 2
+"$venv/bin/ray" start --head --port "$port" --dashboard-host 127.0.0.1
+trap '"$venv/bin/ray" stop' EXIT
+"$python" -m verl_vla train recipe=libero profile=8gpu cluster.num_nodes="$nodes" \
+    cluster.address="127.0.0.1:$port" "$@"

@@ -1,0 +1,93 @@
+"""A run's folder as training leaves it, small and made up, for what reads such folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from verl_vla.album import film_path, write_film
+from verl_vla.conditions import DECIDES
+from verl_vla.journal import Journal
+from verl_vla.metrics import METRICS, MetricsFile
+from verl_vla.run_folder import evaluation_record, keep_evaluation
+from verl_vla.types import Outcome
+
+NAMES = {0: "push_the_cube", 6: "lift_the_can"}
+GROUP_SIZE = 3
+
+
+def make_run(folder: Path, *, steps: int = 3, total: int = 5, name: str = "mini") -> Path:
+    """A run of ``steps`` training steps out of ``total``; of 0 steps nothing but its recipe."""
+    folder.mkdir(parents=True)
+    recipe = {
+        "seed": 4,
+        "reward": "srpo",
+        "policy": {"path": "bases/<mini>"},
+        "environment": {"suite": name},
+        "sampling": {"groups_per_step": 2, "group_size": GROUP_SIZE},
+        "trainer": {"total_training_steps": total},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    if steps:
+        _evaluate(folder, 0, solved=1)
+        for step in range(1, steps + 1):
+            add_step(folder, step)
+        _evaluate(folder, steps, solved=3)
+    return folder
+
+
+def add_step(folder: Path, step: int) -> None:
+    """What one more training step leaves behind: a mixed group and one that failed."""
+    journal, lines = Journal(folder, {"suite": "mini"}), []
+    for group, outcomes in enumerate(([0, 1, 1], [1, 1, 2])):
+        for member, outcome in enumerate(outcomes):
+            episode = 100 * step + 10 * group + member
+            crashed = outcome == Outcome.CRASH
+            line = {"episode": episode, "task": 6 * group, "init_state": 1, "outcome": outcome}
+            line |= {"steps": 20 + member, "crash": "lost" if crashed else None, "step": step}
+            line |= {"group": 10 * step + group, "actions": None, "executed": None}
+            line |= {
+                "score": None if crashed else 1.0 if outcome == 0 else 0.1 * member,
+                "progress": [] if crashed else [0.0, 1.0 if outcome == 0 else 0.25 * member],
+            }
+            lines.append(line)
+            if group == 0:
+                pictures = np.full((2, 8, 8, 3), 40 * member, dtype=np.uint8)
+                write_film(film_path(folder, episode), pictures, [8, 8])
+    journal.append(lines)
+    values = {name: 0.5 for name in METRICS if not name.startswith("eval/")}
+    MetricsFile(folder / "metrics.jsonl").append(
+        step, values | {"rollout/success_rate": 0.2, "rollout/episodes": 6, "rollout/crashes": 1}
+    )
+
+
+def _evaluate(folder: Path, step: int, *, solved: int) -> None:
+    entries = [
+        {
+            "episode": i,
+            "task": task,
+            "init_state": i,
+            "outcome": i >= solved,
+            "steps": 9,
+            "crash": None,
+        }
+        for task in NAMES
+        for i in range(4)
+    ]
+    conditions = {key: key for key in DECIDES} | {"versions": {"verl": "0.9.1"}}
+    conditions["step_limits"] = dict.fromkeys(NAMES.values(), 48)
+    record = json.loads(json.dumps(evaluation_record(entries, conditions, NAMES)))
+    keep_evaluation(folder, step, record)
+    low, high = record["total"]["ci95"]
+    MetricsFile(folder / "metrics.jsonl").append(
+        step,
+        {
+            "eval/success_rate": record["total"]["rate"],
+            "eval/episodes": 8,
+            "eval/ci_low": low,
+            "eval/ci_high": high,
+        },
+    )

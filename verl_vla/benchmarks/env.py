@@ -1,0 +1,184 @@
+"""One simulator against the stock environment, each in a process of its own.
+
+robosuite neither chooses its GL context before it draws nor before it frees one, so it must not
+share a process with another renderer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from verl_vla.benchmarks.measuring import (
+    Record,
+    Seconds,
+    ratio,
+    record,
+    require_positive,
+    spread,
+    take_turns,
+    timed,
+)
+from verl_vla.envs.assets import asset_folder
+from verl_vla.envs.libero import SETTLE_ACTION, EnvConfig, make_env
+from verl_vla.envs.suites import SUITES
+from verl_vla.processes import end_with_parent
+
+CHUNK = 8
+"""Steps of a chunk in the published OpenVLA-OFT policies for LIBERO."""
+NO_LIMIT = 1_000_000
+"""Steps; episodes of a benchmark go on."""
+
+Work = Mapping[str, Callable[[], object]]
+"""Pieces of work that a way knows, by name."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what can be chosen."""
+    add = parser.add_argument
+    add("--suite", choices=SUITES, default="libero_spatial")
+    add("--task", type=int, default=0, help="task id within the suite")
+    add("--render-size", type=int, default=256, help="height and width of a picture, pixels")
+    add("--image-size", type=int, default=224, help="height and width that our policy sees")
+    add("--pairs", type=int, default=10, help="chunks of each way; they take turns")
+    add("--resets", type=int, default=5, help="resets of each way; they take turns")
+
+
+def measure(options: argparse.Namespace) -> Record:
+    """Time a chunk and a reset.
+
+    The peers' way: 8 steps of `OffScreenRenderEnv` with its two cameras, each drawn at every step,
+    nothing prepared for a policy; and a reset that rebuilds the model, sets the init state and
+    settles for 10 steps. Ours: `LiberoEnv.step_chunk`, with one view at the end, prepared for the
+    policy; and `LiberoEnv.reset`, equal to the bit.
+    """
+    require_positive(options, "pairs", "resets", "render_size", "image_size")
+    with _way(_stock, options) as stock, _way(_ours, options) as ours:
+        chunks = _take_turns(stock, ours, "chunk", options.pairs, warm_up=2)
+        resets = _take_turns(stock, ours, "reset", options.resets, warm_up=1)
+    results: dict[str, Any] = {
+        "suite": options.suite,
+        "task": options.task,
+        "render_size": options.render_size,
+        "pairs": options.pairs,
+        "resets": options.resets,
+    }
+    return record("env", options, results | _compared("chunk", chunks) | _compared("reset", resets))
+
+
+def _take_turns(
+    stock: Connection, ours: Connection, name: str, rounds: int, warm_up: int
+) -> dict[str, list[Seconds]]:
+    ways = {"peer": partial(_ask, stock, name), "ours": partial(_ask, ours, name)}
+    return take_turns(ways, rounds=rounds, warm_up=warm_up)
+
+
+def _compared(name: str, taken: Mapping[str, list[Seconds]]) -> dict[str, Any]:
+    peer, ours = taken["peer"], taken["ours"]
+    return {
+        f"{name}_peer_processor_ms": spread([1000 * s.processor for s in peer], 1),
+        f"{name}_ours_processor_ms": spread([1000 * s.processor for s in ours], 1),
+        f"{name}_times_faster": ratio([s.processor for s in peer], [s.processor for s in ours]),
+        f"{name}_times_faster_clock": ratio([s.clock for s in peer], [s.clock for s in ours]),
+    }
+
+
+def _ask(connection: Connection, name: str) -> Seconds:
+    connection.send(name)
+    return connection.recv()
+
+
+@contextmanager
+def _way(
+    make: Callable[[argparse.Namespace], Work], options: argparse.Namespace
+) -> Generator[Connection]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(make, options, theirs))
+    process.start()
+    theirs.close()
+    try:
+        yield ours
+    finally:
+        ours.close()
+        process.join()
+
+
+def _serve(
+    make: Callable[[argparse.Namespace], Work], options: argparse.Namespace, connection: Connection
+) -> None:
+    end_with_parent()
+    work = make(options)
+    while True:
+        try:
+            name: str = connection.recv()
+        except EOFError:
+            return
+        connection.send(timed(work[name]))
+
+
+def _ours(options: argparse.Namespace) -> Work:
+    env = make_env(
+        EnvConfig(
+            suite=options.suite,
+            step_limit=NO_LIMIT,
+            render_size=options.render_size,
+            image_size=options.image_size,
+        )
+    )
+    env.reset(options.task, 0)
+    moves = _moves()
+    return {
+        "chunk": lambda: env.step_chunk(next(moves)),
+        "reset": lambda: env.reset(options.task, 0),
+    }
+
+
+def _stock(options: argparse.Namespace) -> Work:
+    ours = make_env(EnvConfig(suite=options.suite))
+    task = ours.suite.task(options.task)
+    if not ours.suite.needs_assets:
+        import verl_vla.envs.mini.problem  # noqa: F401, PLC0415 -- registers itself
+    from libero.libero.envs import OffScreenRenderEnv  # noqa: PLC0415 -- after `make_env`
+
+    init_state = ours.suite.load_init_states(options.task)[0]
+    moves = _moves()
+    with asset_folder(ours.assets):
+        env = OffScreenRenderEnv(
+            bddl_file_name=str(task.bddl_file),
+            camera_heights=options.render_size,
+            camera_widths=options.render_size,
+            ignore_done=True,
+        )
+        env.seed(0)
+
+    def reset() -> None:
+        with asset_folder(ours.assets):
+            env.reset()
+        env.set_init_state(init_state)
+        for _ in range(ours.config.settle_steps):
+            env.step(list(SETTLE_ACTION))
+
+    def chunk() -> None:
+        for action in next(moves):
+            env.step(action)
+
+    reset()
+    return {"chunk": chunk, "reset": reset}
+
+
+def _moves() -> Generator[npt.NDArray[np.float32]]:
+    """Yield chunks [8, 7] of small moves that stay above the table and solve nothing."""
+    rng = np.random.default_rng(0)
+    while True:
+        moves = np.clip(rng.normal(0.0, 0.3, (CHUNK, 7)), -1.0, 1.0).astype(np.float32)
+        moves[:, 6] = -1.0
+        yield moves

@@ -1,0 +1,105 @@
+"""``plan recipe=NAME key=value ... --gpu KIND --nodes N``: will it fit, and how long will it take?
+
+Nothing is started, and neither the policy's weights nor a GPU is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from verl_vla.build import find_policy
+from verl_vla.composition import load_recipe
+from verl_vla.errors import ConfigError
+from verl_vla.planning import GPUS, Plan, find_remedy, make_plan
+from verl_vla.planning.trace import ModelConfig
+from verl_vla.policies.loading import load_config
+from verl_vla.policies.openvla_oft import OpenVLAOFTConfig
+from verl_vla.progress import format_seconds
+from verl_vla.recipe import Recipe
+
+EXIT_TOO_LARGE = 1
+"""The recipe does not fit."""
+GB = 1e9
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print the plan; 1 where it does not fit."""
+    options = _parser().parse_intermixed_args(arguments)
+    words = list(options.words)
+    if options.nodes is not None:
+        words.append(f"cluster.num_nodes={options.nodes}")
+    recipe = load_recipe(words)
+    if options.gpu is None and recipe.cluster.device != "cpu":
+        raise ConfigError(f"which GPU? Say --gpu and one of {', '.join(GPUS)}")
+    config, source = policy_config(recipe)
+    plan = make_plan(recipe, config, None if options.gpu is None else GPUS[options.gpu])
+    print(f"policy: {source}")
+    show(plan)
+    if plan.fits:
+        return 0
+    remedy = find_remedy(plan, config)
+    if remedy is None:
+        print("No change that is known here makes it fit; take a larger GPU.")
+    else:
+        changes, changed = remedy
+        words = [f"{name}={str(value).lower()}" for name, value in changes.items()]
+        print(f"It would with {' '.join(words)}: {changed.device.peak / GB:.1f} GB.")
+    return EXIT_TOO_LARGE
+
+
+def policy_config(recipe: Recipe) -> tuple[ModelConfig, str]:
+    """The sizes of the recipe's policy, and where they are from.
+
+    A recipe may name a folder that is not on this machine; then it is taken for the published
+    policy, whose sizes `OpenVLAOFTConfig` knows.
+    """
+    try:
+        folder = find_policy(recipe.policy.path)
+    except ConfigError:
+        return OpenVLAOFTConfig(), f"{recipe.policy.path} is not here; OpenVLA-OFT as published"
+    return load_config(folder), str(folder)
+
+
+def show(plan: Plan) -> None:
+    """Print memory and time, part by part."""
+    trace, cluster = plan.trace, plan.recipe.cluster
+    print(
+        f"weights: {trace.weights / 1e6:,.1f} M, {trace.trained / 1e6:,.1f} M of them trained\n"
+        f"ranks: {cluster.num_nodes} x {cluster.ranks_per_node}\n"
+        f"one round: at most {plan.decisions:,} decisions\n"
+    )
+    _table(
+        "memory of the first rank, GB" if plan.gpu else "memory of a rank, GB", plan.device.lasting
+    )
+    _table("and the largest of", plan.device.passing)
+    print(f"peak {plan.device.peak / GB:.1f} GB", end="")
+    if plan.gpu is not None:
+        verdict = "fits" if plan.fits else "DOES NOT FIT"
+        print(f" of {plan.gpu.memory_bytes / GB:.1f} GB of an {plan.gpu.name}: {verdict}", end="")
+    print("\n")
+    _table("memory of a node's host, GB", plan.host)
+    print(f"together {sum(plan.host.values()) / GB:.1f} GB\n")
+    if plan.gpu is None:
+        print("time on cores is not planned; docs/benchmarks.md has what was measured")
+        return
+    print("time of a training step with one round, from published speeds")
+    for name, seconds in plan.seconds.items():
+        print(f"  {name:<28} {format_seconds(seconds):>9}")
+    print(f"together {format_seconds(plan.total_seconds)}; simulators and policy play side by side")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m verl_vla plan", description=__doc__)
+    add = parser.add_argument
+    add("words", nargs="*", help="recipe=NAME key=value ...")
+    add("--gpu", choices=list(GPUS), help="of every rank")
+    add("--nodes", type=int, help="cluster.num_nodes")
+    return parser
+
+
+def _table(title: str, parts: Mapping[str, Any]) -> None:
+    print(title)
+    for name, size in parts.items():
+        print(f"  {name:<28} {size / GB:9.2f}")

@@ -1,0 +1,60 @@
+"""QLoRA: the frozen weights under adapters held in 4 bits, and what they stand for.
+
+The NormalFloat code of Dettmers et al. 2023 (arXiv 2305.14314), double quantization included, as
+bitsandbytes computes it. Needs the extra ``qlora``: import it only where that was checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+
+def quantize_under_adapters(part: nn.Module, device: torch.device | str | int) -> None:
+    """Replace every linear layer under an adapter of ``part`` by its 4-bit form, in place.
+
+    Args:
+        part: of a model; a layer without an adapter stays as it is.
+        device: where the 4-bit weights go, one layer at a time.
+    """
+    for layer in list(part.modules()):
+        if isinstance(layer, LoraLayer):
+            base: Any = layer.get_base_layer()
+            parent: Any = layer
+            parent.base_layer = _quantized(base, device)
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """Weights by name as `quantize_under_adapters` found them, but for what 4 bits lose."""
+    state = model.state_dict()
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear4bit):
+            for key in [key for key in state if key.startswith(f"{name}.weight")]:
+                del state[key]
+            weight: Any = layer.weight
+            state[f"{name}.weight"] = dequantize_4bit(weight.data, weight.quant_state)
+    return state
+
+
+def _quantized(linear: nn.Linear, device: torch.device | str | int) -> Linear4bit:
+    """The same layer with its weight in 4 bits; it computes in the weight's type."""
+    weight, bias = linear.weight.data, linear.bias
+    with torch.device("meta"):
+        layer = Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=bias is not None,  # pyright: ignore[reportUnnecessaryComparison]
+            compute_dtype=weight.dtype,
+            quant_type="nf4",
+        )
+    make: Any = Params4bit  # its arguments are those of `__new__`, which hides them
+    layer.weight = make(weight, requires_grad=False, quant_type="nf4", module=layer)
+    layer.bias = bias
+    # bitsandbytes would pack the weight anew, with coarser statistics, for a rollout on such a CPU
+    layer.support_avx512bf16_for_cpu = False
+    return layer.to(device)
