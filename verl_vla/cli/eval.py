@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         "--states",
         choices=get_args(Split),
         default="held_out",
-        help="starts to play; official: all recorded ones, as in published numbers; drawn: new ones",
+        help="official: all recorded starts, as in published numbers; drawn: new ones",
     )
     add("--sampling", default="greedy", help="greedy, or a temperature")
     add("--limit", default="published", help="step limit: published, simplevla, or a number")

@@ -162,7 +162,8 @@ class Simulator:
     def place_objects(self, seed: int) -> Floats:
         """Draw a start [1 + nq + nv] from the regions of the task; the episode played is lost.
 
-        Cabinets and stoves, which are part of the model and of no state, stay where they are.
+        Cabinets and stoves, which are part of the model and of no state, stay where they are; what
+        is drawn upon one of them is off its middle by what it would have moved, up to 0.01 m.
         """
         position, turn = self._model.body_pos.copy(), self._model.body_quat.copy()
         with _seeded(seed):
