@@ -27,7 +27,9 @@ import numpy.typing as npt
 
 from verl_vla.envs.libero import CAMERAS
 
-PICTURES = dict(zip(CAMERAS, ("obs/agentview_rgb", "obs/eye_in_hand_rgb"), strict=True))
+PICTURES: dict[str, str] = dict(
+    zip(CAMERAS, ("obs/agentview_rgb", "obs/eye_in_hand_rgb"), strict=True)
+)
 """Where an episode keeps the pictures of each camera."""
 FILE_SUFFIX = "_demo.hdf5"
 """LIBERO ``libero/libero/benchmark/__init__.py``, ``get_task_demonstration``."""

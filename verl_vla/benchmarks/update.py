@@ -6,9 +6,9 @@ Each way runs in a process of its own, so that its peak memory is its own.
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import resource
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +111,6 @@ def update_of(policy: TrainablePolicy, way: Way, rows: int) -> Callable[[], floa
             )
             policy_loss(logp, old, gain, seen, weights, ClipRange()).loss.backward()
         trained = [p.grad for p in policy.model.parameters() if p.grad is not None]
-        return statistics.fsum(float(gradient.norm()) ** 2 for gradient in trained) ** 0.5
+        return math.fsum(float(gradient.norm()) ** 2 for gradient in trained) ** 0.5
 
     return update
