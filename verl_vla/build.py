@@ -26,7 +26,7 @@ from verl_vla.policies.loading import check_adapters, load_processor, require_so
 from verl_vla.policies.openvla_oft.attention import require_backend
 from verl_vla.recipe import EnvironmentConfig, Recipe
 from verl_vla.reward import TrajectoryReward, load_reward, looks_at_pictures
-from verl_vla.run_folder import claim_folder, evaluation_record, keep_evaluation
+from verl_vla.run_folder import claimed_folder, evaluation_record, keep_evaluation
 from verl_vla.sampling import Start
 
 logger = logging.getLogger(__name__)
@@ -119,10 +119,9 @@ def open_run(recipe: Recipe) -> Generator[Run]:
         chosen, tasks, recipe.evaluation.states, per_task=recipe.evaluation.episodes_per_task
     )
     folder = Path(recipe.out).expanduser().resolve()
-    claim_folder(folder, recipe.as_dict(), MAY_CHANGE)
     is_elsewhere = recipe.cluster.env_nodes > 0
     here = nullcontext() if is_elsewhere else open_simulators(env, config, processor.shape)
-    with here as simulators:
+    with claimed_folder(folder, recipe.as_dict(), MAY_CHANGE), here as simulators:
         yield Run(
             recipe=recipe,
             folder=folder,

@@ -6,7 +6,14 @@
 ``EpisodeCrashed``    nobody yet: one simulator died; the run goes on and counts it
 ``ColdStartError``    the person who chose the policy: it succeeds too seldom to be trained
 ``StarvedError``      the person who chose the tasks: no group taught anything
+``CheckpointError``   the person who looks after the disk: nothing sound to write to or go on from
+``DivergedError``     the person who chose the rates: losses or gradients are no longer finite
+``LearnerLostError``  the person who looks after the machine: a learner process died
+``Interrupted``       nobody: somebody asked the run to stop, and it did
 """
+
+EXIT_SIGNAL = 128
+"""A process that ends because of signal n exits with this plus n, as shells report it."""
 
 
 class ConfigError(ValueError):
@@ -31,3 +38,23 @@ class ColdStartError(RuntimeError):
 
 class StarvedError(RuntimeError):
     """Every group played in a training step agreed with itself, so nothing can be learned."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none that was written is sound."""
+
+
+class DivergedError(RuntimeError):
+    """One optimizer step after the other was left out, since nothing finite came of it."""
+
+
+class LearnerLostError(RuntimeError):
+    """A process of the learner died; what was saved before is whole."""
+
+
+class Interrupted(RuntimeError):  # noqa: N818 -- an event, named for what happened
+    """A signal asked for the end, and the work is in a state to go on from."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number

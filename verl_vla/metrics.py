@@ -44,7 +44,10 @@ METRICS: dict[str, Metric] = {
     "groups/kept": Metric(unit="count", meaning="groups trained on"),
     "groups/rounds": Metric(unit="count", meaning="rounds of rollout, the first included"),
     "actor/loss": Metric(unit="1", meaning="clipped loss, mean over the optimizer steps"),
-    "actor/grad_norm": Metric(unit="1", meaning="before clipping, mean over the optimizer steps"),
+    "actor/grad_norm": Metric(unit="1", meaning="before clipping, mean of those that were finite"),
+    "actor/skipped": Metric(
+        unit="count", meaning="optimizer steps left out: the loss or the gradient was not finite"
+    ),
     "actor/lr": Metric(unit="1", meaning="learning rate after the step"),
     "actor/entropy": Metric(
         unit="nats", meaning="mean per executed token, at the sampling temperature"

@@ -13,7 +13,7 @@ from verl_vla.errors import ConfigError
 from verl_vla.evaluation import EvaluationConfig
 from verl_vla.gate import GateConfig
 from verl_vla.loss import ClipRange, KLConfig
-from verl_vla.policies.lora import LORA_ALPHA, LoraTargets
+from verl_vla.policies.lora_choice import LORA_ALPHA, LoraTargets
 from verl_vla.sampling import SamplingConfig
 
 
@@ -119,9 +119,12 @@ class OptimizerConfig:
     """Optimizer steps per training step."""
     micro_batch_size: int = 16
     """Decisions per forward and backward pass of one rank."""
+    max_skipped_in_a_row: int = 3
+    """Optimizer steps are left out where the loss or the gradient is not finite. One can be the
+    fault of one batch; that many in a row are the fault of the weights, and end the run."""
 
     def __post_init__(self) -> None:
-        for name in ("num_mini_batches", "micro_batch_size"):
+        for name in ("num_mini_batches", "micro_batch_size", "max_skipped_in_a_row"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name} is {getattr(self, name)}; set at least 1")
         for name in ("lr", "clip_grad"):
@@ -155,7 +158,8 @@ class TrainerConfig:
     total_training_steps: int = 100
     """Of the whole run, over all its restarts."""
     save_every: int = 20
-    """Training steps between checkpoints; the last step is always saved. 0 saves nothing."""
+    """Training steps between checkpoints; the last step is always saved, and the step at which
+    SIGINT or SIGTERM ends the run. 0 saves only then."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
     eval_every: int = 10
@@ -182,7 +186,7 @@ class TrainerConfig:
         if self.keep_checkpoints < 1:
             raise ConfigError(
                 f"trainer.keep_checkpoints is {self.keep_checkpoints}; keep at least 1, or set "
-                "trainer.save_every=0 to save nothing"
+                "trainer.save_every=0 to save none"
             )
 
 

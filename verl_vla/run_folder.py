@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 from verl_vla.config import differences
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import count_entries
+from verl_vla.folder_lock import LOCK, folder_lock
 
 
 def evaluation_record(
@@ -48,15 +50,35 @@ def keep_evaluation(folder: Path, step: int, record: Mapping[str, Any]) -> None:
     partial.replace(file)
 
 
-def claim_folder(folder: Path, recipe: Mapping[str, Any], may_change: Sequence[str]) -> None:
+@contextmanager
+def claimed_folder(
+    folder: Path, recipe: Mapping[str, Any], may_change: Sequence[str]
+) -> Generator[None]:
     """Make a run's folder and write ``recipe`` into it, or check that it holds the same run.
 
+    It is this process's alone until the context ends.
+
     Raises:
-        ConfigError: the folder cannot be written, or holds a run that differs in more than the
-            parts that ``may_change`` names.
+        ConfigError: the folder cannot be written, is in use, holds something that is no run, or a
+            run that differs in more than the parts that ``may_change`` names.
     """
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(folder_lock(folder))
+            _write_recipe(folder, json.loads(json.dumps(recipe)), may_change)
+        except OSError as error:
+            raise ConfigError(
+                f"out is {folder}, which cannot be written ({error.strerror}); "
+                "choose another out=FOLDER"
+            ) from error
+        yield
+
+
+def _write_recipe(folder: Path, wanted: dict[str, Any], may_change: Sequence[str]) -> None:
     file = folder / "recipe.yaml"
-    wanted: dict[str, Any] = json.loads(json.dumps(recipe))
+    partial_file = file.with_suffix(".tmp")
+    others = {path.name for path in folder.iterdir()} - {LOCK, partial_file.name}
     if file.exists():
         changed = differences(yaml.safe_load(file.read_text()), wanted, may_change)
         if changed:
@@ -64,13 +86,10 @@ def claim_folder(folder: Path, recipe: Mapping[str, Any], may_change: Sequence[s
                 f"{folder} holds a run with other settings ({'; '.join(changed)}); "
                 "choose another out=FOLDER, or use the same settings to resume it"
             )
-    partial_file = file.with_suffix(".tmp")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial_file.write_text(yaml.safe_dump(wanted, sort_keys=False))
-        partial_file.replace(file)
-    except OSError as error:
+    elif others:
         raise ConfigError(
-            f"out is {folder}, which cannot be written ({error.strerror}); "
-            "choose another out=FOLDER"
-        ) from error
+            f"out is {folder}, which holds {min(others)!r} and no run; choose a new or an empty "
+            "folder"
+        )
+    partial_file.write_text(yaml.safe_dump(wanted, sort_keys=False))
+    partial_file.replace(file)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +18,15 @@ import torch
 from documented_reward import write_documented_reward
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
-from training_runs import PROJECT, TrainingRun
+from training_runs import PROJECT, SECRET, TrainingRun
 
 from verl_vla.actions import load_statistics
 from verl_vla.build import open_run
-from verl_vla.cli.main import EXIT_COLD_START, EXIT_REWARD, EXIT_STARVED
+from verl_vla.cli.main import EXIT_COLD_START, EXIT_LEARNER_LOST, EXIT_REWARD, EXIT_STARVED
 from verl_vla.composition import load_recipe
 from verl_vla.envs.assets import assets_available
 from verl_vla.envs.suites import suite
-from verl_vla.errors import ConfigError, ContractError, EpisodeCrashed
+from verl_vla.errors import EXIT_SIGNAL, ConfigError, ContractError, EpisodeCrashed
 from verl_vla.journal import read_episodes
 from verl_vla.metrics import METRICS, OPEN_FAMILIES, is_reproducible, read_metrics
 from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
@@ -117,14 +120,44 @@ def test_the_learner_is_held_to_the_policy_that_it_began_as(whole_run: TrainingR
     assert min(later) > EQUAL_UPDATE
 
 
-def test_a_killed_run_with_a_refused_reward_goes_on_as_if_nothing_had_happened(
+def learner_of(run: subprocess.Popen[str]) -> int:
+    """Process id of the Ray worker that learns for ``run``."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal() and run.pid in ancestors(int(folder.name)):
+            title = (folder / "cmdline").read_bytes().decode(errors="replace")
+            if title.startswith("ray::") and "WorkerDict" in title:
+                return int(folder.name)
+    raise AssertionError("the run has no learner")
+
+
+def ancestors(pid: int) -> list[int]:
+    found: list[int] = []
+    while pid > 1:
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:  # it has ended meanwhile
+            return found
+        pid = int(stat.rpartition(")")[2].split()[1])
+        found.append(pid)
+    return found
+
+
+def test_a_run_that_ends_in_many_ways_goes_on_as_if_nothing_had_happened(
     whole_run: TrainingRun, small_words: list[str], tmp_path: Path
 ) -> None:
-    """Killed in its second step; then, saving nothing by itself, refused in its third."""
+    """Stopped after its first step; then, saving nothing by itself, refused in its third."""
     reward = write_documented_reward(tmp_path)
     run = TrainingRun(tmp_path / "run", [*small_words, f"reward='{reward}'"])
     checkpoints = run.folder / "checkpoints"
-    run.kill_when(lambda: complete_steps(checkpoints)[-1:] == [1])
+    # somebody asks for the end while the first step is played
+    process = run.start_until((run.folder / "gate.json").exists)
+    process.send_signal(signal.SIGTERM)
+    said = run.await_end(process, EXIT_SIGNAL + signal.SIGTERM)
+    assert "stopped: SIGTERM after step 1; the same command goes on from there" in said
+    assert "Traceback" not in said
+    assert complete_steps(checkpoints) == [1]
+
+    # the reward is refused
     lines = read_metrics(whole_run.folder / "metrics.jsonl")
     episode = int(sum(line["rollout/episodes"] for line in lines[:2]))
     assert lines[2]["groups/rounds"] == 1, "or not all episodes of the third step are kept"
@@ -136,6 +169,14 @@ def test_a_killed_run_with_a_refused_reward_goes_on_as_if_nothing_had_happened(
     assert f"BriskReward returned nan for episode {episode} (1 of " in said
     assert "Training step 2 was saved; the episodes of step 3 are kept." in said
     file.write_text(right)
+
+    # a learner dies
+    process = run.start_until(lambda: complete_steps(checkpoints)[-1:] == [3])
+    os.kill(learner_of(process), signal.SIGKILL)
+    said = run.await_end(process, EXIT_LEARNER_LOST)
+    assert "stopped: a learner process died" in said
+    assert "The same command goes on from the checkpoint of step 3" in said
+
     run.finish()
     third = read_metrics(run.folder / "metrics.jsonl")[2]
     assert third["time/rollout_s"] == 0, "the episodes were played again"
@@ -143,6 +184,13 @@ def test_a_killed_run_with_a_refused_reward_goes_on_as_if_nothing_had_happened(
     assert reproducible(run.folder) == reproducible(whole_run.folder)
     assert largest_difference(weights(run, 4), weights(whole_run, 4)) == 0
     assert read_episodes(run.folder) == read_episodes(whole_run.folder)
+
+
+def test_a_run_writes_down_no_secret(whole_run: TrainingRun) -> None:
+    files = [path for path in whole_run.folder.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        assert SECRET.encode() not in path.read_bytes(), path
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +247,7 @@ def test_without_env_nodes_nothing_is_played(several_nodes: SeveralNodes, tmp_pa
             nodes.reset({0: spec})
             seen = nodes.wait([0])[0]
             assert isinstance(seen, Observation)
-            assert seen.image.flags.owndata
+            assert seen.image.flags.writeable, "a copy outside Ray's shared memory"
             nodes.step({0: np.zeros((1, 6), dtype=np.float32)})
             with pytest.raises(ContractError):
                 nodes.wait([0])

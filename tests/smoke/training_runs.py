@@ -13,6 +13,8 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[2]
 RUN_LIMIT_S = 900
 """Start-up is most of it; a loaded machine may need three times as long."""
+SECRET = "hf_thisIsNoToken0123456789"
+"""What stands in the environment of every run, and nowhere else."""
 
 
 class TrainingRun:
@@ -32,11 +34,15 @@ class TrainingRun:
             stdin=subprocess.DEVNULL,
             text=True,
             start_new_session=True,
+            env={**os.environ, "HF_TOKEN": SECRET, "WANDB_API_KEY": SECRET},
         )
 
     def finish(self, exit_code: int = 0) -> str:
         """Run it to its end, which must come with ``exit_code``, and return what it said."""
-        process = self.start()
+        return self.await_end(self.start(), exit_code)
+
+    def await_end(self, process: subprocess.Popen[str], exit_code: int) -> str:
+        """Wait for the end of ``process``, which must come with ``exit_code``; what it said."""
         try:
             said, _ = process.communicate(timeout=RUN_LIMIT_S)
         except subprocess.TimeoutExpired:
@@ -47,23 +53,29 @@ class TrainingRun:
 
     def kill_when(self, condition: Callable[[], bool]) -> None:
         """Run it until ``condition`` holds, then kill the process without warning."""
-        process = self._start_and_await(condition)
+        process = self.start_until(condition)
         process.send_signal(signal.SIGKILL)
         process.wait()
 
     def disturb_when(self, condition: Callable[[], bool], disturb: Callable[[], None]) -> str:
         """Run it until ``condition`` holds, ``disturb`` it, and return what it said to its end."""
-        process = self._start_and_await(condition)
+        process = self.start_until(condition)
         disturb()
-        said, _ = process.communicate(timeout=RUN_LIMIT_S)
-        assert process.returncode == 0, said
-        return said
+        return self.await_end(process, 0)
 
-    def _start_and_await(self, condition: Callable[[], bool]) -> subprocess.Popen[str]:
+    def start_until(self, condition: Callable[[], bool]) -> subprocess.Popen[str]:
+        """Start it and wait until ``condition`` holds."""
         process = self.start()
         deadline = time.monotonic() + RUN_LIMIT_S
         while not condition():
             assert process.poll() is None, process.stdout.read() if process.stdout else ""
             assert time.monotonic() < deadline, "the moment to kill never came"
-            time.sleep(0.05)
+            time.sleep(0.02)
         return process
+
+
+def corrupt(file: Path) -> None:
+    """Turn one bit of ``file``, as a disk may."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)

@@ -146,6 +146,8 @@ def test_adapters_learn_are_resumed_and_merged(
     engine.save_checkpoint(str(saved), global_step=1)
     update(engine, bins)
     assert moved(before, weights(engine)) == adapters
+    with engine.disable_adapter():
+        assert torch.equal(choose(engine)[1], logp), "the starting policy, for the KL term"
     in_all = any("vision" in name for name in adapters) and any("lm_head" in n for n in adapters)
     assert in_all == ("policy.lora_targets=all-linear" in words)
 

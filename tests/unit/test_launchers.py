@@ -18,7 +18,7 @@ from verl_vla.trainer import launch
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = [
     *(ROOT / "scripts" / name for name in ("train_8gpu.sh", "train_multinode.sh", "slurm.sbatch")),
-    *sorted((ROOT / "scripts" / "cloud").iterdir()),
+    *(ROOT / "scripts" / "cloud" / name for name in ("modal_train.py", "skypilot.yaml")),
     ROOT / "docs" / "running.md",
 ]
 SKYPILOT_FIELDS = {

@@ -208,7 +208,7 @@ def test_the_buffer_holds_each_picture_twice():
 
 def test_a_remedy_is_the_first_that_fits():
     recipe = load_recipe(["recipe=libero", "optimizer.micro_batch_size=64"])
-    config = small_config(width=64)
+    config = TINY
     plan = make_plan(recipe, config, GPUS["a10g"])
     assert plan.fits
     needed = replace(GPUS["a10g"], memory_bytes=plan.device.peak - 1)

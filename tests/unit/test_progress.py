@@ -8,7 +8,8 @@ import pytest
 
 from verl_vla.evaluation import SuccessRate
 from verl_vla.metrics import METRICS, check_declared
-from verl_vla.progress import Progress, format_seconds
+from verl_vla.progress import EVALUATION_LINES_EVERY_S, EvaluationProgress, Progress, format_seconds
+from verl_vla.types import Outcome
 
 VALUES = {
     "rollout/success_rate": 0.25,
@@ -93,3 +94,19 @@ def test_an_evaluation_comes_with_its_counts_and_interval(lines):
 )
 def test_seconds_become_what_one_would_say(seconds, text):
     assert format_seconds(seconds) == text
+
+
+def test_an_evaluation_says_how_far_it_is_and_what_is_left(lines, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("verl_vla.progress.time.perf_counter", lambda: now[0])
+    found = [{"outcome": Outcome.SUCCESS}] * 2
+    progress = EvaluationProgress(8, found)
+    progress.show({"outcome": Outcome.CRASH})
+    assert lines() == []
+    now[0] += EVALUATION_LINES_EVERY_S
+    for _ in range(2):
+        progress.show({"outcome": Outcome.TIMEOUT})
+    assert lines() == ["3/8 played  success  66.7%  simulators lost 1  10s  left 50s"]
+    for _ in range(4):
+        progress.show({"outcome": Outcome.SUCCESS})
+    assert lines()[1:] == ["8/8 played  success  75.0%  simulators lost 1  10s  left 0s"]

@@ -106,6 +106,11 @@ def test_split_rules() -> None:
     assert suite("mini").init_state_ids(2, "train") == list(range(50))
 
 
+def test_the_official_states_are_all_of_them_as_in_published_numbers() -> None:
+    assert suite("libero_10").init_state_ids(0, "official") == list(range(50))
+    assert suite("mini").init_state_ids(0, "official") == list(range(100))
+
+
 def test_unknown_names_are_answered_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'libero_spatial'"):
         suite("libero_spacial")

@@ -36,6 +36,7 @@ def test_the_sums_become_the_declared_metrics():
         {
             "actor/loss": 1.25 / 2,
             "actor/grad_norm": 4.0,
+            "actor/skipped": 0.0,
             "actor/lr": 2e-4,
             "actor/entropy": 120 / 60,
             "actor/ratio_first": 40.2 / 40,
@@ -47,6 +48,16 @@ def test_the_sums_become_the_declared_metrics():
             "actor/rows_without_gradient": 2,
         }
     )
+
+
+@pytest.mark.parametrize(
+    ("norms", "mean", "skipped"),
+    [([3.0, np.nan], 3.0, 1), ([np.inf, 5.0], 5.0, 1), ([np.nan, np.nan], np.nan, 2)],
+)
+def test_a_step_that_was_left_out_is_counted_and_not_averaged(norms, mean, skipped):
+    values = summarise(REPORTED | {"grad_norm": norms})
+    assert values["actor/grad_norm"] == pytest.approx(mean, nan_ok=True)
+    assert values["actor/skipped"] == skipped
 
 
 def test_the_divergence_is_reported_where_the_loss_has_a_kl_term():

@@ -7,6 +7,7 @@ share a process with another renderer.
 from __future__ import annotations
 
 import argparse
+import importlib
 import multiprocessing
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -146,7 +147,7 @@ def _stock(options: argparse.Namespace) -> Work:
     ours = make_env(EnvConfig(suite=options.suite))
     task = ours.suite.task(options.task)
     if not ours.suite.needs_assets:
-        import verl_vla.envs.mini.problem  # noqa: F401, PLC0415 -- registers itself
+        importlib.import_module("verl_vla.envs.mini.problem")  # registers itself
     from libero.libero.envs import OffScreenRenderEnv  # noqa: PLC0415 -- after `make_env`
 
     init_state = ours.suite.load_init_states(options.task)[0]

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from verl_vla.benchmarks.measuring import Record, record, require_positive
 from verl_vla.errors import ConfigError
 from verl_vla.policies.base import Chooser
-from verl_vla.policies.lora import LORA_ALPHA, add_adapters
+from verl_vla.policies.lora_choice import LORA_ALPHA
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig, OpenVLAOFTModel
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tokenizer, tiny_config
 
@@ -59,7 +59,7 @@ def measure(options: argparse.Namespace) -> Record:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     results |= update(clock, model, options.update_batch, "full_update")
     model.zero_grad(set_to_none=True)
-    add_adapters(model.adapted_part(), rank=LORA_RANK, alpha=LORA_ALPHA)
+    model.add_adapters(rank=LORA_RANK, alpha=LORA_ALPHA, targets="all-linear")
     results |= update(clock, model, options.update_batch, "lora_update")
     return record("gpu", options, results)
 

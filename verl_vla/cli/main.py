@@ -9,11 +9,22 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from verl_vla.config import nearest
-from verl_vla.errors import ColdStartError, ConfigError, RewardError, StarvedError
+from verl_vla.errors import (
+    EXIT_SIGNAL,
+    CheckpointError,
+    ColdStartError,
+    ConfigError,
+    DivergedError,
+    Interrupted,
+    LearnerLostError,
+    RewardError,
+    StarvedError,
+)
 
 VERBS = {
     "train": "improve a policy: train recipe=NAME key=value ...",
@@ -28,6 +39,7 @@ VERBS = {
     "new-policy": "put a policy together: new-policy --language DIR --vision DIR --demos DIR ...",
     "reward-bench": "measure rewards before training on them: reward-bench --rewards A,B --out DIR",
     "quickstart": "train the embedded policy and show what it learned",
+    "soak": "play thousands of episodes while simulators crash, and see that nothing grows",
     "bench": "measure the speed of a part: bench env|pool|rollout|update|step|gpu|images ...",
     "recipes": "list the recipes that come with the project",
     "plan": "say whether a recipe fits and how long it takes: plan recipe=NAME --gpu a100-80 ...",
@@ -47,6 +59,25 @@ EXIT_COLD_START = 4
 EXIT_REWARD = 5
 """The reward raised, or gave an answer that cannot be trained on."""
 
+EXIT_CHECKPOINT = 6
+"""A checkpoint could not be written, or none is sound."""
+
+EXIT_DIVERGED = 7
+"""Training stopped because losses or gradients were no longer finite."""
+
+EXIT_LEARNER_LOST = 8
+"""Training stopped because a process of the learner died."""
+
+STOPPED = {
+    StarvedError: EXIT_STARVED,
+    ColdStartError: EXIT_COLD_START,
+    RewardError: EXIT_REWARD,
+    CheckpointError: EXIT_CHECKPOINT,
+    DivergedError: EXIT_DIVERGED,
+    LearnerLostError: EXIT_LEARNER_LOST,
+}
+"""What ends a command for a reason that its message explains; each with its exit code."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code of the process."""
@@ -64,15 +95,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_USAGE
-    except StarvedError as error:
+    except tuple(STOPPED) as error:
         sys.stderr.write(f"stopped: {error}\n")
-        return EXIT_STARVED
-    except ColdStartError as error:
+        return STOPPED[type(error)]
+    except Interrupted as error:
         sys.stderr.write(f"stopped: {error}\n")
-        return EXIT_COLD_START
-    except RewardError as error:
-        sys.stderr.write(f"stopped: {error}\n")
-        return EXIT_REWARD
+        return EXIT_SIGNAL + error.signal_number
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped: SIGINT\n")
+        return EXIT_SIGNAL + signal.SIGINT
 
 
 def _speak_plainly() -> None:
@@ -83,6 +114,8 @@ def _speak_plainly() -> None:
     ours.addHandler(console)
     ours.setLevel(logging.INFO)
     ours.propagate = False
+    # it says at every import which of its faster kernels is missing
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _one_thread_each() -> None:

@@ -19,7 +19,7 @@ from verl_vla.demonstrations import Demonstration, DemonstrationFile
 from verl_vla.envs.suites import SUITES, suite
 from verl_vla.errors import ConfigError
 from verl_vla.finetuning.recipe import load_sft_recipe
-from verl_vla.finetuning.run import prepare_run
+from verl_vla.finetuning.run import open_sft_run
 from verl_vla.policies.base import TrainablePolicy
 from verl_vla.policies.openvla_oft import tiny as tiny_openvla_oft
 from verl_vla.policies.scratch_vla import tiny as tiny_scratch_vla
@@ -67,9 +67,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def _run_recipe(arguments: Sequence[str]) -> int:
     """Carry out a recipe; the same command again resumes."""
-    opened = prepare_run(load_sft_recipe(arguments))
-    logger.info("run folder %s", opened.folder)
-    start_training(opened, launcher="sft_launch")
+    with open_sft_run(load_sft_recipe(arguments)) as opened:
+        logger.info("run folder %s", opened.folder)
+        start_training(opened, launcher="sft_launch")
     return 0
 
 

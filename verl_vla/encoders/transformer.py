@@ -58,7 +58,9 @@ class Dinov2Encoder(ImageEncoder):
             ConfigError: no such weights, another kind of model, or an impossible size.
         """
         folder = require_folder(path, "DINOv2")
-        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: Any = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         if config.model_type not in DINO_MODELS:
             raise ConfigError(f"{path} holds a {config.model_type}; encoder dinov2 needs DINOv2")
         if image_size < 1 or image_size % config.patch_size:
@@ -109,7 +111,9 @@ class SiglipEncoder(ImageEncoder):
             ConfigError: no such weights, or another kind of model.
         """
         folder = require_folder(path, "SigLIP")
-        found: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+        found: Any = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         if found.model_type not in SIGLIP_TYPES:
             raise ConfigError(f"{path} holds a {found.model_type}; encoder siglip needs SigLIP")
         model: Any = SiglipVisionModel.from_pretrained(folder, local_files_only=True)

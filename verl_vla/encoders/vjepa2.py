@@ -57,7 +57,9 @@ class Vjepa2Encoder:
         """
         check_positive(batch_size=batch_size, max_frames=max_frames)
         folder = require_folder(path, "V-JEPA 2")
-        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: Any = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         if config.model_type != MODEL_TYPE:
             raise ConfigError(f"{path} holds a {config.model_type}; encoder vjepa2 needs V-JEPA 2")
         model: Any = VJEPA2Model.from_pretrained(folder, local_files_only=True)

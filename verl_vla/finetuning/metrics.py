@@ -14,6 +14,9 @@ SFT_METRICS: dict[str, Metric] = {
         unit="share", meaning="of the batch's action tokens whose likeliest bin is demonstrated"
     ),
     "sft/grad_norm": Metric(unit="1", meaning="before clipping"),
+    "sft/skipped": Metric(
+        unit="count", meaning="1 where the step was left out: loss or gradient was not finite"
+    ),
     "sft/lr": Metric(unit="1", meaning="learning rate of the step"),
     "sft/held_out_loss": Metric(unit="nats", meaning="as sft/loss, on the held-out episodes"),
     "sft/held_out_accuracy": Metric(

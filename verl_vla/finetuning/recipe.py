@@ -11,7 +11,7 @@ from verl_vla.config import parse
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import EvaluationConfig
 from verl_vla.finetuning.hdf5 import DemoChoice
-from verl_vla.policies.lora import LORA_ALPHA
+from verl_vla.policies.lora_choice import LORA_ALPHA
 from verl_vla.recipe import EnvironmentConfig
 
 SFT_RECIPES_FOLDER = RECIPES_FOLDER / "sft"
@@ -89,9 +89,12 @@ class ScheduleConfig:
     """Samples of a step, all ranks together (openvla-oft: 8 on each of 8)."""
     micro_batch_size: int = 8
     """Samples per forward and backward pass of one rank."""
+    max_skipped_in_a_row: int = 3
+    """Optimizer steps are left out where the loss or the gradient is not finite. One can be the
+    fault of one batch; that many in a row are the fault of the weights, and end the run."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batch_size"):
+        for name in ("batch_size", "micro_batch_size", "max_skipped_in_a_row"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name} is {getattr(self, name)}; set at least 1")
         if self.lr <= 0:
@@ -129,7 +132,7 @@ class StepsConfig:
     total_steps: int = 150_000
     save_every: int = 1000
     """Steps between checkpoints; the first and the last step are always saved, so that a run that
-    cannot save says so at once."""
+    cannot save says so at once, and so is the step at which SIGINT or SIGTERM ends the run."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
     test_every: int = 1000

@@ -39,7 +39,7 @@ from verl_vla.finetuning.targets import measure_statistics
 from verl_vla.policies.base import Processor
 from verl_vla.policies.loading import check_adapters, load_processor, require_sound
 from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
-from verl_vla.run_folder import claim_folder
+from verl_vla.run_folder import claimed_folder
 from verl_vla.sampling import Start
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,8 @@ class SFTRun:
             yield pool
 
 
-def prepare_run(recipe: SFTRecipe) -> SFTRun:
+@contextmanager
+def open_sft_run(recipe: SFTRecipe) -> Generator[SFTRun]:
     """Check ``recipe``, claim its folder, read the demonstrations and lay down the first policy.
 
     Raises:
@@ -119,42 +120,42 @@ def prepare_run(recipe: SFTRecipe) -> SFTRun:
     if recipe.demos.pictures == "rerendered" or recipe.trainer.play_every:
         check_assets(chosen)
     folder = Path(recipe.out).expanduser().resolve()
-    claim_folder(folder, recipe.as_dict(), MAY_CHANGE)
-    statistics = measure_statistics(
-        [demo.actions for demo in learned],
-        key=env.suite + (NO_NOOPS_SUFFIX if choice.filter_noops else ""),
-    )
-    policy_folder = _first_policy(recipe, folder / "first_policy", statistics)
-    require_sound(policy_folder)
-    check_adapters(policy_folder, recipe.policy.lora_rank, has_kl=False)
-    render_size = learned[0].render_size
-    if recipe.demos.pictures == "rerendered":
-        render_size = PUBLISHED_RENDER_SIZE if env.render_size is None else env.render_size
-        work = Rerendering(
-            source=source,
-            target=folder / f"demos_{render_size}px",
-            env=EnvConfig(
-                suite=env.suite,
-                render_size=render_size,
-                cameras=CAMERAS[: load_processor(policy_folder).shape.num_views],
-                max_simulators=1,
-            ),
+    with claimed_folder(folder, recipe.as_dict(), MAY_CHANGE):
+        statistics = measure_statistics(
+            [demo.actions for demo in learned],
+            key=env.suite + (NO_NOOPS_SUFFIX if choice.filter_noops else ""),
         )
-        rerender(work, tasks, workers=env.num_workers)
-        learned, held_out = read_demos(work.target, chosen, tasks, choice)
-    run = SFTRun(
-        recipe=recipe,
-        folder=folder,
-        policy_folder=policy_folder,
-        render_size=render_size,
-        env_config=env_config(env, _load_processor(policy_folder, render_size)),
-        learned=tuple(learned),
-        held_out=tuple(held_out),
-        starts=held_out_starts,
-        task_names={task: chosen.tasks[task].name for task in tasks},
-    )
-    _check_samples(run)
-    return run
+        policy_folder = _first_policy(recipe, folder / "first_policy", statistics)
+        require_sound(policy_folder)
+        check_adapters(policy_folder, recipe.policy.lora_rank, has_kl=False)
+        render_size = learned[0].render_size
+        if recipe.demos.pictures == "rerendered":
+            render_size = PUBLISHED_RENDER_SIZE if env.render_size is None else env.render_size
+            work = Rerendering(
+                source=source,
+                target=folder / f"demos_{render_size}px",
+                env=EnvConfig(
+                    suite=env.suite,
+                    render_size=render_size,
+                    cameras=CAMERAS[: load_processor(policy_folder).shape.num_views],
+                    max_simulators=1,
+                ),
+            )
+            rerender(work, tasks, workers=env.num_workers)
+            learned, held_out = read_demos(work.target, chosen, tasks, choice)
+        run = SFTRun(
+            recipe=recipe,
+            folder=folder,
+            policy_folder=policy_folder,
+            render_size=render_size,
+            env_config=env_config(env, _load_processor(policy_folder, render_size)),
+            learned=tuple(learned),
+            held_out=tuple(held_out),
+            starts=held_out_starts,
+            task_names={task: chosen.tasks[task].name for task in tasks},
+        )
+        _check_samples(run)
+        yield run
 
 
 def _first_policy(recipe: SFTRecipe, folder: Path, statistics: ActionStatistics) -> Path:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModel
 
 from verl_vla.action_distribution import log_prob
-from verl_vla.policies.lora import LoraTargets
+from verl_vla.policies.lora_choice import LoraTargets
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig
 from verl_vla.policies.scratch_vla import ScratchVLAConfig
 

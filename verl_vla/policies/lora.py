@@ -8,21 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-LoraTargets = Literal["language_model", "all-linear"]
-"""Where a policy gets its adapters; see `verl_vla.policies.token_model.TokenModel.add_adapters`."""
-
 ADAPTER = "default"
 """PEFT's name for a model's only adapter."""
 ADAPTER_MARK = "lora_"
 """In the names of all weights that PEFT adds."""
-LORA_ALPHA = 16
-"""Over a rank of 32. Source: openvla-oft, ``vla-scripts/finetune.py``, ``min(lora_rank, 16)``."""
 
 
 def add_adapters(part: nn.Module, *, rank: int, alpha: int) -> None:

@@ -7,6 +7,7 @@ own ``forward``, so that FSDP2's hooks fire, and never builds logits of the whol
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -31,8 +32,10 @@ from verl_vla.action_distribution import entropy, log_prob
 from verl_vla.policies.base import ActionLogits, Chooser
 from verl_vla.policies.loading import load_model, load_processor
 from verl_vla.policies.lora import merge_adapters, without_adapters
+from verl_vla.trainer.finite_guard import FiniteGuard, all_finite, plain_rows
 from verl_vla.trainer.optimizers import build_optimizer
 from verl_vla.trainer.rows import dense, pack_like_language_model, right_padded, stacked
+from verl_vla.trainer.safe_loading import refuse_code
 from verl_vla.trainer.trained_weights import load_trained, save_trained, trained
 from verl_vla.trainer.verl_process import MODEL_TYPE
 
@@ -42,6 +45,13 @@ class VLAEngine(FSDPEngine):
 
     num_optimizer_steps = 0
     """Since the last rollout: 0 while the first mini-batch of an update runs."""
+    guard: FiniteGuard
+    """Set before the first update."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.losses: list[float] = []
+        """Of the micro-batches since the last optimizer step, this rank's."""
 
     @property
     def is_quantized(self) -> bool:
@@ -213,11 +223,32 @@ class VLAEngine(FSDPEngine):
             return logp.sum(), {"model_output": detach_tree(output), "loss": 0.0, "metrics": {}}
         loss, metrics = loss_function(logp=logp, entropy=spread, data=micro_batch)
         metrics["optimizer_step"] = self.num_optimizer_steps
-        return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": metrics}
+        self.losses.append(loss.detach().item())
+        return loss, {"model_output": {}, "loss": self.losses[-1], "metrics": metrics}
+
+    def train_batch(self, data: TensorDict, loss_function: Callable[..., Any]) -> Any:
+        """Learn from a mini-batch.
+
+        Raises:
+            DivergedError: too many optimizer steps in a row were left out.
+        """
+        output = super().train_batch(data, loss_function)
+        norm = output["metrics"]["grad_norm"]
+        self.guard.count(norm, lambda: plain_rows(data), self.export)
+        return output
 
     def optimizer_step(self) -> float:
-        """Clip, step, and count."""
-        norm = super().optimizer_step()
+        """Clip, step, and count; a step is left out where a loss or the gradient is not finite.
+
+        Returns:
+            The gradient's norm before clipping; not finite where the step was left out.
+        """
+        if all_finite(self.losses):
+            norm = super().optimizer_step()  # which leaves out what has no finite norm
+        else:
+            self.optimizer_zero_grad()
+            norm = math.nan
+        self.losses.clear()
         self.num_optimizer_steps += 1
         return norm
 
@@ -287,6 +318,7 @@ def nf4() -> Any:
     return importlib.import_module("verl_vla.policies.nf4")
 
 
+refuse_code()
 # not as a decorator, which would hide the type of the class from whoever extends it
 EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp2"], device=["cuda", "npu", "cpu"])(
     VLAEngine

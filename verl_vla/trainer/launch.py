@@ -21,12 +21,15 @@ from typing import Any
 import ray
 import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
 from verl_vla.build import Run
 from verl_vla.envs.assets import ASSETS_VARIABLE
-from verl_vla.errors import ConfigError
+from verl_vla.errors import ConfigError, DivergedError, LearnerLostError
+from verl_vla.interruption import stop_requests
 from verl_vla.recipe import ClusterConfig
+from verl_vla.trainer.checkpoint import complete_steps
 from verl_vla.trainer.env_nodes import open_env_nodes
 from verl_vla.trainer.translate import to_verl
 from verl_vla.trainer.verl_process import choose_device, divert_output, prepare_verl
@@ -65,10 +68,12 @@ def train(run: Run) -> None:
         beside = stack.enter_context(ThreadPoolExecutor(max_workers=2))
         importing = beside.submit(importlib.import_module, "verl_vla.trainer.trainer")
         stack.enter_context(_ray_cluster(run, config))
+        stack.enter_context(_own_errors(run))
         queue = stack.enter_context(_transfer_queue(config, beside))
+        stop = stack.enter_context(stop_requests())  # after Ray, which has a handler of its own
         logger.info("starting the learner (some 20 seconds on two cores)")
         simulators = run.simulators or stack.enter_context(open_env_nodes(run))
-        trainer = importing.result().VLATrainer(config, run, simulators)
+        trainer = importing.result().VLATrainer(config, run, simulators, stop)
         trainer.init()
         queue.result()
         trainer.train()
@@ -141,6 +146,24 @@ def _logical_cpus(cluster: ClusterConfig) -> int | None:
     if choose_device(cluster.device) == "cuda":
         return None
     return LOGICAL_CPUS_BESIDE_RANKS + cluster.ranks_per_node
+
+
+@contextmanager
+def _own_errors(run: Run) -> Generator[None]:
+    """Say what happened in a rank as if it had happened here, and what a rank's death means."""
+    try:
+        yield
+    except RayTaskError as error:
+        if not isinstance(error.cause, ConfigError | DivergedError):
+            raise
+        raise error.cause from error
+    except (RayActorError, OutOfMemoryError) as error:
+        steps = complete_steps(run.checkpoints)
+        kept = f"checkpoint of step {steps[-1]}" if steps else "beginning: nothing was saved yet"
+        raise LearnerLostError(
+            f"a learner process died ({' '.join(str(error).split())}). The same command goes on "
+            f"from the {kept}"
+        ) from error
 
 
 @contextmanager

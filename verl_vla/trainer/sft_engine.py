@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from verl_vla.finetuning.recipe import ScheduleConfig
 from verl_vla.finetuning.run import SFTRun
 from verl_vla.finetuning.samples import SampleBatch
 from verl_vla.trainer.engine import VLAEngine
+from verl_vla.trainer.finite_guard import FiniteGuard
 from verl_vla.trainer.trained_weights import checkpoint_contents
 from verl_vla.trainer.translate import PRECISION
 from verl_vla.trainer.verl_process import MODEL_TYPE
@@ -33,6 +35,9 @@ class SFTEngine(VLAEngine):
         """Describe the engine in veRL's words; `initialize` builds it."""
         self._run = run
         policy, schedule = run.recipe.policy, run.recipe.optimizer
+        self.guard = FiniteGuard(
+            folder=run.folder / "diverged", max_in_a_row=schedule.max_skipped_in_a_row
+        )
         contents = checkpoint_contents(has_adapters=policy.lora_rank is not None)
         first, second = schedule.betas
         super().__init__(
@@ -91,7 +96,11 @@ class SFTEngine(VLAEngine):
         """Take one optimizer step on this rank's part of a step's batch.
 
         Returns:
-            ``sft/loss``, ``sft/accuracy``, ``sft/grad_norm`` and ``sft/lr``, of all ranks together.
+            ``sft/loss``, ``sft/accuracy``, ``sft/grad_norm``, ``sft/skipped`` and ``sft/lr``, of
+            all ranks together.
+
+        Raises:
+            DivergedError: too many steps in a row were left out.
         """
         size = self._run.recipe.optimizer.micro_batch_size
         starts = range(0, len(batch.bins), size)
@@ -104,16 +113,19 @@ class SFTEngine(VLAEngine):
                     # FSDP averages over ranks, each of which has as many samples
                     (loss.sum() / len(batch.bins)).backward()
                 sums += torch.stack([loss.detach(), accuracy]).double().sum(1).cpu()
+            self.losses.append(float(sums[LOSS]))
             norm = self.optimizer_step()
             assert self.optimizer is not None
             rate = float(self.optimizer.param_groups[0]["lr"])
             self.lr_scheduler_step()
+        self.guard.count(norm, lambda: asdict(batch), self.export)
         total = self._add_up(sums)
         num_samples = self._run.recipe.optimizer.batch_size
         return {
             "sft/loss": total[LOSS] / num_samples,
             "sft/accuracy": total[ACCURACY] / num_samples,
             "sft/grad_norm": norm,
+            "sft/skipped": float(not math.isfinite(norm)),
             "sft/lr": rate,
         }
 

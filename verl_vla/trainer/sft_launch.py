@@ -14,6 +14,7 @@ import torch.distributed
 from verl_vla.errors import ConfigError
 from verl_vla.finetuning.recipe import RanksConfig
 from verl_vla.finetuning.run import SFTRun
+from verl_vla.interruption import leave_signals_to_parent, stop_requests
 from verl_vla.processes import end_with_parent
 from verl_vla.trainer.sft_engine import SFTEngine
 from verl_vla.trainer.sft_loop import SFTLoop
@@ -34,15 +35,17 @@ def train(run: SFTRun) -> None:
         engine.initialize()
         plays = run.recipe.trainer.play_every > 0
         simulators = stack.enter_context(run.open_simulators(engine.processor)) if plays else None
-        SFTLoop(run, engine, simulators).play()
+        stop = stack.enter_context(stop_requests())
+        SFTLoop(run, engine, simulators, stop).play()
 
 
 def _other_rank(rank: int, run: SFTRun, num_ranks: int, device: str, address: str) -> None:
     end_with_parent()
+    leave_signals_to_parent()
     with _process_group(rank, num_ranks, device, address), divert_output(run.folder):
         engine = SFTEngine(run)
         engine.initialize()
-        SFTLoop(run, engine, None).play()
+        SFTLoop(run, engine, None, None).play()
 
 
 @contextmanager

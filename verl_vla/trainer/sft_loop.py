@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
 from torch.utils.data import DataLoader
+from verl.utils.device import get_device_id
 
 from verl_vla.conditions import conditions
 from verl_vla.evaluation import episode_entries, evaluate
@@ -18,6 +20,7 @@ from verl_vla.finetuning.metrics import SFT_METRICS
 from verl_vla.finetuning.report import SFTReport
 from verl_vla.finetuning.run import SFTRun
 from verl_vla.finetuning.samples import Draw, SampleBatch, StepSampler, collate
+from verl_vla.interruption import StopRequest, leave_signals_to_parent
 from verl_vla.metrics import MetricsFile, read_metrics
 from verl_vla.rollout import Simulators
 from verl_vla.run_folder import evaluation_record
@@ -39,18 +42,26 @@ class SFTLoop:
     the step; what is still owed to a saved step is done when the run goes on.
     """
 
-    def __init__(self, run: SFTRun, engine: SFTEngine, simulators: Simulators | None) -> None:
+    def __init__(
+        self,
+        run: SFTRun,
+        engine: SFTEngine,
+        simulators: Simulators | None,
+        stop: StopRequest | None,
+    ) -> None:
         """Make a loop.
 
         Args:
             run: the same on every rank.
             engine: initialized.
             simulators: of the first rank; None on the others.
+            stop: of the first rank; None on the others.
         """
         self._run = run
         self._steps = run.recipe.trainer
         self._engine = engine
         self._simulators = simulators
+        self._stop = stop
         self._rank = torch.distributed.get_rank()
         self._num_ranks = torch.distributed.get_world_size()
         self._samples = run.samples(engine.processor)
@@ -59,7 +70,11 @@ class SFTLoop:
         self._report = SFTReport(run.folder, self._steps.total_steps, self._steps.show_every)
 
     def play(self) -> None:
-        """Learn from the newest whole checkpoint to the last step."""
+        """Learn from the newest whole checkpoint to the last step.
+
+        Raises:
+            Interrupted: somebody asked for the end; on the first rank, the others return.
+        """
         done = self._resume()
         began = time.perf_counter()
         for step, batch in enumerate(self._batches(done), done + 1):
@@ -69,9 +84,14 @@ class SFTLoop:
                 "time/data_s": loaded - began,
                 "time/step_s": time.perf_counter() - loaded,
             }
-            if self._is_due(step, self._steps.save_every) or step == 1:
+            must_end = self._must_end()
+            if self._is_due(step, self._steps.save_every) or step == 1 or must_end:
                 values["time/checkpoint_s"] = self._save(step, values)
             self._finish(step, values)
+            if must_end:
+                if self._stop is not None:
+                    self._stop.carry_out(step)
+                return
             began = time.perf_counter()
         if self._is_first:
             self._report.draw(read_metrics(self._run.folder / "metrics.jsonl"))
@@ -81,6 +101,13 @@ class SFTLoop:
     @property
     def _is_first(self) -> bool:
         return self._rank == 0
+
+    def _must_end(self) -> bool:
+        """Whether the first rank was asked to stop; the same answer on every rank."""
+        asked = self._stop is not None and self._stop.is_made
+        answer = torch.tensor(int(asked), device=get_device_id())
+        torch.distributed.broadcast(answer, src=0)
+        return bool(answer)
 
     def _is_due(self, step: int, every: int) -> bool:
         """Whether a thing done every so many steps, and at the last, is done at this one."""
@@ -106,6 +133,7 @@ class SFTLoop:
                 num_workers=num_loaders,
                 # a fresh interpreter inherits no HDF5 handle, no thread and no device
                 multiprocessing_context="spawn" if num_loaders else None,
+                worker_init_fn=leave_signals_to_parent,
             )
         )
 
@@ -173,24 +201,32 @@ class SFTLoop:
     def _save(self, step: int, values: dict[str, float]) -> float:
         """Write a checkpoint; returns the seconds it took."""
         began = time.perf_counter()
-        folder = checkpoint.step_folder(self._run.checkpoints, step)
+        checkpoints = self._run.checkpoints
         if self._is_first:
-            checkpoint.discard_partial(folder)
-            folder.mkdir(parents=True)
-        torch.distributed.barrier()
-        self._engine.save_checkpoint(str(folder / "ranks"), global_step=step)
-        self._engine.export(folder / "policy")
-        if self._is_first:
-            checkpoint.save_run_state(folder, {VALUES: values})
-            checkpoint.mark_complete(folder, step)
-            checkpoint.remove_old(self._run.checkpoints, self._steps.keep_checkpoints)
+            with checkpoint.writing(checkpoints, step) as folder:
+                self._write_ranks(folder, step)
+                checkpoint.save_run_state(folder, {VALUES: values})
+            checkpoint.remove_old(checkpoints, self._steps.keep_checkpoints)
+        else:
+            self._write_ranks(checkpoint.unfinished_folder(checkpoints, step), step)
         torch.distributed.barrier()
         return time.perf_counter() - began
 
+    def _write_ranks(self, folder: Path, step: int) -> None:
+        torch.distributed.barrier()  # until the first rank has made the folder
+        self._engine.save_checkpoint(str(folder / "ranks"), global_step=step)
+        self._engine.export(folder / "policy")
+
+    def _newest_sound(self) -> int:
+        """As the first rank finds it; 0 where there is none."""
+        found = checkpoint.newest_sound(self._run.checkpoints) if self._is_first else None
+        step = torch.tensor(0 if found is None else found, device=get_device_id())
+        torch.distributed.broadcast(step, src=0)
+        return int(step)
+
     def _resume(self) -> int:
         """Load the newest whole checkpoint and finish its step; returns how many steps are done."""
-        steps = checkpoint.complete_steps(self._run.checkpoints)
-        done = steps[-1] if steps else 0
+        done = self._newest_sound()
         state: dict[str, Any] = {}
         if done:
             folder = checkpoint.step_folder(self._run.checkpoints, done)

@@ -21,6 +21,7 @@ from verl_vla import gate
 from verl_vla.build import Run
 from verl_vla.errors import RewardError
 from verl_vla.evaluation import evaluate
+from verl_vla.interruption import StopRequest
 from verl_vla.metrics import MetricsFile
 from verl_vla.progress import Progress
 from verl_vla.rollout import Simulators
@@ -42,11 +43,12 @@ logger = logging.getLogger(__name__)
 class VLATrainer(PPOTrainerSync):
     """Groups of episodes instead of prompts, decisions instead of sequences."""
 
-    def __init__(self, config: Any, run: Run, simulators: Simulators) -> None:
+    def __init__(self, config: Any, run: Run, simulators: Simulators, stop: StopRequest) -> None:
         super().__init__(config)
         recipe = run.recipe
         self.run = run
         self.simulators = simulators
+        self.stop = stop
         self.recipe = recipe
         self.starts = StartSampler(
             run.training_starts, seed=recipe.seed, group_size=recipe.sampling.group_size
@@ -59,6 +61,7 @@ class VLATrainer(PPOTrainerSync):
         self._evaluation_s = 0.0
         self._checkpoint_s = 0.0
         self._save_is_due = False
+        self._last_saved = 0
         self._greedy_before: gate.Rates | None = None
         self._state_before: dict[str, Any] = {}
 
@@ -83,6 +86,9 @@ class VLATrainer(PPOTrainerSync):
             refused=RefusedEpisodes(self.run.folder, first_step=self.global_steps + 1),
         )
         self.actor_rollout_wg.set_policy_loss(self.recipe.loss, self.run.processor.shape.action_dim)
+        self.actor_rollout_wg.guard_updates(
+            str(self.run.folder / "diverged"), self.recipe.optimizer.max_skipped_in_a_row
+        )
         if self.global_steps > 0:
             self.config.trainer.val_before_train = False
         last_step = self.global_steps if self.global_steps else -1
@@ -130,7 +136,13 @@ class VLATrainer(PPOTrainerSync):
         logger.info("gate: %s", found.summary())
 
     def on_step_begin(self) -> None:
-        """Forget the groups of the last step and open a new account."""
+        """Forget the groups of the last step and open a new account.
+
+        Raises:
+            Interrupted: somebody asked for the end, and all that was learned is kept.
+        """
+        if self.stop.is_made and self._last_saved == self.global_steps - 1:
+            self.stop.carry_out(self._last_saved)
         self._specs.clear()
         self.loop.begin_step()
         self._state_before = self._run_state()
@@ -221,7 +233,7 @@ class VLATrainer(PPOTrainerSync):
         metrics.update(values)
         self.metrics_file.append(global_steps, values)
         self.progress.show_step(global_steps, values)
-        if self._save_is_due:
+        if self._save_is_due or self.stop.is_made:
             self._write_checkpoint(self._run_state())
         self.report.refresh()
 
@@ -263,27 +275,26 @@ class VLATrainer(PPOTrainerSync):
 
     def _write_checkpoint(self, state: dict[str, Any]) -> None:
         began = time.perf_counter()
-        folder = checkpoint.step_folder(self.run.checkpoints, self.global_steps)
-        checkpoint.discard_partial(folder)
-        super()._save_checkpoint()
-        self.actor_rollout_wg.export_policy(str(folder / "policy"))
-        checkpoint.save_run_state(folder, state)
-        checkpoint.mark_complete(folder, self.global_steps)
+        with checkpoint.writing(self.run.checkpoints, self.global_steps) as folder:
+            super()._save_checkpoint()  # to that folder, see `to_verl`
+            self.actor_rollout_wg.export_policy(str(folder / "policy"))
+            checkpoint.save_run_state(folder, state)
         checkpoint.remove_old(self.run.checkpoints, self.recipe.trainer.keep_checkpoints)
-        self._save_is_due = False
+        self._save_is_due, self._last_saved = False, self.global_steps
         self._checkpoint_s = time.perf_counter() - began
 
     def _load_checkpoint(self) -> None:
-        steps = checkpoint.complete_steps(self.run.checkpoints)
-        if not steps:
+        step = checkpoint.newest_sound(self.run.checkpoints)
+        if step is None:
             self.config.trainer.resume_mode = "disable"
             super()._load_checkpoint()
             return
-        folder = checkpoint.step_folder(self.run.checkpoints, steps[-1])
+        folder = checkpoint.step_folder(self.run.checkpoints, step)
         self.config.trainer.resume_mode = "resume_path"
         self.config.trainer.resume_from_path = str(folder)
         super()._load_checkpoint()
         state = checkpoint.load_run_state(folder)
         self.starts.num_drawn = state["num_drawn"]
         self.run.reward.load_state_dict(state["reward"])
+        self._last_saved = step
         logger.info("resumed after training step %d", self.global_steps)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import verl
@@ -12,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl_vla.build import Run
 from verl_vla.errors import ConfigError
+from verl_vla.trainer.checkpoint import UNFINISHED
 from verl_vla.trainer.trained_weights import checkpoint_contents
 from verl_vla.trainer.verl_process import MODEL_TYPE, ROLLOUT_NAME, choose_device
 
@@ -36,6 +39,7 @@ def to_verl(run: Run) -> DictConfig:
     knobs = _algorithm(run) | _model(run) | _actor(run) | _rollout(run) | _run(run)
     for name, value in knobs.items():
         OmegaConf.update(config, name, value, force_add=True)
+    refuse_what_is_decided(run.recipe.verl, run.folder, knobs)
     OmegaConf.set_struct(config, True)
     try:
         config = OmegaConf.merge(config, run.recipe.verl)
@@ -46,6 +50,39 @@ def to_verl(run: Run) -> DictConfig:
     assert isinstance(config, DictConfig)
     OmegaConf.resolve(config)
     return config
+
+
+def refuse_what_is_decided(section: Mapping[str, Any], folder: Path, knobs: Knobs) -> None:
+    """Keep a recipe's ``verl`` section to what is free, and what veRL writes to the run's folder.
+
+    Args:
+        section: nested knobs.
+        folder: of the run.
+        knobs: that the project sets, under their dotted names.
+
+    Raises:
+        ConfigError: it names a knob of `to_verl`, code to trust, or a folder elsewhere.
+    """
+    for key, value in _flat(section).items():
+        if key in knobs or key.endswith("trust_remote_code"):
+            raise ConfigError(
+                f"verl.{key} is {value!r}, but the project decides this knob; leave it out"
+            )
+        is_folder = key.endswith(("_dir", "_folder")) and isinstance(value, str)
+        if is_folder and not Path(value).resolve().is_relative_to(folder):
+            raise ConfigError(
+                f"verl.{key} is {value!r}, which is not in the run's folder; name a folder in "
+                f"{folder}"
+            )
+
+
+def _flat(values: Mapping[str, Any], path: str = "") -> Knobs:
+    """Nested knobs under their dotted names."""
+    found: Knobs = {}
+    for name, value in values.items():
+        key = f"{path}{name}"
+        found |= _flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+    return found
 
 
 def _algorithm(run: Run) -> Knobs:
@@ -181,5 +218,5 @@ def _run(run: Run) -> Knobs:
         "trainer.save_freq": save if save else never,
         "trainer.test_freq": evaluate if evaluate else never,
         "trainer.val_before_train": recipe.trainer.eval_before,
-        "trainer.default_local_dir": str(run.checkpoints),
+        "trainer.default_local_dir": str(run.checkpoints / UNFINISHED),
     }

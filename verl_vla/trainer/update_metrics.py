@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ def summarise_update(reported: Mapping[str, Any], num_padding: int) -> dict[str,
     Args:
         reported: lists with one entry per micro-batch (in the same order under every name), as
             `verl_vla.trainer.worker` makes them, and ``grad_norm`` and ``lr`` per optimizer step;
-            ``kl_sum`` is among them where the loss has a KL term.
+            a norm that is not finite stands for a step that was left out. ``kl_sum`` is among them
+            where the loss has a KL term.
         num_padding: rows without content among them, from veRL.
     """
     tokens = _array(reported["num_tokens"])
@@ -22,9 +24,12 @@ def summarise_update(reported: Mapping[str, Any], num_padding: int) -> dict[str,
     first_tokens = max(float(tokens[first].sum()), 1.0)
     total = max(float(tokens.sum()), 1.0)
     steps = len(np.unique(_array(reported["optimizer_step"])))
+    norm = _array(reported["grad_norm"])
+    taken = norm[np.isfinite(norm)]
     values = {
         "actor/loss": float(_array(reported["loss_sum"]).sum()) / steps,
-        "actor/grad_norm": float(_array(reported["grad_norm"]).mean()),
+        "actor/grad_norm": float(taken.mean()) if len(taken) else math.nan,
+        "actor/skipped": float(steps * (1 - len(taken) / len(norm))),
         "actor/lr": float(_array(reported["lr"])[-1]),
         "actor/entropy": float(_array(reported["entropy_sum"]).sum()) / total,
         "actor/ratio_first": float(_array(reported["ratio_sum"])[first].sum()) / first_tokens,

@@ -24,6 +24,7 @@ from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from verl_vla.loss import divergence, policy_loss, trajectory_weight
 from verl_vla.recipe import LossConfig
+from verl_vla.trainer.finite_guard import FiniteGuard
 from verl_vla.trainer.platform import peak_process_bytes
 from verl_vla.trainer.rows import dense, stacked
 from verl_vla.trainer.verl_process import ROLLOUT_NAME
@@ -66,6 +67,11 @@ class VLAWorker(ActorRolloutRefWorker):
                 num_ranks=torch.distributed.get_world_size(),
             )
         )
+
+    @register(dispatch_mode=EVERY_RANK)
+    def guard_updates(self, folder: str, max_in_a_row: int) -> None:
+        """See `verl_vla.trainer.finite_guard.FiniteGuard`."""
+        self.engine.guard = FiniteGuard(folder=Path(folder), max_in_a_row=max_in_a_row)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def generate_actions(self, data: TensorDict) -> TensorDict:

@@ -22,7 +22,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.policies.base import ActionLogits, Chooser
-from verl_vla.policies.lora import ADAPTER_MARK, LoraTargets, add_adapters, head_rows
+from verl_vla.policies.lora import ADAPTER_MARK, add_adapters, head_rows
+from verl_vla.policies.lora_choice import LoraTargets
 from verl_vla.policies.openvla_oft.attention import (
     require_backend,
     require_bidirectional_backend,

@@ -69,7 +69,7 @@ def assemble(
         raise ConfigError(f"there are {len(vision)} vision folders; give one or two")
     require_file(language, CONFIG_FILE, "the sizes of the language model")
     source: Any = AutoModelForCausalLM.from_pretrained(
-        str(language), dtype=dtype, local_files_only=True
+        str(language), dtype=dtype, local_files_only=True, trust_remote_code=False
     )
     image_statistics = [_image_statistics(folder) for folder in vision]
     towers = [

@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig, Qwen2Config, SiglipVision
 
 from verl_vla.errors import ConfigError
 from verl_vla.policies.base import PolicyShape
-from verl_vla.policies.lora import LORA_ALPHA
+from verl_vla.policies.lora_choice import LORA_ALPHA
 
 DECODINGS = ("parallel", "autoregressive")
 """``parallel``: all tokens of a chunk at once, each blind to the others (OpenVLA-OFT,

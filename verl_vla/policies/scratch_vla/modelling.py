@@ -22,7 +22,8 @@ from transformers import AutoModel, Cache, DynamicCache, SiglipVisionModel
 
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.policies.base import ActionLogits, Chooser
-from verl_vla.policies.lora import ADAPTER_MARK, LoraTargets, add_adapters
+from verl_vla.policies.lora import ADAPTER_MARK, add_adapters
+from verl_vla.policies.lora_choice import LoraTargets
 from verl_vla.policies.scratch_vla.action_tokens import ActionTokens, embed_bins, score_bins
 from verl_vla.policies.scratch_vla.attention import align_right, pairwise_mask
 from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig
