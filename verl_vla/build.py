@@ -83,7 +83,7 @@ class Run:
         given = conditions(
             self.env_config,
             self.task_names,
-            states="held_out",
+            states=config.states,
             temperature=config.temperature,
             seed=self.recipe.seed,
         )
@@ -115,7 +115,9 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     config = replace(env_config(env, processor), draw_ending=looks_at_pictures(reward))
     check_assets(chosen)
     training = starts(chosen, tasks, "train")
-    held_out = starts(chosen, tasks, "held_out", per_task=recipe.evaluation.episodes_per_task)
+    evaluated = starts(
+        chosen, tasks, recipe.evaluation.states, per_task=recipe.evaluation.episodes_per_task
+    )
     folder = Path(recipe.out).expanduser().resolve()
     is_elsewhere = recipe.cluster.env_nodes > 0
     here = nullcontext() if is_elsewhere else open_simulators(env, config, processor.shape)
@@ -129,7 +131,7 @@ def open_run(recipe: Recipe) -> Generator[Run]:
             simulators=simulators,
             reward=reward,
             training_starts=training,
-            evaluation_starts=held_out,
+            evaluation_starts=evaluated,
             task_names={task: chosen.tasks[task].name for task in tasks},
         )
 
@@ -227,6 +229,11 @@ def starts(
     per_task: int | None = None,
 ) -> tuple[Start, ...]:
     """All starts of a split, or the first ``per_task`` of each task."""
+    if split == "drawn" and per_task is None:
+        raise ConfigError(
+            "starts shall be drawn, and nothing says how many a task; set "
+            "evaluation.episodes_per_task, or --episodes of eval, e.g. to 100"
+        )
     found: list[Start] = []
     for task in tasks:
         states = chosen.init_state_ids(task, split)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -30,6 +30,9 @@ class EvaluationConfig:
     """Held-out starts per task, from the first on; null plays all of them once."""
     temperature: float = 0.0
     """0 plays greedily."""
+    states: Literal["held_out", "drawn"] = "held_out"
+    """``held_out``: recorded init states that are never trained on, 10 a task of LIBERO's suites;
+    ``drawn``: starts drawn from the tasks' regions, as many as ``episodes_per_task`` says."""
 
     def __post_init__(self) -> None:
         if self.episodes_per_task is not None and self.episodes_per_task < 1:

@@ -33,7 +33,8 @@ from verl_vla.sampling import Start
 GATE_FILE = "gate.json"
 """What was measured and decided, in the run's folder."""
 
-Split = Literal["train", "held_out"]
+Split = Literal["train", "held_out", "drawn"]
+WORDS: dict[Split, str] = {"train": "training", "held_out": "held-out", "drawn": "drawn"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,9 +124,9 @@ class Probe:
         low, high = (100 * end for end in self.sampled.total.ci95)
         return (
             f"sampled at temperature {self.temperature:g} it solved "
-            f"{_counts(self.sampled.total)} {_split(self.sampled)} episodes "
+            f"{_counts(self.sampled.total)} {WORDS[self.sampled.split]} episodes "
             f"(95% interval {low:.1f}-{high:.1f}%), greedily {_counts(self.greedy.total)} "
-            f"{_split(self.greedy)} ones"
+            f"{WORDS[self.greedy.split]} ones"
         )
 
     def as_json(self, config: GateConfig, task_names: dict[int, str]) -> dict[str, Any]:
@@ -218,7 +219,3 @@ def _counts(rate: SuccessRate | None) -> str:
         return "not played"
     crashed = f" ({rate.crashes} crashed)" if rate.crashes else ""
     return f"{rate.successes} of {rate.episodes}{crashed}"
-
-
-def _split(rates: Rates) -> str:
-    return "training" if rates.split == "train" else "held-out"

@@ -1,4 +1,4 @@
-"""Recording demonstrations of the mini suite by its scripted experts.
+"""Recording what a policy sees of scripted experts.
 
 An expert that never errs shows no way back from an error. So now and then the arm is pushed off
 its way (DART, arXiv:1703.09327, disturbs every step). Images are recorded only where the expert is
@@ -25,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from verl_vla.demonstrations import Demonstration
+from verl_vla.envs.experts.choice import make_expert
 from verl_vla.envs.libero import EnvConfig, LiberoEnv, make_env
-from verl_vla.envs.mini.experts import EXPERTS
 from verl_vla.envs.mini.make_init_states import sample_init_state
 from verl_vla.errors import ConfigError
 from verl_vla.processes import end_with_parent
@@ -178,7 +178,7 @@ def play_expert(
     simulator, task = env.simulator(task_id), env.suite.tasks[task_id]
     pace = rng.uniform(config.slowest_pace, config.fastest_pace)
     height_error_m = rng.uniform(0.0, config.height_error_m)
-    expert = EXPERTS[task.name](simulator, pace, height_error_m)
+    expert = make_expert(task.name, simulator, pace, height_error_m)
     limit = env.suite.step_limit(env.config.step_limit, task_id)
     disturbances = _disturbances(config, limit + config.horizon, rng)
     images: list[npt.NDArray[np.uint8]] = []

@@ -159,7 +159,7 @@ def test_misshapen_actions_are_refused(env: Env, case: Case, shape: tuple[int, .
     assert env.step_chunk(chunk(case, 0)).executed == CHUNK
 
 
-@pytest.mark.parametrize(("task_id", "init_state_id"), [(-1, 0), (99, 0), (0, -1), (0, 100)])
+@pytest.mark.parametrize(("task_id", "init_state_id"), [(-1, 0), (99, 0), (0, -1), (0, 100_000)])
 def test_unknown_starts_are_refused(env: Env, task_id: int, init_state_id: int) -> None:
     with pytest.raises(ConfigError):
         env.reset(task_id, init_state_id)

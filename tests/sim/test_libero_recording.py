@@ -147,7 +147,6 @@ def test_a_spatial_episode_is_played_again_to_the_bit(libero_assets: Path) -> No
     ("words", "message"),
     [
         ("--suite libero_10 --out x.hdf5", "no scripted experts"),
-        ("--suite libero_object --out x.npz", "are for mini"),
         ("--suite mini --out x.hdf5", "one file, for 7 tasks"),
         ("--suite mini --task 0 --noise 0.1 --out x.hdf5", "--noise is of .npz"),
         ("--suite mini --task 7 --out x.hdf5", "tasks 0 to 6"),

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from verl_vla.envs.libero import EnvConfig, LiberoEnv, make_env
+from verl_vla.envs.libero import DRAWN, EnvConfig, LiberoEnv, make_env
 from verl_vla.envs.mini import make_init_states
 from verl_vla.envs.mini.experts import EXPERTS
 from verl_vla.envs.mini.geometry import CUBE_HALF_M, PLATE_HALF_HEIGHT_M, TABLE_M
 from verl_vla.envs.mini.make_init_states import sample_init_state
+from verl_vla.errors import ConfigError
 from verl_vla.types import Outcome
 
 pytestmark = pytest.mark.sim
@@ -172,3 +173,17 @@ def test_demonstrations_start_where_neither_split_does(env: LiberoEnv) -> None:
     assert len(np.unique(np.concatenate([recorded, sampled]), axis=0)) == 120
     env.reset_to(STACK, sampled[0])
     assert play_expert(env, STACK)[0] is Outcome.SUCCESS
+
+
+def test_evaluations_can_draw_starts_that_nothing_else_sees(env: LiberoEnv) -> None:
+    ids = env.suite.init_state_ids(STACK, "drawn")
+    drawn = [env.draw_start(STACK, DRAWN, start) for start in ids[:10]]
+    sampled = [sample_init_state(env, STACK, seed) for seed in ids[:10]]
+    recorded = env.suite.load_init_states(STACK)
+    assert len(np.unique(np.concatenate([drawn, sampled, recorded]), axis=0)) == 120
+    env.reset_to(STACK, drawn[3])
+    expected = env.simulator(STACK).state.physics
+    env.reset(STACK, ids[3])
+    assert np.array_equal(env.simulator(STACK).state.physics, expected)
+    with pytest.raises(ConfigError, match="1000 more can be drawn"):
+        env.reset(STACK, ids[-1] + 1)

@@ -64,12 +64,12 @@ def solves(simulator: Simulator, expert: PickAndPlace) -> bool:
 def test_it_puts_a_cube_onto_things(env: LiberoEnv, task_id: int) -> None:
     for init_state_id in (0, 1, 2):
         simulator = started(env, task_id, init_state_id)
-        assert solves(simulator, PickAndPlace(simulator, PACE))
+        assert solves(simulator, PickAndPlace(simulator, PACE, 0.0))
 
 
 def test_what_it_drops_it_picks_up_again(env: LiberoEnv) -> None:
     simulator = started(env, STACK)
-    expert = PickAndPlace(simulator, PACE)
+    expert = PickAndPlace(simulator, PACE, 0.0)
     on_table = simulator.object_position("red_cube")[2]
     lifted = (
         simulator.step(expert.act())
@@ -85,9 +85,23 @@ def test_what_it_drops_it_picks_up_again(env: LiberoEnv) -> None:
     assert solves(simulator, expert)
 
 
+@pytest.mark.parametrize(("height_error_m", "misses"), [(0.01, False), (0.04, True)])
+def test_a_careless_expert_goes_on_without_what_it_missed(
+    env: LiberoEnv, height_error_m: float, misses: bool
+) -> None:
+    simulator = started(env, STACK)
+    expert = PickAndPlace(simulator, PACE, height_error_m)
+    on_table = simulator.object_position("red_cube")[2]
+    solved = False
+    while not (solved or expert.has_missed()):
+        solved = simulator.step(expert.act())
+    assert solved is not misses
+    assert (simulator.object_position("red_cube")[2] < on_table + 0.01) == misses
+
+
 def test_a_task_that_is_no_pick_and_place_is_refused(env: LiberoEnv) -> None:
     with pytest.raises(ConfigError, match="only moves one object"):
-        PickAndPlace(started(env, LIFT), PACE)
+        PickAndPlace(started(env, LIFT), PACE, 0.0)
 
 
 @pytest.mark.parametrize("degrees", [-40.0, -20.0, 0.0, 20.0, 40.0])

@@ -194,6 +194,21 @@ def test_the_least_recently_used_simulator_goes_first() -> None:
     env.close()
 
 
+def test_a_draw_moves_what_a_state_holds_and_nothing_else(
+    played: tuple[LiberoEnv, int],
+) -> None:
+    env, task_id = played
+    simulator = env.simulator(task_id)
+    before = simulator.model.body_pos.copy(), simulator.model.body_quat.copy()
+    first, second = (simulator.place_objects(seed) for seed in (1, 2))
+    assert not np.array_equal(first, second)
+    assert np.array_equal(simulator.place_objects(1), first)
+    for was, is_now in zip(
+        before, (simulator.model.body_pos, simulator.model.body_quat), strict=True
+    ):
+        assert np.array_equal(was, is_now)
+
+
 def test_a_program_keeps_its_random_numbers() -> None:
     np.random.seed(5)
     expected = np.random.random(3)

@@ -284,6 +284,16 @@ def test_fewer_starts_are_the_first_of_each_task():
     assert some[:2] == tuple(Start(task_id=3, init_state_id=i) for i in first)
 
 
+def test_drawn_starts_are_as_many_as_wanted_and_no_others():
+    tasks = (0, 5)
+    drawn = starts(MINI, tasks, "drawn", per_task=100)
+    assert [sum(start.task_id == task for start in drawn) for task in tasks] == [100, 100]
+    recorded = {*starts(MINI, tasks, "train"), *starts(MINI, tasks, "held_out")}
+    assert not recorded & set(drawn)
+    with pytest.raises(ConfigError, match="says how many a task"):
+        starts(MINI, tasks, "drawn")
+
+
 def test_more_starts_than_there_are_is_refused():
     available = len(MINI.init_state_ids(1, "held_out"))
     assert len(starts(MINI, (1,), "held_out", per_task=available)) == available

@@ -59,6 +59,12 @@ def refusal(found: Probe) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(("split", "word"), [("held_out", "held-out"), ("drawn", "drawn")])
+def test_a_probe_says_which_starts_it_played(split: str, word: str) -> None:
+    found = Probe(greedy=rates(3, 100, split), sampled=rates(0, 32), temperature=1.6)
+    assert f"greedily 3 of 100 {word} ones" in found.summary()
+
+
 def test_a_refusal_says_what_was_measured_and_what_to_do() -> None:
     says = refusal(measured((0, 32), (3, 100)))
     assert "sampled at temperature 1.6 it solved 0 of 32 training episodes" in says

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from verl_vla.envs.libero import CAMERAS, EnvConfig
-from verl_vla.envs.suites import SUITES, instruction_of, step_limit, suite
+from verl_vla.envs.suites import MAX_DRAWN, SUITES, instruction_of, step_limit, suite
 from verl_vla.errors import ConfigError
 
 SIZES = {
@@ -92,6 +92,13 @@ def test_the_splits_share_nothing_and_leave_nothing_out(name: str) -> None:
     held_out = chosen.init_state_ids(0, "held_out")
     assert not set(train) & set(held_out)
     assert sorted(train + held_out) == list(range(chosen.num_init_states))
+
+
+@pytest.mark.parametrize("name", ["mini", "libero_spatial"])
+def test_drawn_starts_are_no_recorded_ones(name: str) -> None:
+    chosen = suite(name)
+    assert min(chosen.init_state_ids(0, "drawn")) == chosen.num_init_states
+    assert len(chosen.init_state_ids(0, "drawn")) == MAX_DRAWN
 
 
 def test_split_rules() -> None:

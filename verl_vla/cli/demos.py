@@ -1,7 +1,7 @@
 """``demos --out PLACE ...``: record demonstrations of scripted experts.
 
-A PLACE that ends in .npz is one file of the mini suite as `sft` reads it; one in .hdf5 is one task
-in LIBERO's own layout, and any other is a folder of such files, one a task.
+A PLACE that ends in .npz is one file as `sft --demos` reads it; one in .hdf5 is one task in
+LIBERO's own layout, and any other is a folder of such files, one a task.
 """
 
 from __future__ import annotations
@@ -57,11 +57,7 @@ def run(arguments: Sequence[str]) -> int:
 def _record_archive(
     out: Path, chosen: Suite, tasks: Sequence[int], options: argparse.Namespace
 ) -> None:
-    if chosen.needs_assets:
-        raise ConfigError(
-            f"--suite is {chosen.name} and --out {out}, but {ARCHIVE} files are for mini; write "
-            f"{ONE_TASK}, or into a folder"
-        )
+    check_assets(chosen)
     defaults = RecordingConfig()
     config = RecordingConfig(
         noise=defaults.noise if options.noise is None else options.noise,

@@ -105,12 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--policy", required=True, help="folder of a checkpoint")
     add("--suite", required=True, help=f"one of {', '.join(SUITES)}")
     add("--tasks", type=int, nargs="+", help="task ids; all if not given")
-    add("--episodes", type=int, help="starts per task; all if not given")
+    add("--episodes", type=int, help="starts per task; all recorded ones if not given")
     add(
         "--states",
         choices=get_args(Split),
         default="held_out",
-        help="recorded starts to play; official is all of them, as in published numbers",
+        help="official: all recorded starts, as in published numbers; drawn: new ones",
     )
     add("--sampling", default="greedy", help="greedy, or a temperature")
     add("--limit", default="published", help="step limit: published, simplevla, or a number")

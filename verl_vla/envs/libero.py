@@ -19,7 +19,7 @@ from verl_vla.envs.assets import asset_folder, find_assets, import_libero
 from verl_vla.envs.base import ChunkResult, Snapshot
 from verl_vla.envs.gl import check_gl
 from verl_vla.envs.mini.geometry import ASSETS, HIDDEN_BODIES
-from verl_vla.envs.suites import StepLimit, Suite, suite
+from verl_vla.envs.suites import MAX_DRAWN, StepLimit, Suite, suite
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.image_pipeline import prepare_image
 from verl_vla.played import GoalReadings, Observation, Outcome
@@ -31,6 +31,8 @@ ACTION_DIM = 7
 """Three translations, three rotations, the gripper (-1 opens, +1 closes)."""
 SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 """openvla-oft ``experiments/robot/libero/libero_utils.py:28``."""
+RECORDED, SAMPLED, DRAWN = 0, 1, 2
+"""Streams of placements: those of the mini suite's files, of demonstrations, of evaluations."""
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 """The views that published policies use: third person and wrist."""
 
@@ -111,17 +113,23 @@ class LiberoEnv:
         self._episode: _Episode | None = None
 
     def reset(self, task_id: int, init_state_id: int) -> Observation:
-        """Start an episode from a recorded init state, settle, and return the first observation.
+        """Start an episode, settle, and return the first observation.
+
+        Ids of recorded init states are followed by those of starts drawn from the task's regions,
+        each by a seed of its own.
 
         Raises:
             ConfigError: there is no such task or init state.
         """
         self.suite.task(task_id)
-        if not 0 <= init_state_id < self.suite.num_init_states:
+        num_recorded = self.suite.num_init_states
+        if not 0 <= init_state_id < num_recorded + MAX_DRAWN:
             raise ConfigError(
                 f"init state {init_state_id} is not in {self.suite.name}; "
-                f"its init states are 0..{self.suite.num_init_states - 1}"
+                f"its init states are 0..{num_recorded - 1}, and {MAX_DRAWN} more can be drawn"
             )
+        if init_state_id >= num_recorded:
+            return self.reset_to(task_id, self.draw_start(task_id, DRAWN, init_state_id))
         return self.reset_to(task_id, self._load_init_states(task_id)[init_state_id])
 
     def reset_to(self, task_id: int, init_state: npt.NDArray[np.float64]) -> Observation:
@@ -133,6 +141,11 @@ class LiberoEnv:
         limit = self.suite.step_limit(self.config.step_limit, task_id)
         self._episode = _Episode(task_id, limit, simulator.goals())
         return self.observe()
+
+    def draw_start(self, task_id: int, stream: int, index: int) -> npt.NDArray[np.float64]:
+        """Draw a start [1 + nq + nv] from the task's regions; equal arguments give equal starts."""
+        seed = np.random.SeedSequence([stream, task_id, index]).generate_state(1)[0]
+        return self.simulator(task_id).place_objects(int(seed))
 
     def step_chunk(self, actions: npt.NDArray[np.float32]) -> ChunkResult:
         """Run ``actions`` [K, 7] open loop until they are used up or the episode ends.

@@ -23,8 +23,9 @@ from verl_vla.config import nearest
 from verl_vla.envs.assets import libero_root
 from verl_vla.errors import ConfigError
 
-Split = Literal["train", "held_out", "official"]
-"""``official`` is every recorded start, as in published evaluations: trained on or not."""
+Split = Literal["train", "held_out", "official", "drawn"]
+"""``official`` is every recorded start, as in published evaluations: trained on or not; ``drawn``
+starts are recorded nowhere."""
 StepLimit = Literal["published", "simplevla"] | int
 
 SUITES = ("mini", "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
@@ -57,6 +58,8 @@ skill, not of pace."""
 LIBERO_INIT_STATES = 50
 MINI_INIT_STATES = 100
 HELD_OUT_EVERY = 5
+MAX_DRAWN = 1000
+"""Starts of a task that can be drawn besides its recorded ones, for evaluations that need more."""
 
 _NUMPY_TYPES: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
@@ -140,6 +143,9 @@ class Suite:
         evaluate. Published numbers use all 50 for both; a number on the 10 is not one on the 50.
         The mini suite trains on its first 50 and holds out its last 50.
 
+        ``drawn`` starts have ids that follow the recorded ones, and an environment draws them from
+        the task's regions. Nobody trains on them.
+
         Raises:
             ConfigError: there is no such task or split.
         """
@@ -149,6 +155,8 @@ class Suite:
         ids = range(self.num_init_states)
         if split == "official":
             return list(ids)
+        if split == "drawn":
+            return list(range(len(ids), len(ids) + MAX_DRAWN))
         if self.needs_assets:
             held_out = [i for i in ids if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
         else:

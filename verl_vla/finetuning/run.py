@@ -112,7 +112,7 @@ def open_sft_run(recipe: SFTRecipe) -> Generator[SFTRun]:
     tasks = task_ids(chosen, env.tasks)
     source = Path(recipe.demos.folder).expanduser().resolve()
     held_out_starts = starts(
-        chosen, tasks, "held_out", per_task=recipe.evaluation.episodes_per_task
+        chosen, tasks, recipe.evaluation.states, per_task=recipe.evaluation.episodes_per_task
     )
     learned, held_out = read_demos(source, chosen, tasks, choice)
     if recipe.policy.path is not None:

@@ -189,7 +189,7 @@ class SFTLoop:
         given = conditions(
             self._run.env_config,
             names,
-            states="held_out",
+            states=recipe.evaluation.states,
             temperature=recipe.evaluation.temperature,
             seed=recipe.seed,
         )

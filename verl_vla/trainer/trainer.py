@@ -203,8 +203,9 @@ class VLATrainer(PPOTrainerSync):
         self.run.keep_evaluation(self.global_steps, result)
         if self.global_steps == 0:
             self.metrics_file.append(0, values | {"time/evaluation_s": self._evaluation_s})
-            if self.recipe.evaluation.temperature == 0:
-                self._greedy_before = gate.Rates.of(result, "held_out")
+            played = self.recipe.evaluation
+            if played.temperature == 0:
+                self._greedy_before = gate.Rates.of(result, played.states)
         return values
 
     def _compute_metrics(

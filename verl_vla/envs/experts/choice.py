@@ -28,17 +28,20 @@ def check_experts(suite_name: str) -> None:
         )
 
 
-def make_expert(task_name: str, simulator: Simulator, pace: float) -> Expert:
-    """Make a flawless expert for the episode that ``simulator`` is about to play.
+def make_expert(
+    task_name: str, simulator: Simulator, pace: float, height_error_m: float = 0.0
+) -> Expert:
+    """Make an expert for the episode that ``simulator`` is about to play.
 
     Args:
         task_name: name of the task.
         simulator: where the objects are, settled.
         pace: the largest translation of an action, of 1.
+        height_error_m: by how much it takes objects to lie higher than they do; 0 is flawless.
 
     Raises:
         ConfigError: the task asks for more than moving one object.
     """
     if task_name in EXPERTS:
-        return EXPERTS[task_name](simulator, pace, 0.0)
-    return PickAndPlace(simulator, pace)
+        return EXPERTS[task_name](simulator, pace, height_error_m)
+    return PickAndPlace(simulator, pace, height_error_m)

@@ -35,6 +35,10 @@ class Expert(ABC):
     def act(self) -> Floats:
         """Return the action [7] for this moment; call it once a step."""
 
+    @abstractmethod
+    def has_missed(self) -> bool:
+        """Whether it goes on without the object."""
+
     @property
     def has_finished(self) -> bool:
         """Whether it would do nothing more once the task is solved."""

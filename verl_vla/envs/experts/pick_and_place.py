@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,10 +49,15 @@ LOST_M = 0.04
 class PickAndPlace(Expert):
     """Approach, grip, lift, carry, lower, let go, leave: one method each, and again if it slips."""
 
-    def __init__(self, simulator: Simulator, pace: float) -> None:
-        """Read the goal of the task that ``simulator`` plays; see `Scene`."""
+    def __init__(self, simulator: Simulator, pace: float, height_error_m: float) -> None:
+        """Read the goal of the task that ``simulator`` plays; see `Scene`.
+
+        ``height_error_m`` is by how much it takes the object to lie higher than it does.
+        """
         super().__init__(simulator, pace)
         self._scene = Scene(simulator)
+        self._height_error_m = height_error_m
+        self._has_lost = False
         self._translation = np.zeros(3)
         self._grasp = self._plan()
         self._held = np.zeros(3)
@@ -73,11 +79,16 @@ class PickAndPlace(Expert):
         """Whether the object was let go and the hand has left."""
         return self._phase == self._stay
 
+    def has_missed(self) -> bool:
+        """Whether it goes on without the object, as only a careless one does."""
+        return self._has_lost
+
     def _enter(self, phase: Callable[[], Floats]) -> None:
         self._phase, self._steps, self._still_steps = phase, 0, 0
 
     def _plan(self) -> Grasp:
-        return choose_grasp(self._scene, self._simulator.gripper_rotation()[:, 0])
+        grasp = choose_grasp(self._scene, self._simulator.gripper_rotation()[:, 0])
+        return replace(grasp, position=grasp.position + [0.0, 0.0, self._height_error_m])
 
     def _approach(self) -> Floats:
         goal = self._grasp.position
@@ -101,7 +112,9 @@ class PickAndPlace(Expert):
         scene = self._scene
         hand, item = self._simulator.gripper_position(), scene.item_position
         held = hand - item
-        if np.linalg.norm(held - self._held) > LOST_M:
+        self._has_lost |= bool(np.linalg.norm(held - self._held) > LOST_M)
+        if self._has_lost and self._height_error_m == 0:
+            self._has_lost = False
             self._grasp = self._plan()
             self._enter(self._approach)
             return self._move(hand + [0.0, 0.0, HOVER_M], OPEN)

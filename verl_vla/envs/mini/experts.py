@@ -7,7 +7,6 @@ nothing about their neighbours. Rotations are never commanded.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
@@ -43,10 +42,6 @@ class MiniExpert(Expert):
         super().__init__(simulator, pace)
         self._height_error = np.array([0.0, 0.0, height_error_m])
         self._item = item
-
-    @abstractmethod
-    def has_missed(self) -> bool:
-        """Whether it goes on without the object."""
 
     def _place_of(self, item: str) -> Floats:
         """Where it takes an object to be."""

@@ -13,30 +13,22 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from verl_vla.envs.libero import EnvConfig, LiberoEnv, make_env
+from verl_vla.envs.libero import RECORDED, SAMPLED, EnvConfig, LiberoEnv, make_env
 from verl_vla.envs.suites import MINI_INIT_STATES, suite
-
-RECORDED, SAMPLED = 0, 1
-"""Streams of placements: those of the files, and those for demonstrations."""
 
 
 def main(folder: Path) -> None:
     """Write one file a task into ``folder``."""
     env = make_env(EnvConfig(suite="mini"))
     for task_id, task in enumerate(env.suite.tasks):
-        states = [_place(env, task_id, RECORDED, i) for i in range(MINI_INIT_STATES)]
+        states = [env.draw_start(task_id, RECORDED, i) for i in range(MINI_INIT_STATES)]
         np.savez_compressed(folder / f"{task.name}.npz", states=np.stack(states))
     env.close()
 
 
 def sample_init_state(env: LiberoEnv, task_id: int, seed: int) -> npt.NDArray[np.float64]:
     """Draw a start [1 + nq + nv] that is in neither split; the same seed gives the same start."""
-    return _place(env, task_id, SAMPLED, seed)
-
-
-def _place(env: LiberoEnv, task_id: int, stream: int, index: int) -> npt.NDArray[np.float64]:
-    seed = np.random.SeedSequence([stream, task_id, index]).generate_state(1)[0]
-    return env.simulator(task_id).place_objects(int(seed))
+    return env.draw_start(task_id, SAMPLED, seed)
 
 
 if __name__ == "__main__":
