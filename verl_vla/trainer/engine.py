@@ -92,8 +92,9 @@ class VLAEngine(FSDPEngine):
 
         FSDP2 would split their bytes and lose what belongs to them, so they run on one rank.
         """
-        param_dtype = dict(self.engine_config.mixed_precision)["param_dtype"]
-        self._autocast_dtype, self.scaler = PrecisionType.to_dtype(param_dtype), None
+        precision: dict[str, Any] = dict(self.engine_config.mixed_precision or {})
+        self._autocast_dtype = PrecisionType.to_dtype(precision["param_dtype"])
+        self.scaler = None
         if self.is_quantized:
             return module.to(get_device_id())
         pin_memory = get_device_name() != "cpu"
