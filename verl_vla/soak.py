@@ -72,17 +72,20 @@ def soak(
 
 
 def measure(simulators: Sequence[int], *, episodes: int, crashes: int) -> Sample:
-    """Read what this process and the ``simulators`` have in use; one that just died is left out."""
+    """Read what this process and the largest of the ``simulators`` have in use.
+
+    One that just died is left out; where none lives, none has anything in use.
+    """
     own = os.getpid()
     alive = [pid for pid in simulators if Path(f"/proc/{pid}/fd").exists()]
     return Sample(
         episodes=episodes,
         crashes=crashes,
         trainer_mib=_status_mib(own, "RssAnon"),
-        simulator_mib=max(_status_mib(pid, "RssAnon") for pid in alive),
+        simulator_mib=max((_status_mib(pid, "RssAnon") for pid in alive), default=0.0),
         shared_mib=_status_mib(own, "RssShmem"),
         trainer_handles=len(os.listdir(f"/proc/{own}/fd")),
-        simulator_handles=max(len(os.listdir(f"/proc/{pid}/fd")) for pid in alive),
+        simulator_handles=max((len(os.listdir(f"/proc/{pid}/fd")) for pid in alive), default=0),
     )
 
 
