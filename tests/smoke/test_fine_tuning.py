@@ -256,7 +256,10 @@ def test_a_scratch_vla_is_fine_tuned(
     path = f"policy.path='{tmp_path / 'new'}'"
     run = FineTuning(tmp_path / "run", mini_demos, path, *BRIEF, *words).here()
     first, last = run.reproducible()
-    assert 0.94 < first["sft/loss"] / math.log(256) < 1.03, "about as good as a guess"
+    # One token after the other, a new model repeats the last one, since its head is a copy of its
+    # embedding; hands that rest repeat tokens too, so it guesses better than one of 256.
+    repeats = "decoding" in choices
+    assert (0.94 if repeats else 0.97) < first["sft/loss"] / math.log(256) < 1.03, "as by guessing"
     if PLAYED_AT_THE_END in words:
         assert last["eval/episodes"] == 2
     folder = run.policy(2)
