@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -10,6 +11,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from judge_server import MODEL, judge_server, url_of
 
 from verl_vla.metrics import OPEN_FAMILIES, check_declared
 from verl_vla.reward import (
@@ -33,14 +35,29 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "siglip_t": {**PIXELS, "head_steps": 2},
     "srpo": PIXELS,
     "srpo_released": PIXELS,
+    "vlm_judge": {"model": MODEL, "instructions": {"mini/0": "push", "mini/1": "lift"}},
     "verl_function": {"path": str(Path(__file__).parent / "verl_reward_function.py")},
 }
 """What a new reward is tested with; it must be entered here."""
 
 
+Make = Callable[[], TrajectoryReward]
+
+
 @pytest.fixture(params=NAMES)
-def reward(request) -> TrajectoryReward:
-    return load_reward(request.param, ARGUMENTS[request.param])
+def make(request) -> Iterator[Make]:
+    """Loads one of the rewards; the judge has a server as long as the test runs."""
+    if request.param != "vlm_judge":
+        yield lambda: load_reward(request.param, ARGUMENTS[request.param])
+        return
+    with judge_server() as server:
+        arguments = ARGUMENTS[request.param] | {"url": url_of(server)}
+        yield lambda: load_reward(request.param, arguments)
+
+
+@pytest.fixture
+def reward(make: Make) -> TrajectoryReward:
+    return make()
 
 
 SOLVED = (0, 3, 5)
@@ -140,12 +157,11 @@ def test_its_metrics_are_declared_numbers(reward):
     assert "reward/" in OPEN_FAMILIES
 
 
-def test_its_state_survives_a_restart(reward, request, tmp_path):
+def test_its_state_survives_a_restart(reward, make, tmp_path):
     """Written and read as a checkpoint is: without executing anything."""
     reward.update(show(reward, make_batch(seed=1)))
     torch.save(reward.state_dict(), tmp_path / "state.pt")
-    name = request.node.callspec.params["reward"]
-    again = load_reward(name, ARGUMENTS[name])
+    again = make()
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     batch = show(reward, make_batch(seed=2))
     np.testing.assert_array_equal(again(batch).score, reward(batch).score)

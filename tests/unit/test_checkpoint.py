@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -222,7 +223,10 @@ def refusal(save: Callable[[], None]) -> str:
     """Why ``save`` failed; its frames, which keep files open, are gone then."""
     with pytest.raises(CheckpointError) as caught:
         save()
-    return str(caught.value)
+    said = str(caught.value)
+    del caught
+    gc.collect()  # the frames refer to each other
+    return said
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):

@@ -25,8 +25,13 @@ from verl_vla.trainer.translate import refuse_what_is_decided
 SOURCES = sorted(
     path for folder in ("verl_vla", "rewards") for path in (PROJECT_FOLDER / folder).rglob("*.py")
 )
-OWN_PROCESSES = {"verl_vla/envs/process.py", "verl_vla/envs/worker.py"}
-"""They unpickle what a process that this one started has sent over a private socket."""
+OWN_PROCESSES = {
+    "verl_vla/envs/process.py",
+    "verl_vla/envs/worker.py",
+    "verl_vla/trainer/env_nodes.py",
+}
+"""They unpickle what a process that this one started has sent over a private socket, or an actor
+of this run's own Ray cluster, which carries pickles itself."""
 
 
 class Hostile:

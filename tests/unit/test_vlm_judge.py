@@ -2,65 +2,26 @@
 
 from __future__ import annotations
 
-import base64
-import json
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
-
 import numpy as np
 import pytest
-import simplejpeg
+from judge_server import MODEL, judge_server, url_of
 
 from verl_vla.errors import ConfigError, RewardError
 from verl_vla.reward import TrajectoryBatch, load_reward
 
-MODEL = "judge"
 INSTRUCTIONS = {"mini/0": "push the red cube"}
-
-
-class Stub(BaseHTTPRequestHandler):
-    """Progress is the brightness of the last picture, percent; black is answered by nonsense."""
-
-    def do_GET(self):
-        assert self.path == "/v1/models"
-        self.reply({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
-
-    def do_POST(self):
-        assert self.path == "/v1/chat/completions"
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append(body)
-        *_, last = [part for part in body["messages"][0]["content"] if part["type"] == "image_url"]
-        kind, data = last["image_url"]["url"].split(",")
-        assert kind == "data:image/jpeg;base64"
-        light = simplejpeg.decode_jpeg(base64.b64decode(data)).mean() / 255
-        said = json.dumps({"progress": round(100 * light)}) if light > 0.02 else "cannot tell"
-        self.reply({"choices": [{"index": 0, "message": {"role": "assistant", "content": said}}]})
-
-    def reply(self, value):
-        data = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture
 def server():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Stub) as running:
-        running.asked = []
-        Thread(target=running.serve_forever, daemon=True).start()
+    with judge_server() as running:
         yield running
-        running.shutdown()
 
 
 @pytest.fixture
 def judge(server):
     def make(**arguments):
-        url = f"http://127.0.0.1:{server.server_port}/v1"
-        known = {"model": MODEL, "instructions": INSTRUCTIONS, "url": url}
+        known = {"model": MODEL, "instructions": INSTRUCTIONS, "url": url_of(server)}
         return load_reward("vlm_judge", known | arguments, seed=0)
 
     return make
