@@ -145,7 +145,7 @@ def open_simulators(
         partial(make_env, config),
         num_workers=env.num_workers,
         num_slots=env.num_slots,
-        image_shape=(shape.num_views, shape.image_size, shape.image_size, 3),
+        image_shape=shape.image_shape,
         timeout_s=env.timeout_s,
         worker_env={},
     ) as pool:

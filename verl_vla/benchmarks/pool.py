@@ -20,20 +20,18 @@ from verl_vla.benchmarks.measuring import (
     take_turns,
     timed,
 )
+from verl_vla.benchmarks.simulators import NOISE, factory_of, open_pool
 from verl_vla.envs.base import EnvFactory
-from verl_vla.envs.libero import EnvConfig, make_env
 from verl_vla.envs.pool import EnvPool
 from verl_vla.envs.suites import SUITES, suite
 from verl_vla.policies.base import Policy, PolicyShape
 from verl_vla.policies.loading import load_policy
-from verl_vla.rollout import NoiseSource, RolloutTimes, play
+from verl_vla.rollout import RolloutTimes, play
 from verl_vla.types import ActionChunk, EpisodeSpec, Observation
 
 SLOTS_PER_PROCESS = 2
 """One for each half of a rollout, so that no process waits for the policy."""
 LEAST_EPISODES = 16
-START_LIMIT_S = 300.0
-NOISE = NoiseSource(seed=0, stream=0)
 
 
 class IdlePolicy:
@@ -72,16 +70,9 @@ def measure(options: argparse.Namespace) -> Record:
     """Play the same episodes with more and more processes, without a policy and with one."""
     require_positive(options, "processes", "rounds", "steps", "render_size")
     policy = load_policy(options.policy)
-    shape = policy.shape
-    config = EnvConfig(
-        suite=options.suite,
-        step_limit=options.steps,
-        render_size=options.render_size,
-        image_size=shape.image_size,
-    )
     suite(options.suite).task(options.task)
-    factory = partial(make_env, config)
-    idle = IdlePolicy(shape)
+    factory = factory_of(options, policy.shape)
+    idle = IdlePolicy(policy.shape)
     results: dict[str, Any] = {
         "suite": options.suite,
         "render_size": options.render_size,
@@ -129,14 +120,7 @@ def scaling(
 
 
 def _pool(factory: EnvFactory, count: int, shape: PolicyShape) -> EnvPool:
-    return EnvPool(
-        factory,
-        num_workers=count,
-        num_slots=SLOTS_PER_PROCESS * count,
-        image_shape=(shape.num_views, shape.image_size, shape.image_size, 3),
-        timeout_s=START_LIMIT_S,
-        worker_env={},
-    )
+    return open_pool(factory, shape, num_workers=count, num_slots=SLOTS_PER_PROCESS * count)
 
 
 def _play(pool: EnvPool, policy: Policy, task: int, times: RolloutTimes | None = None) -> int:

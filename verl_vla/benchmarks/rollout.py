@@ -22,16 +22,14 @@ from verl_vla.benchmarks.measuring import (
     take_turns,
     timed,
 )
-from verl_vla.envs.libero import EnvConfig, make_env
+from verl_vla.benchmarks.simulators import NOISE, factory_of, open_pool
 from verl_vla.envs.pool import EnvPool
 from verl_vla.envs.suites import SUITES
 from verl_vla.policies.base import Policy
 from verl_vla.policies.loading import load_policy
-from verl_vla.rollout import NoiseSource, RolloutTimes, play
+from verl_vla.rollout import RolloutTimes, play
 from verl_vla.types import EpisodeSpec
 
-START_LIMIT_S = 300.0
-NOISE = NoiseSource(seed=0, stream=0)
 PARTS = {"peer": 1, "ours": 2}
 """Into how many parts the slots are split."""
 
@@ -55,25 +53,13 @@ def measure(options: argparse.Namespace) -> Record:
     require_positive(options, "episodes", "steps", "processes", "slots", "rounds", "render_size")
     torch.set_num_threads(1)
     policy = load_policy(options.policy)
-    shape = policy.shape
-    config = EnvConfig(
-        suite=options.suite,
-        step_limit=options.steps,
-        render_size=options.render_size,
-        image_size=shape.image_size,
-    )
     specs = [
         EpisodeSpec(task_id=options.task, init_state_id=0, group_id=0, episode_id=i)
         for i in range(options.episodes)
     ]
-    with EnvPool(
-        partial(make_env, config),
-        num_workers=options.processes,
-        num_slots=options.slots,
-        image_shape=(shape.num_views, shape.image_size, shape.image_size, 3),
-        timeout_s=START_LIMIT_S,
-        worker_env={},
-    ) as pool:
+    factory = factory_of(options, policy.shape)
+    slots = options.slots
+    with open_pool(factory, policy.shape, num_workers=options.processes, num_slots=slots) as pool:
         results = compare(pool, policy, specs, rounds=options.rounds)
     knobs = ("suite", "episodes", "steps", "processes", "slots", "rounds", "render_size")
     return record("rollout", options, {k: getattr(options, k) for k in knobs} | results)

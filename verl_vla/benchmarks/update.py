@@ -87,7 +87,7 @@ def update_of(policy: TrainablePolicy, way: Way, rows: int) -> Callable[[], floa
     """Return what computes the gradient of ``rows`` random rows and answers its norm."""
     shape = policy.shape
     random = torch.Generator().manual_seed(0)
-    size = (rows, shape.num_views, shape.image_size, shape.image_size, 3)
+    size = (rows, *shape.image_shape)
     images = torch.randint(0, 256, size, dtype=torch.uint8, generator=random)
     bins = torch.randint(0, shape.num_bins, (rows, shape.num_tokens), generator=random)
     advantage = torch.randn(rows, generator=random)

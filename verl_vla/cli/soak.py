@@ -96,7 +96,7 @@ def _play(options: argparse.Namespace) -> list[Sample]:
         partial(make_fragile, partial(make_env, config), options.crash_share),
         num_workers=options.workers,
         num_slots=options.slots,
-        image_shape=(shape.num_views, shape.image_size, shape.image_size, 3),
+        image_shape=shape.image_shape,
         timeout_s=TIMEOUT_S,
         worker_env={},
     ) as pool:

@@ -38,6 +38,11 @@ class PolicyShape:
         """T, action tokens per decision."""
         return self.chunk_length * self.action_dim
 
+    @property
+    def image_shape(self) -> tuple[int, int, int, int]:
+        """(V, H, W, 3), the pictures of one observation."""
+        return (self.num_views, self.image_size, self.image_size, 3)
+
 
 class Policy(Protocol):
     """Chooses action chunks."""
