@@ -13,11 +13,8 @@ Source of every rule and constant here: openvla-oft, ``prismatic/vla/action_toke
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -25,95 +22,12 @@ import torch
 from torch import Tensor
 
 from verl_vla.errors import ConfigError, ContractError
-
-Array = npt.NDArray[np.float64]
-
-STATISTICS_FILE = "dataset_statistics.json"
-NO_NOOPS_SUFFIX = "_no_noops"
-"""Published LIBERO datasets are named for a suite with its idle steps filtered out."""
-RANGE_EPSILON = 1e-8
-"""Added to ``q99 - q01`` in fine-tuning, in dataset units."""
-
-
-@dataclass(frozen=True, eq=False)
-class ActionStatistics:
-    """The range of every action value in the fine-tuning data.
-
-    Args:
-        q01: [A] 1% quantile, dataset units.
-        q99: [A] 99% quantile, dataset units; equal to ``q01`` where a value never moves.
-        mask: [A] true where a value is normalised; false for the gripper alone.
-        key: the name that a checkpoint stores them under.
-
-    Raises:
-        ConfigError: if the lengths differ, a range is reversed or not finite, or ``mask`` does
-            not single out one gripper.
-    """
-
-    q01: Array
-    q99: Array
-    mask: npt.NDArray[np.bool_]
-    key: str = "actions"
-
-    def __post_init__(self) -> None:
-        for name, dtype in (("q01", np.float64), ("q99", np.float64), ("mask", np.bool_)):
-            values = np.array(self.__dict__[name], dtype=dtype)
-            values.setflags(write=False)
-            object.__setattr__(self, name, values)
-        if self.q01.ndim != 1 or not self.q01.shape == self.q99.shape == self.mask.shape:
-            raise ConfigError(
-                f"statistics '{self.key}' hold q01 {self.q01.shape}, q99 {self.q99.shape} and mask "
-                f"{self.mask.shape}; all three need one number per action value"
-            )
-        if not np.all(np.isfinite(self.q01) & np.isfinite(self.q99) & (self.q01 <= self.q99)):
-            raise ConfigError(
-                f"statistics '{self.key}' hold q01 {self.q01} and q99 {self.q99}; every range must "
-                "be finite and must not be reversed: compute them again from the demonstrations"
-            )
-        if np.count_nonzero(~self.mask) != 1:
-            raise ConfigError(
-                f"statistics '{self.key}' hold mask {self.mask.tolist()}; exactly one value must "
-                "be false, the gripper, which is never normalised"
-            )
-
-    @property
-    def gripper_index(self) -> int:
-        """Position of the gripper in an action."""
-        return int(np.argmin(self.mask))
-
-
-def load_statistics(folder: str | Path, unnorm_key: str | None = None) -> ActionStatistics:
-    """Read the action statistics that lie beside a checkpoint.
-
-    Args:
-        folder: of the checkpoint; its ``dataset_statistics.json`` maps a dataset's name to
-            ``{"action": {"q01", "q99", "mask"}}``.
-        unnorm_key: the dataset, or the suite that it was made from; may be left out where the
-            file holds one dataset.
-
-    Raises:
-        ConfigError: if the file or the dataset is missing, or several are there and none is named.
-    """
-    path = Path(folder) / STATISTICS_FILE
-    if not path.is_file():
-        raise ConfigError(
-            f"{folder} holds no {STATISTICS_FILE}; without the ranges of the fine-tuning data bins "
-            "cannot become motions: copy the file from the checkpoint that the weights came from"
-        )
-    by_dataset = json.loads(path.read_text(encoding="utf-8"))
-    key = _choose_key(list(by_dataset), unnorm_key, path)
-    action = by_dataset[key]["action"]
-    missing = [name for name in ("q01", "q99", "mask") if name not in action]
-    if missing:
-        raise ConfigError(f"{path}: '{key}' lacks {missing}; they must come with the fine-tuning")
-    return ActionStatistics(q01=action["q01"], q99=action["q99"], mask=action["mask"], key=key)
-
-
-def save_statistics(folder: str | Path, statistics: ActionStatistics) -> None:
-    """Write ``statistics`` so that `load_statistics` reads them back exactly."""
-    columns = {name: statistics.__dict__[name].tolist() for name in ("q01", "q99", "mask")}
-    text = json.dumps({statistics.key: {"action": columns}}, indent=2)
-    (Path(folder) / STATISTICS_FILE).write_text(text + "\n", encoding="utf-8")
+from verl_vla.ranges import NO_NOOPS_SUFFIX as NO_NOOPS_SUFFIX
+from verl_vla.ranges import STATISTICS_FILE as STATISTICS_FILE
+from verl_vla.ranges import ActionStatistics as ActionStatistics
+from verl_vla.ranges import Array
+from verl_vla.ranges import load_statistics as load_statistics
+from verl_vla.ranges import save_statistics as save_statistics
 
 
 @dataclass(frozen=True)
@@ -136,9 +50,9 @@ class ActionCodec:
     statistics: ActionStatistics
 
     def __post_init__(self) -> None:
-        if len(self.statistics.mask) != self.action_dim:
+        if len(self.statistics) != self.action_dim:
             raise ConfigError(
-                f"statistics '{self.statistics.key}' describe {len(self.statistics.mask)} action "
+                f"statistics '{self.statistics.key}' describe {len(self.statistics)} action "
                 f"values, the policy has {self.action_dim}; choose the statistics of its data"
             )
 
@@ -185,34 +99,12 @@ class ActionCodec:
         return centres[cells].reshape(*index.shape[:-1], self.chunk_length, self.action_dim)
 
     def unnormalize(self, normalised: npt.ArrayLike) -> Array:
-        """Map -1..1 to q01..q99; leave the gripper; put a value that never moves at its constant.
-
-        Args:
-            normalised: [..., A].
-
-        Returns:
-            [..., A] float64, dataset units.
-        """
-        values = np.asarray(normalised, dtype=np.float64)
-        low, high = self.statistics.q01, self.statistics.q99
-        moved = 0.5 * (values + 1) * (high - low + RANGE_EPSILON) + low
-        moved = np.where(low == high, low, moved)
-        return np.where(self.statistics.mask, moved, values)
+        """[..., A] dataset units: see `ActionStatistics.unnormalize`."""
+        return self.statistics.unnormalize(normalised)
 
     def normalize(self, actions: npt.ArrayLike) -> Array:
-        """Map q01..q99 to -1..1, clipped; leave the gripper; put a value that never moves at 0.
-
-        Args:
-            actions: [..., A], dataset units.
-
-        Returns:
-            [..., A] float64.
-        """
-        values = np.asarray(actions, dtype=np.float64)
-        low, high = self.statistics.q01, self.statistics.q99
-        scaled = 2 * (values - low) / (high - low + RANGE_EPSILON) - 1
-        scaled = np.where(low == high, 0.0, np.clip(scaled, -1.0, 1.0))
-        return np.where(self.statistics.mask, scaled, values)
+        """[..., A] in -1..1: see `ActionStatistics.normalize`."""
+        return self.statistics.normalize(actions)
 
     def gripper(self, opening: npt.ArrayLike) -> Array:
         """Turn the dataset's gripper, 0 closed to 1 open, into a command, -1 open or +1 close.
@@ -231,7 +123,7 @@ class ActionCodec:
             [n, K, A] float32, simulator units.
         """
         actions = self.unnormalize(self.decode(bins))
-        grip = self.statistics.gripper_index
+        grip = ~self.statistics.mask
         actions[..., grip] = self.gripper(actions[..., grip])
         return actions.astype(np.float32)
 
@@ -239,33 +131,16 @@ class ActionCodec:
         """Find the bins that command ``actions``: `to_simulator` backwards, up to one cell.
 
         Args:
-            actions: [n, K, A], simulator units; the gripper in -1 (open) .. +1 (close).
+            actions: [n, K, A], simulator units; a gripper in -1 (open) .. +1 (close).
 
         Returns:
             [n, T] int64.
         """
         values = np.array(actions, dtype=np.float64)
-        grip = self.statistics.gripper_index
+        grip = ~self.statistics.mask
         values[..., grip] = (1 - values[..., grip]) / 2
         return self.encode(self.normalize(values))
 
     @cached_property
     def _edges(self) -> Array:
         return np.linspace(-1.0, 1.0, self.num_bins)
-
-
-def _choose_key(present: Sequence[str], wanted: str | None, path: Path) -> str:
-    """Name the one dataset that is meant."""
-    if wanted is None:
-        if len(present) == 1:
-            return present[0]
-        raise ConfigError(
-            f"{path} holds statistics of {len(present)} datasets and none was chosen; set "
-            f"unnorm_key to one of {sorted(present)}"
-        )
-    for key in (wanted, wanted + NO_NOOPS_SUFFIX):
-        if key in present:
-            return key
-    raise ConfigError(
-        f"unnorm_key is '{wanted}', which {path} does not hold; choose one of {sorted(present)}"
-    )

@@ -14,10 +14,9 @@ from pathlib import Path
 
 from verl_vla.album import Album
 from verl_vla.conditions import conditions, played_in
-from verl_vla.envs.assets import find_assets
-from verl_vla.envs.libero import CAMERAS, EnvConfig, make_env
+from verl_vla.envs.base import EnvConfig, Split, Suite
 from verl_vla.envs.pool import EnvPool
-from verl_vla.envs.suites import Split, Suite, suite
+from verl_vla.envs.suites import make_env, suite
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import Evaluation, episode_entries
 from verl_vla.extras import require_extras
@@ -113,7 +112,7 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     processor = load_processor(policy_folder, recipe.policy.unnorm_key)
     reward = load_reward(recipe.reward, recipe.reward_args, seed=recipe.seed)
     config = replace(env_config(env, processor), draw_ending=looks_at_pictures(reward))
-    check_assets(chosen)
+    chosen.require_simulator()
     training = starts(chosen, tasks, "train")
     evaluated = starts(
         chosen, tasks, recipe.evaluation.states, per_task=recipe.evaluation.episodes_per_task
@@ -152,16 +151,6 @@ def open_simulators(
         yield pool
 
 
-def check_assets(chosen: Suite) -> None:
-    """Make sure that a LIBERO suite can be drawn; the mini suite brings what it needs.
-
-    Raises:
-        ConfigError: LIBERO's assets are missing, with the remedy.
-    """
-    if chosen.needs_assets:
-        find_assets()
-
-
 def find_policy(path: str) -> Path:
     """The folder of a checkpoint: as given, or relative to the project's root."""
     for folder in (Path(path), PROJECT_FOLDER / path):
@@ -193,7 +182,7 @@ def task_ids(chosen: Suite, wanted: Sequence[int] | None) -> tuple[int, ...]:
 
 def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:
     """What a simulator process needs to know."""
-    shape, known = processor.shape, processor.render_size
+    chosen, shape, known = suite(env.suite), processor.shape, processor.render_size
     render_size = next(s for s in (env.render_size, known, PUBLISHED_RENDER_SIZE) if s is not None)
     if known is not None and render_size != known:
         logger.warning(
@@ -207,18 +196,42 @@ def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:
             f"environment.render_size is {render_size}, but the policy sees images of "
             f"{shape.image_size} px; render at least that large (openvla-oft: 256 for 224)"
         )
-    if shape.num_views > len(CAMERAS):
-        raise ConfigError(
-            f"the policy takes {shape.num_views} images, but the environments have "
-            f"{len(CAMERAS)} cameras, {' and '.join(CAMERAS)}; use a policy of fewer views"
-        )
+    _check_robot(processor, chosen)
+    chosen.step_limit(env.step_limit, task_id=0)
     return EnvConfig(
         suite=env.suite,
         step_limit=env.step_limit,
         render_size=render_size,
         image_size=shape.image_size,
-        cameras=CAMERAS[: shape.num_views],
+        cameras=chosen.cameras[: shape.num_views],
     )
+
+
+def _check_robot(processor: Processor, chosen: Suite) -> None:
+    """Make sure that a policy's sizes are those of the robot that it is to move."""
+    shape, cameras = processor.shape, chosen.cameras
+    if shape.num_views > len(cameras):
+        raise ConfigError(
+            f"the policy takes {shape.num_views} images, but the environments have "
+            f"{len(cameras)} cameras, {' and '.join(cameras)}; use a policy of fewer views"
+        )
+    if shape.action_dim != chosen.action_dim:
+        raise ConfigError(
+            f"an action of the policy has {shape.action_dim} values, and one of suite "
+            f"{chosen.name!r} has {chosen.action_dim}; use a policy for this robot"
+        )
+    if shape.proprio_dim not in (0, chosen.proprio_dim):
+        raise ConfigError(
+            f"the policy reads {shape.proprio_dim} proprio values, and suite {chosen.name!r} has "
+            f"{chosen.proprio_dim}; use a policy for this robot"
+        )
+    statistics = processor.codec.statistics
+    if statistics.grippers != chosen.grippers:
+        raise ConfigError(
+            f"statistics '{statistics.key}' leave the values {list(statistics.grippers)} of an "
+            f"action as they are, and the grippers of suite {chosen.name!r} are at "
+            f"{list(chosen.grippers)}: the mask must be false there and nowhere else"
+        )
 
 
 def starts(

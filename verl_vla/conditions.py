@@ -8,17 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from importlib import metadata
 from typing import Any
 
 from verl_vla.envs.assets import describe_assets, find_assets
+from verl_vla.envs.base import EnvConfig, Split, Suite
 from verl_vla.envs.gl import renderer_name
-from verl_vla.envs.libero import EnvConfig
-from verl_vla.envs.suites import Split, suite
+from verl_vla.envs.suites import LiberoSuite, suite
 from verl_vla.provenance import provenance
-
-SIMULATION = ("mujoco", "robosuite", "hf-libero")
-"""Packages whose versions decide what a simulator answers."""
 
 DECIDES = (
     "suite",
@@ -44,7 +40,7 @@ def played_in(env: EnvConfig, task_names: Mapping[int, str]) -> dict[str, Any]:
     """
     chosen = suite(env.suite)
     return {
-        "suite": env.suite,
+        "suite": chosen.name,
         "step_limits": {
             name: chosen.step_limit(env.step_limit, task) for task, name in task_names.items()
         },
@@ -74,13 +70,20 @@ def conditions(
     chosen = suite(env.suite)
     return played_in(env, task_names) | {
         "states": states,
-        "renderer": _renderer(),
-        "assets": describe_assets(find_assets()) if chosen.needs_assets else None,
+        **_drawn_with(chosen),
         "sampling": f"temperature {temperature:g}" if temperature else "greedy",
         "seed": seed if temperature else None,
-        "simulation": {name: metadata.version(name) for name in SIMULATION},
+        "simulation": dict(chosen.versions),
         "versions": provenance(),
     }
+
+
+def _drawn_with(chosen: Suite) -> dict[str, Any]:
+    """What LIBERO's pictures are drawn with; of a suite of one's own, its versions say it."""
+    if not isinstance(chosen, LiberoSuite):
+        return {"renderer": None, "assets": None}
+    assets = describe_assets(find_assets()) if chosen.needs_assets else None
+    return {"renderer": _renderer(), "assets": assets}
 
 
 @cache

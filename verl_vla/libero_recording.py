@@ -17,7 +17,7 @@ import numpy.typing as npt
 from verl_vla.envs.experts.choice import make_expert
 from verl_vla.envs.libero import CAMERAS, SETTLE_ACTION, EnvConfig, LiberoEnv
 from verl_vla.envs.mini.make_init_states import sample_init_state
-from verl_vla.envs.suites import Task
+from verl_vla.envs.suites import LiberoTask
 from verl_vla.libero_files import PICTURES, LiberoEpisode
 from verl_vla.recording import env_of_process, first_kept
 
@@ -127,7 +127,7 @@ def _episode(
     )
 
 
-def _attributes(env: LiberoEnv, task: Task, simulator: Simulator) -> dict[str, str]:
+def _attributes(env: LiberoEnv, task: LiberoTask, simulator: Simulator) -> dict[str, str]:
     """What LIBERO's files say of their task; a file's place is given within ``bddl_files``."""
     problem, controller = simulator.problem, simulator.controller
     bddl_file = f"bddl_files/{env.suite.name}/{task.bddl_file.name}"

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from verl_vla.envs.libero import EnvConfig, make_env
-from verl_vla.envs.suites import suite
+from verl_vla.envs.suites import libero_suite
 from verl_vla.errors import ConfigError
 from verl_vla.film import FRAMES_PER_S, HOLD_FRAMES, PICTURE_SIZE
 from verl_vla.journal import actions_of, read_episodes, read_header
@@ -117,7 +117,7 @@ def replay(header: Mapping[str, Any], line: Mapping[str, Any]) -> list[Picture]:
 
 def env_of(header: Mapping[str, Any], task: int) -> EnvConfig:
     """The environment that a journal's episodes of one task were played in."""
-    name = suite(header["suite"]).task(task).name
+    name = libero_suite(header["suite"]).task(task).name
     return EnvConfig(
         suite=header["suite"],
         step_limit=header["step_limits"][name],

@@ -13,7 +13,6 @@ import yaml
 
 from verl_vla.actions import ActionStatistics
 from verl_vla.build import (
-    check_assets,
     env_config,
     find_policy,
     open_run,
@@ -331,5 +330,7 @@ def test_a_policy_is_shown_as_many_cameras_as_it_has_views():
 
 
 def test_the_embedded_suite_needs_no_assets(monkeypatch):
-    monkeypatch.setattr("verl_vla.build.find_assets", lambda: pytest.fail("assets were looked for"))
-    check_assets(MINI)
+    monkeypatch.setattr(
+        "verl_vla.envs.suites.find_assets", lambda: pytest.fail("assets were looked for")
+    )
+    MINI.require_simulator()

@@ -109,7 +109,7 @@ def update(engine: VLAEngine, bins: Tensor) -> Tensor:
     images, prompts, _ = seen(engine)
     rows = {"prompts": prompts, "responses": list(bins)}
     nested = {k: torch.nested.as_nested_tensor(v, layout=torch.jagged) for k, v in rows.items()}
-    batch = TensorDict({**nested, "images": images}, batch_size=NUM)
+    batch = TensorDict({**nested, "images": images, "proprio": torch.zeros(NUM, 8)}, batch_size=NUM)
     tu.assign_non_tensor(batch, temperature=TEMPERATURE)
     kept: list[Tensor] = []
 

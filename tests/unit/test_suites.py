@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from verl_vla.envs.libero import CAMERAS, EnvConfig
+from verl_vla.envs.libero import CAMERAS, EnvConfig, make_env
 from verl_vla.envs.suites import MAX_DRAWN, SUITES, instruction_of, step_limit, suite
 from verl_vla.errors import ConfigError
 
@@ -177,7 +177,7 @@ def test_mini_starts_all_differ() -> None:
 )
 def test_an_impossible_environment_is_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        EnvConfig(**values)  # pyright: ignore[reportArgumentType]
+        make_env(EnvConfig(**values))  # pyright: ignore[reportArgumentType]
 
 
 def test_reading_suites_starts_no_simulator() -> None:

@@ -14,11 +14,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
-from verl_vla.build import check_assets, task_ids
+from verl_vla.build import task_ids
 from verl_vla.demonstrations import Demonstration, write
 from verl_vla.envs.experts.choice import SUITES_WITH_EXPERTS, check_experts
 from verl_vla.envs.libero import CAMERAS, EnvConfig
-from verl_vla.envs.suites import Suite, suite
+from verl_vla.envs.suites import LiberoSuite, libero_suite
 from verl_vla.errors import ConfigError
 from verl_vla.libero_files import LiberoEpisode, file_name, write_libero_file
 from verl_vla.libero_recording import record_episodes
@@ -40,7 +40,7 @@ REPORTS = 20
 def run(arguments: Sequence[str]) -> int:
     """Record, say how it goes, and write the file or files."""
     options = _parser().parse_args(arguments)
-    chosen = suite(options.suite)
+    chosen = libero_suite(options.suite)
     check_experts(chosen.name)
     tasks = task_ids(chosen, options.tasks)
     if options.episodes < 1 or options.workers < 1:
@@ -55,9 +55,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _record_archive(
-    out: Path, chosen: Suite, tasks: Sequence[int], options: argparse.Namespace
+    out: Path, chosen: LiberoSuite, tasks: Sequence[int], options: argparse.Namespace
 ) -> None:
-    check_assets(chosen)
+    chosen.require_simulator()
     defaults = RecordingConfig()
     config = RecordingConfig(
         noise=defaults.noise if options.noise is None else options.noise,
@@ -88,7 +88,7 @@ def _record_archive(
 
 
 def _record_libero_files(
-    out: Path, chosen: Suite, tasks: Sequence[int], options: argparse.Namespace
+    out: Path, chosen: LiberoSuite, tasks: Sequence[int], options: argparse.Namespace
 ) -> None:
     given = [name for name in ARCHIVE_ONLY if vars(options)[name] is not None]
     if given:
@@ -101,7 +101,7 @@ def _record_libero_files(
             f"--out is {out}, one file, for {len(tasks)} tasks, of which each has a file of its "
             "own; name a folder, or choose one with --task"
         )
-    check_assets(chosen)
+    chosen.require_simulator()
     env = EnvConfig(
         suite=chosen.name,
         render_size=options.render_size,
@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
 Recorded = TypeVar("Recorded", Demonstration, LiberoEpisode)
 
 
-def _show(episodes: Iterator[Recorded], chosen: Suite, total: int) -> Iterator[Recorded]:
+def _show(episodes: Iterator[Recorded], chosen: LiberoSuite, total: int) -> Iterator[Recorded]:
     began = time.perf_counter()
     task, steps = None, list[int]()
     for done, episode in enumerate(episodes, 1):

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from verl_vla.build import check_assets, env_config, starts, task_ids
+from verl_vla.build import env_config, starts, task_ids
 from verl_vla.cli.eval import DTYPES
-from verl_vla.envs.libero import make_env
-from verl_vla.envs.suites import SUITES, suite
+from verl_vla.envs.suites import SUITES, make_env, suite
 from verl_vla.errors import ConfigError
 from verl_vla.machine import examine_machine
+from verl_vla.policies.base import observed_proprio
 from verl_vla.policies.findings import Finding
 from verl_vla.policies.loading import examine, load_policy
 from verl_vla.policies.openvla_oft.doctor import judge_action_mass
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 def _action_mass(options: argparse.Namespace) -> torch.Tensor:
     """[images, T] on the first held-out starts of a suite, task by task."""
     chosen = suite(options.suite)
-    check_assets(chosen)
+    chosen.require_simulator()
     policy = load_policy(Path(options.checkpoint), DTYPES[options.dtype], options.unnorm_key)
     torch.nn.Module.to(policy.model, "cuda" if torch.cuda.is_available() else "cpu")
     env = make_env(
@@ -99,7 +99,8 @@ def _action_mass(options: argparse.Namespace) -> torch.Tensor:
     seen = [env.reset(start.task_id, start.init_state_id) for start in in_turn[: options.images]]
     env.close()
     images = torch.from_numpy(np.stack([observation.image for observation in seen]))
-    return policy.action_mass(images, [policy.processor.prompt(o.instruction) for o in seen])
+    prompts = [policy.processor.prompt(o.instruction) for o in seen]
+    return policy.action_mass(images, prompts, proprio=observed_proprio(seen))
 
 
 def _show(findings: Sequence[Finding]) -> None:

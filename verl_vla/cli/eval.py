@@ -16,7 +16,6 @@ from typing import Any, get_args
 import torch
 
 from verl_vla.build import (
-    check_assets,
     env_config,
     find_policy,
     open_simulators,
@@ -59,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
         num_workers=options.workers,
         num_slots=options.slots,
     )
-    check_assets(chosen)
+    chosen.require_simulator()
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_policy(folder, DTYPES[options.dtype], options.unnorm_key)

@@ -11,8 +11,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from verl_vla.build import check_assets
-from verl_vla.envs.suites import suite
+from verl_vla.envs.suites import libero_suite
 from verl_vla.replaying import read_episode, replay, write_video
 
 logger = logging.getLogger(__name__)
@@ -23,7 +22,7 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     folder = Path(options.run)
     header, line = read_episode(folder, options.episode)
-    check_assets(suite(header["suite"]))
+    libero_suite(header["suite"]).require_simulator()
     name = f"episode_{options.episode}.mp4"
     file = folder / "replays" / name if options.out is None else Path(options.out)
     write_video(file, replay(header, line))

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from verl_vla.build import check_assets, env_config, find_policy, open_simulators, starts, task_ids
+from verl_vla.build import env_config, find_policy, open_simulators, starts, task_ids
 from verl_vla.config import parse
 from verl_vla.envs.suites import SUITES, suite
 from verl_vla.errors import ConfigError
@@ -167,7 +167,7 @@ def _find_episodes(
         given["step_limit"] = int(limit)
     played = parse(PlayConfig, given | {"seed": options.seed})
     chosen = suite(played.suite)
-    check_assets(chosen)
+    chosen.require_simulator()
     _groups(played)
     policy = find_policy(played.policy)
     processor = load_processor(policy, played.unnorm_key)

@@ -1,4 +1,4 @@
-"""What a simulator must look like.
+"""What must be there to train in: a `Suite`, and an `Env` that plays its tasks.
 
 An environment plays one episode at a time and can be put back to any moment of any episode of
 its suite by a `Snapshot`. Snapshots are plain values: a pool may keep them, send them to another
@@ -7,13 +7,16 @@ process and go on there, and the numbers stay the same to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from verl_vla.config import nearest
+from verl_vla.errors import ConfigError
 from verl_vla.played import GoalReadings, Observation, Outcome
 
 
@@ -76,3 +79,158 @@ class Env(Protocol):
 
 EnvFactory = Callable[[], Env]
 """Makes an environment inside a worker process; must be picklable (a `functools.partial`)."""
+
+
+Split = Literal["train", "held_out", "official", "drawn"]
+"""``official`` is every recorded start, as in published evaluations: trained on or not; ``drawn``
+starts are recorded nowhere."""
+StepLimit = Literal["published", "simplevla"] | int
+
+HELD_OUT_EVERY = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One instruction of a suite."""
+
+    name: str
+    instruction: str
+    """As the policies were fine-tuned on it: lower case, no full stop."""
+    published_steps: int
+    """Step limit of the published evaluation; of a suite of our own, our own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvConfig:
+    """What is simulated and what is seen of it."""
+
+    suite: str = "mini"
+    step_limit: StepLimit = "published"
+    """Steps the policy may choose before an episode has failed; see `Suite.step_limit`."""
+    render_size: int = 256
+    """Height and width of a camera's picture, pixels."""
+    image_size: int = 224
+    """Height and width of what the policy sees, pixels."""
+    cameras: tuple[str, ...] = ("agentview",)
+    draw_ending: bool = False
+    """Draw what is to be seen after an episode's last step; a policy has no use for it, a reward
+    that looks at pictures has."""
+    settle_steps: int = 10
+    """Of LIBERO: steps with an open, resting gripper before the first observation; objects drop
+    meanwhile."""
+    max_simulators: int = 10
+    """Of LIBERO: tasks whose simulators are kept, the one unused for longest going first. One takes
+    0.1 GB in the mini suite and 0.4 GB in LIBERO's, and seconds to build."""
+
+    def __post_init__(self) -> None:
+        for name in ("render_size", "image_size", "max_simulators"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.settle_steps < 0:
+            raise ConfigError(f"settle_steps is {self.settle_steps}; it must be at least 0")
+
+
+class Suite(ABC):
+    """Tasks that share their robot, cameras and step limits; what a recipe's ``suite`` names.
+
+    A suite of your own sets the attributes and `make_env`; how to is in docs/add-an-environment.md.
+    Reading one must start no simulator: the trainer reads it, only its workers simulate.
+    """
+
+    name: str
+    tasks: Sequence[Task]
+    num_init_states: int
+    """Recorded starts of each task, counted from 0; a start is the same in every process."""
+    cameras: tuple[str, ...]
+    """The first V of them are shown to a policy of V views."""
+    action_dim: int
+    """A, values of one action."""
+    proprio_dim: int
+    """P, values of `Observation.proprio`."""
+    grippers: tuple[int, ...]
+    """Places in an action that are commanded by sign, -1 opens and +1 closes, and that a policy's
+    statistics therefore do not normalise; empty where all values are what the data says."""
+
+    @property
+    @abstractmethod
+    def versions(self) -> Mapping[str, str]:
+        """Names and versions of what decides a simulator's answers.
+
+        They stand beside every rate; rates under others are not compared.
+        """
+
+    @abstractmethod
+    def make_env(self, config: EnvConfig) -> Env:
+        """Build one environment, in a worker process."""
+
+    def require_simulator(self) -> None:  # noqa: B027 -- most suites need nothing more
+        """Make sure that it can be simulated here; asked before anything starts.
+
+        Raises:
+            ConfigError: what is missing, with the remedy.
+        """
+
+    def task(self, task_id: int) -> Task:
+        """Return one task.
+
+        Raises:
+            ConfigError: there is no such task.
+        """
+        if not 0 <= task_id < len(self.tasks):
+            raise ConfigError(
+                f"task {task_id} is not in {self.name}; its tasks are 0..{len(self.tasks) - 1}"
+            )
+        return self.tasks[task_id]
+
+    def step_limit(self, limit: StepLimit, task_id: int) -> int:
+        """Return after how many steps of the policy a task counts as failed.
+
+        Args:
+            limit: ``published``, ``simplevla`` or a number of steps.
+            task_id: index of the task; the limits of LIBERO's suites are equal for all tasks.
+
+        Raises:
+            ConfigError: the limit is below 1 or means nothing for this suite.
+        """
+        task = self.task(task_id)
+        if limit == "published":
+            return task.published_steps
+        if limit == "simplevla":
+            raise ConfigError(
+                f"step_limit is 'simplevla', but SimpleVLA-RL never played {self.name}; "
+                "choose 'published' or a number of steps"
+            )
+        if isinstance(limit, (str, bool)) or limit < 1:
+            raise ConfigError(
+                f"step_limit is {limit!r}; choose 'published', 'simplevla' or at least 1 step"
+            )
+        return limit
+
+    def init_state_ids(self, task_id: int, split: Split) -> list[int]:
+        """Return the recorded starts that may be trained on, those kept for evaluation, or all.
+
+        Every fifth (4, 9, .., of 50 the last is 49) is held out.
+
+        Raises:
+            ConfigError: there is no such task or split, or nothing can be drawn.
+        """
+        self.task(task_id)
+        if split not in get_args(Split):
+            raise ConfigError(f"split is {split!r}; {nearest(split, get_args(Split))}")
+        ids = range(self.num_init_states)
+        if split == "official":
+            return list(ids)
+        if split == "drawn":
+            return self.drawn_ids()
+        held_out = self.held_out_ids()
+        return held_out if split == "held_out" else [i for i in ids if i not in held_out]
+
+    def held_out_ids(self) -> list[int]:
+        """Recorded starts that are never trained on."""
+        return list(range(HELD_OUT_EVERY - 1, self.num_init_states, HELD_OUT_EVERY))
+
+    def drawn_ids(self) -> list[int]:
+        """Starts that are drawn anew; their ids follow the recorded ones, nobody trains on them."""
+        raise ConfigError(
+            f"starts shall be drawn, but {self.name} has recorded ones alone; choose another split"
+        )

@@ -17,9 +17,11 @@ import numpy.typing as npt
 from verl_vla.config import nearest
 from verl_vla.envs.assets import asset_folder, find_assets, import_libero
 from verl_vla.envs.base import ChunkResult, Snapshot
+from verl_vla.envs.base import EnvConfig as EnvConfig
 from verl_vla.envs.gl import check_gl
 from verl_vla.envs.mini.geometry import ASSETS, HIDDEN_BODIES
-from verl_vla.envs.suites import MAX_DRAWN, StepLimit, Suite, suite
+from verl_vla.envs.suites import ACTION_DIM, MAX_DRAWN, LiberoSuite, libero_suite
+from verl_vla.envs.suites import CAMERAS as CAMERAS
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.image_pipeline import prepare_image
 from verl_vla.played import GoalReadings, Observation, Outcome
@@ -27,49 +29,10 @@ from verl_vla.played import GoalReadings, Observation, Outcome
 if TYPE_CHECKING:
     from verl_vla.envs.simulator import Simulator, SimulatorState
 
-ACTION_DIM = 7
-"""Three translations, three rotations, the gripper (-1 opens, +1 closes)."""
 SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 """openvla-oft ``experiments/robot/libero/libero_utils.py:28``."""
 RECORDED, SAMPLED, DRAWN = 0, 1, 2
 """Streams of placements: those of the mini suite's files, of demonstrations, of evaluations."""
-CAMERAS = ("agentview", "robot0_eye_in_hand")
-"""The views that published policies use: third person and wrist."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnvConfig:
-    """What is simulated and what is seen of it."""
-
-    suite: str = "mini"
-    step_limit: StepLimit = "published"
-    """Steps the policy may choose before an episode has failed; see `Suite.step_limit`."""
-    render_size: int = 256
-    """Height and width of a camera's picture, pixels."""
-    image_size: int = 224
-    """Height and width of what the policy sees, pixels."""
-    cameras: tuple[str, ...] = ("agentview",)
-    draw_ending: bool = False
-    """Draw what is to be seen after an episode's last step; a policy has no use for it, a reward
-    that looks at pictures has."""
-    settle_steps: int = 10
-    """Steps with an open, resting gripper before the first observation; objects drop meanwhile."""
-    max_simulators: int = 10
-    """Tasks whose simulators are kept, the one unused for longest going first. One takes 0.1 GB in
-    the mini suite and 0.4 GB in LIBERO's, and seconds to build."""
-
-    def __post_init__(self) -> None:
-        suite(self.suite).step_limit(self.step_limit, task_id=0)
-        for name in ("render_size", "image_size", "max_simulators"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.settle_steps < 0:
-            raise ConfigError(f"settle_steps is {self.settle_steps}; it must be at least 0")
-        if not self.cameras:
-            raise ConfigError(f"cameras is empty; choose from {', '.join(CAMERAS)}")
-        for camera in self.cameras:
-            if camera not in CAMERAS:
-                raise ConfigError(f"camera {camera!r} is unknown; {nearest(camera, CAMERAS)}")
 
 
 def make_env(config: EnvConfig) -> LiberoEnv:
@@ -103,10 +66,16 @@ class LiberoEnv:
 
     def __init__(self, config: EnvConfig) -> None:
         """Check that everything is there; simulators are built when their tasks are played."""
+        self.suite: LiberoSuite = libero_suite(config.suite)
+        self.suite.step_limit(config.step_limit, task_id=0)
+        if not config.cameras:
+            raise ConfigError(f"cameras is empty; choose from {', '.join(CAMERAS)}")
+        for camera in config.cameras:
+            if camera not in CAMERAS:
+                raise ConfigError(f"camera {camera!r} is unknown; {nearest(camera, CAMERAS)}")
         import_libero()
         check_gl()
         self.config = config
-        self.suite: Suite = suite(config.suite)
         self.assets = find_assets() if self.suite.needs_assets else ASSETS
         self._simulators: OrderedDict[int, Simulator] = OrderedDict()
         self._load_init_states = cache(self.suite.load_init_states)

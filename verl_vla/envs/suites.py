@@ -6,30 +6,34 @@ task list in its own order, the instruction spelt by the task's name, the ``.pru
 
 from __future__ import annotations
 
-import codecs
 import importlib.util
-import pickle
-import zipfile
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from numpy._core.multiarray import _reconstruct
 
 from verl_vla.config import nearest
-from verl_vla.envs.assets import libero_root
+from verl_vla.envs.assets import find_assets, libero_root
+from verl_vla.envs.base import Env, EnvConfig, StepLimit, Suite, Task
+from verl_vla.envs.base import Split as Split
+from verl_vla.envs.init_states import read_states
+from verl_vla.envs.own_suite import load_own_suite
 from verl_vla.errors import ConfigError
 
-Split = Literal["train", "held_out", "official", "drawn"]
-"""``official`` is every recorded start, as in published evaluations: trained on or not; ``drawn``
-starts are recorded nowhere."""
-StepLimit = Literal["published", "simplevla"] | int
+SIMULATION = ("mujoco", "robosuite", "hf-libero")
+"""Packages whose versions decide what a simulator answers."""
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+"""The views that published policies use: third person and wrist."""
+ACTION_DIM = 7
+"""Three translations, three rotations, the gripper (-1 opens, +1 closes)."""
+PROPRIO_DIM = 8
+"""End-effector position (m), axis-angle (rad), gripper joints (m)."""
 
 SUITES = ("mini", "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
-"""Names that `suite` knows."""
+"""Names that `libero_suite` knows."""
 
 PUBLISHED_STEPS = {
     "libero_spatial": 220,
@@ -57,111 +61,75 @@ skill, not of pace."""
 
 LIBERO_INIT_STATES = 50
 MINI_INIT_STATES = 100
-HELD_OUT_EVERY = 5
 MAX_DRAWN = 1000
 """Starts of a task that can be drawn besides its recorded ones, for evaluations that need more."""
 
-_NUMPY_TYPES: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): codecs.encode,
-}
-"""All that a LIBERO init-state file may hold; anything else in it is refused."""
 _MINI = Path(__file__).parent / "mini"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """One instruction of a suite."""
+class LiberoTask(Task):
+    """One instruction of a suite, and the files that its simulator is built from."""
 
-    name: str
-    instruction: str
-    """As the policies were fine-tuned on it: lower case, no full stop."""
     bddl_file: Path
     init_states_file: Path
-    published_steps: int
-    """Step limit of the published evaluation; of the mini suite, our own."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Suite:
+@dataclass(frozen=True, kw_only=True)
+class LiberoSuite(Suite):
     """A LIBERO benchmark, or the embedded one."""
 
     name: str
-    tasks: tuple[Task, ...]
+    tasks: tuple[LiberoTask, ...]  # pyright: ignore[reportIncompatibleVariableOverride] -- frozen
     num_init_states: int
-    """Recorded starts of each task."""
+    cameras: tuple[str, ...] = CAMERAS
+    action_dim: int = ACTION_DIM
+    proprio_dim: int = PROPRIO_DIM
+    grippers: tuple[int, ...] = (ACTION_DIM - 1,)
 
     @property
     def needs_assets(self) -> bool:
         """Whether LIBERO's meshes and textures are needed to simulate it."""
         return self.name != "mini"
 
-    def task(self, task_id: int) -> Task:
-        """Return one task.
+    @property
+    def versions(self) -> dict[str, str]:
+        """See `Suite.versions`."""
+        return {name: metadata.version(name) for name in SIMULATION}
 
-        Raises:
-            ConfigError: there is no such task.
-        """
-        if not 0 <= task_id < len(self.tasks):
-            raise ConfigError(
-                f"task {task_id} is not in {self.name}; its tasks are 0..{len(self.tasks) - 1}"
-            )
+    def require_simulator(self) -> None:
+        """Find LIBERO's assets; the mini suite brings what it needs."""
+        if self.needs_assets:
+            find_assets()
+
+    def make_env(self, config: EnvConfig) -> Env:
+        """See `Suite.make_env`."""
+        libero = importlib.import_module("verl_vla.envs.libero")  # which reads suites
+        return libero.make_env(config)
+
+    def task(self, task_id: int) -> LiberoTask:
+        """See `Suite.task`."""
+        super().task(task_id)
         return self.tasks[task_id]
 
     def step_limit(self, limit: StepLimit, task_id: int) -> int:
-        """Return after how many steps of the policy a task counts as failed.
-
-        Args:
-            limit: ``published``, ``simplevla`` or a number of steps.
-            task_id: index of the task; the limits of LIBERO's suites are equal for all tasks.
-
-        Raises:
-            ConfigError: the limit is below 1 or means nothing for this suite.
-        """
-        task = self.task(task_id)
-        if limit == "published":
-            return task.published_steps
-        if limit == "simplevla":
-            if not self.needs_assets:
-                raise ConfigError(
-                    f"step_limit is 'simplevla', but SimpleVLA-RL never played {self.name}; "
-                    "choose 'published' or a number of steps"
-                )
+        """See `Suite.step_limit`; SimpleVLA-RL has one limit for all LIBERO suites."""
+        if limit == "simplevla" and self.needs_assets:
             return SIMPLEVLA_STEPS
-        if isinstance(limit, (str, bool)) or limit < 1:
-            raise ConfigError(
-                f"step_limit is {limit!r}; choose 'published', 'simplevla' or at least 1 step"
-            )
-        return limit
+        return super().step_limit(limit, task_id)
 
-    def init_state_ids(self, task_id: int, split: Split) -> list[int]:
-        """Return the recorded starts that may be trained on, those kept for evaluation, or all.
+    def held_out_ids(self) -> list[int]:
+        """Of LIBERO's 50 states every fifth (4, 9, .., 49), of the mini suite's its last 50.
 
-        Of LIBERO's 50 states, every fifth (4, 9, .., 49) is held out: 40 to train on, 10 to
-        evaluate. Published numbers use all 50 for both; a number on the 10 is not one on the 50.
-        The mini suite trains on its first 50 and holds out its last 50.
-
-        ``drawn`` starts have ids that follow the recorded ones, and an environment draws them from
-        the task's regions. Nobody trains on them.
-
-        Raises:
-            ConfigError: there is no such task or split.
+        Published numbers use all 50 for both; a number on the 10 is not one on the 50.
         """
-        self.task(task_id)
-        if split not in get_args(Split):
-            raise ConfigError(f"split is {split!r}; {nearest(split, get_args(Split))}")
-        ids = range(self.num_init_states)
-        if split == "official":
-            return list(ids)
-        if split == "drawn":
-            return list(range(len(ids), len(ids) + MAX_DRAWN))
         if self.needs_assets:
-            held_out = [i for i in ids if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
-        else:
-            held_out = list(ids[self.num_init_states // 2 :])
-        return held_out if split == "held_out" else [i for i in ids if i not in held_out]
+            return super().held_out_ids()
+        return list(range(self.num_init_states // 2, self.num_init_states))
+
+    def drawn_ids(self) -> list[int]:
+        """Those that an environment draws from the task's regions."""
+        return list(range(self.num_init_states, self.num_init_states + MAX_DRAWN))
 
     def load_init_states(self, task_id: int) -> npt.NDArray[np.float64]:
         """Read the starts of a task, [num_init_states, 1 + nq + nv] (time, positions, velocities).
@@ -172,20 +140,43 @@ class Suite:
         file = self.task(task_id).init_states_file
         if not file.is_file():
             raise ConfigError(f"{file} is missing; reinstall the package it belongs to")
-        states = _read_states(file)
+        states = read_states(file)
         if len(states) != self.num_init_states:
             raise ConfigError(f"{file} holds {len(states)} states, not {self.num_init_states}")
         return states
 
 
 def suite(name: str) -> Suite:
-    """Return a suite by its name.
+    """Return a suite by its name, or one of your own by ``path/to/file.py:ClassName``.
+
+    Raises:
+        ConfigError: the name is unknown (with the nearest known one), LIBERO is not installed, or
+            the file or class cannot be used.
+    """
+    return load_own_suite(name) if ".py:" in name else libero_suite(name)
+
+
+def make_env(config: EnvConfig) -> Env:
+    """Build an environment of any suite; ``functools.partial(make_env, config)`` can be pickled.
+
+    Raises:
+        ConfigError: what simulates it is missing.
+    """
+    return suite(config.suite).make_env(config)
+
+
+def libero_suite(name: str) -> LiberoSuite:
+    """Return one of `SUITES`, whose tasks have files.
 
     Raises:
         ConfigError: the name is unknown (with the nearest known one), or LIBERO is not installed.
     """
     if name not in SUITES:
-        raise ConfigError(f"suite is {name!r}, which is unknown; {nearest(name, SUITES)}")
+        raise ConfigError(
+            f"suite is {name!r}, which is unknown; {nearest(name, SUITES)}; one of your own is "
+            "path/to/file.py:ClassName, which can be trained and evaluated in, but has neither "
+            "demonstrations nor videos here"
+        )
     return _mini_suite() if name == "mini" else _libero_suite(name)
 
 
@@ -210,9 +201,9 @@ def instruction_of(task_name: str) -> str:
 
 
 @cache
-def _mini_suite() -> Suite:
+def _mini_suite() -> LiberoSuite:
     tasks = [
-        Task(
+        LiberoTask(
             name=name,
             instruction=instruction_of(name),
             bddl_file=_MINI / "bddl" / f"{name}.bddl",
@@ -221,14 +212,14 @@ def _mini_suite() -> Suite:
         )
         for name, steps in MINI_STEPS.items()
     ]
-    return Suite(name="mini", tasks=tuple(tasks), num_init_states=MINI_INIT_STATES)
+    return LiberoSuite(name="mini", tasks=tuple(tasks), num_init_states=MINI_INIT_STATES)
 
 
 @cache
-def _libero_suite(name: str) -> Suite:
+def _libero_suite(name: str) -> LiberoSuite:
     root = libero_root()
     tasks = [
-        Task(
+        LiberoTask(
             name=task,
             instruction=instruction_of(task),
             bddl_file=root / "bddl_files" / name / f"{task}.bddl",
@@ -237,7 +228,7 @@ def _libero_suite(name: str) -> Suite:
         )
         for task in _libero_task_names(root)[name]
     ]
-    return Suite(name=name, tasks=tuple(tasks), num_init_states=LIBERO_INIT_STATES)
+    return LiberoSuite(name=name, tasks=tuple(tasks), num_init_states=LIBERO_INIT_STATES)
 
 
 def _libero_task_names(root: Path) -> dict[str, list[str]]:
@@ -249,23 +240,3 @@ def _libero_task_names(root: Path) -> dict[str, list[str]]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.libero_task_map
-
-
-def _read_states(file: Path) -> npt.NDArray[np.float64]:
-    if file.suffix == ".npz":
-        with np.load(file, allow_pickle=False) as stored:
-            return stored["states"]
-    # what `torch.save` makes of an array: a pickle in an archive, which can be read without torch
-    with zipfile.ZipFile(file) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-        with archive.open(name) as stored:
-            return _StatesUnpickler(stored).load()
-
-
-class _StatesUnpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        if (module_name, global_name) not in _NUMPY_TYPES:
-            raise pickle.UnpicklingError(
-                f"an init-state file asks for {module_name}.{global_name}, which no array needs"
-            )
-        return _NUMPY_TYPES[module_name, global_name]

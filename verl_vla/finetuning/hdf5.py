@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from verl_vla.envs.libero import CAMERAS
-from verl_vla.envs.suites import Suite
+from verl_vla.envs.suites import LiberoSuite
 from verl_vla.errors import ConfigError
 from verl_vla.finetuning.targets import moving_steps
 from verl_vla.libero_files import FILE_SUFFIX, PICTURES, file_name
@@ -81,7 +81,7 @@ def demo_file(folder: Path, task_name: str) -> Path:
 
 
 def read_demos(
-    folder: Path, suite: Suite, tasks: Sequence[int], choice: DemoChoice
+    folder: Path, suite: LiberoSuite, tasks: Sequence[int], choice: DemoChoice
 ) -> tuple[list[Demo], list[Demo]]:
     """Read the episodes to learn and those held out, without their pictures.
 

@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 
 from verl_vla.envs.libero import EnvConfig, LiberoEnv, make_env
-from verl_vla.envs.suites import suite
+from verl_vla.envs.suites import libero_suite
 from verl_vla.errors import ConfigError
 from verl_vla.finetuning.hdf5 import Node, demo_file
 from verl_vla.libero_files import PARTIAL_SUFFIX, PICTURES
@@ -51,7 +51,7 @@ def rerender(work: Rerendering, tasks: Sequence[int], *, workers: int) -> None:
     Raises:
         ConfigError: a file's states do not fit its task.
     """
-    chosen = suite(work.env.suite)
+    chosen = libero_suite(work.env.suite)
     missing = [t for t in tasks if not demo_file(work.target, chosen.task(t).name).is_file()]
     if not missing:
         return

@@ -20,7 +20,6 @@ from verl_vla.actions import (
 )
 from verl_vla.build import (
     PUBLISHED_RENDER_SIZE,
-    check_assets,
     env_config,
     find_policy,
     open_simulators,
@@ -29,7 +28,7 @@ from verl_vla.build import (
 )
 from verl_vla.envs.libero import CAMERAS, EnvConfig
 from verl_vla.envs.pool import EnvPool
-from verl_vla.envs.suites import SUITES, suite
+from verl_vla.envs.suites import SUITES, libero_suite
 from verl_vla.errors import ConfigError
 from verl_vla.finetuning.hdf5 import Demo, read_demos
 from verl_vla.finetuning.recipe import SFTRecipe
@@ -108,7 +107,7 @@ def open_sft_run(recipe: SFTRecipe) -> Generator[SFTRun]:
         ConfigError: anything about the recipe or the demonstrations that cannot work.
     """
     env, choice = recipe.environment, recipe.demos.choice
-    chosen = suite(env.suite)
+    chosen = libero_suite(env.suite)
     tasks = task_ids(chosen, env.tasks)
     source = Path(recipe.demos.folder).expanduser().resolve()
     held_out_starts = starts(
@@ -118,7 +117,7 @@ def open_sft_run(recipe: SFTRecipe) -> Generator[SFTRun]:
     if recipe.policy.path is not None:
         find_policy(recipe.policy.path)
     if recipe.demos.pictures == "rerendered" or recipe.trainer.play_every:
-        check_assets(chosen)
+        chosen.require_simulator()
     folder = Path(recipe.out).expanduser().resolve()
     with claimed_folder(folder, recipe.as_dict(), MAY_CHANGE):
         statistics = measure_statistics(
@@ -177,7 +176,7 @@ def _first_policy(recipe: SFTRecipe, folder: Path, statistics: ActionStatistics)
         shutil.rmtree(partial)
     if recipe.policy.path is None:
         # the words of every suite, so that any of them can be played with these weights
-        words = [task.instruction for name in SUITES for task in suite(name).tasks]
+        words = [task.instruction for name in SUITES for task in libero_suite(name).tasks]
         build_tiny_policy(words, statistics, seed=recipe.seed).save_pretrained(partial)
     else:
         partial.mkdir()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from verl_vla.envs.suites import Suite
+from verl_vla.envs.base import Suite
 from verl_vla.planning.gpus import Gpu
 from verl_vla.planning.memory import num_ranks
 from verl_vla.planning.trace import Trace
@@ -19,7 +19,8 @@ A100 (PyTorch's blog "Maximizing training throughput using PyTorch FSDP", 2024),
 training step of SimpleVLA-RL (its issue 8: 45 minutes on 8 A800). Assumed, not measured."""
 STEP_S, MINI_STEP_S = 0.0058, 0.0030
 VIEW_S, MINI_VIEW_S = 0.098, 0.0074
-"""Of one core, software rendering, busy machine: docs/benchmarks.md, Simulator."""
+"""Of LIBERO's suites and of mini on one core, software rendering, busy machine: docs/benchmarks.md,
+Simulator. A suite of one's own is taken for LIBERO's: assumed."""
 
 
 def num_decisions(recipe: Recipe, shape: PolicyShape, chosen: Suite) -> int:
@@ -41,7 +42,8 @@ def step_seconds(
     slower of the two.
     """
     decisions = num_decisions(recipe, shape, chosen)
-    step_s, view_s = (STEP_S, VIEW_S) if chosen.needs_assets else (MINI_STEP_S, MINI_VIEW_S)
+    is_mini = chosen.name == "mini"
+    step_s, view_s = (MINI_STEP_S, MINI_VIEW_S) if is_mini else (STEP_S, VIEW_S)
     per_decision = shape.chunk_length * step_s + shape.num_views * view_s
     speed = num_ranks(recipe) * gpu.bf16_flops
     forward = decisions * trace.forward_flops / (speed * ROLLOUT_EFFICIENCY)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from verl_vla.envs.suites import Suite
+from verl_vla.envs.base import Suite
 from verl_vla.planning.trace import PROMPT_TOKENS, RGB, Trace
 from verl_vla.policies.base import PolicyShape
 from verl_vla.recipe import Recipe
@@ -40,7 +40,8 @@ ENCODER_BYTES = {
 """Of a reward's encoder with its activations. V-JEPA 2 ViT-g: siglip-grpo's blog, "~5 GB". The
 others: ViT-L, so400m and both, at 2 bytes a weight, with as much again for 32 pictures: assumed."""
 SIMULATOR_BYTES, LIBERO_SIMULATOR_BYTES = 84_000_000, 385_000_000
-"""Of one process of mini and of LIBERO's suites: docs/benchmarks.md, Simulator."""
+"""Of one process of mini and of LIBERO's suites: docs/benchmarks.md, Simulator. A suite of one's
+own is taken for LIBERO's: assumed."""
 PROCESS_BYTES = 1_200_000_000
 """Python, torch and veRL of a rank or of the trainer: docs/running.md, The plan and the truth."""
 BUFFER_COPIES = 2
@@ -127,7 +128,7 @@ def host_memory(
         "rollout buffer": buffer,
         "loading, above the buffer": max(0, loading - buffer),
         "simulators": recipe.environment.num_workers
-        * (LIBERO_SIMULATOR_BYTES if chosen.needs_assets else SIMULATOR_BYTES),
+        * (SIMULATOR_BYTES if chosen.name == "mini" else LIBERO_SIMULATOR_BYTES),
         "processes": (per_node + 1) * PROCESS_BYTES,
     }
     if recipe.optimizer.name == "deepspeed_cpu_adam":

@@ -155,7 +155,8 @@ def build_model(config: ModelConfig, dtype: torch.dtype, adapters: Adapters | No
 def _inputs(config: ModelConfig, dtype: torch.dtype, batch: int) -> dict[str, Tensor]:
     shape = config.shape
     channels = shape.num_views * len(config.towers) * RGB
-    return {
+    proprio = {"proprio": torch.empty(batch, shape.proprio_dim, dtype=dtype)}
+    return (proprio if shape.proprio_dim else {}) | {
         "pixel_values": torch.empty(
             batch, channels, shape.image_size, shape.image_size, dtype=dtype
         ),

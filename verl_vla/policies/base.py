@@ -32,6 +32,8 @@ class PolicyShape:
     """A, values per action."""
     num_bins: int
     """Classes per action token."""
+    proprio_dim: int = 0
+    """P, proprio values that it reads; 0 where it reads none."""
 
     @property
     def num_tokens(self) -> int:
@@ -42,6 +44,11 @@ class PolicyShape:
     def image_shape(self) -> tuple[int, int, int, int]:
         """(V, H, W, 3), the pictures of one observation."""
         return (self.num_views, self.image_size, self.image_size, 3)
+
+
+def observed_proprio(observations: Sequence[Observation]) -> Tensor:
+    """[n, P] float32, of n observations."""
+    return torch.from_numpy(np.stack([o.proprio for o in observations]))
 
 
 class Policy(Protocol):
@@ -91,6 +98,15 @@ class Processor(Protocol):
         """Normalise [n, V, H, W, 3] uint8 for the vision towers: float32, the model's layout."""
         ...
 
+    def model_inputs(self, images: Tensor, proprio: Tensor | None) -> dict[str, Tensor]:
+        """What a model sees of n decisions: ``pixel_values``, and ``proprio`` where it reads it.
+
+        Args:
+            images: [n, V, H, W, 3] uint8.
+            proprio: [n, P] float32 as observed; may be None where the policy reads none.
+        """
+        ...
+
     def collate(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Pad n prompts [L] on the right: ids and mask, [n, longest L] int64 each."""
         ...
@@ -107,8 +123,8 @@ class TrainablePolicy(Policy, Protocol):
     def model(self) -> PreTrainedModel:
         """Its ``forward``, which FSDP wraps, answers `ActionLogits`.
 
-        It takes ``pixel_values``, ``input_ids``, ``attention_mask``, and ``bins`` to score or a
-        `Chooser`; and ``with_nll``, true where ``bins`` are demonstrated.
+        It takes what `Processor.model_inputs` makes, ``input_ids``, ``attention_mask``, and
+        ``bins`` to score or a `Chooser`; and ``with_nll``, true where ``bins`` are demonstrated.
         """
         ...
 
@@ -117,7 +133,14 @@ class TrainablePolicy(Policy, Protocol):
         """Of the same checkpoint."""
         ...
 
-    def logits(self, images: Tensor, prompts: Sequence[Tensor], bins: Tensor) -> Tensor:
+    def logits(
+        self,
+        images: Tensor,
+        prompts: Sequence[Tensor],
+        bins: Tensor,
+        *,
+        proprio: Tensor | None = None,
+    ) -> Tensor:
         """Score every bin of every token, given the tokens before it; differentiable.
 
         Args:
@@ -125,6 +148,7 @@ class TrainablePolicy(Policy, Protocol):
             prompts: n tensors [L] int64.
             bins: [n, T] int64, recorded or demonstrated; a policy that chooses all tokens at once
                 ignores them.
+            proprio: [n, P] float32 as observed, for a policy that reads it.
 
         Returns:
             [n, T, C] float32, on the model's device.
@@ -132,12 +156,20 @@ class TrainablePolicy(Policy, Protocol):
         ...
 
     def log_prob(
-        self, images: Tensor, prompts: Sequence[Tensor], bins: Tensor, *, temperature: float
+        self,
+        images: Tensor,
+        prompts: Sequence[Tensor],
+        bins: Tensor,
+        *,
+        temperature: float,
+        proprio: Tensor | None = None,
     ) -> Tensor:
         """[n, T] float32 nats of recorded ``bins``, at the temperature they were sampled at."""
         ...
 
-    def action_mass(self, images: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+    def action_mass(
+        self, images: Tensor, prompts: Sequence[Tensor], *, proprio: Tensor | None = None
+    ) -> Tensor:
         """[n, T] float32, how much of all probability falls on action ids; 0 to 1."""
         ...
 

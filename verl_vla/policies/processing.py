@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from verl_vla.actions import ActionCodec, ActionStatistics, save_statistics
-from verl_vla.errors import ContractError
+from verl_vla.errors import ConfigError, ContractError
 from verl_vla.observations import ImageStatistics, normalize_image
 from verl_vla.policies.base import PolicyShape
 from verl_vla.policies.checkpoint import write_image_statistics
+from verl_vla.ranges import Ranges
 
 
 class TokenProcessor(ABC):
@@ -28,9 +29,10 @@ class TokenProcessor(ABC):
         image_statistics: one per vision tower.
         action_statistics: of the data that the model was fine-tuned on.
         render_size: of the camera pictures that it was fine-tuned on, pixels; None if unknown.
+        proprio_ranges: of the same data, for a policy that reads proprio.
 
     Raises:
-        ConfigError: if the statistics are for another number of action values.
+        ConfigError: if the statistics are for another number of action or proprio values.
     """
 
     def __init__(
@@ -40,7 +42,15 @@ class TokenProcessor(ABC):
         image_statistics: Sequence[ImageStatistics],
         action_statistics: ActionStatistics,
         render_size: int | None,
+        proprio_ranges: Ranges | None = None,
     ) -> None:
+        num_ranges = 0 if proprio_ranges is None else len(proprio_ranges)
+        if num_ranges != shape.proprio_dim:
+            raise ConfigError(
+                f"there are ranges of {num_ranges} proprio values, the policy reads "
+                f"{shape.proprio_dim}; choose the statistics of its data"
+            )
+        self.proprio_ranges = proprio_ranges
         self.render_size = render_size
         self.tokenizer = tokenizer
         self.image_statistics = tuple(image_statistics)
@@ -60,7 +70,7 @@ class TokenProcessor(ABC):
         write_image_statistics(
             folder, self.image_statistics, self.shape.image_size, self.render_size
         )
-        save_statistics(folder, self.codec.statistics)
+        save_statistics(folder, self.codec.statistics, self.proprio_ranges)
 
     def prompt(self, instruction: str) -> Tensor:
         """Tokenise the prompt of a task; every task is tokenised once.
@@ -87,6 +97,22 @@ class TokenProcessor(ABC):
         if tuple(pixels.shape[1:]) != expected:
             raise ContractError(f"images must be [n, {expected}], got {list(pixels.shape)}")
         return normalize_image(pixels, self.image_statistics).flatten(1, 2)
+
+    def model_inputs(self, images: Tensor, proprio: Tensor | None) -> dict[str, Tensor]:
+        """See `verl_vla.policies.base.Processor.model_inputs`; on the device of ``images``.
+
+        Raises:
+            ContractError: the policy reads proprio, and there is none, or of another length.
+        """
+        inputs = {"pixel_values": self.pixel_values(images)}
+        if self.proprio_ranges is None:
+            return inputs
+        expected = [len(images), self.shape.proprio_dim]
+        if proprio is None or list(proprio.shape) != expected:
+            found = None if proprio is None else list(proprio.shape)
+            raise ContractError(f"proprio must be {expected}, got {found}")
+        ranged = torch.from_numpy(self.proprio_ranges.normalize(proprio.cpu().numpy()))
+        return inputs | {"proprio": ranged.float().to(inputs["pixel_values"].device)}
 
     def collate(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Pad prompts on the right.

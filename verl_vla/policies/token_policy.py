@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from verl_vla import action_distribution
 from verl_vla.errors import ConfigError
-from verl_vla.policies.base import Chooser, PolicyShape
+from verl_vla.policies.base import Chooser, PolicyShape, observed_proprio
 from verl_vla.policies.processing import TokenProcessor
 from verl_vla.types import ActionChunk, Observation
 
@@ -61,8 +61,9 @@ class TokenPolicy(Generic[Model]):
         """
         images = torch.from_numpy(np.stack([o.image for o in observations]))
         prompts = [self.processor.prompt(o.instruction) for o in observations]
+        proprio = observed_proprio(observations)
         chooser = Chooser(noise, temperature)
-        output = self.model(*self._inputs(images, prompts), chooser=chooser)
+        output = self.model(**self._inputs(images, prompts, proprio), chooser=chooser)
         bins = output.bins.cpu()
         return ActionChunk(
             bins=bins,
@@ -72,7 +73,13 @@ class TokenPolicy(Generic[Model]):
         )
 
     def log_prob(
-        self, images: Tensor, prompts: Sequence[Tensor], bins: Tensor, *, temperature: float
+        self,
+        images: Tensor,
+        prompts: Sequence[Tensor],
+        bins: Tensor,
+        *,
+        temperature: float,
+        proprio: Tensor | None = None,
     ) -> Tensor:
         """Score recorded bins; differentiable.
 
@@ -81,15 +88,21 @@ class TokenPolicy(Generic[Model]):
             prompts: n tensors [L] int64.
             bins: [n, T] int64.
             temperature: the one that they were sampled at.
+            proprio: [n, P] float32 as observed, for a policy that reads it.
 
         Returns:
             [n, T] float32, nats, on the model's device.
         """
-        logits = self.logits(images, prompts, bins)
+        logits = self.logits(images, prompts, bins, proprio=proprio)
         return action_distribution.log_prob(logits, bins.to(logits.device), temperature)
 
     def logits(
-        self, images: Tensor, prompts: Sequence[Tensor], bins: Tensor | None = None
+        self,
+        images: Tensor,
+        prompts: Sequence[Tensor],
+        bins: Tensor | None = None,
+        *,
+        proprio: Tensor | None = None,
     ) -> Tensor:
         """Score every bin of every token, given the tokens before it; differentiable.
 
@@ -97,14 +110,18 @@ class TokenPolicy(Generic[Model]):
             images: [n, V, H, W, 3] uint8.
             prompts: n tensors [L] int64.
             bins: [n, T] int64; may be left out where decoding is parallel.
+            proprio: [n, P] float32 as observed, for a policy that reads it.
 
         Returns:
             [n, T, C] float32, on the model's device.
         """
         given = None if bins is None else bins.to(self.model.device)
-        return self.model(*self._inputs(images, prompts), bins=given).logits
+        return self.model(**self._inputs(images, prompts, proprio), bins=given).logits
 
-    def _inputs(self, images: Tensor, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _inputs(
+        self, images: Tensor, prompts: Sequence[Tensor], proprio: Tensor | None
+    ) -> dict[str, Tensor]:
         device = self.model.device
         ids, mask = self.processor.collate(prompts)
-        return self.processor.pixel_values(images.to(device)), ids.to(device), mask.to(device)
+        seen = self.processor.model_inputs(images.to(device), proprio)
+        return seen | {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any, cast, get_args
 
 from verl_vla.config import nearest
 from verl_vla.errors import ConfigError
+from verl_vla.plugin_file import import_file as import_file
 from verl_vla.reward.interface import HasEncoder, Need, TrajectoryReward
 
 REWARDS_FOLDER = Path(__file__).resolve().parents[2] / "rewards"
@@ -55,28 +54,6 @@ def load_reward(
         ) from error
     _check_protocol(reward, name)
     return cast("TrajectoryReward", reward)
-
-
-def import_file(path: Path) -> ModuleType:
-    """Import a Python file that belongs to no package.
-
-    Raises:
-        ConfigError: there is no such file, or it raises while it is imported.
-    """
-    if not path.is_file():
-        raise ConfigError(f"there is no file {path}; check the path")
-    name = f"verl_vla_reward_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} cannot be imported; a reward must be a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up by name
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise ConfigError(f"{path} cannot be imported: {error!r}; correct the file") from error
-    return module
 
 
 def _find_class(name: str) -> type[Any]:

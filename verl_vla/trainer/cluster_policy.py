@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
 
-from verl_vla.policies.base import PolicyShape, Processor
+from verl_vla.policies.base import PolicyShape, Processor, observed_proprio
 from verl_vla.types import ActionChunk, Observation
 
 
@@ -43,6 +43,7 @@ class ClusterPolicy:
                 "input_ids": input_ids,
                 "attention_mask": attention_mask,
                 "images": images[rows],
+                "proprio": observed_proprio(observations)[rows],
                 "noise": noise[rows],
             },
             non_tensor_dict={"temperature": temperature},

@@ -88,10 +88,7 @@ class VLAEngine(FSDPEngine):
         return module
 
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
-        """Shard it; 4-bit weights stay whole.
-
-        FSDP2 would split their bytes and lose what belongs to them, so they run on one rank.
-        """
+        """Shard it; 4-bit weights stay whole, since FSDP2 would lose what belongs to them."""
         precision: dict[str, Any] = dict(self.engine_config.mixed_precision or {})
         self._autocast_dtype = PrecisionType.to_dtype(precision["param_dtype"])
         self.scaler = None
@@ -118,6 +115,7 @@ class VLAEngine(FSDPEngine):
         bins: Tensor | None = None,
         chooser: Chooser | None = None,
         with_nll: bool = False,
+        proprio: Tensor | None = None,
     ) -> ActionLogits:
         """Score ``bins``, or let ``chooser`` choose some.
 
@@ -128,12 +126,13 @@ class VLAEngine(FSDPEngine):
             bins: [B, T] int64.
             chooser: with the noise of B decisions.
             with_nll: whether ``bins`` are demonstrated.
+            proprio: [B, P] float32 as observed; only a policy that reads it needs it.
         """
         # FSDP2 casts weights and inputs itself; without it, float32 adapters meet 16-bit weights
         is_mixed = self.is_quantized and self._autocast_dtype != torch.float32
         with torch.autocast(get_device_name(), self._autocast_dtype, enabled=is_mixed):
             return self.module(
-                pixel_values=self.processor.pixel_values(images),
+                **self.processor.model_inputs(images, proprio),
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 bins=bins,
@@ -148,6 +147,7 @@ class VLAEngine(FSDPEngine):
         images: Tensor,
         noise: Tensor,
         temperature: float,
+        proprio: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Choose bins for a batch of observations, for a rollout.
 
@@ -157,10 +157,10 @@ class VLAEngine(FSDPEngine):
             images: [n, V, H, W, 3] uint8.
             noise: [n, T] float64, uniform in [0, 1).
             temperature: 0 takes the most likely bin.
+            proprio: [n, P] float32, as of `run_model`.
 
         Returns:
-            On the CPU, ``bins`` [n, T] int64 and ``logp`` [n, T] float32, zeros where play is
-            greedy.
+            On the CPU, ``bins`` [n, T] int64 and ``logp`` [n, T] float32; zeros for greedy play.
         """
         device = get_device_id()
         with self.eval_mode(), torch.no_grad():
@@ -170,6 +170,7 @@ class VLAEngine(FSDPEngine):
                 attention_mask.to(device),
                 images.to(device),
                 chooser=chooser,
+                proprio=proprio,
             )
             assert output.logits is not None
             assert output.bins is not None
@@ -189,7 +190,8 @@ class VLAEngine(FSDPEngine):
         ids, attention = right_padded(prompts)
         shape = self.processor.shape
         bins = dense(responses, shape.num_tokens).clamp(max=shape.num_bins - 1)
-        logits = self.run_model(ids, attention, stacked(micro_batch["images"]), bins=bins).logits
+        images, proprio = (stacked(micro_batch[name]) for name in ("images", "proprio"))
+        logits = self.run_model(ids, attention, images, bins=bins, proprio=proprio).logits
         assert logits is not None
         logp = log_prob(logits, bins, temperature)
         with torch.no_grad():
@@ -212,8 +214,7 @@ class VLAEngine(FSDPEngine):
             DivergedError: too many optimizer steps in a row were left out.
         """
         output = super().train_batch(data, loss_function)
-        norm = output["metrics"]["grad_norm"]
-        self.guard.count(norm, lambda: plain_rows(data), self.export)
+        self.guard.count(output["metrics"]["grad_norm"], lambda: plain_rows(data), self.export)
         return output
 
     def optimizer_step(self) -> float:

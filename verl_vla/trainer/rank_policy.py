@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from verl_vla.policies.base import PolicyShape
+from verl_vla.policies.base import PolicyShape, observed_proprio
 from verl_vla.trainer.cluster_policy import padded_rows
 from verl_vla.trainer.engine import VLAEngine
 from verl_vla.types import ActionChunk, Observation
@@ -37,7 +37,7 @@ class RankPolicy:
         processor = self._engine.processor
         prompts = [processor.prompt(o.instruction) for o in observations]
         images = torch.from_numpy(np.stack([o.image for o in observations]))
-        request = (images, prompts, noise, temperature)
+        request = (images, prompts, noise, temperature, observed_proprio(observations))
         _broadcast(request)
         bins, logp = _answer(self._engine, *request)
         return ActionChunk(
@@ -71,12 +71,13 @@ def _answer(
     prompts: Sequence[Tensor],
     noise: Tensor,
     temperature: float,
+    proprio: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Choose bins [n, T] and their logp [n, T], zeros where play is greedy, for the whole batch."""
     rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     rows = padded_rows(len(images), num_ranks)[rank::num_ranks]
     ids, mask = engine.processor.collate([prompts[row] for row in rows])
-    answer = engine.choose(ids, mask, images[rows], noise[rows], temperature)
+    answer = engine.choose(ids, mask, images[rows], noise[rows], temperature, proprio[rows])
     parts: list[Any] = [None] * num_ranks
     torch.distributed.all_gather_object(parts, answer)
     bins, logp = (torch.stack(both, dim=1).flatten(0, 1) for both in zip(*parts, strict=True))

@@ -78,6 +78,7 @@ def make_rows(
                     "rm_scores": _on_last_token(earned, mask[row]),
                     "rollout_log_probs": decisions.logp[row],
                     "images": decisions.image[row],
+                    "proprio": decisions.proprio[row],
                     "trajectory_steps": episodes.num_steps[b : b + 1],
                 }
             )

@@ -79,7 +79,8 @@ class VLAWorker(ActorRolloutRefWorker):
 
         Args:
             data: ``input_ids`` and ``attention_mask`` [n, L] right-padded, ``images``
-                [n, V, H, W, 3] uint8, ``noise`` [n, T] float64, and the number ``temperature``.
+                [n, V, H, W, 3] uint8, ``noise`` [n, T] float64, ``proprio`` [n, P] float32, and
+                the number ``temperature``.
 
         Returns:
             ``bins`` [n, T] int64 and ``logp`` [n, T] float32, zeros where play is greedy.
@@ -87,7 +88,7 @@ class VLAWorker(ActorRolloutRefWorker):
         temperature = float(tu.get_non_tensor_data(data, "temperature", None))
         self.engine.num_optimizer_steps = 0
         inputs = [data[name] for name in ("input_ids", "attention_mask", "images", "noise")]
-        bins, logp = self.engine.choose(*inputs, temperature)
+        bins, logp = self.engine.choose(*inputs, temperature, data["proprio"])
         return tu.get_tensordict({"bins": bins, "logp": logp})
 
     @register(dispatch_mode=EVERY_RANK, blocking=False)

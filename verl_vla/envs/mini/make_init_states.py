@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from verl_vla.envs.libero import RECORDED, SAMPLED, EnvConfig, LiberoEnv, make_env
-from verl_vla.envs.suites import MINI_INIT_STATES, suite
+from verl_vla.envs.suites import MINI_INIT_STATES, libero_suite
 
 
 def main(folder: Path) -> None:
@@ -32,5 +32,7 @@ def sample_init_state(env: LiberoEnv, task_id: int, seed: int) -> npt.NDArray[np
 
 
 if __name__ == "__main__":
-    target = sys.argv[1] if len(sys.argv) > 1 else suite("mini").tasks[0].init_states_file.parent
+    target = (
+        sys.argv[1] if len(sys.argv) > 1 else libero_suite("mini").tasks[0].init_states_file.parent
+    )
     main(Path(target))

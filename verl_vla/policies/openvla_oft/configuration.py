@@ -1,12 +1,14 @@
 """The sizes of an OpenVLA-OFT checkpoint, read from the published ``config.json`` unchanged."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from transformers import LlamaConfig, PreTrainedConfig
 
+from verl_vla.config import nearest
 from verl_vla.errors import ConfigError
 from verl_vla.policies.base import PolicyShape
+from verl_vla.ranges import COLUMNS, Normalization
 
 ARCHITECTURE = "no-align+fused-gelu-mlp"
 """The one projector that OpenVLA's checkpoints use: three layers with GELU between them."""
@@ -77,6 +79,11 @@ class OpenVLAOFTConfig(PreTrainedConfig):
     ``vision_towers``, a list of mappings with the fields of `VisionTower`. The language model's
     attention is always bidirectional, whatever the file says.
 
+    Chunk and action have LIBERO's sizes where the file does not say others. A RoboTwin
+    checkpoint, whose code took them from an environment variable, needs these entries added:
+    ``chunk_length`` 25, ``action_dim`` 14, ``use_proprio`` true, ``proprio_dim`` 14 and
+    ``action_proprio_normalization_type`` "bounds" (openvla-oft's constants for ALOHA).
+
     Raises:
         ConfigError: if the file describes a model that this code does not compute.
     """
@@ -96,6 +103,9 @@ class OpenVLAOFTConfig(PreTrainedConfig):
     num_images_in_input: int = 1
     chunk_length: int = LIBERO_CHUNK_LENGTH
     action_dim: int = LIBERO_ACTION_DIM
+    use_proprio: bool = False
+    proprio_dim: int = 0
+    action_proprio_normalization_type: str = "bounds_q99"
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     layer_scale_init: float = 1e-5
@@ -174,7 +184,13 @@ class OpenVLAOFTConfig(PreTrainedConfig):
             chunk_length=self.chunk_length,
             action_dim=self.action_dim,
             num_bins=self.n_action_bins,
+            proprio_dim=self.proprio_dim if self.use_proprio else 0,
         )
+
+    @property
+    def normalization(self) -> Normalization:
+        """What -1 and +1 stand for in actions and proprio."""
+        return cast("Normalization", self.action_proprio_normalization_type)
 
     def _check_architecture(self) -> None:
         if self.arch_specifier != ARCHITECTURE:
@@ -215,6 +231,14 @@ class OpenVLAOFTConfig(PreTrainedConfig):
             "action_dim": (self.action_dim, 1),
             "num_images_in_input": (self.num_images_in_input, 1),
         }
+        if self.use_proprio:
+            sizes["proprio_dim"] = (self.proprio_dim, 1)
+        if self.action_proprio_normalization_type not in COLUMNS:
+            known = nearest(self.action_proprio_normalization_type, list(COLUMNS))
+            raise ConfigError(
+                f"action_proprio_normalization_type is {self.action_proprio_normalization_type!r}, "
+                f"which cannot be undone here; {known}"
+            )
         for name, (value, least) in sizes.items():
             if value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from verl_vla.actions import load_statistics
 from verl_vla.errors import ConfigError
 from verl_vla.observations import EMPTY_PIECE
 from verl_vla.policies.checkpoint import read_tokenizer
@@ -24,6 +23,7 @@ from verl_vla.policies.openvla_oft.checkpoint import (
 )
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig
 from verl_vla.policies.openvla_oft.modelling import OpenVLAOFTModel, require_bidirectional
+from verl_vla.ranges import load_proprio_ranges, load_statistics
 
 NORM_EPSILON = 1e-6
 """Of the language model's norms in every OpenVLA checkpoint. Their config.json does not say it,
@@ -114,13 +114,19 @@ def _head(folder: str | Path) -> str:
 
 
 def _statistics(folder: str | Path, config: OpenVLAOFTConfig, unnorm_key: str | None) -> str:
-    statistics = load_statistics(folder, unnorm_key)
-    if len(statistics.q01) != config.action_dim:
-        raise ConfigError(
-            f"{folder}: '{statistics.key}' has ranges of {len(statistics.q01)} values, an action "
-            f"has {config.action_dim}; take the statistics of the fine-tuning data"
-        )
-    return f"'{statistics.key}', {len(statistics.q01)} values"
+    statistics = load_statistics(folder, unnorm_key, config.normalization)
+    found = {"an action": (len(statistics), config.action_dim)}
+    if config.use_proprio:
+        ranges = load_proprio_ranges(folder, unnorm_key, config.normalization)
+        found["proprio"] = (len(ranges), config.proprio_dim)
+    for what, (num_ranges, size) in found.items():
+        if num_ranges != size:
+            raise ConfigError(
+                f"{folder}: '{statistics.key}' has ranges of {num_ranges} values, {what} has "
+                f"{size}; take the statistics of the fine-tuning data"
+            )
+    proprio = f", {config.proprio_dim} of proprio" if config.use_proprio else ""
+    return f"'{statistics.key}', {len(statistics)} values{proprio}"
 
 
 def _token_ids(folder: str | Path, config: OpenVLAOFTConfig) -> str:

@@ -2,9 +2,10 @@
 
 One forward pass scores every action token of a chunk. The sequence is
 
-    BOS | image patches | rest of the prompt | T zero vectors | stop | padding
+    BOS | image patches | proprio | rest of the prompt | T zero vectors | stop | padding
 
-and every token attends to every other, except to padding. The logits of action token ``k`` are
+where proprio is one token, of a policy that reads it. Every token attends to every other, except to
+padding. The logits of action token ``k`` are
 read one place before its zero vector, over the action ids alone. Source: openvla-oft,
 ``prismatic/extern/hf/modeling_prismatic.py``, with the attention of its transformers fork.
 """
@@ -29,6 +30,8 @@ from verl_vla.policies.openvla_oft.attention import (
     require_bidirectional_backend,
 )
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig
+from verl_vla.policies.openvla_oft.proprio import ProprioProjector
+from verl_vla.policies.openvla_oft.sequence import move_padding_last, prompt_lengths, read
 from verl_vla.policies.openvla_oft.vision import (
     AttentionPool,
     FusedVisionBackbone,
@@ -53,6 +56,8 @@ class OpenVLAOFTModel(TokenModel):
         super().__init__(config)
         self.vision_backbone = FusedVisionBackbone(config)
         self.projector = Projector(self.vision_backbone.hidden_size, config.language.hidden_size)
+        if config.use_proprio:
+            self.proprio_projector = ProprioProjector(config)
         self.language_model = LlamaForCausalLM(config.language)
         for layer in _layers(self.language_model):
             layer.self_attn.is_causal = False
@@ -78,7 +83,11 @@ class OpenVLAOFTModel(TokenModel):
             weight.requires_grad_(ADAPTER_MARK in name)
 
     def action_logits(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        proprio: Tensor | None = None,
     ) -> Tensor:
         """Score every bin of every action token.
 
@@ -86,11 +95,12 @@ class OpenVLAOFTModel(TokenModel):
             pixel_values: [B, V * towers * 3, H, W], normalised.
             input_ids: [B, L] prompts, padded on the right.
             attention_mask: [B, L], 1 where a prompt is and 0 where padding is; None without any.
+            proprio: [B, P], normalised, of a policy that reads it; else None.
 
         Returns:
             [B, T, C] float32.
         """
-        return self(pixel_values, input_ids, attention_mask).logits
+        return self(pixel_values, input_ids, attention_mask, proprio=proprio).logits
 
     def forward(
         self,
@@ -100,6 +110,7 @@ class OpenVLAOFTModel(TokenModel):
         bins: Tensor | None = None,
         chooser: Chooser | None = None,
         with_nll: bool = False,
+        proprio: Tensor | None = None,
     ) -> ActionLogits:
         """Compute what `action_logits` returns; the entry that FSDP and adapters wrap.
 
@@ -112,16 +123,21 @@ class OpenVLAOFTModel(TokenModel):
             chooser: if given, chooses a bin for every token.
             with_nll: score ``bins`` and the stop behind them among the whole vocabulary, as
                 openvla-oft is fine-tuned.
+            proprio: see `action_logits`.
         """
+        hidden = self._think(pixel_values, input_ids, attention_mask, proprio, with_stop=with_nll)
         if with_nll:
             assert bins is not None
-            hidden = self._think(pixel_values, input_ids, attention_mask, with_stop=True)
             return self._imitate(hidden, bins)
-        logits = self._score(self._think(pixel_values, input_ids, attention_mask))
+        logits = self._score(hidden)
         return ActionLogits(logits=logits, bins=None if chooser is None else chooser.choose(logits))
 
     def action_mass(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        proprio: Tensor | None = None,
     ) -> Tensor:
         """How much of the whole vocabulary's probability falls on the action ids.
 
@@ -131,7 +147,7 @@ class OpenVLAOFTModel(TokenModel):
         Returns:
             [B, T] float32, 0 to 1.
         """
-        of_all = self._score_all(self._think(pixel_values, input_ids, attention_mask))
+        of_all = self._score_all(self._think(pixel_values, input_ids, attention_mask, proprio))
         return (of_all[..., self._action_ids].logsumexp(-1) - of_all.logsumexp(-1)).exp()
 
     @property
@@ -152,6 +168,7 @@ class OpenVLAOFTModel(TokenModel):
         pixel_values: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor | None,
+        proprio: Tensor | None,
         *,
         with_stop: bool = False,
     ) -> Tensor:
@@ -161,10 +178,12 @@ class OpenVLAOFTModel(TokenModel):
         """
         require_bidirectional(self)
         num_prompts, num_ids = input_ids.shape
-        lengths = _prompt_lengths(attention_mask)
+        lengths = prompt_lengths(attention_mask)
         embeddings = self._embed(input_ids)
         patches = self.projector(self.vision_backbone(pixel_values))
-        embeddings, keep = _move_padding_last(embeddings, lengths, num_ids)
+        if self.config.use_proprio:
+            patches = torch.cat([patches, self.proprio_projector(proprio)], dim=1)
+        embeddings, keep = move_padding_last(embeddings, lengths, num_ids)
         sequence = torch.cat([embeddings[:, :1], patches, embeddings[:, 1:]], dim=1)
         self._check_length(sequence.shape[1], num_ids)
         mask = None
@@ -175,7 +194,7 @@ class OpenVLAOFTModel(TokenModel):
             inputs_embeds=sequence, attention_mask=mask, use_cache=False
         ).last_hidden_state
         first = patches.shape[1] - 1 + (num_ids if lengths is None else lengths)
-        return _read(hidden, first, self.config.num_action_tokens + with_stop)
+        return read(hidden, first, self.config.num_action_tokens + with_stop)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the table of token embeddings."""
@@ -245,45 +264,3 @@ def _score(hidden: Tensor, rows: Tensor) -> Tensor:
     """Apply float32 rows of a head in float32, under autocast too."""
     with torch.autocast(device_type=hidden.device.type, enabled=False):
         return functional.linear(hidden.float(), rows)
-
-
-def _read(hidden: Tensor, first: int | Tensor, num: int) -> Tensor:
-    """Pick ``num`` neighbouring positions out of [B, S, D], from ``first`` on."""
-    if isinstance(first, int):
-        return hidden[:, first : first + num]
-    positions = first[:, None] + torch.arange(num, device=hidden.device)
-    return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-
-
-def _prompt_lengths(attention_mask: Tensor | None) -> Tensor | None:
-    """Count the ids of every prompt, [B]; None where no prompt is padded."""
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
-        raise ContractError(
-            "attention_mask has padding before a prompt's end; prompts are padded on the right"
-        )
-    return attention_mask.sum(1)
-
-
-def _move_padding_last(
-    embeddings: Tensor, lengths: Tensor | None, num_ids: int
-) -> tuple[Tensor, Tensor | None]:
-    """Close the gap between a short prompt and its action slots.
-
-    Args:
-        embeddings: [B, L + T + 1, D] padded prompts, action slots, stop.
-        lengths: [B] ids of every prompt, or None where no prompt is padded.
-        num_ids: L.
-
-    Returns:
-        ``embeddings`` with all padding at the end, and [B, L + T] bool, true where no padding
-        is, for all places but the first; None where there is no padding.
-    """
-    if lengths is None:
-        return embeddings, None
-    places = torch.arange(embeddings.shape[1], device=embeddings.device)
-    padding = (places >= lengths[:, None]) & (places < num_ids)
-    order = padding.int().argsort(dim=1, stable=True)
-    moved = embeddings.gather(1, order.unsqueeze(-1).expand_as(embeddings))
-    return moved, ~padding.gather(1, order)[:, 1:]

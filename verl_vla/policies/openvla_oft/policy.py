@@ -43,6 +43,8 @@ class OpenVLAOFTPolicy(TokenPolicy[OpenVLAOFTModel]):
         )
         return cls(model, processor)
 
-    def action_mass(self, images: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+    def action_mass(
+        self, images: Tensor, prompts: Sequence[Tensor], *, proprio: Tensor | None = None
+    ) -> Tensor:
         """[n, T]: see `OpenVLAOFTModel.action_mass`; arguments as of `logits`."""
-        return self.model.action_mass(*self._inputs(images, prompts))
+        return self.model.action_mass(**self._inputs(images, prompts, proprio))

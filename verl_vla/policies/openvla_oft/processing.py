@@ -15,6 +15,7 @@ from verl_vla.policies.checkpoint import read_render_size, read_tokenizer
 from verl_vla.policies.openvla_oft.checkpoint import read_config, read_image_statistics
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig
 from verl_vla.policies.processing import TokenProcessor
+from verl_vla.ranges import Ranges, load_proprio_ranges
 
 
 class OpenVLAOFTProcessor(TokenProcessor):
@@ -26,6 +27,7 @@ class OpenVLAOFTProcessor(TokenProcessor):
         image_statistics: one per vision tower.
         action_statistics: of the data that the model was fine-tuned on.
         render_size: of the camera pictures that it was fine-tuned on, pixels; None if unknown.
+        proprio_ranges: of the same data, for a policy that reads proprio.
 
     Raises:
         ConfigError: if the parts do not belong together.
@@ -38,13 +40,21 @@ class OpenVLAOFTProcessor(TokenProcessor):
         image_statistics: Sequence[ImageStatistics],
         action_statistics: ActionStatistics,
         render_size: int | None = None,
+        proprio_ranges: Ranges | None = None,
     ) -> None:
         if len(image_statistics) != len(config.towers):
             raise ConfigError(
                 f"there are image statistics of {len(image_statistics)} towers and "
                 f"{len(config.towers)} vision towers; give one each"
             )
-        super().__init__(config.shape, tokenizer, image_statistics, action_statistics, render_size)
+        super().__init__(
+            config.shape,
+            tokenizer,
+            image_statistics,
+            action_statistics,
+            render_size,
+            proprio_ranges,
+        )
 
     @classmethod
     def from_pretrained(
@@ -60,12 +70,14 @@ class OpenVLAOFTProcessor(TokenProcessor):
             ConfigError: names the file that is missing or does not fit.
         """
         config = read_config(folder)
+        ranges = load_proprio_ranges if config.use_proprio else None
         return cls(
             config,
             read_tokenizer(folder),
             read_image_statistics(folder, len(config.towers)),
-            load_statistics(folder, unnorm_key),
+            load_statistics(folder, unnorm_key, config.normalization),
             read_render_size(folder),
+            ranges and ranges(folder, unnorm_key, config.normalization),
         )
 
     def _tokenize(self, instruction: str) -> list[int]:

@@ -24,6 +24,7 @@ from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig, Vision
 from verl_vla.policies.openvla_oft.modelling import OpenVLAOFTModel
 from verl_vla.policies.openvla_oft.policy import OpenVLAOFTPolicy
 from verl_vla.policies.openvla_oft.processing import OpenVLAOFTProcessor
+from verl_vla.ranges import Ranges
 
 UNKNOWN, BOS, STOP, PAD = "<unk>", "<s>", "</s>", "<pad>"
 SPECIAL_PIECES = (UNKNOWN, BOS, STOP, PAD, EMPTY_PIECE)
@@ -59,6 +60,8 @@ class TinySizes:
     num_bins: int = 256
     chunk_length: int = 8
     action_dim: int = 7
+    proprio_dim: int = 0
+    """0 reads none."""
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast, sizes: TinySizes) -> OpenVLAOFTConfig:
@@ -85,6 +88,8 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, sizes: TinySizes) -> OpenVLA
         num_images_in_input=sizes.num_views,
         chunk_length=sizes.chunk_length,
         action_dim=sizes.action_dim,
+        use_proprio=sizes.proprio_dim > 0,
+        proprio_dim=sizes.proprio_dim,
         initializer_range=WEIGHT_STD,
         position_embedding_std=POSITION_STD,
         layer_scale_init=1.0,
@@ -126,6 +131,7 @@ def build_tiny_policy(
     *,
     sizes: TinySizes = TinySizes(),
     seed: int = 0,
+    proprio_ranges: Ranges | None = None,
 ) -> OpenVLAOFTPolicy:
     """Make an untrained policy for the given tasks.
 
@@ -134,15 +140,17 @@ def build_tiny_policy(
         statistics: of the actions it is to be trained on.
         sizes: of the model.
         seed: of the weights; the process's own random state is left as it was.
+        proprio_ranges: where ``sizes`` has a proprio.
     """
     tokenizer = build_tokenizer(instructions)
     config = tiny_config(tokenizer, sizes)
+    config.action_proprio_normalization_type = statistics.normalization
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = OpenVLAOFTModel(config)
     image_statistics = [DINO_STATISTICS, SIGLIP_STATISTICS][-len(config.towers) :]
     processor = OpenVLAOFTProcessor(
-        config, tokenizer, image_statistics, statistics, sizes.render_size
+        config, tokenizer, image_statistics, statistics, sizes.render_size, proprio_ranges
     )
     return OpenVLAOFTPolicy(model, processor)
 

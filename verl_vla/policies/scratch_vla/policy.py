@@ -40,6 +40,8 @@ class ScratchVLAPolicy(TokenPolicy[ScratchVLAModel]):
         )
         return cls(model, processor)
 
-    def action_mass(self, images: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+    def action_mass(
+        self, images: Tensor, prompts: Sequence[Tensor], *, proprio: Tensor | None = None
+    ) -> Tensor:
         """[n, T] ones: the head has rows for actions alone, so it can say nothing else."""
         return torch.ones(len(images), self.shape.num_tokens)

@@ -1,0 +1,58 @@
+"""A suite of the user's own, from a file that belongs to no package."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from verl_vla.config import nearest
+from verl_vla.envs.base import Suite
+from verl_vla.errors import ConfigError
+from verl_vla.plugin_file import import_file
+
+PROJECT_FOLDER = Path(__file__).resolve().parents[2]
+ATTRIBUTES = (
+    "name",
+    "tasks",
+    "num_init_states",
+    "cameras",
+    "action_dim",
+    "proprio_dim",
+    "grippers",
+)
+
+
+@cache
+def load_own_suite(name: str) -> Suite:
+    """Make the suite that ``path/to/file.py:ClassName`` names; every process reads the file once.
+
+    Args:
+        name: a relative path starts in the working directory, or else at the project's root.
+
+    Raises:
+        ConfigError: no such file or class, one that cannot be made, or that lacks something.
+    """
+    given, class_name = name.rsplit(":", 1)
+    path = next((p for p in (Path(given), PROJECT_FOLDER / given) if p.is_file()), Path(given))
+    own: dict[str, type[Any]] = {
+        name: cls
+        for name, cls in inspect.getmembers(import_file(path.resolve()), inspect.isclass)
+        if issubclass(cls, Suite)
+    }
+    if class_name not in own:
+        raise ConfigError(
+            f"{path} has no suite {class_name!r}; {nearest(class_name, list(own))}; a suite "
+            "extends verl_vla.envs.base.Suite"
+        )
+    try:
+        suite = own[class_name]()
+    except Exception as error:
+        raise ConfigError(f"suite {name!r} could not be made: {error!r}; correct it") from error
+    missing = [attribute for attribute in ATTRIBUTES if attribute not in dir(suite)]
+    if missing:
+        raise ConfigError(
+            f"suite {name!r} lacks {', '.join(missing)}; see Suite in verl_vla/envs/base.py"
+        )
+    return suite

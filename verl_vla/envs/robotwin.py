@@ -1,0 +1,79 @@
+"""RoboTwin 2.0 as a suite: its tasks, limits and sizes, without the simulator.
+
+RoboTwin cannot be had from a package index: it is a repository with gigabytes of assets, on SAPIEN
+and a motion planner that want a GPU. What SimpleVLA-RL trained in it is written down here, so that
+a recipe for it can be planned; to train, extend `RoboTwin` by a `make_env` around your checkout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from verl_vla.envs.base import Env, EnvConfig, Suite, Task
+from verl_vla.errors import ConfigError
+
+STEPS = {
+    "click_bell": 200,
+    "move_can_pot": 200,
+    "place_phone_stand": 200,
+    "place_a2b_left": 200,
+    "place_a2b_right": 200,
+    "handover_mic": 200,
+    "pick_dual_bottles": 100,
+    "lift_pot": 200,
+    "put_bottles_dustbin": 800,
+    "stack_blocks_two": 400,
+    "stack_bowls_two": 400,
+    "handover_block": 400,
+    "place_empty_cup": 200,
+    "shake_bottle": 75,
+    "move_stapler_pad": 200,
+    "place_container_plate": 150,
+    "blocks_ranking_rgb": 600,
+    "beat_block_hammer": 200,
+    "place_mouse_pad": 200,
+    "place_shoe": 250,
+    "move_pillbottle_pad": 200,
+}
+"""Limits of its tasks: SimpleVLA-RL ``verl/workers/rollout/rob_rollout.py:435``."""
+NUM_SEEDS = 1000
+"""Arrangements of a task that its expert solves: ``data.num_trials_per_task`` of
+``examples/run_openvla_oft_rl_twin2.sh``."""
+NUM_JOINTS = 14
+"""Two arms of six joints and a gripper: openvla-oft ``prismatic/vla/constants.py``, ALOHA."""
+
+
+class RoboTwin(Suite):
+    """RoboTwin 2.0 for a checkpoint fine-tuned on joint positions of two arms."""
+
+    name = "robotwin"
+    tasks: Sequence[Task] = tuple(
+        Task(name=name, instruction=name.replace("_", " "), published_steps=steps)
+        for name, steps in STEPS.items()
+    )
+    """RoboTwin words the instruction anew for each arrangement; an observation carries that one."""
+    num_init_states = NUM_SEEDS
+    cameras = ("head_camera", "left_camera", "right_camera")
+    action_dim = NUM_JOINTS
+    proprio_dim = NUM_JOINTS
+    grippers = ()
+    """Their openings are normalised like the joints (openvla-oft, ``oxe/materialize.py``)."""
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """None, as nothing is simulated; name your checkout's commit and ``task_config``."""
+        return {}
+
+    def require_simulator(self) -> None:
+        """Say what is missing: see `Suite.require_simulator`."""
+        raise ConfigError(
+            "RoboTwin's simulator is in no package index, so this suite can be planned and not "
+            "played; extend it by a make_env around your checkout of RoboTwin, as "
+            "docs/add-an-environment.md says, and name that with "
+            "environment.suite=path/to/file.py:ClassName"
+        )
+
+    def make_env(self, config: EnvConfig) -> Env:
+        """Build none: see `require_simulator`."""
+        self.require_simulator()
+        raise AssertionError("unreachable")

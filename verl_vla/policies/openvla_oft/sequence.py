@@ -1,0 +1,50 @@
+"""Places in the sequence of OpenVLA-OFT: where prompts end, and what stands behind them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from verl_vla.errors import ContractError
+
+
+def read(hidden: Tensor, first: int | Tensor, num: int) -> Tensor:
+    """Pick ``num`` neighbouring positions out of [B, S, D], from ``first`` on."""
+    if isinstance(first, int):
+        return hidden[:, first : first + num]
+    positions = first[:, None] + torch.arange(num, device=hidden.device)
+    return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+
+def prompt_lengths(attention_mask: Tensor | None) -> Tensor | None:
+    """Count the ids of every prompt, [B]; None where no prompt is padded."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
+        raise ContractError(
+            "attention_mask has padding before a prompt's end; prompts are padded on the right"
+        )
+    return attention_mask.sum(1)
+
+
+def move_padding_last(
+    embeddings: Tensor, lengths: Tensor | None, num_ids: int
+) -> tuple[Tensor, Tensor | None]:
+    """Close the gap between a short prompt and its action slots.
+
+    Args:
+        embeddings: [B, L + T + 1, D] padded prompts, action slots, stop.
+        lengths: [B] ids of every prompt, or None where no prompt is padded.
+        num_ids: L.
+
+    Returns:
+        ``embeddings`` with all padding at the end, and [B, L + T] bool, true where no padding
+        is, for all places but the first; None where there is no padding.
+    """
+    if lengths is None:
+        return embeddings, None
+    places = torch.arange(embeddings.shape[1], device=embeddings.device)
+    padding = (places >= lengths[:, None]) & (places < num_ids)
+    order = padding.int().argsort(dim=1, stable=True)
+    moved = embeddings.gather(1, order.unsqueeze(-1).expand_as(embeddings))
+    return moved, ~padding.gather(1, order)[:, 1:]
