@@ -16,7 +16,7 @@ from verl_vla.album import Album
 from verl_vla.conditions import conditions, played_in
 from verl_vla.envs.base import EnvConfig, Split, Suite
 from verl_vla.envs.pool import EnvPool
-from verl_vla.envs.suites import make_env, suite
+from verl_vla.envs.suites import absolute_name, make_env, suite
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import Evaluation, episode_entries
 from verl_vla.extras import require_extras
@@ -199,7 +199,7 @@ def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:
     _check_robot(processor, chosen)
     chosen.step_limit(env.step_limit, task_id=0)
     return EnvConfig(
-        suite=env.suite,
+        suite=absolute_name(env.suite),
         step_limit=env.step_limit,
         render_size=render_size,
         image_size=shape.image_size,

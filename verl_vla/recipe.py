@@ -69,7 +69,7 @@ class EnvironmentConfig:
 
     suite: str
     """``mini``, ``libero_spatial``, ``libero_object``, ``libero_goal``, ``libero_10``,
-    ``libero_90``."""
+    ``libero_90``, or one of your own: ``path/to/file.py:ClassName``."""
     tasks: tuple[int, ...] | None = None
     """Task ids within the suite; null plays all."""
     step_limit: Literal["published", "simplevla"] | int = "published"

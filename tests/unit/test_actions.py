@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from verl_vla.actions import ActionCodec, ActionStatistics, load_statistics, save_statistics
 from verl_vla.errors import ConfigError, ContractError
+from verl_vla.ranges import load_proprio_ranges
 
 NUM_BINS, CHUNK, DIM = 256, 8, 7
 # dataset_statistics.json of the published libero_10 checkpoint, five digits.
@@ -219,3 +220,43 @@ def test_an_incomplete_dataset_names_what_it_lacks(tmp_path: Path) -> None:
     write(tmp_path, {"a": {"action": {"q01": [0], "q99": [1]}}})
     with pytest.raises(ConfigError, match=r"'a' lacks \['mask'\]"):
         load_statistics(tmp_path)
+
+
+def test_two_grippers_are_commanded_by_sign_and_none_at_all_as_the_data_says() -> None:
+    """Joints of two arms: `RoboTwin` normalises its grippers like them."""
+    one_arm = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
+    arms = {name: values * 2 for name, values in one_arm.items()}
+    two = ActionStatistics(**arms, mask=([True] * 6 + [False]) * 2)
+    none = ActionStatistics(**arms, mask=[True] * 14)
+    assert (two.grippers, none.grippers) == ((6, 13), ())
+    bins = torch.zeros((1, 25 * 14), dtype=torch.int64)  # the largest value: open
+    for statistics, at_grippers in ((two, -1.0), (none, 1.0)):
+        codec = ActionCodec(NUM_BINS, 25, 14, statistics)
+        actions = codec.to_simulator(bins)
+        assert actions.shape == (1, 25, 14)
+        assert np.allclose(actions[..., [6, 13]], at_grippers, atol=0.01)
+        assert np.allclose(actions[..., :6], 1.0, atol=0.01)
+        assert torch.equal(codec.from_simulator(actions).clamp(min=1), bins.clamp(min=1))
+
+
+def test_bounds_are_read_from_other_columns_and_written_back(tmp_path: Path) -> None:
+    action = {"q01": [0.1] * 2, "q99": [0.9] * 2, "min": [0, 0], "max": [1, 2], "mask": [True] * 2}
+    proprio = {"min": [-1, 0, 5], "max": [1, 4, 5]}
+    write(tmp_path, {"lift_pot_1k": {"action": action, "proprio": proprio}})
+    found = load_statistics(tmp_path, normalization="bounds")
+    assert (found.q01.tolist(), found.q99.tolist()) == ([0, 0], [1, 2])
+    assert load_statistics(tmp_path).q99.tolist() == [0.9, 0.9]
+    ranges = load_proprio_ranges(tmp_path, normalization="bounds")
+    assert ranges.normalize([[0, 4, 5], [-9, 0, 7]]).round(6).tolist() == [[0, 1, 0], [-1, -1, 0]]
+    with pytest.raises(ConfigError, match=r"'lift_pot_1k' lacks \['q01', 'q99'\]"):
+        load_proprio_ranges(tmp_path)
+    save_statistics(tmp_path, found, ranges)
+    again = load_proprio_ranges(tmp_path, "lift_pot_1k", "bounds")
+    assert np.array_equal(again.q99, ranges.q99)
+    assert load_statistics(tmp_path, normalization="bounds").q99.tolist() == [1, 2]
+
+
+def test_a_policy_that_reads_proprio_needs_its_ranges(tmp_path: Path) -> None:
+    write(tmp_path, {"a": entry()})
+    with pytest.raises(ConfigError, match=r"'a' lacks \['proprio'\]"):
+        load_proprio_ranges(tmp_path)

@@ -18,6 +18,7 @@ from verl_vla.cli.explain import explain
 from verl_vla.composition import RECIPES_FOLDER, compose_recipe, load_recipe, recipe_names
 from verl_vla.config import parse
 from verl_vla.encoders import ENCODERS
+from verl_vla.envs.robotwin import RoboTwin
 from verl_vla.envs.suites import suite
 from verl_vla.errors import ConfigError
 from verl_vla.planning import GPUS, find_remedy, make_plan
@@ -37,7 +38,7 @@ BATCH = 4
 MB, GB = 1e6, 1e9
 
 
-def small_config(width: int = 384, depth: int = 4) -> OpenVLAOFTConfig:
+def small_config(width: int = 384, depth: int = 4, **others) -> OpenVLAOFTConfig:
     tower = {
         "patch_size": 14,
         "hidden_size": width // 2,
@@ -62,6 +63,7 @@ def small_config(width: int = 384, depth: int = 4) -> OpenVLAOFTConfig:
         ),
         vision_towers=[tower],
         image_sizes=[112],
+        **others,
     )
 
 
@@ -166,13 +168,36 @@ def test_every_recipe_composes_explains_and_plans(chosen, reward, profile):
     assert sum(plan.host.values()) > 0
 
 
-@pytest.mark.parametrize("name", sorted(set(recipe_names()) - {"libero"}))
+@pytest.mark.parametrize("name", sorted(set(recipe_names()) - {"libero", "robotwin"}))
 def test_every_other_recipe_plans(name):
     recipe = load_recipe([f"recipe={name}"])
     plan = make_plan(recipe, cli.policy_config(recipe)[0], None)
     assert plan.fits
     assert not plan.seconds
     assert plan.host["learning"] == plan.device.peak
+
+
+@pytest.mark.parametrize(("reward", "profile"), list(itertools.product(REWARDS, PROFILES)))
+def test_every_recipe_for_two_arms_composes_explains_and_plans(reward, profile):
+    words = ["recipe=robotwin", f"reward={reward}", f"profile={profile}"]
+    composition = compose_recipe(words, RECIPES_FOLDER)
+    recipe = parse(Recipe, composition.values)
+    assert all(meaning for *_, meaning in explain(recipe, composition))
+    assert recipe.environment.suite.endswith("robotwin.py:RoboTwin")
+    plan = make_plan(recipe, small_config(32, 2, **RoboTwin.policy_sizes), GPUS[PROFILES[profile]])
+    assert plan.fits
+    assert plan.decisions == recipe.sampling.groups_per_step * 8 * (200 / 25)
+    assert plan.total_seconds > 0
+
+
+def test_the_published_policy_for_two_arms_is_planned_in_its_own_sizes():
+    config, source = cli.policy_config(load_recipe(["recipe=robotwin"]))
+    assert "is not here; OpenVLA-OFT as published" in source
+    assert (config.shape.num_tokens, config.shape.proprio_dim) == (25 * 14, 14)
+    assert config.normalization == "bounds"
+    counts = count_weights(build_model(config, torch.bfloat16, None))
+    projector = (14 + 1) * 4096 + (4096 + 1) * 4096
+    assert counts["trained"] + counts["frozen"] == 7_541_237_184 + projector
 
 
 def test_shards_shrink_with_the_ranks_and_activations_do_not():

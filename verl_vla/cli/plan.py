@@ -11,6 +11,7 @@ from typing import Any
 
 from verl_vla.build import find_policy
 from verl_vla.composition import load_recipe
+from verl_vla.envs.suites import suite
 from verl_vla.errors import ConfigError
 from verl_vla.planning import GPUS, Plan, find_remedy, make_plan
 from verl_vla.planning.trace import ModelConfig
@@ -52,13 +53,15 @@ def run(arguments: Sequence[str]) -> int:
 def policy_config(recipe: Recipe) -> tuple[ModelConfig, str]:
     """The sizes of the recipe's policy, and where they are from.
 
-    A recipe may name a folder that is not on this machine; then it is taken for the published
-    policy, whose sizes `OpenVLAOFTConfig` knows.
+    A recipe may name a folder that is not on this machine; then it is taken for the policy that was
+    published for the suite.
     """
     try:
         folder = find_policy(recipe.policy.path)
     except ConfigError:
-        return OpenVLAOFTConfig(), f"{recipe.policy.path} is not here; OpenVLA-OFT as published"
+        sizes = suite(recipe.environment.suite).policy_sizes
+        source = f"{recipe.policy.path} is not here; OpenVLA-OFT as published"
+        return OpenVLAOFTConfig(**sizes), source
     return load_config(folder), str(folder)
 
 

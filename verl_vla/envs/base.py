@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -150,6 +151,10 @@ class Suite(ABC):
     grippers: tuple[int, ...]
     """Places in an action that are commanded by sign, -1 opens and +1 closes, and that a policy's
     statistics therefore do not normalise; empty where all values are what the data says."""
+
+    policy_sizes: Mapping[str, Any] = MappingProxyType({})
+    """Entries of ``config.json`` in which OpenVLA-OFT policies published for it differ from those
+    for LIBERO; what a plan goes by where the policy is not at hand."""
 
     @property
     @abstractmethod

@@ -15,11 +15,8 @@ from verl_vla.envs.base import ChunkResult, Snapshot
 from verl_vla.errors import ConfigError, ContractError
 from verl_vla.played import GoalReadings, Observation, Outcome
 
-ACTION_DIM = 7
-"""As in LIBERO; the first two values move the dot right and up, the others do nothing."""
-
-PROPRIO_DIM = 8
-"""As in LIBERO; the first two values are the dot's place, the others are zero."""
+ACTION_DIM, PROPRIO_DIM = 7, 8
+"""As in LIBERO."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +67,10 @@ class FakeEnvConfig:
     """How near to the target, along each axis, counts as solved."""
     num_init_states: int = 100
     """Recorded starts of each task."""
+    action_dim: int = ACTION_DIM
+    """The first two values move the dot right and up, the others do nothing."""
+    proprio_dim: int = PROPRIO_DIM
+    """The first two values are the dot's place, the others are zero."""
     draw_ending: bool = False
     """Draw what is to be seen after the last step as well."""
 
@@ -77,6 +78,9 @@ class FakeEnvConfig:
         for name in ("num_views", "step_limit", "stride", "tolerance", "num_init_states"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; set a positive number")
+        for name in ("action_dim", "proprio_dim"):
+            if getattr(self, name) < 2:
+                raise ConfigError(f"{name} is {getattr(self, name)}; the dot needs at least 2")
         if self.image_size < 8:
             raise ConfigError(f"image_size is {self.image_size}; the dot needs at least 8 pixels")
         if self.tolerance >= TARGET_DISTANCE - START_REACH:
@@ -112,9 +116,10 @@ class FakeEnv:
         """Move the dot by each action, until it is there or out of time."""
         if self._is_over:
             raise ContractError("the episode has ended; reset or restore first")
-        if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or not len(actions):
+        width = self._config.action_dim
+        if actions.ndim != 2 or actions.shape[1] != width or not len(actions):
             raise ContractError(
-                f"actions must be [K, {ACTION_DIM}] with K >= 1, got {list(actions.shape)}"
+                f"actions must be [K, {width}] with K >= 1, got {list(actions.shape)}"
             )
         before = self._goals()
         executed, outcome = 0, None
@@ -162,7 +167,7 @@ class FakeEnv:
         return np.array([[0.0, distance, holds]], dtype=np.float32)
 
     def _observe(self) -> Observation:
-        proprio = np.zeros(PROPRIO_DIM, dtype=np.float32)
+        proprio = np.zeros(self._config.proprio_dim, dtype=np.float32)
         proprio[:2] = self._place
         return Observation(
             image=self._draw(),

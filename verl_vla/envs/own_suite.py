@@ -34,11 +34,10 @@ def load_own_suite(name: str) -> Suite:
     Raises:
         ConfigError: no such file or class, one that cannot be made, or that lacks something.
     """
-    given, class_name = name.rsplit(":", 1)
-    path = next((p for p in (Path(given), PROJECT_FOLDER / given) if p.is_file()), Path(given))
+    path, class_name = _locate(name)
     own: dict[str, type[Any]] = {
         name: cls
-        for name, cls in inspect.getmembers(import_file(path.resolve()), inspect.isclass)
+        for name, cls in inspect.getmembers(import_file(path), inspect.isclass)
         if issubclass(cls, Suite)
     }
     if class_name not in own:
@@ -56,3 +55,16 @@ def load_own_suite(name: str) -> Suite:
             f"suite {name!r} lacks {', '.join(missing)}; see Suite in verl_vla/envs/base.py"
         )
     return suite
+
+
+def locate_own_suite(name: str) -> str:
+    """Name the same suite by a path that starts at the root."""
+    path, class_name = _locate(name)
+    return f"{path}:{class_name}"
+
+
+def _locate(name: str) -> tuple[Path, str]:
+    given, class_name = name.rsplit(":", 1)
+    folders = (Path.cwd(), PROJECT_FOLDER)
+    found = next((f / given for f in folders if (f / given).is_file()), Path(given))
+    return found.resolve(), class_name

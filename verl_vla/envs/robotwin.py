@@ -8,6 +8,7 @@ a recipe for it can be planned; to train, extend `RoboTwin` by a `make_env` arou
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from verl_vla.envs.base import Env, EnvConfig, Suite, Task
 from verl_vla.errors import ConfigError
@@ -39,6 +40,11 @@ STEPS = {
 NUM_SEEDS = 1000
 """Arrangements of a task that its expert solves: ``data.num_trials_per_task`` of
 ``examples/run_openvla_oft_rl_twin2.sh``."""
+NO_SIMULATOR = (
+    "RoboTwin's simulator is in no package index, so this suite can be planned and not played; "
+    "extend it by a make_env around your checkout of RoboTwin, as docs/add-an-environment.md says, "
+    "and name that with environment.suite=path/to/file.py:ClassName"
+)
 NUM_JOINTS = 14
 """Two arms of six joints and a gripper: openvla-oft ``prismatic/vla/constants.py``, ALOHA."""
 
@@ -59,21 +65,27 @@ class RoboTwin(Suite):
     grippers = ()
     """Their openings are normalised like the joints (openvla-oft, ``oxe/materialize.py``)."""
 
+    policy_sizes = MappingProxyType(
+        {
+            "chunk_length": 25,
+            "action_dim": NUM_JOINTS,
+            "use_proprio": True,
+            "proprio_dim": NUM_JOINTS,
+            "action_proprio_normalization_type": "bounds",
+        }
+    )
+    """openvla-oft ``prismatic/vla/constants.py``, ALOHA."""
+
     @property
     def versions(self) -> Mapping[str, str]:
         """None, as nothing is simulated; name your checkout's commit and ``task_config``."""
         return {}
 
     def require_simulator(self) -> None:
-        """Say what is missing: see `Suite.require_simulator`."""
-        raise ConfigError(
-            "RoboTwin's simulator is in no package index, so this suite can be planned and not "
-            "played; extend it by a make_env around your checkout of RoboTwin, as "
-            "docs/add-an-environment.md says, and name that with "
-            "environment.suite=path/to/file.py:ClassName"
-        )
+        """Say what is missing, unless a subclass has brought it: see `Suite.require_simulator`."""
+        if type(self).make_env is RoboTwin.make_env:
+            raise ConfigError(NO_SIMULATOR)
 
     def make_env(self, config: EnvConfig) -> Env:
         """Build none: see `require_simulator`."""
-        self.require_simulator()
-        raise AssertionError("unreachable")
+        raise ConfigError(NO_SIMULATOR)

@@ -20,7 +20,7 @@ from verl_vla.envs.assets import find_assets, libero_root
 from verl_vla.envs.base import Env, EnvConfig, StepLimit, Suite, Task
 from verl_vla.envs.base import Split as Split
 from verl_vla.envs.init_states import read_states
-from verl_vla.envs.own_suite import load_own_suite
+from verl_vla.envs.own_suite import load_own_suite, locate_own_suite
 from verl_vla.errors import ConfigError
 
 SIMULATION = ("mujoco", "robosuite", "hf-libero")
@@ -154,6 +154,11 @@ def suite(name: str) -> Suite:
             the file or class cannot be used.
     """
     return load_own_suite(name) if ".py:" in name else libero_suite(name)
+
+
+def absolute_name(name: str) -> str:
+    """The name of a suite for a process that works in another folder."""
+    return name if name in SUITES else locate_own_suite(name)
 
 
 def make_env(config: EnvConfig) -> Env:

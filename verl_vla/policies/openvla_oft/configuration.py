@@ -79,10 +79,9 @@ class OpenVLAOFTConfig(PreTrainedConfig):
     ``vision_towers``, a list of mappings with the fields of `VisionTower`. The language model's
     attention is always bidirectional, whatever the file says.
 
-    Chunk and action have LIBERO's sizes where the file does not say others. A RoboTwin
-    checkpoint, whose code took them from an environment variable, needs these entries added:
-    ``chunk_length`` 25, ``action_dim`` 14, ``use_proprio`` true, ``proprio_dim`` 14 and
-    ``action_proprio_normalization_type`` "bounds" (openvla-oft's constants for ALOHA).
+    Chunk and action have LIBERO's sizes where the file does not say others. Add to the file of a
+    checkpoint for another robot what ``policy_sizes`` of its suite says, e.g. of
+    `verl_vla.envs.robotwin.RoboTwin`; its own code took them from an environment variable.
 
     Raises:
         ConfigError: if the file describes a model that this code does not compute.
