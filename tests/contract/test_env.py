@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -28,19 +28,25 @@ class Case:
     factory: EnvFactory
     scale: float
     """Actions this small solve nothing by chance."""
+    action_dim: int = 7
+    proprio_dim: int = 8
 
 
 FAKE = FakeEnvConfig(image_size=256, step_limit=STEP_LIMIT, stride=0.02, draw_ending=True)
 MINI = EnvConfig(
     suite="mini", step_limit=STEP_LIMIT, render_size=64, image_size=56, draw_ending=True
 )
+TWO_ARMS = replace(FAKE, action_dim=14, proprio_dim=14)
 CASES = {
     "fake": Case(partial(FakeEnv, FAKE), 0.2),
+    "two arms": Case(partial(FakeEnv, TWO_ARMS), 0.2, action_dim=14, proprio_dim=14),
     "mini": Case(partial(make_env, MINI), 0.5),
 }
 
 
-@pytest.fixture(scope="module", params=["fake", pytest.param("mini", marks=pytest.mark.sim)])
+@pytest.fixture(
+    scope="module", params=["fake", "two arms", pytest.param("mini", marks=pytest.mark.sim)]
+)
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 
@@ -54,7 +60,7 @@ def env(case: Case) -> Iterator[Env]:
 
 def chunk(case: Case, seed: int, length: int = CHUNK) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return rng.uniform(-case.scale, case.scale, (length, 7)).astype(np.float32)
+    return rng.uniform(-case.scale, case.scale, (length, case.action_dim)).astype(np.float32)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -74,13 +80,13 @@ def test_a_start_looks_the_same_every_time(env: Env, case: Case) -> None:
     assert not np.array_equal(env.reset(0, 4).image, first.image)
 
 
-def test_an_observation_is_complete(env: Env) -> None:
+def test_an_observation_is_complete(env: Env, case: Case) -> None:
     seen = env.reset(0, 0)
     assert isinstance(seen, Observation)
     assert seen.image.dtype == np.uint8
     assert seen.image.ndim == 4
     assert seen.image.shape[-1] == 3
-    assert seen.proprio.shape == (8,)
+    assert seen.proprio.shape == (case.proprio_dim,)
     assert seen.proprio.dtype == np.float32
     assert seen.instruction != env.reset(1, 0).instruction
 
@@ -109,7 +115,7 @@ def test_time_runs_out_inside_a_chunk(env: Env, case: Case) -> None:
 
 def test_the_end_of_an_episode_is_drawn_for_whoever_wants_to_see_it(env: Env, case: Case) -> None:
     first = env.reset(0, 0).image
-    straight_on = np.full((CHUNK, 7), case.scale, dtype=np.float32)
+    straight_on = np.full((CHUNK, case.action_dim), case.scale, dtype=np.float32)
     *before, last = (env.step_chunk(straight_on) for _ in range(6))
     assert all(result.ending is None for result in before)
     assert last.ending is not None
@@ -152,11 +158,17 @@ def test_nothing_is_played_before_a_start(case: Case) -> None:
     env.close()
 
 
-@pytest.mark.parametrize("shape", [(7,), (8, 6), (0, 7), (1, 8, 7)])
-def test_misshapen_actions_are_refused(env: Env, case: Case, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "shape",
+    [lambda a: (a,), lambda a: (8, a - 1), lambda a: (0, a), lambda a: (1, 8, a)],
+    ids=["no steps", "narrow", "empty", "several"],
+)
+def test_misshapen_actions_are_refused(
+    env: Env, case: Case, shape: Callable[[int], tuple[int, ...]]
+) -> None:
     env.reset(0, 0)
-    with pytest.raises(ContractError, match=r"actions must be \[K, 7\]"):
-        env.step_chunk(np.zeros(shape, np.float32))
+    with pytest.raises(ContractError, match=rf"actions must be \[K, {case.action_dim}\]"):
+        env.step_chunk(np.zeros(shape(case.action_dim), np.float32))
     assert env.step_chunk(chunk(case, 0)).executed == CHUNK
 
 

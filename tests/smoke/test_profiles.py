@@ -1,0 +1,71 @@
+"""The profiles of recipes/profile, one training step each, with the embedded policy on the CPU.
+
+What a CPU needs is overridden, and nothing else: the device, and sizes. `two_cores` is the profile
+of every other run here.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import PROJECT
+
+from verl_vla.cli.main import main
+from verl_vla.metrics import read_metrics
+from verl_vla.trainer.checkpoint import step_folder
+
+pytestmark = [pytest.mark.smoke, pytest.mark.sim]
+
+SMALL = (
+    "recipe=libero",
+    "suite=mini",
+    "cluster.device=cpu",
+    "environment.tasks=[0]",
+    "environment.step_limit=16",
+    "environment.num_workers=1",
+    "environment.num_slots=8",
+    "sampling.groups_per_step=2",
+    "sampling.group_size=4",
+    "sampling.dynamic=false",
+    "optimizer.num_mini_batches=1",
+    "gate.mode=off",
+    "reward=reaching",  # so that failures differ
+    "trainer.total_training_steps=1",
+    "trainer.eval_before=false",
+    "trainer.eval_every=0",
+)
+RATIO_TOLERANCE = 1e-3
+"""The first mini-batch is scored by the weights that acted, in 16 bits as in 32."""
+NO_BITSANDBYTES = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="bitsandbytes, of the extra qlora, is not installed"
+)
+
+
+@pytest.mark.parametrize(
+    ("profile", "words"),
+    [
+        ("8gpu", ["cluster.ranks_per_node=2"]),
+        ("lora_24gb", []),
+        pytest.param("qlora_24gb", [], marks=NO_BITSANDBYTES),
+    ],
+)
+def test_a_profile_trains(profile: str, words: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(["train", *SMALL, f"profile={profile}", *words, f"out='{out}'"]) == 0
+    (line,) = read_metrics(out / "metrics.jsonl")
+    assert line["actor/grad_norm"] > 0
+    assert line["actor/skipped"] == 0
+    assert abs(line["actor/ratio_first"] - 1) < RATIO_TOLERANCE
+    checkpoint = step_folder(out / "checkpoints", 1)
+    before = load_file(PROJECT / "bases" / "mini" / "model.safetensors")
+    after = load_file(checkpoint / "policy" / "model.safetensors")
+    assert after.keys() == before.keys(), "adapters are merged where a policy is exported"
+    moved = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
+    layers = {name for name in before if name.startswith("language_model.model.layers.")}
+    linear = {name for name in layers if "_proj." in name}
+    assert linear <= moved
+    assert (moved == linear) == (profile != "8gpu")
