@@ -30,6 +30,8 @@ from verl_vla.errors import EXIT_SIGNAL, ConfigError, ContractError, EpisodeCras
 from verl_vla.journal import read_episodes
 from verl_vla.metrics import METRICS, OPEN_FAMILIES, is_reproducible, read_metrics
 from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
+from verl_vla.policies.scratch_vla.tiny import ScratchSizes
+from verl_vla.policies.scratch_vla.tiny import build_tiny_policy as build_tiny_scratch_vla
 from verl_vla.trainer.checkpoint import complete_steps, step_folder
 from verl_vla.trainer.env_nodes import RESOURCE, open_env_nodes
 from verl_vla.types import EpisodeSpec, Observation
@@ -277,11 +279,18 @@ def test_the_embedded_policy_learns(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not assets_available(), reason="LIBERO's assets are not on this machine")
-def test_one_update_on_real_libero_spatial(tmp_path: Path) -> None:
+def test_one_update_on_real_libero_spatial_with_two_cameras(tmp_path: Path) -> None:
+    """Of a Qwen-shaped policy, so that the other policy and the wrist camera are trained too."""
+    task = suite("libero_spatial").tasks[0]
+    statistics = load_statistics(PROJECT / "bases" / "mini", "mini")
+    sizes = ScratchSizes(render_size=128, num_views=2)
+    policy = build_tiny_scratch_vla([task.instruction], statistics, sizes=sizes)
+    policy.save_pretrained(tmp_path / "untrained")
     run = TrainingRun(
         tmp_path / "run",
         [
             "recipe=libero_spatial_tiny",
+            f"policy.path='{tmp_path / 'untrained'}'",
             "trainer.total_training_steps=1",
             "environment.tasks=[0]",
             "environment.step_limit=24",
@@ -293,6 +302,9 @@ def test_one_update_on_real_libero_spatial(tmp_path: Path) -> None:
     assert line["rollout/episodes"] == 2
     assert line["rollout/crashes"] == 0
     assert line["rollout/steps"] == 48
+    assert line["actor/rows_without_gradient"] == 0
+    assert line["actor/grad_norm"] > 0
+    assert line["actor/ratio_first_deviation"] < RATIO_TOLERANCE
     assert line["eval/episodes"] == 1
 
 
