@@ -46,7 +46,9 @@ METRICS: dict[str, Metric] = {
     "actor/loss": Metric(unit="1", meaning="clipped loss, mean over the optimizer steps"),
     "actor/grad_norm": Metric(unit="1", meaning="before clipping, mean of those that were finite"),
     "actor/skipped": Metric(
-        unit="count", meaning="optimizer steps left out: the loss or the gradient was not finite"
+        unit="count",
+        meaning="optimizer steps left out: the loss or the gradient was not finite, or, where "
+        "actor/rows is 0, no decision of the training step had a gradient",
     ),
     "actor/lr": Metric(unit="1", meaning="learning rate after the step"),
     "actor/entropy": Metric(
@@ -70,10 +72,13 @@ METRICS: dict[str, Metric] = {
         meaning="rows without content, so that ranks and optimizer steps get equally many; fewer "
         "than ranks x optimizer steps",
     ),
-    "actor/rows_without_gradient": Metric(
+    "actor/rows_left_out": Metric(
         unit="count",
-        meaning="decisions trained on whose advantage is 0; 0 where groups that agree are dropped "
-        "and rewards are binary",
+        meaning="decisions whose advantage was 0, kept from the update; 0 with loss.kl, which "
+        "moves them",
+    ),
+    "actor/rows_without_gradient": Metric(
+        unit="count", meaning="decisions trained on that no term of the loss moves; always 0"
     ),
     "memory/process_peak": Metric(unit="GiB", meaning="peak resident memory of a learner process"),
     "memory/device_peak": Metric(

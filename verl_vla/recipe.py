@@ -200,6 +200,10 @@ class ClusterConfig:
     """Machines that hold ranks."""
     ranks_per_node: int = 1
     """Data-parallel learner processes on each node, one GPU each."""
+    gather_once: bool = True
+    """Several ranks gather the weights once for a rollout and hold them all while they play, in
+    ``policy.dtype``; false gathers them for every decision and needs room for two layers. An
+    optimizer that keeps weights in host memory always does the latter."""
     address: str | None = None
     """Of a running Ray cluster; null starts one on this machine."""
     env_nodes: int = 0

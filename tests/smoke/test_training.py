@@ -30,6 +30,8 @@ from verl_vla.errors import EXIT_SIGNAL, ConfigError, ContractError, EpisodeCras
 from verl_vla.journal import read_episodes
 from verl_vla.metrics import METRICS, OPEN_FAMILIES, is_reproducible, read_metrics
 from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
+from verl_vla.policies.scratch_vla.tiny import ScratchSizes
+from verl_vla.policies.scratch_vla.tiny import build_tiny_policy as build_tiny_scratch_vla
 from verl_vla.trainer.checkpoint import complete_steps, step_folder
 from verl_vla.trainer.env_nodes import RESOURCE, open_env_nodes
 from verl_vla.types import EpisodeSpec, Observation
@@ -276,24 +278,67 @@ def test_the_embedded_policy_learns(tmp_path: Path) -> None:
     assert after["ci95"][0] > before["rate"], (before, after)
 
 
+SILENT = """
+import numpy as np
+from rewards.reaching import ReachingReward
+
+
+class SilentReward(ReachingReward):
+    def __call__(self, batch):
+        result = super().__call__(batch)
+        result.score[batch.group_id != 3] = 0
+        return result
+"""
+"""Tells apart the second group of the second training step, and no other."""
+
+
 @pytest.mark.skipif(not assets_available(), reason="LIBERO's assets are not on this machine")
-def test_one_update_on_real_libero_spatial(tmp_path: Path) -> None:
+def test_real_libero_spatial_is_learned_from_where_there_is_a_gradient(tmp_path: Path) -> None:
+    """A step in which all groups agree, and one in which one of two does.
+
+    The policy is Qwen-shaped and has two cameras, so that both are trained by GRPO too.
+    """
+    (tmp_path / "silent.py").write_text(SILENT)
+    task = suite("libero_spatial").tasks[0]
+    statistics = load_statistics(PROJECT / "bases" / "mini", "mini")
+    sizes = ScratchSizes(render_size=128, num_views=2)
+    base = build_tiny_scratch_vla([task.instruction], statistics, sizes=sizes)
+    base.save_pretrained(tmp_path / "untrained")
     run = TrainingRun(
         tmp_path / "run",
         [
             "recipe=libero_spatial_tiny",
-            "trainer.total_training_steps=1",
+            f"policy.path='{tmp_path / 'untrained'}'",
+            f"reward='{tmp_path / 'silent.py'}:SilentReward'",
+            "trainer.save_every=1",
+            "trainer.eval_every=2",
             "environment.tasks=[0]",
             "environment.step_limit=24",
-            "sampling.groups_per_step=1",
+            "optimizer.num_mini_batches=4",
+            "optimizer.warmup_steps=2",
         ],
     )
     run.finish()
-    (line,) = read_metrics(run.folder / "metrics.jsonl")
-    assert line["rollout/episodes"] == 2
-    assert line["rollout/crashes"] == 0
-    assert line["rollout/steps"] == 48
-    assert line["eval/episodes"] == 1
+    none, half = read_metrics(run.folder / "metrics.jsonl")
+    for line in (none, half):
+        assert line["rollout/episodes"] == 4
+        assert line["rollout/crashes"] == 0
+        assert line["rollout/steps"] == 96
+        assert line["actor/rows_without_gradient"] == 0
+        assert line["rollout/decisions_for_ended"] == 0
+    assert none["actor/rows"] == 0
+    assert none["actor/rows_left_out"] == 12
+    assert none["actor/skipped"] == 4
+    assert half["actor/rows"] == half["actor/rows_left_out"] == 6
+    assert half["actor/rows_of_padding"] == 2
+    assert half["actor/skipped"] == 0
+    assert half["actor/grad_norm"] > 0
+    assert abs(half["actor/ratio_first"] - 1) < RATIO_TOLERANCE
+    assert half["actor/lr"] == 2 * none["actor/lr"] > 0, "the warm-up counts training steps"
+    before = load_file(tmp_path / "untrained" / "model.safetensors")
+    assert largest_difference(before, weights(run, 1)) == 0
+    assert largest_difference(before, weights(run, 2)) > 0
+    assert half["eval/episodes"] == 1
 
 
 def test_a_run_that_cannot_learn_stops_and_says_why(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from verl_vla.benchmarks import gpu, page, step, update
-from verl_vla.benchmarks.env import _compared, _moves
+from verl_vla.benchmarks.env import _compared, _moves, compare_resets
 from verl_vla.benchmarks.measuring import Seconds, ratio, record, spread, take_turns, timed
 from verl_vla.benchmarks.pool import IdlePolicy, scaling, two_against_one
 from verl_vla.benchmarks.rollout import compare
@@ -61,11 +61,22 @@ def test_work_is_timed_by_both_clocks() -> None:
 def test_medians_and_ratios_pair_by_pair() -> None:
     assert spread([3.0, 1.0, 2.04], 1) == [2.0, 1.0, 3.0]
     assert ratio([10.0, 30.0, 20.0], [1.0, 2.0, 4.0]) == [10.0, 5.0, 15.0]
-    taken = {"peer": [Seconds(4.0, 2.0)], "ours": [Seconds(1.0, 1.0)]}
-    found = _compared("chunk", taken)
+    found = _compared("chunk", [Seconds(4.0, 2.0)], [Seconds(1.0, 1.0)])
     assert found["chunk_times_faster"] == [2.0, 2.0, 2.0]
     assert found["chunk_times_faster_clock"] == [4.0, 4.0, 4.0]
     assert found["chunk_peer_processor_ms"][0] == 2000
+
+
+def test_a_reset_is_compared_without_its_first_picture_and_with_it() -> None:
+    taken = {
+        "peer": [Seconds(9.0, 6.0)],
+        "settle": [Seconds(1.0, 0.5)],
+        "look": [Seconds(2.0, 1.0)],
+    }
+    found = compare_resets(taken)
+    assert found["reset_to_settled_state_times_faster"][0] == 12.0
+    assert found["reset_and_first_picture_times_faster"][0] == 4.0
+    assert found["reset_and_first_picture_times_faster_clock"][0] == 3.0
 
 
 def test_a_record_names_its_command_and_conditions(monkeypatch: pytest.MonkeyPatch) -> None:

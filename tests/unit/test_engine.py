@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,13 @@ from verl_vla.composition import load_recipe
 from verl_vla.envs.suites import suite
 from verl_vla.policies.loading import load_policy
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
+from verl_vla.recipe import LossConfig
 from verl_vla.trainer.engine import VLAEngine
+from verl_vla.trainer.finite_guard import FiniteGuard
 from verl_vla.trainer.trained_weights import local
 from verl_vla.trainer.translate import to_verl
 from verl_vla.trainer.verl_process import prepare_verl
+from verl_vla.trainer.worker import row_loss
 
 SIZES = TinySizes(
     image_size=28,
@@ -224,6 +228,64 @@ def test_another_optimizer_learns_as_adamw_and_goes_on_exactly(
     for one in (engine, again):
         update(one, bins)
     assert moved(weights(engine), weights(again)) == set()
+
+
+def decided(engine: VLAEngine, advantages: list[float], which: list[int]) -> TensorDict:
+    """Decisions of two episodes of four steps each; those in ``which`` are learned from."""
+    images, prompts, _ = seen(engine)
+    bins, logp = choose(engine)
+    mask = torch.ones(len(bins[0]), dtype=torch.long)
+    columns = {
+        "prompts": prompts,
+        "responses": bins,
+        "images": images,
+        "response_mask": [mask] * NUM,
+        "loss_mask": [mask] * NUM,
+        "advantages": [advantage * mask.float() for advantage in advantages],
+        "old_log_probs": logp,
+        "trajectory_steps": [torch.tensor([4])] * NUM,
+    }
+    rows = {
+        name: torch.nested.as_nested_tensor([column[i] for i in which], layout=torch.jagged)
+        for name, column in columns.items()
+    }
+    values = {"temperature": TEMPERATURE, "num_trajectories": 2.0, "use_dynamic_bsz": False}
+    return tu.get_tensordict(rows, values | {"micro_batch_size_per_gpu": 1})
+
+
+def test_an_update_is_the_same_without_the_rows_that_have_no_gradient(
+    make: Make, tmp_path: Path
+) -> None:
+    loss = partial(row_loss, config=LossConfig(), action_dim=7, num_ranks=1)
+    after, norms, idle = [], [], []
+    for which in ([0, 1, 2], [0, 2]):
+        engine = make("optimizer.lr=1e-2")
+        engine.guard = FiniteGuard(folder=tmp_path, max_in_a_row=1)
+        before = weights(engine)
+        with engine.train_mode():
+            found = engine.train_batch(decided(engine, [1.0, 0.0, -1.0], which), loss)["metrics"]
+        assert moved(before, weights(engine))
+        after.append(weights(engine))
+        norms.append(found["grad_norm"])
+        idle.append(sum(found["num_rows_idle"]))
+    assert idle == [1, 0]
+    assert norms[0] == norms[1] > 0
+    assert moved(*after) == set()
+
+
+def test_a_checkpoint_before_the_first_update_is_gone_on_from(make: Make, tmp_path: Path) -> None:
+    """The first training steps may have had no gradient."""
+    words = ("optimizer.warmup_steps=4",)
+    engine = make(*words)
+    bins, _ = choose(engine)
+    lr = engine.lr_scheduler_step()
+    engine.save_checkpoint(str(tmp_path / "saved"), global_step=1)
+    again = make(*words)
+    again.load_checkpoint(str(tmp_path / "saved"), del_local_after_load=False)
+    for one in (engine, again):
+        update(one, bins)
+    assert moved(weights(engine), weights(again)) == set()
+    assert 0 < lr < engine.lr_scheduler_step() == again.lr_scheduler_step()
 
 
 def is_big(value: object) -> bool:

@@ -59,6 +59,7 @@ def make_engine(policy: Path, diverged: Path) -> VLAEngine:
                 "attn_implementation": "sdpa",
                 "unnorm_key": None,
                 "quantization": "none",
+                "gather_once": True,
             },
         ),
         FSDPEngineConfig(

@@ -24,6 +24,7 @@ from verl_vla.errors import ConfigError
 from verl_vla.planning import GPUS, find_remedy, make_plan
 from verl_vla.planning.memory import ENCODER_BYTES, MAX_PROMPT_TOKENS, rows_per_pass
 from verl_vla.planning.plan import trace_policy
+from verl_vla.planning.remedies import _candidates
 from verl_vla.planning.trace import Adapters, build_model, count_weights, trace_model
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig
 from verl_vla.recipe import Recipe
@@ -209,6 +210,20 @@ def test_shards_shrink_with_the_ranks_and_activations_do_not():
     for part in ("weights", "gradients", "optimizer state"):
         assert two.lasting[part] == pytest.approx(one.lasting[part] / 2, abs=1)
     assert two.passing["update"] == one.passing["update"]
+
+
+def test_ranks_that_gather_once_hold_all_weights_while_they_play():
+    once, each = (
+        make_plan(load_recipe(["recipe=libero", *words]), TINY, GPUS["h100"])
+        for words in ([], ["cluster.gather_once=false"])
+    )
+    more = once.device.passing["rollout"] - each.device.passing["rollout"]
+    whole = 8 * once.device.lasting["weights"] / 2  # 8 ranks, float32 there and bfloat16 here
+    assert 0 < more < whole
+    assert once.device.passing["update"] == each.device.passing["update"]
+    one_rank = load_recipe(["recipe=libero", "profile=lora_24gb"])
+    assert {"cluster.gather_once": False} in list(_candidates(once.recipe))
+    assert {"cluster.gather_once": False} not in list(_candidates(one_rank))
 
 
 @pytest.mark.parametrize(

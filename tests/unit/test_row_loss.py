@@ -82,3 +82,13 @@ def test_gradients_are_scaled_for_the_average_over_ranks():
 def test_a_kl_term_without_its_column_is_an_error():
     with pytest.raises(KeyError, match="ref_log_prob"):
         loss_of(LossConfig(kl=KLConfig(coefficient=0.5)))
+
+
+def test_a_row_is_idle_where_no_term_of_the_loss_moves_it():
+    nothing = jagged(torch.zeros(2, 2))
+    _, plain, _ = loss_of(LossConfig(), advantages=nothing)
+    held = LossConfig(kl=KLConfig(coefficient=0.5))
+    _, with_kl, _ = loss_of(held, advantages=nothing, ref_log_prob=jagged(OLD))
+    _, unseen, _ = loss_of(LossConfig(), response_mask=jagged(TOKENS * torch.tensor([[1], [0]])))
+    assert (plain["num_rows_idle"], with_kl["num_rows_idle"]) == (2, 0)
+    assert unseen["num_rows_idle"] == 1

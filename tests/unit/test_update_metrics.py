@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from verl_vla.metrics import check_declared
-from verl_vla.trainer.update_metrics import summarise_update
+from verl_vla.trainer.update_metrics import summarise_no_update, summarise_update
 
 REPORTED = {
     "optimizer_step": [0, 0, 1],
@@ -26,7 +26,7 @@ REPORTED = {
 
 
 def summarise(reported, num_padding=1):
-    return summarise_update(reported, num_padding)
+    return summarise_update(reported, num_padding, num_left_out=5)
 
 
 def test_the_sums_become_the_declared_metrics():
@@ -45,9 +45,24 @@ def test_the_sums_become_the_declared_metrics():
             "actor/clip_high": 6 / 60,
             "actor/rows": 9,
             "actor/rows_of_padding": 1,
+            "actor/rows_left_out": 5,
             "actor/rows_without_gradient": 2,
         }
     )
+
+
+def test_a_step_without_an_update_reports_the_same_numbers():
+    values = summarise_no_update(num_left_out=7, num_mini_batches=4, lr=1e-4)
+    assert values.keys() == summarise(REPORTED).keys()
+    known = {name: value for name, value in values.items() if not np.isnan(value)}
+    assert known == {
+        "actor/skipped": 4,
+        "actor/lr": 1e-4,
+        "actor/rows": 0,
+        "actor/rows_of_padding": 0,
+        "actor/rows_left_out": 7,
+        "actor/rows_without_gradient": 0,
+    }
 
 
 @pytest.mark.parametrize(

@@ -58,32 +58,40 @@ def measure(options: argparse.Namespace) -> Record:
 
     The peers' way: 8 steps of `OffScreenRenderEnv` with its two cameras, each drawn at every step,
     nothing prepared for a policy; and a reset that rebuilds the model, sets the init state and
-    settles for 10 steps. Ours: `LiberoEnv.step_chunk`, with one view at the end, prepared for the
-    policy; and `LiberoEnv.reset`, equal to the bit.
+    settles for 10 steps, whose pictures it cannot leave out. Ours: `LiberoEnv.step_chunk`, with one
+    view at the end, prepared for the policy; and `LiberoEnv.reset`, equal to the bit, in its two
+    parts: the settled state, and the first picture.
     """
     require_positive(options, "pairs", "resets", "render_size", "image_size")
     with _way(_stock, options) as stock, _way(_ours, options) as ours:
-        chunks = _take_turns(stock, ours, "chunk", options.pairs, warm_up=2)
-        resets = _take_turns(stock, ours, "reset", options.resets, warm_up=1)
+        chunk = {"peer": partial(_ask, stock, "chunk"), "ours": partial(_ask, ours, "chunk")}
+        chunks = take_turns(chunk, rounds=options.pairs, warm_up=2)
+        reset = {"peer": partial(_ask, stock, "reset")}
+        reset |= {part: partial(_ask, ours, part) for part in ("settle", "look")}
+        resets = take_turns(reset, rounds=options.resets, warm_up=1)
     results: dict[str, Any] = {
         "suite": options.suite,
         "task": options.task,
         "render_size": options.render_size,
         "pairs": options.pairs,
         "resets": options.resets,
+        **_compared("chunk", chunks["peer"], chunks["ours"]),
+        **compare_resets(resets),
     }
-    return record("env", options, results | _compared("chunk", chunks) | _compared("reset", resets))
+    return record("env", options, results)
 
 
-def _take_turns(
-    stock: Connection, ours: Connection, name: str, rounds: int, warm_up: int
-) -> dict[str, list[Seconds]]:
-    ways = {"peer": partial(_ask, stock, name), "ours": partial(_ask, ours, name)}
-    return take_turns(ways, rounds=rounds, warm_up=warm_up)
+def compare_resets(taken: Mapping[str, list[Seconds]]) -> dict[str, Any]:
+    """Hold the peers' reset against ours: to a settled state, and with the first picture."""
+    parts = zip(taken["settle"], taken["look"], strict=True)
+    whole = [Seconds(a.clock + b.clock, a.processor + b.processor) for a, b in parts]
+    return {
+        **_compared("reset_to_settled_state", taken["peer"], taken["settle"]),
+        **_compared("reset_and_first_picture", taken["peer"], whole),
+    }
 
 
-def _compared(name: str, taken: Mapping[str, list[Seconds]]) -> dict[str, Any]:
-    peer, ours = taken["peer"], taken["ours"]
+def _compared(name: str, peer: list[Seconds], ours: list[Seconds]) -> dict[str, Any]:
     return {
         f"{name}_peer_processor_ms": spread([1000 * s.processor for s in peer], 1),
         f"{name}_ours_processor_ms": spread([1000 * s.processor for s in ours], 1),
@@ -136,10 +144,12 @@ def _ours(options: argparse.Namespace) -> Work:
         )
     )
     env.reset(options.task, 0)
+    init_state = env.suite.load_init_states(options.task)[0]
     moves = _moves()
     return {
         "chunk": lambda: env.step_chunk(next(moves)),
-        "reset": lambda: env.reset(options.task, 0),
+        "settle": lambda: env.settle(options.task, init_state),
+        "look": env.observe,
     }
 
 

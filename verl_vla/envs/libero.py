@@ -103,13 +103,17 @@ class LiberoEnv:
 
     def reset_to(self, task_id: int, init_state: npt.NDArray[np.float64]) -> Observation:
         """Start an episode from a state [1 + nq + nv] that is not among the recorded ones."""
+        self.settle(task_id, init_state)
+        return self.observe()
+
+    def settle(self, task_id: int, init_state: npt.NDArray[np.float64]) -> None:
+        """Start an episode from a state [1 + nq + nv] and settle, without drawing anything."""
         simulator = self.simulator(task_id)
         simulator.begin(init_state)
         for _ in range(self.config.settle_steps):
             simulator.step(np.array(SETTLE_ACTION))
         limit = self.suite.step_limit(self.config.step_limit, task_id)
         self._episode = _Episode(task_id, limit, simulator.goals())
-        return self.observe()
 
     def draw_start(self, task_id: int, stream: int, index: int) -> npt.NDArray[np.float64]:
         """Draw a start [1 + nq + nv] from the task's regions; equal arguments give equal starts."""

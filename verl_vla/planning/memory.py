@@ -96,13 +96,15 @@ def device_memory(recipe: Recipe, trace: Trace, shape: PolicyShape) -> DeviceMem
         lasting["reward's encoder"] = _encoder_bytes(recipe.reward_args)
         lasting["CUDA"] = CUDA_BYTES
     gathered = _gathered(recipe, trace, per_weight)
+    is_gathered_once = recipe.cluster.gather_once and ranks > 1 and not is_offloaded
+    in_rollout = per_weight * trace.weights if is_gathered_once else gathered
     in_backward = (per_weight + FLOAT32) * trace.layer if recipe.policy.lora_rank is None else 0
     # square roots of the second moments: of all weights at once on a GPU, one by one on a CPU
     roots = 0 if is_offloaded or recipe.cluster.device == "cpu" else FLOAT32 * trained
     rows = rows_per_pass(recipe.optimizer.micro_batch_size, shape)
     passing = {
         "update": gathered + in_backward + trace.training_bytes / trace.batch * rows,
-        "rollout": gathered + trace.forward_bytes / trace.batch * rollout_batch(recipe),
+        "rollout": in_rollout + trace.forward_bytes / trace.batch * rollout_batch(recipe),
         "optimizer step": roots,
     }
     return DeviceMemory(

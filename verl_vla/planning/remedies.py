@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from verl_vla.errors import ConfigError
+from verl_vla.planning.memory import num_ranks
 from verl_vla.planning.plan import Plan, make_plan
 from verl_vla.planning.trace import ModelConfig
 from verl_vla.recipe import Recipe
@@ -23,7 +24,8 @@ Changes = Mapping[str, Any]
 def find_remedy(plan: Plan, config: ModelConfig) -> tuple[Changes, Plan] | None:
     """The smallest change, of those that we know, with which ``plan`` fits; None if none does.
 
-    In this order: recompute activations, smaller micro-batches, more nodes, adapters, 4 bits.
+    In this order: gather weights for every decision, recompute activations, smaller micro-batches,
+    more nodes, adapters, 4 bits.
     """
     for changes in _candidates(plan.recipe):
         try:
@@ -36,6 +38,8 @@ def find_remedy(plan: Plan, config: ModelConfig) -> tuple[Changes, Plan] | None:
 
 
 def _candidates(recipe: Recipe) -> Iterator[Changes]:
+    if recipe.cluster.gather_once and num_ranks(recipe) > 1:
+        yield {"cluster.gather_once": False}
     changes: dict[str, Any] = {}
     if not recipe.policy.gradient_checkpointing:
         changes["policy.gradient_checkpointing"] = True

@@ -16,9 +16,7 @@ import torch
 import torch.distributed
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy
-from transformers import AutoModel
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.torch_dtypes import PrecisionType
@@ -29,8 +27,10 @@ from verl.workers.engine.utils import detach_tree
 from verl_vla.action_distribution import entropy, log_prob
 from verl_vla.policies.base import ActionLogits, Chooser
 from verl_vla.policies.loading import load_model, load_processor
-from verl_vla.policies.lora import merge_adapters, nf4, without_adapters
+from verl_vla.policies.lora import nf4, without_adapters
+from verl_vla.trainer.exported_policy import write_policy
 from verl_vla.trainer.finite_guard import FiniteGuard, all_finite, plain_rows
+from verl_vla.trainer.gathering import keep_gathered, shed_gathered
 from verl_vla.trainer.optimizers import build_optimizer
 from verl_vla.trainer.rows import dense, pack_like_language_model, right_padded, stacked
 from verl_vla.trainer.safe_loading import refuse_code
@@ -51,6 +51,7 @@ class VLAEngine(FSDPEngine):
         super().__init__(*args, **kwargs)
         self.losses: list[float] = []
         """Of the micro-batches since the last optimizer step, this rank's."""
+        self._holds_all_weights = False
 
     @property
     def is_quantized(self) -> bool:
@@ -163,6 +164,7 @@ class VLAEngine(FSDPEngine):
             On the CPU, ``bins`` [n, T] int64 and ``logp`` [n, T] float32; zeros for greedy play.
         """
         device = get_device_id()
+        self._hold_all_weights()
         with self.eval_mode(), torch.no_grad():
             chooser = Chooser(noise.to(device), temperature)
             output = self.run_model(
@@ -176,6 +178,21 @@ class VLAEngine(FSDPEngine):
             assert output.bins is not None
             logp = chooser.log_prob(output.logits, output.bins)
         return output.bins.cpu(), logp.cpu()
+
+    def _hold_all_weights(self) -> None:
+        """Gather them once for a rollout, not for every decision, where the recipe lets us."""
+        is_asked_for: bool = self.model_config.override_config["gather_once"]
+        may = is_asked_for and not self._uses_fsdp2_cpu_offload_policy
+        if may and torch.distributed.get_world_size() > 1 and not self._holds_all_weights:
+            keep_gathered(self.module)
+            self._holds_all_weights = True
+
+    def train_mode(self, **kwargs: Any) -> Any:
+        """As veRL does, with the shards alone."""
+        if self._holds_all_weights:
+            shed_gathered(self.module, self.engine_config.reshard_after_forward)
+            self._holds_all_weights = False
+        return super().train_mode(**kwargs)
 
     def forward_step(
         self,
@@ -274,23 +291,7 @@ class VLAEngine(FSDPEngine):
 
         Adapters are merged into the weights that they were trained on, 4-bit ones included.
         """
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state: dict[str, Any] = (
-            nf4().plain_state(self.module)
-            if self.is_quantized
-            else get_model_state_dict(self.module, options=options)
-        )
-        if torch.distributed.get_rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._save_model(folder, merge_adapters(self.module, state))
-            self.processor.save_pretrained(folder)
-        torch.distributed.barrier()
-
-    def _save_model(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """Write a model without adapters, given its weights."""
-        with torch.device("meta"):
-            plain = AutoModel.from_config(cast("Any", self.module).merged_config())
-        plain.save_pretrained(str(folder), state_dict=state)
+        write_policy(self.module, self.processor, folder, is_quantized=self.is_quantized)
 
 
 refuse_code()

@@ -34,6 +34,15 @@ def group_of(key: str) -> int:
     return int(key.split("_")[0].removeprefix("g"))
 
 
+def is_padding(key: str) -> bool:
+    """Whether a row's key is one that veRL made for a row without content.
+
+    >>> is_padding("pad0f3c_1_0"), is_padding("g12_3_0")
+    (True, False)
+    """
+    return not key.startswith("g")
+
+
 def make_rows(
     trajectories: Trajectories,
     score: npt.NDArray[np.float32],

@@ -51,6 +51,7 @@ class SFTEngine(VLAEngine):
                     "attn_implementation": policy.attention,
                     "unnorm_key": None,
                     "quantization": "none",
+                    "gather_once": True,
                 },
                 lora_rank=policy.lora_rank or 0,
                 lora_alpha=policy.lora_alpha,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import ray
@@ -33,7 +34,7 @@ from verl_vla.trainer.episode_loop import EpisodeLoop
 from verl_vla.trainer.placement import CorePoolManager
 from verl_vla.trainer.refused import RefusedEpisodes
 from verl_vla.trainer.rows import group_key
-from verl_vla.trainer.update_metrics import summarise_update
+from verl_vla.trainer.update import update
 from verl_vla.trainer.worker import VLAWorker
 from verl_vla.types import EpisodeSpec
 
@@ -172,20 +173,10 @@ class VLATrainer(PPOTrainerSync):
         return dp_size * self.recipe.optimizer.num_mini_batches
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
-        """One pass over the batch, in ``num_mini_batches`` optimizer steps."""
-        real = [key for key in batch.keys if key.startswith("g")]
-        episodes = {key.rsplit("_", 1)[0] for key in real}
-        num_mini_batches = self.recipe.optimizer.num_mini_batches
-        batch.extra_info = {
-            **(batch.extra_info or {}),
-            "num_mini_batch": num_mini_batches,
-            "num_trajectories": len(episodes) / num_mini_batches,
-            "temperature": self.recipe.sampling.temperature,
-            "epochs": 1,
-        }
-        output = self.actor_rollout_wg.update_actor(batch)
-        num_padding = len(batch.keys) - len(real)
-        metrics.update(summarise_update(tu.get(output, "metrics"), num_padding))
+        batch, values = update(
+            batch, self.actor_rollout_wg, self.recipe, partial(self._balance_batch, metrics={})
+        )
+        metrics.update(values)
         return batch
 
     def _validate(self) -> dict[str, float]:

@@ -122,6 +122,7 @@ def _model(run: Run) -> Knobs:
         f"{model}.override_config.attn_implementation": policy.attention,
         f"{model}.override_config.unnorm_key": run.processor.codec.statistics.key,
         f"{model}.override_config.quantization": policy.quantization,
+        f"{model}.override_config.gather_once": run.recipe.cluster.gather_once,
         f"{model}.lora_rank": policy.lora_rank or 0,
         f"{model}.lora_alpha": policy.lora_alpha,
         f"{model}.target_modules": policy.lora_targets,

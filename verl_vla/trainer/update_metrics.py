@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 
-def summarise_update(reported: Mapping[str, Any], num_padding: int) -> dict[str, float]:
+def summarise_update(
+    reported: Mapping[str, Any], num_padding: int, num_left_out: int
+) -> dict[str, float]:
     """Add up the sums of all micro-batches and ranks.
 
     Args:
@@ -18,6 +20,7 @@ def summarise_update(reported: Mapping[str, Any], num_padding: int) -> dict[str,
             a norm that is not finite stands for a step that was left out. ``kl_sum`` is among them
             where the loss has a KL term.
         num_padding: rows without content among them, from veRL.
+        num_left_out: rows that never reached a rank.
     """
     tokens = _array(reported["num_tokens"])
     first = _array(reported["optimizer_step"]) == 0
@@ -38,11 +41,26 @@ def summarise_update(reported: Mapping[str, Any], num_padding: int) -> dict[str,
         "actor/clip_high": float(_array(reported["num_clipped_high"]).sum()) / total,
         "actor/rows": float(_array(reported["num_rows"]).sum()) - num_padding,
         "actor/rows_of_padding": float(num_padding),
+        "actor/rows_left_out": float(num_left_out),
         "actor/rows_without_gradient": float(_array(reported["num_rows_idle"]).sum()) - num_padding,
     }
     if "kl_sum" in reported:
         values["actor/kl"] = float(_array(reported["kl_sum"]).sum()) / total
     return values
+
+
+def summarise_no_update(num_left_out: int, num_mini_batches: int, lr: float) -> dict[str, float]:
+    """The same metrics where no row had a gradient; what an update alone would tell is NaN."""
+    unknown = ("loss", "grad_norm", "entropy", "ratio_first", "ratio_first_deviation")
+    values = {f"actor/{name}": math.nan for name in (*unknown, "clip_low", "clip_high")}
+    return values | {
+        "actor/skipped": float(num_mini_batches),
+        "actor/lr": lr,
+        "actor/rows": 0.0,
+        "actor/rows_of_padding": 0.0,
+        "actor/rows_left_out": float(num_left_out),
+        "actor/rows_without_gradient": 0.0,
+    }
 
 
 def _array(values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -91,6 +91,11 @@ class VLAWorker(ActorRolloutRefWorker):
         bins, logp = self.engine.choose(*inputs, temperature, data["proprio"])
         return tu.get_tensordict({"bins": bins, "logp": logp})
 
+    @register(dispatch_mode=EVERY_RANK)
+    def go_without_update(self) -> float:
+        """Let a training step pass that changes no weight; return the learning rate after it."""
+        return self.engine.lr_scheduler_step()
+
     @register(dispatch_mode=EVERY_RANK, blocking=False)
     async def update_weights(
         self, global_steps: int | None = None, mode: str = "auto"
@@ -171,12 +176,13 @@ def row_loss(
         num_trajectories=tu.get_non_tensor_data(data, "num_trajectories", None),
     )
     old_logp = dense(data["old_log_probs"], width)
+    is_idle = ~mask.any(1) if config.kl.is_on else ~mask.any(1) | (advantage == 0)
     parts = policy_loss(logp, old_logp, advantage, mask, weight, config.clip)
     metrics = {
         "loss_sum": parts.loss.item(),
         "num_tokens": parts.num_tokens.item(),
         "num_rows": len(mask),
-        "num_rows_idle": int((~mask.any(1) | (advantage == 0)).sum()),
+        "num_rows_idle": int(is_idle.sum()),
         "num_clipped_low": parts.num_clipped_low.item(),
         "num_clipped_high": parts.num_clipped_high.item(),
         "ratio_sum": parts.ratio_sum.item(),
