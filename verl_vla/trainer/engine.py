@@ -174,8 +174,7 @@ class VLAEngine(FSDPEngine):
                 chooser=chooser,
                 proprio=proprio,
             )
-            assert output.logits is not None
-            assert output.bins is not None
+            assert output.logits is not None and output.bins is not None
             logp = chooser.log_prob(output.logits, output.bins)
         return output.bins.cpu(), logp.cpu()
 
