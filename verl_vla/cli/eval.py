@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m verl_vla eval", description=__doc__)
     add = parser.add_argument
     add("--policy", required=True, help="folder of a checkpoint")
-    add("--suite", required=True, help=f"one of {', '.join(SUITES)}")
+    add("--suite", required=True, help=f"{', '.join(SUITES)}, or path/to/file.py:ClassName")
     add("--tasks", type=int, nargs="+", help="task ids; all if not given")
     add("--episodes", type=int, help="starts per task; all recorded ones if not given")
     add(
