@@ -1,4 +1,4 @@
-"""One process at a time in a run's folder."""
+"""One process at a time in a folder of results."""
 
 from __future__ import annotations
 
@@ -17,19 +17,27 @@ LOCK = "lock"
 
 @contextmanager
 def folder_lock(folder: Path) -> Generator[None]:
-    """Hold an existing ``folder``; the system lets go of it when the process ends, however it ends.
+    """Make ``folder`` if need be, and hold it; the system lets go when the process ends.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: the folder cannot be written, or another process holds it.
     """
-    with (folder / LOCK).open("a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise ConfigError(
+            f"the folder to write to is {folder}, which cannot be written ({error.strerror}); "
+            "choose another"
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             raise ConfigError(
                 f"{folder} is in use by {file.read()}; let that process finish or end it, or "
-                "choose another out=FOLDER"
+                "choose another folder"
             ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +62,8 @@ def claimed_folder(
         ConfigError: the folder cannot be written, is in use, holds something that is no run, or a
             run that differs in more than the parts that ``may_change`` names.
     """
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(folder_lock(folder))
-            _write_recipe(folder, json.loads(json.dumps(recipe)), may_change)
-        except OSError as error:
-            raise ConfigError(
-                f"out is {folder}, which cannot be written ({error.strerror}); "
-                "choose another out=FOLDER"
-            ) from error
+    with folder_lock(folder):
+        _write_recipe(folder, json.loads(json.dumps(recipe)), may_change)
         yield
 
 

@@ -17,6 +17,7 @@ from verl_vla.cli import replay as replay_verb
 from verl_vla.comparison import RESULT
 from verl_vla.errors import ConfigError
 from verl_vla.film import HOLD_FRAMES
+from verl_vla.folder_lock import folder_lock
 from verl_vla.journal import actions_of, read_episodes
 from verl_vla.replaying import read_episode, replay
 from verl_vla.types import Outcome
@@ -106,6 +107,11 @@ def test_every_action_is_kept(undisturbed: Path) -> None:
 def test_another_evaluation_in_the_same_folder_is_refused(undisturbed: Path) -> None:
     with pytest.raises(ConfigError, match=r"step_limits.*48 -> 20.*choose another folder"):
         eval_verb.run(words(undisturbed, "--limit", "20"))
+
+
+def test_two_evaluations_do_not_share_a_folder(undisturbed: Path) -> None:
+    with folder_lock(undisturbed), pytest.raises(ConfigError, match=f"in use by.*{os.getpid()}"):
+        eval_verb.run(words(undisturbed))
 
 
 def test_an_episode_is_filmed_as_it_was_played(undisturbed: Path, tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ SMALL = (
 )
 DRAWN_AGAIN = "demos.pictures=rerendered"
 PLAYED_AT_THE_END = "trainer.play_every=100"
+MORE_THAN_THERE_ARE = ("evaluation.episodes_per_task=99",)
+"""No matter where nothing is played."""
 BRIEF = ("trainer.total_steps=2", "trainer.test_every=0")
 
 
@@ -244,7 +246,7 @@ def new_policy(folder: Path, **choices: Any) -> ScratchVLAPolicy:
     ("choices", "words"),
     [
         ({"num_views": 2}, [PLAYED_AT_THE_END]),
-        ({}, ["policy.lora_rank=4"]),
+        ({}, ["policy.lora_rank=4", *MORE_THAN_THERE_ARE]),
         ({"decoding": "autoregressive", "lora_rank": 4}, [PLAYED_AT_THE_END]),
     ],
     ids=["whole, with two cameras", "adapters of the recipe", "adapters of the policy"],

@@ -30,6 +30,8 @@ from verl_vla.errors import EXIT_SIGNAL, ConfigError, ContractError, EpisodeCras
 from verl_vla.journal import read_episodes
 from verl_vla.metrics import METRICS, OPEN_FAMILIES, is_reproducible, read_metrics
 from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
+from verl_vla.policies.scratch_vla.tiny import ScratchSizes
+from verl_vla.policies.scratch_vla.tiny import build_tiny_policy as build_tiny_scratch_vla
 from verl_vla.trainer.checkpoint import complete_steps, step_folder
 from verl_vla.trainer.env_nodes import RESOURCE, open_env_nodes
 from verl_vla.types import EpisodeSpec, Observation
@@ -292,12 +294,21 @@ class SilentReward(ReachingReward):
 
 @pytest.mark.skipif(not assets_available(), reason="LIBERO's assets are not on this machine")
 def test_real_libero_spatial_is_learned_from_where_there_is_a_gradient(tmp_path: Path) -> None:
-    """A step in which all groups agree, and one in which one of two does."""
+    """A step in which all groups agree, and one in which one of two does.
+
+    The policy is Qwen-shaped and has two cameras, so that both are trained by GRPO too.
+    """
     (tmp_path / "silent.py").write_text(SILENT)
+    task = suite("libero_spatial").tasks[0]
+    statistics = load_statistics(PROJECT / "bases" / "mini", "mini")
+    sizes = ScratchSizes(render_size=128, num_views=2)
+    base = build_tiny_scratch_vla([task.instruction], statistics, sizes=sizes)
+    base.save_pretrained(tmp_path / "untrained")
     run = TrainingRun(
         tmp_path / "run",
         [
             "recipe=libero_spatial_tiny",
+            f"policy.path='{tmp_path / 'untrained'}'",
             f"reward='{tmp_path / 'silent.py'}:SilentReward'",
             "trainer.save_every=1",
             "trainer.eval_every=2",
@@ -324,9 +335,9 @@ def test_real_libero_spatial_is_learned_from_where_there_is_a_gradient(tmp_path:
     assert half["actor/grad_norm"] > 0
     assert abs(half["actor/ratio_first"] - 1) < RATIO_TOLERANCE
     assert half["actor/lr"] == 2 * none["actor/lr"] > 0, "the warm-up counts training steps"
-    base = load_file(PROJECT / "bases" / "mini" / "model.safetensors")
-    assert largest_difference(base, weights(run, 1)) == 0
-    assert largest_difference(base, weights(run, 2)) > 0
+    before = load_file(tmp_path / "untrained" / "model.safetensors")
+    assert largest_difference(before, weights(run, 1)) == 0
+    assert largest_difference(before, weights(run, 2)) > 0
     assert half["eval/episodes"] == 1
 
 

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,6 +29,7 @@ from verl_vla.conditions import conditions
 from verl_vla.envs.suites import SUITES, Split, StepLimit, suite
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import EvaluationConfig, count_entries
+from verl_vla.folder_lock import folder_lock
 from verl_vla.journal import Journal, read_episodes
 from verl_vla.policies.checkpoint import fingerprint
 from verl_vla.policies.loading import load_policy
@@ -77,11 +79,13 @@ def run(arguments: Sequence[str]) -> int:
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     }
     out, began = Path(options.out), time.perf_counter()
-    journal = Journal(out, given | {"starts": [[s.task_id, s.init_state_id] for s in played]})
-    found = read_episodes(out)
-    if found:
-        logger.info("%d episodes are in %s already; the others follow", len(found), out)
-    with open_simulators(env, simulated, policy.shape) as simulators:
+    with ExitStack() as stack:
+        stack.enter_context(folder_lock(out))
+        journal = Journal(out, given | {"starts": [[s.task_id, s.init_state_id] for s in played]})
+        found = read_episodes(out)
+        if found:
+            logger.info("%d episodes are in %s already; the others follow", len(found), out)
+        simulators = stack.enter_context(open_simulators(env, simulated, policy.shape))
         lines = play_remaining(
             played,
             policy,
@@ -93,9 +97,9 @@ def run(arguments: Sequence[str]) -> int:
             seed=options.seed,
             show=EvaluationProgress(len(played), found).show,
         )
-    _show(lines, names)
-    time_spent = {"wall_s": time.perf_counter() - began, "episodes_found": len(found)}
-    _write(out / RESULT, evaluation_record(lines, given, names) | {"time": time_spent})
+        _show(lines, names)
+        time_spent = {"wall_s": time.perf_counter() - began, "episodes_found": len(found)}
+        _write(out / RESULT, evaluation_record(lines, given, names) | {"time": time_spent})
     return 0
 
 

@@ -23,6 +23,7 @@ from verl_vla.config import parse
 from verl_vla.envs.suites import SUITES, suite
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import count
+from verl_vla.folder_lock import folder_lock
 from verl_vla.policies.checkpoint import weight_files
 from verl_vla.policies.loading import load_policy, load_processor
 from verl_vla.provenance import provenance
@@ -197,7 +198,7 @@ def _play(folder: Path, played: PlayConfig, env: EnvironmentConfig) -> None:
     policy = load_policy(find_policy(played.policy), DTYPES[played.dtype], played.unnorm_key)
     torch.nn.Module.to(policy.model, device)
     simulated = replace(env_config(env, policy.processor), draw_ending=True)
-    with open_simulators(env, simulated, policy.shape) as simulators:
+    with folder_lock(folder), open_simulators(env, simulated, policy.shape) as simulators:
         play_missing(
             folder,
             _groups(played),

@@ -111,8 +111,12 @@ def open_sft_run(recipe: SFTRecipe) -> Generator[SFTRun]:
     chosen = suite(env.suite)
     tasks = task_ids(chosen, env.tasks)
     source = Path(recipe.demos.folder).expanduser().resolve()
-    held_out_starts = starts(
-        chosen, tasks, recipe.evaluation.states, per_task=recipe.evaluation.episodes_per_task
+    held_out_starts = (
+        starts(
+            chosen, tasks, recipe.evaluation.states, per_task=recipe.evaluation.episodes_per_task
+        )
+        if recipe.trainer.play_every
+        else ()
     )
     learned, held_out = read_demos(source, chosen, tasks, choice)
     if recipe.policy.path is not None:
