@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn import functional
 from transformers.integrations import flash_attention
 from transformers.utils import is_flash_attn_2_available
 
@@ -119,6 +121,27 @@ def test_a_batch_of_different_prompts_equals_each_alone(sizes: TinySizes) -> Non
         one = slice(row, row + 1)
         alone = model.action_logits(pixels[one], ids[one, :length])
         assert (together[one] - alone).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("lengths", "has_mask"), [([6, 6], False), ([6, 4], True)])
+def test_without_padding_attention_runs_without_a_mask(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], has_mask: bool
+) -> None:
+    """A mask keeps SDPA from its fastest kernels."""
+    model = make_model().eval()
+    masks: list[Tensor | None] = []
+    attend = functional.scaled_dot_product_attention
+
+    def noted(*args: Tensor, **kwargs: Any) -> Tensor:
+        if "attn_mask" in kwargs:  # the language model's; the towers have none
+            masks.append(kwargs["attn_mask"])
+            assert not kwargs["is_causal"]
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", noted)
+    model.action_logits(*make_inputs(model, lengths))
+    assert len(masks) == SIZES.llm_depth
+    assert all((mask is not None) == has_mask for mask in masks)
 
 
 def test_padding_holds_nothing() -> None:

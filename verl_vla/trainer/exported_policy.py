@@ -16,7 +16,12 @@ from verl_vla.policies.lora import merge_adapters, nf4
 
 
 def write_policy(
-    module: nn.Module, processor: Processor, folder: Path, *, is_quantized: bool
+    module: nn.Module,
+    processor: Processor,
+    folder: Path,
+    *,
+    is_quantized: bool,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write the weights, merged and whole, and everything else; every rank takes part.
 
@@ -25,6 +30,7 @@ def write_policy(
         processor: of the policy.
         folder: made where it is missing.
         is_quantized: whether weights under adapters are held in 4 bits.
+        dtype: of the weights that are written; None leaves each in its own.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Any] = (
@@ -32,13 +38,12 @@ def write_policy(
     )
     if torch.distributed.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        _save_model(module, folder, merge_adapters(module, state))
+        whole: dict[str, Tensor] = merge_adapters(module, state)
+        with torch.device("meta"):
+            plain = AutoModel.from_config(cast("Any", module).merged_config())
+        plain.save_pretrained(
+            str(folder),
+            state_dict={name: w if dtype is None else w.to(dtype) for name, w in whole.items()},
+        )
         processor.save_pretrained(folder)
     torch.distributed.barrier()
-
-
-def _save_model(module: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
-    """Write a model without adapters, given its weights."""
-    with torch.device("meta"):
-        plain = AutoModel.from_config(cast("Any", module).merged_config())
-    plain.save_pretrained(str(folder), state_dict=state)

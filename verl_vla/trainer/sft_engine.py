@@ -18,6 +18,7 @@ from verl_vla.finetuning.recipe import ScheduleConfig
 from verl_vla.finetuning.run import SFTRun
 from verl_vla.finetuning.samples import SampleBatch
 from verl_vla.trainer.engine import VLAEngine
+from verl_vla.trainer.exported_policy import write_policy
 from verl_vla.trainer.finite_guard import FiniteGuard
 from verl_vla.trainer.trained_weights import checkpoint_contents
 from verl_vla.trainer.translate import PRECISION
@@ -149,10 +150,10 @@ class SFTEngine(VLAEngine):
                 sums += per_sample @ weights.double()
         return [total / num_samples for total in self._add_up(sums)]
 
-    def _save_model(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """Write the weights in the recipe's type."""
+    def export(self, folder: Path) -> None:
+        """As training does, with the weights in the recipe's type."""
         dtype = DTYPES[self._run.recipe.policy.dtype]
-        super()._save_model(folder, {name: value.to(dtype) for name, value in state.items()})
+        write_policy(self.module, self.processor, folder, is_quantized=False, dtype=dtype)
 
     def _imitate(self, batch: SampleBatch, rows: slice) -> tuple[Tensor, Tensor]:
         """Score a micro-batch.

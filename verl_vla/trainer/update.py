@@ -60,12 +60,17 @@ def update(
 
 
 def _without_advantage(batch: KVBatchMeta, keys: list[str]) -> list[str]:
-    data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["advantages"])
+    data = tq.kv_batch_get(keys=keys, partition_id=_partition(batch), select_fields=["advantages"])
     rows = data["advantages"].unbind()
     return [key for key, row in zip(keys, rows, strict=True) if not row.any()]
 
 
 def _take_out(batch: KVBatchMeta, keys: set[str]) -> KVBatchMeta:
     """The batch without these rows, which leave TransferQueue as well."""
-    tq.kv_clear(keys=sorted(keys), partition_id=batch.partition_id)
+    tq.kv_clear(keys=sorted(keys), partition_id=_partition(batch))
     return batch.select_keys([key for key in batch.keys if key not in keys])
+
+
+def _partition(batch: KVBatchMeta) -> str:
+    assert batch.partition_id is not None, "the replay buffer names it"
+    return batch.partition_id
