@@ -19,7 +19,7 @@ if [ ! -e "$out/demonstrations.npz" ]; then
         --height-error 0.025 --workers 1 --out "$out/demonstrations.npz"
 fi
 if [ ! -e "$out/base" ]; then
-    "$python" -m verl_vla sft --demos "$out/demonstrations.npz" --steps 500 --smoothing 4 --threads 1 --out "$out/base.partial"
+    "$python" -m verl_vla sft --demos "$out/demonstrations.npz" --steps 1000 --smoothing 4 --threads 1 --out "$out/base.partial"
     mv "$out/base.partial" "$out/base"
 fi
 "$python" -m verl_vla train recipe=libero_spatial_small policy.path="$out/base" out="$out/binary" "$@"
