@@ -9,8 +9,8 @@ cd "$root"
 out=${1:-runs/libero}
 shift || true
 export OMP_NUM_THREADS=1
-say "about 15 minutes on a quiet machine, 30 on a busy one, by the arithmetic of docs/experiments/libero.md: recording,
-fine-tuning, 5 training steps and two evaluations of 100 episodes, on one core; longer the first time, to set up"
+say "about 50 minutes on two quiet cores, twice that on busy ones (docs/experiments/libero.md): recording, fine-tuning,
+12 training steps and four evaluations of 100 episodes; longer the first time, to set up"
 set_up_packages run
 set_up_renderer
 mkdir -p "$out"
@@ -23,3 +23,11 @@ if [ ! -e "$out/base" ]; then
     mv "$out/base.partial" "$out/base"
 fi
 "$python" -m verl_vla train recipe=libero_spatial_small policy.path="$out/base" out="$out/binary" "$@"
+evaluate() { # <policy> <folder>, sampled as in training; training has played the same starts greedily
+    "$python" -m verl_vla eval --policy "$1" --suite libero_spatial --tasks 0 --episodes 100 --states drawn \
+        --sampling 0.6 --limit 112 --slots 8 --workers 1 --out "$2"
+}
+evaluate "$out/base" "$out/before"
+evaluate "$out/binary/checkpoints/latest/policy" "$out/after"
+"$python" -m verl_vla compare "$out/before" "$out/after"
+"$python" docs/experiments/libero.py "$out" "$out/libero.json" "$out/libero.png"

@@ -2,8 +2,9 @@
 
 python docs/experiments/libero.py FOLDER RECORD PICTURE
 
-The folder holds one run each in `binary`, which has played the starts before training too, and in
-its neighbours, which all began from the policy that is judged there.
+The folder holds what scripts/reproduce_libero.sh makes: the run `binary`, which played the starts
+greedily before training and after it, and the evaluations `before` and `after` of the same policies
+on the same starts, sampled. Other runs beside them began from the same policy.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ import matplotlib as mpl
 import yaml
 from matplotlib.figure import Figure
 
+from verl_vla.comparison import RESULT
 from verl_vla.config import differences
 from verl_vla.metrics import read_metrics
 from verl_vla.types import Outcome
 
 MAIN = "binary"
+SAMPLED = ("before", "after")
+"""Folders of the evaluations that sample."""
 STEP_VALUES = {
     "rollout/success_rate": "solved",
     "rollout/episodes": "episodes",
@@ -67,49 +71,54 @@ def _evaluation(file: Path) -> dict[str, Any]:
     }
 
 
-def table(runs: dict[str, Any]) -> str:
+def table(runs: dict[str, Any], sampled: dict[str, Any]) -> str:
     """Return Markdown, a line for each run; all began where the main one did."""
-    head = ["run", "changed", "held-out", "95%", "steps", "training episodes", "simulator steps"]
-    before = runs[MAIN]["evaluations"][0]
-    lines = [head, ["---"] * len(head), ["base", "", *_held_out(before), "0", "0", "0"]]
+    head = ["run", "changed", "steps", "training episodes", "simulator steps", "greedy", "sampled"]
+    before, after = (_held_out(sampled[name]) for name in SAMPLED)
+    base = _held_out(runs[MAIN]["evaluations"][0])
+    lines = [head, ["---"] * len(head), ["base", "", "0", "0", "0", base, before]]
     for name, run in runs.items():
         last = max(run["evaluations"])
         lines.append(
             [
                 f"`{name}`",
                 "; ".join(run["changed"]),
-                *_held_out(run["evaluations"][last]),
                 str(last),
                 f"{sum(step['episodes'] for step in run['steps']):.0f}",
                 f"{sum(step['simulator_steps'] for step in run['steps']):.0f}",
+                _held_out(run["evaluations"][last]),
+                after if name == MAIN else "",
             ]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _held_out(evaluation: dict[str, Any]) -> tuple[str, str]:
+def _held_out(evaluation: dict[str, Any]) -> str:
     low, high = evaluation["ci95"]
     count = f"{evaluation['successes']} of {evaluation['episodes']}"
-    return count, f"{100 * low:.0f}-{100 * high:.0f}%"
+    return f"{count} ({100 * low:.0f}-{100 * high:.0f}%)"
 
 
-def draw(path: Path, runs: dict[str, Any]) -> None:
+def draw(path: Path, runs: dict[str, Any], sampled: dict[str, Any]) -> None:
     """Draw success in training, a line a run, and held-out success with its interval."""
     figure = Figure(figsize=(9.0, 3.8), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    points = [("base", runs[MAIN]["evaluations"][0], "grey")]
+    points = [("base, sampled", sampled["before"], "grey")]
+    points += [(f"{MAIN}, sampled", sampled["after"], "C0")]
+    points += [("base, greedy", runs[MAIN]["evaluations"][0], "grey")]
     for place, (name, run) in enumerate(runs.items()):
         colour = f"C{place}"
         solved = [100 * step["solved"] for step in run["steps"]]
         left.plot(range(1, len(solved) + 1), solved, "o-", color=colour, label=name, markersize=4)
-        points.append((name, run["evaluations"][max(run["evaluations"])], colour))
+        last = max(run["evaluations"])
+        points.append((f"{name}, greedy, step {last}", run["evaluations"][last], colour))
     for place, (_, evaluation, colour) in enumerate(points):
         rate, (low, high) = evaluation["rate"], evaluation["ci95"]
         error = [[100 * (rate - low)], [100 * (high - rate)]]
         right.errorbar(place, 100 * rate, error, fmt="o", color=colour, capsize=4)
     left.set(xlabel="training step", ylabel="success, %", title="training episodes, sampled")
     left.legend(frameon=False, fontsize=8)
-    right.set(title="held-out starts, greedy, 95% interval", ylim=(0, 100))
+    right.set(title="held-out starts, 95% interval", ylim=(0, 100))
     right.set_xticks(range(len(points)), [name for name, _, _ in points], rotation=30, ha="right")
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -123,9 +132,11 @@ def main(folder: Path, record: Path, picture: Path) -> str:
         (path.parent.name for path in folder.glob("*/recipe.yaml")), key=lambda n: (n != MAIN, n)
     )
     runs = {name: read_run(folder / name, recipe) for name in names}
-    record.write_text(json.dumps({"recipe": recipe, "runs": runs}, indent=1) + "\n")
-    draw(picture, runs)
-    return table(runs)
+    sampled = {name: _evaluation(folder / name / RESULT) for name in SAMPLED}
+    content = {"recipe": recipe, "runs": runs, "sampled": sampled}
+    record.write_text(json.dumps(content, indent=1) + "\n")
+    draw(picture, runs, sampled)
+    return table(runs, sampled)
 
 
 if __name__ == "__main__":

@@ -26,36 +26,46 @@ def write_run(folder: Path, high: float, solved: dict[int, int]) -> None:
         "".join(json.dumps({"step": step} | values) + "\n" for step in (0, 1, 2))
     )
     for step, number in solved.items():
-        outcomes = [Outcome.SUCCESS] * number + [Outcome.TIMEOUT] * (STARTS - number)
-        content = {
-            "total": {
-                "rate": number / STARTS,
-                "successes": number,
-                "episodes": STARTS,
-                "crashes": 0,
-                "ci95": [number / STARTS - 0.05, number / STARTS + 0.05],
-            },
-            "episodes": [{"outcome": int(outcome)} for outcome in outcomes],
-            "states": "drawn",
-            "sampling": "greedy",
-            "renderer": "egl",
-            "step_limits": {"task": 112},
-            "assets": {"standins": ["a", "b"]},
-            "versions": {"commit": "abc"},
-        }
-        (folder / "evaluations" / f"step_{step}.json").write_text(json.dumps(content))
+        write_evaluation(folder / "evaluations" / f"step_{step}.json", number)
+
+
+def write_evaluation(file: Path, number: int) -> None:
+    outcomes = [Outcome.SUCCESS] * number + [Outcome.TIMEOUT] * (STARTS - number)
+    content = {
+        "total": {
+            "rate": number / STARTS,
+            "successes": number,
+            "episodes": STARTS,
+            "crashes": 0,
+            "ci95": [number / STARTS - 0.05, number / STARTS + 0.05],
+        },
+        "episodes": [{"outcome": int(outcome)} for outcome in outcomes],
+        "states": "drawn",
+        "sampling": "greedy",
+        "renderer": "egl",
+        "step_limits": {"task": 112},
+        "assets": {"standins": ["a", "b"]},
+        "versions": {"commit": "abc"},
+    }
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content))
 
 
 def test_the_base_comes_first_and_each_run_says_what_it_changed(tmp_path: Path) -> None:
     write_run(tmp_path / "binary", 0.28, {0: 4, 2: 8})
     write_run(tmp_path / "a_clip", 0.2, {2: 6})
+    write_evaluation(tmp_path / "before" / "evaluation.json", 3)
+    write_evaluation(tmp_path / "after" / "evaluation.json", 7)
     lines = SCRIPT.main(tmp_path, tmp_path / "runs.json", tmp_path / "runs.png").splitlines()
-    assert lines[2] == "| base |  | 4 of 10 | 35-45% | 0 | 0 | 0 |"
-    assert lines[3] == "| `binary` |  | 8 of 10 | 75-85% | 2 | 100 | 100 |"
-    assert lines[4].startswith("| `a_clip` | loss.clip.high: 0.28 -> 0.2 | 6 of 10 |")
+    assert lines[2] == "| base |  | 0 | 0 | 0 | 4 of 10 (35-45%) | 3 of 10 (25-35%) |"
+    assert lines[3] == "| `binary` |  | 2 | 100 | 100 | 8 of 10 (75-85%) | 7 of 10 (65-75%) |"
+    assert lines[4] == (
+        "| `a_clip` | loss.clip.high: 0.28 -> 0.2 | 2 | 100 | 100 | 6 of 10 (55-65%) |  |"
+    )
     record = json.loads((tmp_path / "runs.json").read_text())
     assert record["recipe"]["loss"]["clip"]["high"] == 0.28
     after = record["runs"]["a_clip"]["evaluations"]["2"]
     assert (after["solved"], after["stand_ins"]) == ("1111110000", 2)
     assert len(record["runs"]["binary"]["steps"]) == 2
+    assert record["sampled"]["after"]["successes"] == 7
     assert (tmp_path / "runs.png").stat().st_size > 0
