@@ -269,7 +269,9 @@ def test_the_embedded_policy_learns(tmp_path: Path) -> None:
         ["recipe=quickstart", "trainer.total_training_steps=4", "trainer.save_every=0"],
     )
     run.finish()
-    for line in read_metrics(run.folder / "metrics.jsonl"):
+    first, *steps = read_metrics(run.folder / "metrics.jsonl")
+    assert first["step"] == 0
+    for line in steps:
         assert "actor/kl" not in line
         assert line["actor/rows_without_gradient"] == line["rollout/decisions_for_ended"] == 0
         assert line["actor/rows_of_padding"] < 4, "one rank, four optimizer steps"

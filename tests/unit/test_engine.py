@@ -239,6 +239,7 @@ def decided(engine: VLAEngine, advantages: list[float], which: list[int]) -> Ten
         "prompts": prompts,
         "responses": bins,
         "images": images,
+        "proprio": torch.zeros(NUM, 8),
         "response_mask": [mask] * NUM,
         "loss_mask": [mask] * NUM,
         "advantages": [advantage * mask.float() for advantage in advantages],

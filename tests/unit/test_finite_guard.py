@@ -85,6 +85,7 @@ def rows(engine: VLAEngine, folder: Path, advantage: float, old_logp: float = -5
         "prompts": (prompt,) * NUM_ROWS,
         "responses": tuple(bins),
         "images": tuple(images),
+        "proprio": tuple(torch.zeros(NUM_ROWS, 8)),
         "response_mask": tuple(mask),
         "loss_mask": tuple(mask),
         "advantages": tuple(advantage * mask.float()),
