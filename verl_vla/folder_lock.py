@@ -16,20 +16,31 @@ LOCK = "lock"
 
 
 @contextmanager
+def writing_to(folder: Path) -> Generator[None]:
+    """Turn the system's refusal to write in ``folder`` into one that says what to do.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"the folder to write to is {folder}, which cannot be written ({error.strerror}); "
+            "choose another"
+        ) from error
+
+
+@contextmanager
 def folder_lock(folder: Path) -> Generator[None]:
     """Make ``folder`` if need be, and hold it; the system lets go when the process ends.
 
     Raises:
         ConfigError: the folder cannot be written, or another process holds it.
     """
-    try:
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+")
-    except OSError as error:
-        raise ConfigError(
-            f"the folder to write to is {folder}, which cannot be written ({error.strerror}); "
-            "choose another"
-        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,7 +13,7 @@ import yaml
 from verl_vla.config import differences
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import count_entries
-from verl_vla.folder_lock import LOCK, folder_lock
+from verl_vla.folder_lock import LOCK, folder_lock, writing_to
 
 
 def evaluation_record(
@@ -63,7 +63,8 @@ def claimed_folder(
             run that differs in more than the parts that ``may_change`` names.
     """
     with folder_lock(folder):
-        _write_recipe(folder, json.loads(json.dumps(recipe)), may_change)
+        with writing_to(folder):
+            _write_recipe(folder, json.loads(json.dumps(recipe)), may_change)
         yield
 
 

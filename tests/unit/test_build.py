@@ -241,6 +241,12 @@ def test_a_folder_that_cannot_be_made_is_refused(recipe, no_simulators, tmp_path
     assert "(File exists)" in refusal(replace(recipe, out=str(tmp_path / "file")))
 
 
+def test_a_folder_whose_recipe_cannot_be_written_is_refused(recipe, no_simulators):
+    folder = Path(recipe.out)
+    (folder / "recipe.tmp").mkdir(parents=True)
+    assert "which cannot be written (Is a directory)" in refusal(recipe)
+
+
 def test_a_policy_is_found_here_or_in_the_project(policy_folder, tmp_path, monkeypatch):
     assert find_policy(str(policy_folder)) == policy_folder
     monkeypatch.chdir(policy_folder.parent)
