@@ -23,7 +23,7 @@ from verl_vla.config import parse
 from verl_vla.envs.suites import SUITES, suite
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import count
-from verl_vla.folder_lock import folder_lock
+from verl_vla.folder_lock import folder_lock, writing_to
 from verl_vla.policies.checkpoint import weight_files
 from verl_vla.policies.loading import load_policy, load_processor
 from verl_vla.provenance import provenance
@@ -239,15 +239,11 @@ def _outcomes(trajectories: Trajectories, played: PlayConfig) -> dict[str, Any]:
 
 def _write(out: Path, result: dict[str, Any]) -> None:
     """Write the result, whole or not at all."""
-    try:
+    with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
         partial = out / f"{RESULT_FILE}.tmp"
         partial.write_text(json.dumps(result, indent=1, allow_nan=False))
         partial.replace(out / RESULT_FILE)
-    except OSError as error:
-        raise ConfigError(
-            f"--out is {out}, which cannot be written ({error.strerror}); choose another"
-        ) from error
 
 
 def _show(out: Path, rows: Sequence[BenchRow], judged: Sample, result: dict[str, Any]) -> None:

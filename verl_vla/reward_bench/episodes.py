@@ -17,6 +17,7 @@ import numpy as np
 
 from verl_vla.envs.suites import StepLimit
 from verl_vla.errors import ConfigError
+from verl_vla.folder_lock import writing_to
 from verl_vla.policies.base import Policy
 from verl_vla.rollout import NoiseSource, Simulators, play
 from verl_vla.sampling import Start
@@ -143,13 +144,9 @@ def claim(folder: Path, record: Mapping[str, Any]) -> None:
                 "read these with --episodes"
             )
         return
-    try:
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _write_whole(folder / PLAYED_FILE, json.dumps(wanted, indent=1).encode())
-    except OSError as error:
-        raise ConfigError(
-            f"{folder} cannot be written ({error.strerror}); choose another --out"
-        ) from error
 
 
 def played_with(folder: Path) -> dict[str, Any]:
