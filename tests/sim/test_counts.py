@@ -41,7 +41,8 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(rendering.Renderer, "__init__", "GL contexts")
     count(rendering.Renderer, "draw", "pictures drawn")
     count(control.ArmControl, "start", "control steps")
-    count(control.ArmControl, "_read", "arm readings")
+    count(control, "read", "arm readings by Python")
+    count(control, "follow", "calls of the inner loop")
     return seen
 
 
@@ -59,6 +60,23 @@ def test_an_episode_costs_what_it_shows_and_not_more(counts: Counter[str]) -> No
             "GL contexts": 1,
             "pictures drawn": episode * DECISIONS,
             "control steps": episode * steps,
-            "arm readings": episode * (25 * steps - 1),
+            "arm readings by Python": episode * (steps - 1),
+            "calls of the inner loop": episode * 3 * steps,
         }
     env.close()
+
+
+def test_the_inner_loop_is_compiled_once() -> None:
+    """Arrays of another type or memory order would have it compiled again, which takes seconds."""
+    env = make_env(EnvConfig(step_limit=3 * CHUNK, render_size=64, image_size=56))
+    from verl_vla.envs import control_loop  # noqa: PLC0415 -- after LIBERO
+
+    moves = np.random.default_rng(0).uniform(-1, 1, (CHUNK, 7)).astype(np.float32)
+    for task in (0, 1):
+        env.reset(task, 0)
+        env.step_chunk(moves)
+        env.restore(env.snapshot())
+        env.step_chunk(moves)
+    env.close()
+    for compiled in (control_loop.command, control_loop.read, control_loop.follow):
+        assert len(compiled.signatures) == 1, compiled.signatures
