@@ -4,7 +4,9 @@ python docs/experiments/libero.py FOLDER RECORD PICTURE
 
 The folder holds what scripts/reproduce_libero.sh makes: the run `binary`, which played the starts
 greedily before training and after it, and the evaluations `before` and `after` of the same policies
-on the same starts, sampled. Other runs beside them began from the same policy.
+on the same starts, sampled. What scripts/ablate_libero.sh adds: runs that began from the same
+policy, and `sampled/RUN`, an evaluation like `after` of each; `sampled/binary_step_N` is of the
+main run on its way.
 """
 
 from __future__ import annotations
@@ -24,8 +26,12 @@ from verl_vla.metrics import read_metrics
 from verl_vla.types import Outcome
 
 MAIN = "binary"
-SAMPLED = ("before", "after")
-"""Folders of the evaluations that sample."""
+SAMPLED = {"base": "before", MAIN: "after"}
+"""Folders of the main run's evaluations that sample, by the policy's name."""
+COUNTS = {"episodes": "training episodes", "simulator_steps": "simulator steps"}
+"""What is summed over the steps of a run, and the head of its column."""
+ON_ITS_WAY = f"{MAIN}_step_"
+UNKNOWN = "\N{EM DASH}"
 STEP_VALUES = {
     "rollout/success_rate": "solved",
     "rollout/episodes": "episodes",
@@ -72,25 +78,36 @@ def _evaluation(file: Path) -> dict[str, Any]:
 
 
 def table(runs: dict[str, Any], sampled: dict[str, Any]) -> str:
-    """Return Markdown, a line for each run; all began where the main one did."""
-    head = ["run", "changed", "steps", "training episodes", "simulator steps", "greedy", "sampled"]
-    before, after = (_held_out(sampled[name]) for name in SAMPLED)
-    base = _held_out(runs[MAIN]["evaluations"][0])
-    lines = [head, ["---"] * len(head), ["base", "", "0", "0", "0", base, before]]
+    """Return Markdown, a line for each policy; all began where the main run did."""
+    head = ["policy", "changed", "steps", *COUNTS.values(), "greedy", "sampled"]
+    lines = [head, ["---"] * len(head)]
+    lines.append(["base", "", "0", "0", "0", *_rates(runs[MAIN], 0, sampled["base"])])
     for name, run in runs.items():
-        last = max(run["evaluations"])
-        lines.append(
-            [
-                f"`{name}`",
-                "; ".join(run["changed"]),
-                str(last),
-                f"{sum(step['episodes'] for step in run['steps']):.0f}",
-                f"{sum(step['simulator_steps'] for step in run['steps']):.0f}",
-                _held_out(run["evaluations"][last]),
-                after if name == MAIN else "",
-            ]
-        )
+        for step, policy in _policies(name, run, sampled):
+            counts = [sum(line[what] for line in run["steps"][:step]) for what in COUNTS]
+            lines.append(
+                [
+                    f"`{name}`",
+                    "; ".join(run["changed"]),
+                    str(step),
+                    *(f"{count:.0f}" for count in counts),
+                    *_rates(run, step, sampled[policy] if policy in sampled else None),
+                ]
+            )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _policies(name: str, run: dict[str, Any], sampled: dict[str, Any]) -> list[tuple[int, str]]:
+    """The steps after which a run's policy is shown, and that policy's name; the last one last."""
+    on_its_way = [policy for policy in sampled if name == MAIN and ON_ITS_WAY in policy]
+    stops = sorted((int(policy.removeprefix(ON_ITS_WAY)), policy) for policy in on_its_way)
+    return [*stops, (len(run["steps"]), name)]
+
+
+def _rates(run: dict[str, Any], step: int, sampled: dict[str, Any] | None) -> list[str]:
+    """What a policy solved of the held-out starts, greedily and sampled."""
+    greedy = run["evaluations"][step] if step in run["evaluations"] else None
+    return [UNKNOWN if found is None else _held_out(found) for found in (greedy, sampled)]
 
 
 def _held_out(evaluation: dict[str, Any]) -> str:
@@ -101,28 +118,35 @@ def _held_out(evaluation: dict[str, Any]) -> str:
 
 def draw(path: Path, runs: dict[str, Any], sampled: dict[str, Any]) -> None:
     """Draw success in training, a line a run, and held-out success with its interval."""
-    figure = Figure(figsize=(9.0, 3.8), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11.0, 4.4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    points = [("base, sampled", sampled["before"], "grey")]
-    points += [(f"{MAIN}, sampled", sampled["after"], "C0")]
-    points += [("base, greedy", runs[MAIN]["evaluations"][0], "grey")]
-    for place, (name, run) in enumerate(runs.items()):
-        colour = f"C{place}"
+    colours = {name: f"C{place}" for place, name in enumerate(runs)}
+    for name, run in runs.items():
         solved = [100 * step["solved"] for step in run["steps"]]
-        left.plot(range(1, len(solved) + 1), solved, "o-", color=colour, label=name, markersize=4)
-        last = max(run["evaluations"])
-        points.append((f"{name}, greedy, step {last}", run["evaluations"][last], colour))
+        width = 2.0 if name == MAIN else 1.0
+        steps = range(1, len(solved) + 1)
+        left.plot(steps, solved, ".-", color=colours[name], label=name, linewidth=width)
+    points = [("base, greedy", runs[MAIN]["evaluations"][0], "grey")]
+    points += [(f"{name}, sampled", sampled[name], _colour(name, colours)) for name in sampled]
+    last = max(runs[MAIN]["evaluations"])
+    points.insert(1, (f"{MAIN}, greedy", runs[MAIN]["evaluations"][last], colours[MAIN]))
     for place, (_, evaluation, colour) in enumerate(points):
         rate, (low, high) = evaluation["rate"], evaluation["ci95"]
         error = [[100 * (rate - low)], [100 * (high - rate)]]
         right.errorbar(place, 100 * rate, error, fmt="o", color=colour, capsize=4)
     left.set(xlabel="training step", ylabel="success, %", title="training episodes, sampled")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=7, ncols=2)
     right.set(title="held-out starts, 95% interval", ylim=(0, 100))
-    right.set_xticks(range(len(points)), [name for name, _, _ in points], rotation=30, ha="right")
+    right.set_xticks(range(len(points)), [name for name, _, _ in points], rotation=40, ha="right")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path)
+
+
+def _colour(policy: str, colours: dict[str, str]) -> str:
+    """The colour of a policy's run; the base has none."""
+    run = MAIN if ON_ITS_WAY in policy else policy
+    return colours[run] if run in colours else "grey"
 
 
 def main(folder: Path, record: Path, picture: Path) -> str:
@@ -132,7 +156,9 @@ def main(folder: Path, record: Path, picture: Path) -> str:
         (path.parent.name for path in folder.glob("*/recipe.yaml")), key=lambda n: (n != MAIN, n)
     )
     runs = {name: read_run(folder / name, recipe) for name in names}
-    sampled = {name: _evaluation(folder / name / RESULT) for name in SAMPLED}
+    played = {name: folder / own for name, own in SAMPLED.items()}
+    played |= {path.name: path for path in sorted((folder / "sampled").glob("*"))}
+    sampled = {name: _evaluation(own / RESULT) for name, own in played.items()}
     content = {"recipe": recipe, "runs": runs, "sampled": sampled}
     record.write_text(json.dumps(content, indent=1) + "\n")
     draw(picture, runs, sampled)

@@ -47,25 +47,31 @@ def write_evaluation(file: Path, number: int) -> None:
         "assets": {"standins": ["a", "b"]},
         "versions": {"commit": "abc"},
     }
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content))
 
 
 def test_the_base_comes_first_and_each_run_says_what_it_changed(tmp_path: Path) -> None:
     write_run(tmp_path / "binary", 0.28, {0: 4, 2: 8})
     write_run(tmp_path / "a_clip", 0.2, {2: 6})
+    write_run(tmp_path / "b_unplayed", 0.28, {})
+    write_evaluation(tmp_path / "sampled" / "a_clip" / "evaluation.json", 5)
+    write_evaluation(tmp_path / "sampled" / "binary_step_1" / "evaluation.json", 4)
     write_evaluation(tmp_path / "before" / "evaluation.json", 3)
     write_evaluation(tmp_path / "after" / "evaluation.json", 7)
     lines = SCRIPT.main(tmp_path, tmp_path / "runs.json", tmp_path / "runs.png").splitlines()
-    assert lines[2] == "| base |  | 0 | 0 | 0 | 4 of 10 (35-45%) | 3 of 10 (25-35%) |"
-    assert lines[3] == "| `binary` |  | 2 | 100 | 100 | 8 of 10 (75-85%) | 7 of 10 (65-75%) |"
-    assert lines[4] == (
-        "| `a_clip` | loss.clip.high: 0.28 -> 0.2 | 2 | 100 | 100 | 6 of 10 (55-65%) |  |"
-    )
+    assert lines[2:] == [
+        "| base |  | 0 | 0 | 0 | 4 of 10 (35-45%) | 3 of 10 (25-35%) |",
+        "| `binary` |  | 1 | 50 | 50 | — | 4 of 10 (35-45%) |",
+        "| `binary` |  | 2 | 100 | 100 | 8 of 10 (75-85%) | 7 of 10 (65-75%) |",
+        "| `a_clip` | loss.clip.high: 0.28 -> 0.2 | 2 | 100 | 100 | 6 of 10 (55-65%) "
+        "| 5 of 10 (45-55%) |",
+        "| `b_unplayed` |  | 2 | 100 | 100 | — | — |",
+    ]
     record = json.loads((tmp_path / "runs.json").read_text())
     assert record["recipe"]["loss"]["clip"]["high"] == 0.28
     after = record["runs"]["a_clip"]["evaluations"]["2"]
     assert (after["solved"], after["stand_ins"]) == ("1111110000", 2)
     assert len(record["runs"]["binary"]["steps"]) == 2
-    assert record["sampled"]["after"]["successes"] == 7
+    assert record["sampled"]["binary"]["successes"] == 7
     assert (tmp_path / "runs.png").stat().st_size > 0

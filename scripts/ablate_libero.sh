@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Makes rows of the table of ablations in docs/experiments/libero.md, from the base that
+# reproduce_libero.sh made: 6 training steps and an evaluation each. A second call goes on.
+#   ablate_libero.sh FOLDER [NAME ...]     all, or those named; about 20 minutes of a core each
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
+cd "$root"
+out=${1:?name the folder that reproduce_libero.sh wrote}
+shift
+export OMP_NUM_THREADS=1
+declare -A words=(
+    [knn_align]="reward=knn_align reward_args.encoder=policy_towers reward_args.encoder_args.path=$out/base"
+    [srpo]="reward=srpo reward_args.encoder=policy_towers reward_args.encoder_args.path=$out/base"
+    [no_dynamic]="sampling.dynamic=false"
+    [symmetric_clip]="loss.clip.high=0.2"
+    [temperature_1.0]="sampling.temperature=1.0"
+    [temperature_1.6]="sampling.temperature=1.6"
+    [kl]="loss.kl.coefficient=0.01"
+    [seed_1]="seed=1"
+)
+if [ $# = 0 ]; then set -- "${!words[@]}"; fi
+for name in "$@"; do
+    [ -n "${words[$name]-}" ] || stop "there is no ablation '$name'; there are: ${!words[*]}"
+done
+[ -e "$out/base" ] || stop "$out/base is missing; run scripts/reproduce_libero.sh $out first"
+set_up_packages run
+set_up_renderer
+for name in "$@"; do
+    read -ra changed <<<"${words[$name]}"
+    "$python" -m verl_vla train recipe=libero_spatial_small policy.path="$out/base" out="$out/$name" gate.mode=off \
+        trainer.eval_before=false trainer.eval_every=0 trainer.total_training_steps=6 "${changed[@]}"
+    "$python" -m verl_vla eval --policy "$out/$name/checkpoints/latest/policy" --suite libero_spatial --tasks 0 \
+        --episodes 100 --states drawn --sampling 0.6 --limit 112 --slots 8 --workers 1 --out "$out/sampled/$name"
+done
