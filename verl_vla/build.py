@@ -25,7 +25,7 @@ from verl_vla.policies.loading import check_adapters, load_processor, require_so
 from verl_vla.policies.openvla_oft.attention import require_backend
 from verl_vla.recipe import EnvironmentConfig, Recipe
 from verl_vla.reward import TrajectoryReward, load_reward, looks_at_pictures
-from verl_vla.run_folder import claimed_folder, evaluation_record, keep_evaluation
+from verl_vla.run_folder import claimed_folder, evaluated_steps, evaluation_record, keep_evaluation
 from verl_vla.sampling import Start
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,10 @@ class Run:
         """What is kept of the training episodes."""
         header = played_in(self.env_config, self.task_names)
         return Album(self.folder, header, self.processor.codec, self.recipe.trainer.keep_groups)
+
+    def was_evaluated(self, step: int) -> bool:
+        """Whether the evaluation after a training step is kept."""
+        return step in evaluated_steps(self.folder)
 
     def keep_evaluation(self, step: int, result: Evaluation) -> None:
         """Write one evaluation of the run, with the outcome of each of its episodes."""

@@ -6,6 +6,7 @@
 ``EpisodeCrashed``    nobody yet: one simulator died; the run goes on and counts it
 ``ColdStartError``    the person who chose the policy: it succeeds too seldom to be trained
 ``StarvedError``      the person who chose the tasks: no group taught anything
+``SolvedError``       nobody, once something was trained: every episode of a step was solved
 ``CheckpointError``   the person who looks after the disk: nothing sound to write to or go on from
 ``DivergedError``     the person who chose the rates: losses or gradients are no longer finite
 ``LearnerLostError``  the person who looks after the machine: a learner process died
@@ -38,6 +39,10 @@ class ColdStartError(RuntimeError):
 
 class StarvedError(RuntimeError):
     """Every group played in a training step agreed with itself, so nothing can be learned."""
+
+
+class SolvedError(StarvedError):
+    """Every episode that survived a training step was solved, so nothing is left to learn."""
 
 
 class CheckpointError(RuntimeError):

@@ -156,6 +156,15 @@ class MetricsFile:
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
+    def add_to_last(self, values: Mapping[str, float]) -> None:
+        """Add what was measured later to the line of the last step, whole or not at all."""
+        check_declared(values, self._declared)
+        *before, last = self._path.read_text().splitlines(keepends=True)
+        record = json.loads(last) | {name: _plain(value) for name, value in values.items()}
+        partial = self._path.with_suffix(".tmp")
+        partial.write_text("".join([*before, json.dumps(record) + "\n"]))
+        partial.replace(self._path)
+
 
 def check_declared(values: Mapping[str, float], declared: Mapping[str, Metric] = METRICS) -> None:
     """Refuse names that no reader can look up."""

@@ -15,6 +15,8 @@ from verl_vla.errors import ConfigError
 from verl_vla.evaluation import count_entries
 from verl_vla.folder_lock import LOCK, folder_lock, writing_to
 
+SOLVED_FILE = "solved.json"
+
 
 def evaluation_record(
     entries: Sequence[Mapping[str, Any]],
@@ -41,13 +43,35 @@ def evaluation_record(
     }
 
 
+def evaluation_file(folder: Path, step: int) -> Path:
+    """Where the evaluation after a training step is kept."""
+    return folder / "evaluations" / f"step_{step}.json"
+
+
+def evaluated_steps(folder: Path) -> list[int]:
+    """Training steps after which an evaluation was kept, in rising order."""
+    files = evaluation_file(folder, 0).parent.glob("step_*.json")
+    return sorted(int(file.stem.removeprefix("step_")) for file in files)
+
+
 def keep_evaluation(folder: Path, step: int, record: Mapping[str, Any]) -> None:
     """Write the evaluation after a training step into the run's folder, whole or not at all."""
-    file = folder / "evaluations" / f"step_{step}.json"
+    file = evaluation_file(folder, step)
     file.parent.mkdir(exist_ok=True)
     partial = file.with_suffix(".tmp")
     partial.write_text(json.dumps(record, indent=1))
     partial.replace(file)
+
+
+def keep_solved(folder: Path, last_step: int) -> None:
+    """Note that the run ended after ``last_step``, since all was solved in the next."""
+    (folder / SOLVED_FILE).write_text(json.dumps({"last_step": last_step}))
+
+
+def solved_after(folder: Path) -> int | None:
+    """The step after which all was solved, of a run that ended so."""
+    file = folder / SOLVED_FILE
+    return json.loads(file.read_text())["last_step"] if file.exists() else None
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from verl_vla.errors import ConfigError, StarvedError
+from verl_vla.errors import ConfigError, SolvedError, StarvedError
 from verl_vla.types import EpisodeSpec
 
 
@@ -136,14 +136,16 @@ class GroupLedger:
         """Refuse to train on nothing.
 
         Raises:
-            StarvedError: says what was played, how it ended, and what to change.
+            StarvedError: says what was played, how it ended, and what to change; a `SolvedError`
+                where nothing failed.
         """
         if self.kept:
             return
         solved = sum(g.num_solved for g in self.played)
         failed = sum(g.num_failed for g in self.played)
         crashed = sum(g.num_crashed for g in self.played)
-        if not any(g.is_comparable for g in self.played):
+        is_comparable = any(g.is_comparable for g in self.played)
+        if not is_comparable:
             remedy = (
                 "simulators were lost until no group had two episodes left; "
                 "see the reason of each crash above and repair that first"
@@ -153,7 +155,8 @@ class GroupLedger:
                 f"{self._why_groups_agree(solved, failed)}, "
                 f"or raise sampling.max_rounds (= {self.config.max_rounds})"
             )
-        raise StarvedError(
+        kind = SolvedError if is_comparable and not failed else StarvedError
+        raise kind(
             f"no group taught anything: {len(self.played)} groups "
             f"({solved + failed + crashed} episodes) were played in {self.num_rounds} rounds, "
             f"{solved} episodes solved, {failed} failed, {crashed} crashed; {remedy}"

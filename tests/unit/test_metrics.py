@@ -78,6 +78,19 @@ def test_others_do_not(name):
         check_declared({name: 0.0})
 
 
+def test_what_is_measured_later_joins_the_line_of_the_last_step(path):
+    file = MetricsFile(path)
+    file.append(1, {"time/step_s": 1.0})
+    file.append(2, {"time/step_s": 2.0})
+    file.add_to_last({"time/evaluation_s": 3.0})
+    first, last = read_metrics(path)
+    assert first == {"step": 1, "time/step_s": 1.0}
+    assert last == {"step": 2, "time/step_s": 2.0, "time/evaluation_s": 3.0}
+    with pytest.raises(ContractError, match="not declared"):
+        file.add_to_last({"nobody/knows": 1.0})
+    assert read_metrics(path) == [first, last]
+
+
 def test_rewind_drops_the_steps_that_will_be_played_again(path):
     file = write_steps(path, 0, 1, 2, 3, 4)
     file.rewind(2)

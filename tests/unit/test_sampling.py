@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl_vla.errors import ConfigError, StarvedError
+from verl_vla.errors import ConfigError, SolvedError, StarvedError
 from verl_vla.sampling import GroupLedger, GroupResult, SamplingConfig, Start, StartSampler
 
 STARTS = tuple(Start(task_id=t, init_state_id=s) for t in range(3) for s in range(4))
@@ -210,6 +210,23 @@ def test_a_starved_step_says_what_was_played_and_what_to_do(groups, counts, reme
     assert f"2 groups (16 episodes) were played in 1 rounds, {counts}" in message
     assert remedy in message
     assert message.endswith("or raise sampling.max_rounds (= 1)")
+
+
+@pytest.mark.parametrize(
+    ("groups", "is_solved"),
+    [
+        ([group(0, solved=8), group(1, solved=7, crashed=1)], True),
+        ([group(0, solved=8), group(1, crashed=8)], True),
+        ([group(0, solved=8), group(1, failed=8)], False),
+        ([group(0, solved=1, crashed=7)], False),
+    ],
+)
+def test_a_step_in_which_nothing_failed_is_told_apart(groups, is_solved):
+    ledger = make_ledger(groups_per_step=2, max_rounds=1)
+    ledger.add_round(groups)
+    with pytest.raises(StarvedError) as caught:
+        ledger.check_not_starved()
+    assert isinstance(caught.value, SolvedError) == is_solved
 
 
 @pytest.mark.parametrize("last", [group(1, crashed=8), group(1, failed=1, crashed=7)])

@@ -24,6 +24,7 @@ from verl_vla.progress import format_seconds
 from verl_vla.provenance import provenance
 from verl_vla.recipe import Recipe
 from verl_vla.report import success_table, text_curve
+from verl_vla.run_folder import evaluated_steps, evaluation_file
 from verl_vla.sampling import Start
 from verl_vla.trainer import checkpoint
 from verl_vla.types import Outcome
@@ -62,10 +63,10 @@ def _recipe_words(options: argparse.Namespace) -> list[str]:
 
 def _show(run: Run, wall_s: float) -> None:
     """Write what the run brought, and print the heart of it."""
-    steps = run.recipe.trainer.total_training_steps
+    steps = evaluated_steps(run.folder)[-1]  # less than asked for, where all was solved before
     before, after = _evaluation(run, 0), _evaluation(run, steps)
     lines = read_metrics(run.folder / "metrics.jsonl")
-    summary = _summary(run.recipe, before, after, lines, _wall_s(run, wall_s))
+    summary = _summary(run.recipe, steps, before, after, lines, _wall_s(run, wall_s))
     policies = run.policy_folder, checkpoint.step_folder(run.checkpoints, steps) / "policy"
     summary["policy_parameters"] = _film_and_count(run, policies, before, after)
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
@@ -87,6 +88,7 @@ def _show(run: Run, wall_s: float) -> None:
 
 def _summary(
     recipe: Recipe,
+    steps: int,
     before: Mapping[str, Any],
     after: Mapping[str, Any],
     lines: Sequence[Mapping[str, float]],
@@ -96,7 +98,7 @@ def _summary(
     return {
         "suite": recipe.environment.suite,
         "seed": recipe.seed,
-        "steps": recipe.trainer.total_training_steps,
+        "steps": steps,
         "held_out_before": {name: before["total"][name] for name in counted},
         "held_out_after": {name: after["total"][name] for name in counted},
         "step_limits": before["step_limits"],
@@ -110,7 +112,7 @@ def _summary(
 
 
 def _evaluation(run: Run, step: int) -> dict[str, Any]:
-    return json.loads((run.folder / "evaluations" / f"step_{step}.json").read_text())
+    return json.loads(evaluation_file(run.folder, step).read_text())
 
 
 def _wall_s(run: Run, wall_s: float) -> float:

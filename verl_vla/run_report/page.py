@@ -83,7 +83,8 @@ def run_body(view: RunView, film: FilmSource) -> str:
 def status(view: RunView) -> str:
     """Where a run stands, in words."""
     if view.has_ended:
-        return f"ended after {view.last_step} training steps"
+        why = ", all solved" if view.last_step == view.solved_after else ""
+        return f"ended after {view.last_step} training steps{why}"
     going = "going" if view.quiet_s < GOING_S else "silent"
     ago = format_seconds(view.quiet_s)
     return f"{view.last_step} of {view.total_steps} training steps, {going}, last written {ago} ago"

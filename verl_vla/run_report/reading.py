@@ -15,6 +15,7 @@ from verl_vla.album import film_path
 from verl_vla.errors import ConfigError
 from verl_vla.journal import JOURNAL_FILE, read_episodes
 from verl_vla.metrics import read_metrics
+from verl_vla.run_folder import evaluated_steps, evaluation_file, solved_after
 from verl_vla.types import Outcome
 
 RECIPE_FILE = "recipe.yaml"
@@ -35,6 +36,8 @@ class RunView:
     """Of the journal: every episode that was played in training."""
     evaluations: Mapping[int, Mapping[str, Any]]
     """Held-out evaluations by training step, in rising order."""
+    solved_after: int | None
+    """The training step after which nothing failed any more, of a run that ended so."""
     quiet_s: float
     """Seconds since anything was written."""
 
@@ -60,8 +63,8 @@ class RunView:
 
     @property
     def has_ended(self) -> bool:
-        """Whether all steps are done."""
-        return self.last_step >= self.total_steps
+        """Whether all steps are done, or nothing was left to learn."""
+        return self.last_step in (self.total_steps, self.solved_after)
 
     @property
     def task_names(self) -> dict[int, str]:
@@ -108,16 +111,16 @@ def read_run(folder: Path) -> RunView:
     recipe = yaml.safe_load((folder / RECIPE_FILE).read_text())
     metrics = folder / METRICS_FILE
     written = [folder / RECIPE_FILE, metrics, folder / JOURNAL_FILE]
-    records = sorted(
-        (int(file.stem.removeprefix("step_")), file)
-        for file in (folder / "evaluations").glob("step_*.json")
-    )
     return RunView(
         folder=folder,
         recipe=recipe,
         lines=read_metrics(metrics) if metrics.exists() else [],
         episodes=read_episodes(folder),
-        evaluations={step: json.loads(file.read_text()) for step, file in records},
+        evaluations={
+            step: json.loads(evaluation_file(folder, step).read_text())
+            for step in evaluated_steps(folder)
+        },
+        solved_after=solved_after(folder),
         quiet_s=time.time() - max(file.stat().st_mtime for file in written if file.exists()),
     )
 

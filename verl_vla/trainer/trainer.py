@@ -20,12 +20,13 @@ from verl.utils import tensordict_utils as tu
 
 from verl_vla import gate
 from verl_vla.build import Run
-from verl_vla.errors import RewardError
+from verl_vla.errors import RewardError, SolvedError
 from verl_vla.evaluation import evaluate
 from verl_vla.interruption import StopRequest
 from verl_vla.metrics import MetricsFile
 from verl_vla.progress import Progress
 from verl_vla.rollout import Simulators
+from verl_vla.run_folder import keep_solved
 from verl_vla.run_report.page import LiveReport
 from verl_vla.sampling import StartSampler
 from verl_vla.trainer import checkpoint
@@ -35,7 +36,7 @@ from verl_vla.trainer.placement import CorePoolManager
 from verl_vla.trainer.refused import RefusedEpisodes
 from verl_vla.trainer.rows import group_key
 from verl_vla.trainer.update import update
-from verl_vla.trainer.worker import VLAWorker
+from verl_vla.trainer.worker import VLAWorker, memory_metrics
 from verl_vla.types import EpisodeSpec
 
 logger = logging.getLogger(__name__)
@@ -97,14 +98,19 @@ class VLATrainer(PPOTrainerSync):
         self.album.rewind(last_step)
 
     def train(self) -> None:
-        """Run veRL's loop to the last step.
+        """Run veRL's loop to the last step, or to the one after which nothing fails any more.
 
         Raises:
+            SolvedError: nothing failed in the very first step, so nothing was learned.
             RewardError: the reward was refused. The steps before are saved and the episodes of
                 this one are kept, so that the same command goes on with a corrected reward.
         """
         try:
             self.fit(self.loop)  # pyright: ignore[reportArgumentType] -- needs generate_sequences only
+        except SolvedError:
+            if self.global_steps == 1:
+                raise
+            self._end_solved()
         except RewardError as error:
             step = self.global_steps
             saved = self._save_steps_before(step)
@@ -112,6 +118,17 @@ class VLATrainer(PPOTrainerSync):
                 f"{error}. {saved}; the episodes of step {step} are kept. Start the same command "
                 "again with a corrected reward"
             ) from error
+
+    def _end_solved(self) -> None:
+        """End a run as its last step would have: saved, and evaluated once."""
+        step, wanted = self.global_steps, self.recipe.trainer.total_training_steps
+        saved = self._save_steps_before(step)
+        self.global_steps = step - 1
+        logger.info("every episode of step %d of %d was solved. %s", step, wanted, saved)
+        if self.recipe.trainer.eval_every and not self.run.was_evaluated(self.global_steps):
+            values = self._validate()
+            self.metrics_file.add_to_last(values | {"time/evaluation_s": self._evaluation_s})
+        keep_solved(self.run.folder, self.global_steps)
 
     def on_train_begin(self) -> None:
         """Before the first update of a run, after its evaluation, ask the cold-start gate.
@@ -211,7 +228,7 @@ class VLATrainer(PPOTrainerSync):
         declared = ("groups/", "actor/", "eval/")
         values = {k: float(v) for k, v in metrics.items() if k.startswith(declared)}
         values |= self.loop.account.as_metrics()
-        values |= self._memory()
+        values |= memory_metrics(self.actor_rollout_wg.peak_memory())
         parts = {"old_log_prob", "ref", "adv", "update_actor"}
         values |= {
             "time/step_s": timing_raw["step"],
@@ -227,15 +244,6 @@ class VLATrainer(PPOTrainerSync):
         if self._save_is_due or self.stop.is_made:
             self._write_checkpoint(self._run_state())
         self.report.refresh()
-
-    def _memory(self) -> dict[str, float]:
-        process, allocated, reserved = zip(*self.actor_rollout_wg.peak_memory(), strict=True)
-        gib = 1024**3
-        return {
-            "memory/process_peak": max(process) / gib,
-            "memory/device_peak": max(allocated) / gib,
-            "memory/device_reserved_peak": max(reserved) / gib,
-        }
 
     def _save_checkpoint(self) -> None:
         """Only note it: veRL saves before it evaluates and reports.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from verl_vla.trainer.finite_guard import FiniteGuard
 from verl_vla.trainer.platform import peak_process_bytes
 from verl_vla.trainer.rows import dense, stacked
 from verl_vla.trainer.verl_process import ROLLOUT_NAME
+
+BYTES_PER_GIB = 1024**3
 
 EVERY_RANK: Any = vars(Dispatch)["ONE_TO_ALL"]
 """veRL's enumeration makes its members at run time."""
@@ -122,6 +125,18 @@ class VLAWorker(ActorRolloutRefWorker):
         allocated, reserved = device.max_memory_allocated(), device.max_memory_reserved()
         device.reset_peak_memory_stats()
         return peak_process_bytes(), int(allocated), int(reserved)
+
+
+def memory_metrics(peaks: Sequence[tuple[int, int, int]]) -> dict[str, float]:
+    """Turn what `VLAWorker.peak_memory` says of each rank into the metrics of a step, GiB."""
+    process, allocated, reserved = (
+        max(of_ranks) / BYTES_PER_GIB for of_ranks in zip(*peaks, strict=True)
+    )
+    return {
+        "memory/process_peak": process,
+        "memory/device_peak": allocated,
+        "memory/device_reserved_peak": reserved,
+    }
 
 
 class SharedWeightsRollout(rollout_base.BaseRollout):
