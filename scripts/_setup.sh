@@ -2,7 +2,7 @@
 # Sourced by the other scripts. What it makes: .venv with the packages of requirements/*.lock and,
 # on a machine without a renderer, the system's GL libraries. What stands is used again.
 #   set_up_packages run|dev   dev adds the gates' and the tests' tools
-#   set_up_renderer           MuJoCo can draw without a display
+#   set_up_renderer           MuJoCo can draw without a display, and a simulator is compiled
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
@@ -10,6 +10,7 @@ python=$venv/bin/python
 uv=$venv/uv/bin/uv
 gl_packages=(libegl1 libopengl0 libgl1-mesa-dri libosmesa6)
 in_range='import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'
+simulate='from verl_vla.envs.libero import EnvConfig, make_env; make_env(EnvConfig()).reset(0, 0)'
 draw='import mujoco; mujoco.GLContext(8, 8).make_current()'
 
 say() { printf '%s\n' "$*" >&2; }
@@ -129,6 +130,8 @@ take_over() { # <variable> <separator> <values>; a variable that the user has se
 use_renderer() {
     if [ -e "$venv/ready-renderer" ] && gl_loads; then return; fi
     if ! can_render; then install_gl; fi
+    say "compiling what a simulator runs 500 times in a second (once, some 15 seconds)"
+    "$python" -c "$simulate" # else every process of the first run would, all at once
     touch "$venv/ready-renderer"
 }
 

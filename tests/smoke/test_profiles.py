@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import PROJECT
+from training_runs import PROJECT, RATIO_TOLERANCE
 
 from verl_vla.cli.main import main
 from verl_vla.metrics import read_metrics
@@ -38,8 +38,6 @@ SMALL = (
     "trainer.eval_before=false",
     "trainer.eval_every=0",
 )
-RATIO_TOLERANCE = 1e-3
-"""The first mini-batch is scored by the weights that acted, in 16 bits as in 32."""
 NO_BITSANDBYTES = pytest.mark.skipif(
     find_spec("bitsandbytes") is None, reason="bitsandbytes, of the extra qlora, is not installed"
 )

@@ -18,7 +18,7 @@ import torch
 from documented_reward import write_documented_reward
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
-from training_runs import PROJECT, SECRET, TrainingRun
+from training_runs import PROJECT, RATIO_TOLERANCE, SECRET, TrainingRun
 
 from verl_vla.actions import load_statistics
 from verl_vla.build import open_run
@@ -62,9 +62,6 @@ EQUAL_UPDATE = 1e-5
 
 BROKEN = "score[batch.episode_id == {episode}] = np.nan\n        return RewardResult"
 """What makes the reward of the documentation one that must be refused."""
-
-RATIO_TOLERANCE = 1e-3
-"""The first mini-batch is scored by the weights that acted."""
 
 
 def reproducible(folder: Path) -> list[dict[str, float]]:

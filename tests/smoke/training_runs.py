@@ -13,6 +13,8 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[2]
 RUN_LIMIT_S = 900
 """Start-up is most of it; a loaded machine may need three times as long."""
+RATIO_TOLERANCE = 1e-3
+"""The first mini-batch is scored by the weights that acted, in 16 bits as in 32."""
 SECRET = "hf_thisIsNoToken0123456789"
 """What stands in the environment of every run, and nowhere else."""
 
