@@ -23,6 +23,7 @@ from verl_vla.errors import (
     Interrupted,
     LearnerLostError,
     RewardError,
+    SolvedError,
     StarvedError,
 )
 
@@ -70,6 +71,7 @@ EXIT_LEARNER_LOST = 8
 
 STOPPED = {
     StarvedError: EXIT_STARVED,
+    SolvedError: EXIT_STARVED,
     ColdStartError: EXIT_COLD_START,
     RewardError: EXIT_REWARD,
     CheckpointError: EXIT_CHECKPOINT,
