@@ -101,7 +101,7 @@ SHARE_OF_PEAK = 0.5
 """Assumed; `bench gpu` measures it where there is a GPU."""
 CORES = 96
 """Assumed to simulate, on a node of eight GPUs."""
-CHUNK_CORE_S = 0.166
+CHUNK_CORE_S = 0.133
 """Measured: ``chunk_ours_processor_ms`` in docs/benchmarks/env_libero_spatial.json, software GL."""
 TRANSFER_BYTES_PER_S = 225e6
 """Measured: rows with pictures into TransferQueue 0.1.10 on two busy cores."""
