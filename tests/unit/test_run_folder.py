@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from verl_vla.evaluation import SuccessRate
-from verl_vla.run_folder import evaluation_record, keep_evaluation
+from verl_vla.run_folder import evaluated_steps, evaluation_record, keep_evaluation
 from verl_vla.types import Outcome
 
 CONDITIONS = {"suite": "mini", "states": "held_out"}
@@ -48,9 +48,11 @@ def test_an_evaluation_that_lost_everything_is_still_json():
 
 
 def test_evaluations_are_kept_by_step(tmp_path):
-    for step, outcome in ((0, Outcome.TIMEOUT), (5, Outcome.SUCCESS)):
+    assert evaluated_steps(tmp_path) == []
+    for step, outcome in ((0, Outcome.TIMEOUT), (15, Outcome.TIMEOUT), (5, Outcome.SUCCESS)):
         record = evaluation_record(entries(outcome), CONDITIONS, {2: "name"})
         keep_evaluation(tmp_path, step, record)
     folder = tmp_path / "evaluations"
     rates = {p.stem: json.loads(p.read_text())["total"]["rate"] for p in folder.iterdir()}
-    assert rates == {"step_0": 0.0, "step_5": 1.0}
+    assert rates == {"step_0": 0.0, "step_5": 1.0, "step_15": 0.0}
+    assert evaluated_steps(tmp_path) == [0, 5, 15]

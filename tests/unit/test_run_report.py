@@ -10,6 +10,7 @@ from report_world import NAMES, add_step, make_run
 
 from verl_vla.cli import report
 from verl_vla.errors import ConfigError
+from verl_vla.run_folder import keep_solved
 from verl_vla.run_report import figures
 from verl_vla.run_report.page import (
     REFRESH_EVERY_S,
@@ -93,6 +94,14 @@ def test_a_page_grows_with_its_run(folder):
     view = read_run(folder)
     assert (view.last_step, len(view.groups)) == (5, 5)
     assert status(view) == "ended after 5 training steps"
+
+
+def test_a_run_that_solved_everything_has_ended_early(folder):
+    assert not read_run(folder).has_ended
+    keep_solved(folder, 2)
+    assert not read_run(folder).has_ended, "it has gone on since"
+    keep_solved(folder, 3)
+    assert status(read_run(folder)) == "ended after 3 training steps, all solved"
 
 
 @pytest.mark.parametrize("draw", FIGURES)
