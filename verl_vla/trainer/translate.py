@@ -187,6 +187,7 @@ def _rollout(run: Run) -> Knobs:
         f"{rollout}.free_cache_engine": False,
         f"{rollout}.calculate_log_probs": True,
         f"{rollout}.n_gpus_per_node": run.recipe.cluster.ranks_per_node,
+        f"{rollout}.router_config_path": str(Path(__file__).parent / "no_router.yaml"),
     }
 
 

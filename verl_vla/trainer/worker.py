@@ -156,9 +156,8 @@ class SharedWeightsReplica(RolloutReplica):
     """The server side of such a rollout: none."""
 
     async def launch_servers(self) -> None:
-        """Name the first worker; nobody calls it."""
+        """Name it; a handle of a worker would make whoever gets it import all of veRL."""
         self._server_address = f"{ROLLOUT_NAME}-{self.replica_rank}"
-        self._server_handle = self.workers[0]
         self.servers: list[Any] = []
 
 
