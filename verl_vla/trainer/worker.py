@@ -156,7 +156,7 @@ class SharedWeightsReplica(RolloutReplica):
     """The server side of such a rollout: none."""
 
     async def launch_servers(self) -> None:
-        """Name it; a handle of a worker would make whoever gets it import all of veRL."""
+        """Name it, and hand out no worker: reading its handle means importing all of veRL."""
         self._server_address = f"{ROLLOUT_NAME}-{self.replica_rank}"
         self.servers: list[Any] = []
 
