@@ -5,8 +5,8 @@ python docs/experiments/libero.py FOLDER RECORD PICTURE
 The folder holds what scripts/reproduce_libero.sh makes: the run `binary`, which played the starts
 greedily before training and after it, and the evaluations `before` and `after` of the same policies
 on the same starts, sampled. What scripts/ablate_libero.sh adds: runs that began from the same
-policy, and `sampled/RUN`, an evaluation like `after` of each; `sampled/binary_step_N` is of the
-main run on its way.
+policy, and `sampled/RUN`, an evaluation like `after` of each. `sampled/binary_step_N` and
+`greedy/binary_step_N` are of the main run on its way.
 """
 
 from __future__ import annotations
@@ -156,6 +156,10 @@ def main(folder: Path, record: Path, picture: Path) -> str:
         (path.parent.name for path in folder.glob("*/recipe.yaml")), key=lambda n: (n != MAIN, n)
     )
     runs = {name: read_run(folder / name, recipe) for name in names}
+    for path in (folder / "greedy").glob(f"{ON_ITS_WAY}*"):
+        runs[MAIN]["evaluations"][int(path.name.removeprefix(ON_ITS_WAY))] = _evaluation(
+            path / RESULT
+        )
     played = {name: folder / own for name, own in SAMPLED.items()}
     played |= {path.name: path for path in sorted((folder / "sampled").glob("*"))}
     sampled = {name: _evaluation(own / RESULT) for name, own in played.items()}

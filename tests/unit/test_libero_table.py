@@ -57,12 +57,13 @@ def test_the_base_comes_first_and_each_run_says_what_it_changed(tmp_path: Path) 
     write_run(tmp_path / "b_unplayed", 0.28, {})
     write_evaluation(tmp_path / "sampled" / "a_clip" / "evaluation.json", 5)
     write_evaluation(tmp_path / "sampled" / "binary_step_1" / "evaluation.json", 4)
+    write_evaluation(tmp_path / "greedy" / "binary_step_1" / "evaluation.json", 6)
     write_evaluation(tmp_path / "before" / "evaluation.json", 3)
     write_evaluation(tmp_path / "after" / "evaluation.json", 7)
     lines = SCRIPT.main(tmp_path, tmp_path / "runs.json", tmp_path / "runs.png").splitlines()
     assert lines[2:] == [
         "| base |  | 0 | 0 | 0 | 4 of 10 (35-45%) | 3 of 10 (25-35%) |",
-        "| `binary` |  | 1 | 50 | 50 | — | 4 of 10 (35-45%) |",
+        "| `binary` |  | 1 | 50 | 50 | 6 of 10 (55-65%) | 4 of 10 (35-45%) |",
         "| `binary` |  | 2 | 100 | 100 | 8 of 10 (75-85%) | 7 of 10 (65-75%) |",
         "| `a_clip` | loss.clip.high: 0.28 -> 0.2 | 2 | 100 | 100 | 6 of 10 (55-65%) "
         "| 5 of 10 (45-55%) |",

@@ -64,7 +64,7 @@ class RunView:
     @property
     def has_ended(self) -> bool:
         """Whether all steps are done, or nothing was left to learn."""
-        return self.last_step in (self.total_steps, self.solved_after)
+        return self.last_step >= self.total_steps or self.last_step == self.solved_after
 
     @property
     def task_names(self) -> dict[int, str]:
