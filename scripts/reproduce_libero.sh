@@ -9,7 +9,7 @@ cd "$root"
 out=${1:-runs/libero}
 shift || true
 export OMP_NUM_THREADS=1
-say "about 50 minutes on two quiet cores, twice that on busy ones (docs/experiments/libero.md): recording, fine-tuning,
+say "about an hour on two cores, twice that on busy ones (docs/experiments/libero.md): recording, fine-tuning,
 12 training steps and four evaluations of 100 episodes; longer the first time, to set up"
 set_up_packages run
 set_up_renderer
