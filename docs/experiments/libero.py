@@ -126,7 +126,7 @@ def draw(path: Path, runs: dict[str, Any], sampled: dict[str, Any]) -> None:
         width = 2.0 if name == MAIN else 1.0
         steps = range(1, len(solved) + 1)
         left.plot(steps, solved, ".-", color=colours[name], label=name, linewidth=width)
-    points = [("base, greedy", runs[MAIN]["evaluations"][0], "grey")]
+    points = [("base, greedy", runs[MAIN]["evaluations"][0], "black")]
     points += [(f"{name}, sampled", sampled[name], _colour(name, colours)) for name in sampled]
     last = max(runs[MAIN]["evaluations"])
     points.insert(1, (f"{MAIN}, greedy", runs[MAIN]["evaluations"][last], colours[MAIN]))
@@ -146,7 +146,7 @@ def draw(path: Path, runs: dict[str, Any], sampled: dict[str, Any]) -> None:
 def _colour(policy: str, colours: dict[str, str]) -> str:
     """The colour of a policy's run; the base has none."""
     run = MAIN if ON_ITS_WAY in policy else policy
-    return colours[run] if run in colours else "grey"
+    return colours[run] if run in colours else "black"
 
 
 def main(folder: Path, record: Path, picture: Path) -> str:
