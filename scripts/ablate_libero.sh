@@ -4,6 +4,7 @@
 #   ablate_libero.sh FOLDER [NAME ...]     all, or those named; about 20 minutes of a core each
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/_libero.sh"
 cd "$root"
 out=${1:?name the folder that reproduce_libero.sh wrote}
 shift
@@ -29,6 +30,5 @@ for name in "$@"; do
     read -ra changed <<<"${words[$name]}"
     "$python" -m verl_vla train recipe=libero_spatial_small policy.path="$out/base" out="$out/$name" gate.mode=off \
         trainer.eval_before=false trainer.eval_every=0 trainer.total_training_steps=6 "${changed[@]}"
-    "$python" -m verl_vla eval --policy "$out/$name/checkpoints/latest/policy" --suite libero_spatial --tasks 0 \
-        --episodes 100 --states drawn --sampling 0.6 --limit 112 --slots 8 --workers 1 --out "$out/sampled/$name"
+    evaluate "$out/$name/checkpoints/latest/policy" "$out/sampled/$name"
 done

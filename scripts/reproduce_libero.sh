@@ -5,6 +5,7 @@
 # Needs LIBERO's assets (VERL_VLA_LIBERO_ASSETS=FOLDER, or a hub that can be reached).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/_libero.sh"
 cd "$root"
 out=${1:-runs/libero}
 shift || true
@@ -23,10 +24,6 @@ if [ ! -e "$out/base" ]; then
     mv "$out/base.partial" "$out/base"
 fi
 "$python" -m verl_vla train recipe=libero_spatial_small policy.path="$out/base" out="$out/binary" "$@"
-evaluate() { # <policy> <folder>, sampled as in training; training has played the same starts greedily
-    "$python" -m verl_vla eval --policy "$1" --suite libero_spatial --tasks 0 --episodes 100 --states drawn \
-        --sampling 0.6 --limit 112 --slots 8 --workers 1 --out "$2"
-}
 evaluate "$out/base" "$out/before"
 evaluate "$out/binary/checkpoints/latest/policy" "$out/after"
 "$python" -m verl_vla compare "$out/before" "$out/after"
