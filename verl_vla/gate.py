@@ -29,6 +29,7 @@ from verl_vla.evaluation import Evaluation, EvaluationConfig, SuccessRate, evalu
 from verl_vla.policies.base import Policy
 from verl_vla.rollout import Simulators
 from verl_vla.sampling import Start
+from verl_vla.whole_file import write_whole
 
 GATE_FILE = "gate.json"
 """What was measured and decided, in the run's folder."""
@@ -203,9 +204,7 @@ def probe_starts(starts: Sequence[Start], episodes: int) -> tuple[Start, ...]:
 
 def keep(folder: Path, record: dict[str, Any]) -> None:
     """Write a probe's record into the run's folder, whole or not at all."""
-    partial = folder / f"{GATE_FILE}.tmp"
-    partial.write_text(json.dumps(record, indent=1))
-    partial.replace(folder / GATE_FILE)
+    write_whole(folder / GATE_FILE, json.dumps(record, indent=1))
 
 
 def was_passed(folder: Path) -> bool:

@@ -22,6 +22,7 @@ from verl_vla.errors import ConfigError
 from verl_vla.evaluation import episode_entries
 from verl_vla.reward.goals import goal_progress
 from verl_vla.types import Trajectories
+from verl_vla.whole_file import write_whole
 
 JOURNAL_FILE = "episodes.jsonl"
 
@@ -56,9 +57,7 @@ class Journal:
         """Drop what was played after a training step; it is played again when a run resumes."""
         header, *lines = self._path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if json.loads(line)["step"] <= last_step]
-        partial = self._path.with_suffix(".tmp")
-        partial.write_text("".join([header, *kept]))
-        partial.replace(self._path)
+        write_whole(self._path, "".join([header, *kept]))
 
     def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
         with self._path.open("a") as file:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from verl_vla.errors import ContractError
+from verl_vla.whole_file import write_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,9 +142,7 @@ class MetricsFile:
             return
         lines = self._path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and _step(line) <= last_step]
-        partial = self._path.with_suffix(".tmp")
-        partial.write_text("".join(kept))
-        partial.replace(self._path)
+        write_whole(self._path, "".join(kept))
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line.
@@ -161,9 +160,7 @@ class MetricsFile:
         check_declared(values, self._declared)
         *before, last = self._path.read_text().splitlines(keepends=True)
         record = json.loads(last) | {name: _plain(value) for name, value in values.items()}
-        partial = self._path.with_suffix(".tmp")
-        partial.write_text("".join([*before, json.dumps(record) + "\n"]))
-        partial.replace(self._path)
+        write_whole(self._path, "".join([*before, json.dumps(record) + "\n"]))
 
 
 def check_declared(values: Mapping[str, float], declared: Mapping[str, Metric] = METRICS) -> None:

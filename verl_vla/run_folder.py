@@ -14,6 +14,7 @@ from verl_vla.config import differences
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import count_entries
 from verl_vla.folder_lock import LOCK, folder_lock, writing_to
+from verl_vla.whole_file import partial_file, write_whole
 
 SOLVED_FILE = "solved.json"
 
@@ -58,14 +59,12 @@ def keep_evaluation(folder: Path, step: int, record: Mapping[str, Any]) -> None:
     """Write the evaluation after a training step into the run's folder, whole or not at all."""
     file = evaluation_file(folder, step)
     file.parent.mkdir(exist_ok=True)
-    partial = file.with_suffix(".tmp")
-    partial.write_text(json.dumps(record, indent=1))
-    partial.replace(file)
+    write_whole(file, json.dumps(record, indent=1))
 
 
 def keep_solved(folder: Path, last_step: int) -> None:
     """Note that the run ended after ``last_step``, since all was solved in the next."""
-    (folder / SOLVED_FILE).write_text(json.dumps({"last_step": last_step}))
+    write_whole(folder / SOLVED_FILE, json.dumps({"last_step": last_step}))
 
 
 def solved_after(folder: Path) -> int | None:
@@ -94,8 +93,7 @@ def claimed_folder(
 
 def _write_recipe(folder: Path, wanted: dict[str, Any], may_change: Sequence[str]) -> None:
     file = folder / "recipe.yaml"
-    partial_file = file.with_suffix(".tmp")
-    others = {path.name for path in folder.iterdir()} - {LOCK, partial_file.name}
+    others = {path.name for path in folder.iterdir()} - {LOCK, partial_file(file).name}
     if file.exists():
         changed = differences(yaml.safe_load(file.read_text()), wanted, may_change)
         if changed:
@@ -108,5 +106,4 @@ def _write_recipe(folder: Path, wanted: dict[str, Any], may_change: Sequence[str
             f"out is {folder}, which holds {min(others)!r} and no run; choose a new or an empty "
             "folder"
         )
-    partial_file.write_text(yaml.safe_dump(wanted, sort_keys=False))
-    partial_file.replace(file)
+    write_whole(file, yaml.safe_dump(wanted, sort_keys=False))

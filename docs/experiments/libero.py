@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from verl_vla.comparison import RESULT
 from verl_vla.config import differences
 from verl_vla.metrics import read_metrics
+from verl_vla.run_folder import evaluated_steps, evaluation_file
 from verl_vla.types import Outcome
 
 MAIN = "binary"
@@ -54,11 +55,12 @@ def read_run(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     """
     own = yaml.safe_load((folder / "recipe.yaml").read_text())
     steps = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] > 0]
-    played = {int(f.stem.removeprefix("step_")): f for f in folder.glob("evaluations/step_*.json")}
     return {
         "changed": differences(recipe, own, ("out",)),
         "steps": [{name: line[key] for key, name in STEP_VALUES.items()} for line in steps],
-        "evaluations": {step: _evaluation(played[step]) for step in sorted(played)},
+        "evaluations": {
+            step: _evaluation(evaluation_file(folder, step)) for step in evaluated_steps(folder)
+        },
     }
 
 
@@ -126,10 +128,12 @@ def draw(path: Path, runs: dict[str, Any], sampled: dict[str, Any]) -> None:
         width = 2.0 if name == MAIN else 1.0
         steps = range(1, len(solved) + 1)
         left.plot(steps, solved, ".-", color=colours[name], label=name, linewidth=width)
-    points = [("base, greedy", runs[MAIN]["evaluations"][0], "black")]
+    greedy = runs[MAIN]["evaluations"]
+    points = [
+        ("base, greedy", greedy[0], "black"),
+        (f"{MAIN}, greedy", greedy[max(greedy)], colours[MAIN]),
+    ]
     points += [(f"{name}, sampled", sampled[name], _colour(name, colours)) for name in sampled]
-    last = max(runs[MAIN]["evaluations"])
-    points.insert(1, (f"{MAIN}, greedy", runs[MAIN]["evaluations"][last], colours[MAIN]))
     for place, (_, evaluation, colour) in enumerate(points):
         rate, (low, high) = evaluation["rate"], evaluation["ci95"]
         error = [[100 * (rate - low)], [100 * (high - rate)]]

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from verl_vla.evaluation import SuccessRate
 from verl_vla.metrics import read_metrics
 from verl_vla.reward_bench.statistics import Estimate, estimate
+from verl_vla.run_folder import evaluation_file
 from verl_vla.types import Outcome
 
 BASELINE = "binary"
@@ -59,7 +60,7 @@ def read_arm(folder: Path) -> Arm:
 
 
 def _outcomes(run: Path) -> np.ndarray:
-    content = json.loads((run / "evaluations" / f"step_{LAST_STEP}.json").read_text())
+    content = json.loads(evaluation_file(run, LAST_STEP).read_text())
     return np.array([episode["outcome"] == Outcome.SUCCESS for episode in content["episodes"]])
 
 

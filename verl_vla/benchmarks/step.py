@@ -19,7 +19,7 @@ from verl_vla.metrics import is_reproducible, read_metrics
 
 PROJECT = Path(__file__).resolve().parents[2]
 SPINE = "d067d8f"
-"""The first commit that trains ``mini`` under veRL from end to end; nothing was sped up since."""
+"""The first commit that trains ``mini`` under veRL from end to end, before anything was sped up."""
 PUSHING = (
     "recipe=quickstart policy.path={project}/bases/mini environment.tasks=[0] "
     "sampling.temperature=0.8 trainer.total_training_steps=3 trainer.eval_before=false "

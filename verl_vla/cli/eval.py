@@ -36,6 +36,7 @@ from verl_vla.progress import EvaluationProgress
 from verl_vla.recipe import EnvironmentConfig
 from verl_vla.resumable_evaluation import play_remaining
 from verl_vla.run_folder import evaluation_record
+from verl_vla.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,5 @@ def _show(lines: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> None:
 
 
 def _write(file: Path, record: Mapping[str, Any]) -> None:
-    partial = file.with_suffix(".tmp")
-    partial.write_text(json.dumps(record, indent=1))
-    partial.replace(file)
+    write_whole(file, json.dumps(record, indent=1))
     logger.info("written to %s", file)

@@ -23,7 +23,6 @@ from verl_vla.errors import (
     Interrupted,
     LearnerLostError,
     RewardError,
-    SolvedError,
     StarvedError,
 )
 
@@ -71,7 +70,6 @@ EXIT_LEARNER_LOST = 8
 
 STOPPED = {
     StarvedError: EXIT_STARVED,
-    SolvedError: EXIT_STARVED,
     ColdStartError: EXIT_COLD_START,
     RewardError: EXIT_REWARD,
     CheckpointError: EXIT_CHECKPOINT,
@@ -99,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     except tuple(STOPPED) as error:
         sys.stderr.write(f"stopped: {error}\n")
-        return STOPPED[type(error)]
+        return next(code for kind, code in STOPPED.items() if isinstance(error, kind))
     except Interrupted as error:
         sys.stderr.write(f"stopped: {error}\n")
         return EXIT_SIGNAL + error.signal_number

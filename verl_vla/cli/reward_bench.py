@@ -55,6 +55,7 @@ from verl_vla.reward_bench import (
     verdicts,
 )
 from verl_vla.types import EpisodeSpec, Trajectories
+from verl_vla.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -241,9 +242,7 @@ def _write(out: Path, result: dict[str, Any]) -> None:
     """Write the result, whole or not at all."""
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
-        partial = out / f"{RESULT_FILE}.tmp"
-        partial.write_text(json.dumps(result, indent=1, allow_nan=False))
-        partial.replace(out / RESULT_FILE)
+        write_whole(out / RESULT_FILE, json.dumps(result, indent=1, allow_nan=False))
 
 
 def _show(out: Path, rows: Sequence[BenchRow], judged: Sample, result: dict[str, Any]) -> None:

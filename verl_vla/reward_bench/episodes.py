@@ -23,6 +23,7 @@ from verl_vla.rollout import NoiseSource, Simulators, play
 from verl_vla.sampling import Start
 from verl_vla.trajectory_file import read_trajectories, write_trajectories
 from verl_vla.types import EpisodeSpec, Trajectories
+from verl_vla.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ def claim(folder: Path, record: Mapping[str, Any]) -> None:
         return
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(folder / PLAYED_FILE, json.dumps(wanted, indent=1).encode())
+        write_whole(folder / PLAYED_FILE, json.dumps(wanted, indent=1))
 
 
 def played_with(folder: Path) -> dict[str, Any]:
@@ -216,9 +217,3 @@ def _num_rounds(num_groups: int) -> int:
 
 def _round_file(folder: Path, index: int) -> Path:
     return folder / f"round_{index:04d}.npz"
-
-
-def _write_whole(file: Path, content: bytes) -> None:
-    partial_file = file.with_suffix(".partial")
-    partial_file.write_bytes(content)
-    partial_file.replace(file)

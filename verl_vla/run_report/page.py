@@ -15,6 +15,7 @@ from verl_vla.progress import format_seconds
 from verl_vla.run_report import figures
 from verl_vla.run_report.reading import Line, RunView, kind_of, read_run
 from verl_vla.types import Outcome
+from verl_vla.whole_file import write_whole
 
 REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -45,9 +46,7 @@ def write_report(folder: Path) -> Path:
     body = run_body(view, lambda episode: _embedded(film_path(folder, episode)))
     page = render("page.html", title=folder.name, body=body, live=False)
     file = folder / REPORT_FILE
-    partial = file.with_suffix(".tmp")
-    partial.write_text(page)
-    partial.replace(file)
+    write_whole(file, page)
     return file
 
 
