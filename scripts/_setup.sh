@@ -46,6 +46,8 @@ use_packages() { # run | dev
     "$uv" pip install --python "$python" --no-deps --compile-bytecode \
         --requirements "$root/requirements/$1.lock" >&2
     "$uv" pip install --python "$python" --no-deps --quiet --editable "$root" >&2
+    # once: images of other assets are not those that policies were trained on
+    "$python" -c 'from verl_vla.envs.assets import check_assets; check_assets()' >&2
     printf '%s\n' "$wanted" >"$venv/ready-$1"
     if [ "$1" = dev ]; then printf '%s\n' "$wanted" >"$venv/ready-run"; fi
 }

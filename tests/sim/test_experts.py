@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ BETWEEN, NEXT_TO_PLATE = 0, 8
 
 
 @pytest.fixture(scope="module", params=["libero_object", "libero_spatial"])
-def env(request: pytest.FixtureRequest, libero_assets: Path) -> Iterator[LiberoEnv]:
+def env(request: pytest.FixtureRequest) -> Iterator[LiberoEnv]:
     made = make_env(EnvConfig(suite=request.param))
     yield made
     made.close()

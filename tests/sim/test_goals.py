@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from verl_vla.envs.assets import assets_available
 from verl_vla.envs.libero import EnvConfig, LiberoEnv, make_env
 from verl_vla.envs.mini.experts import EXPERTS
 from verl_vla.reward import goal_progress
@@ -15,9 +14,6 @@ from verl_vla.types import Outcome, Reading
 
 pytestmark = pytest.mark.sim
 
-NEEDS_ASSETS = pytest.mark.skipif(
-    not assets_available(), reason="LIBERO's assets are not on this machine"
-)
 OPEN_DRAWER, STOVE = "open_the_middle_drawer_of_the_cabinet", "turn_on_the_stove"
 
 
@@ -59,7 +55,6 @@ def test_reading_the_goals_changes_nothing(mini: LiberoEnv) -> None:
     assert np.array_equal(*ends)
 
 
-@NEEDS_ASSETS
 @pytest.mark.parametrize("name", [OPEN_DRAWER, STOVE])
 def test_a_joint_is_there_when_libero_says_so(name: str) -> None:
     env = make_env(EnvConfig(suite="libero_goal", render_size=64, image_size=56))

@@ -130,7 +130,7 @@ def simulator_pose(simulator: Simulator) -> np.ndarray:
     return np.concatenate([seen.hand_m, seen.hand_rad])
 
 
-def test_a_spatial_episode_is_played_again_to_the_bit(libero_assets: Path) -> None:
+def test_a_spatial_episode_is_played_again_to_the_bit() -> None:
     env = make_env(config("libero_spatial"))
     episode = play_episode(env, 0, seed=0, index=0)
     env.close()

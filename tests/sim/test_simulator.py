@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from verl_vla.envs.libero import CAMERAS, SETTLE_ACTION, EnvConfig, LiberoEnv, make_env
-from verl_vla.envs.suites import suite
 from verl_vla.observations import prepare_image
 from verl_vla.types import Outcome
 
@@ -32,8 +31,6 @@ TASKS = [MINI_PLACE, SPATIAL, OPEN_DRAWER, STOVE]
 def played(request: pytest.FixtureRequest) -> Iterator[tuple[LiberoEnv, int]]:
     """An environment and a task of it."""
     name, task_id = request.param
-    if suite(name).needs_assets:
-        request.getfixturevalue("libero_assets")
     env = make_env(EnvConfig(suite=name, cameras=CAMERAS, render_size=128, image_size=112))
     yield env, task_id
     env.close()

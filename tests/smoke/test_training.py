@@ -24,7 +24,6 @@ from verl_vla.actions import load_statistics
 from verl_vla.build import open_run
 from verl_vla.cli.main import EXIT_COLD_START, EXIT_LEARNER_LOST, EXIT_REWARD, EXIT_STARVED
 from verl_vla.composition import load_recipe
-from verl_vla.envs.assets import assets_available
 from verl_vla.envs.suites import suite
 from verl_vla.errors import EXIT_SIGNAL, ConfigError, ContractError, EpisodeCrashed
 from verl_vla.journal import read_episodes
@@ -295,7 +294,6 @@ class SilentReward(ReachingReward):
 """Tells apart the second group of the second training step, and no other."""
 
 
-@pytest.mark.skipif(not assets_available(), reason="LIBERO's assets are not on this machine")
 def test_real_libero_spatial_is_learned_from_where_there_is_a_gradient(tmp_path: Path) -> None:
     """A step in which all groups agree, and one in which one of two does.
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from verl_vla.envs.assets import STANDINS_FILE, describe_assets
+import pytest
+
+from verl_vla.envs.assets import (
+    ASSET_FOLDERS,
+    ASSETS_VARIABLE,
+    check_assets,
+    describe_assets,
+    differing_assets,
+    find_assets,
+)
+from verl_vla.errors import ConfigError
 from verl_vla.policies.checkpoint import fingerprint
 
 
@@ -21,12 +31,25 @@ def test_a_copy_has_the_same_fingerprint_and_a_change_another(tmp_path: Path) ->
     assert fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")
 
 
-def test_assets_that_are_not_the_real_ones_are_named(tmp_path: Path) -> None:
+def test_assets_that_are_not_liberos_are_named(tmp_path: Path) -> None:
     (tmp_path / "scenes").mkdir()
-    (tmp_path / "scenes" / "wall.png").write_bytes(b"12")
-    whole = describe_assets(tmp_path)
-    assert whole["standins"] == []
-    (tmp_path / STANDINS_FILE).write_text('["scenes/wall.png"]')
-    described = describe_assets(tmp_path)
-    assert described["standins"] == ["scenes/wall.png"]
-    assert described["fingerprint"] != whole["fingerprint"]
+    name = "scenes/libero_tabletop_base_style.xml"
+    shutil.copy(find_assets() / name, tmp_path / name)
+    (tmp_path / "scenes" / "of_another_project.xml").write_text("<mujoco/>")
+    assert differing_assets(tmp_path) == []
+    (tmp_path / name).write_text("<mujoco/>")
+    assert differing_assets(tmp_path) == [name]
+    assert describe_assets(tmp_path)["differing"] == [name]
+
+
+def test_the_assets_of_this_machine_are_liberos() -> None:
+    check_assets()
+
+
+def test_a_stand_in_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ASSET_FOLDERS:
+        (tmp_path / name).mkdir()
+    (tmp_path / "wall.xml").write_text("<mujoco/>")
+    monkeypatch.setenv(ASSETS_VARIABLE, str(tmp_path))
+    with pytest.raises(ConfigError, match=r"1 files of LIBERO's assets .*wall\.xml.*pip install"):
+        check_assets()

