@@ -2,7 +2,6 @@
 # Makes the main row of docs/experiments/libero.md again from nothing: demonstrations, a base, GRPO.
 # A second call goes on where the first one ended.
 #   reproduce_libero.sh [FOLDER] [key=value ...]
-# Needs LIBERO's assets (VERL_VLA_LIBERO_ASSETS=FOLDER, or a hub that can be reached).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/_libero.sh"

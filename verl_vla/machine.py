@@ -21,6 +21,8 @@ from verl_vla.envs.assets import (
     find_assets,
 )
 from verl_vla.envs.gl import REMEDY as GL_REMEDY
+from verl_vla.envs.mujoco_version import REMEDY as MUJOCO_REMEDY
+from verl_vla.envs.mujoco_version import known_difference
 from verl_vla.policies.findings import Finding
 
 GB = 1e9
@@ -68,6 +70,7 @@ def examine_machine(folder: Path, num_gpus: int | None = None) -> list[Check]:
     return [
         _python(),
         *_packages(),
+        _mujoco(),
         _cuda(),
         *[_renders(device) for device in (range(devices) if devices else [None])],
         _assets(),
@@ -106,6 +109,14 @@ def _packages() -> list[Check]:
             )
     held = f"{len(pinned) - len(wrong)} of {len(pinned)} pinned packages have their version"
     return [_check("versions", held), *wrong]
+
+
+def _mujoco() -> Check:
+    version = metadata.version("mujoco")
+    says = known_difference(version)
+    if says is None:
+        return _check("MuJoCo", f"{version}, no difference from LIBERO's physics is known")
+    return _check("MuJoCo", f"{version}: {says}", is_fault=True, fix=MUJOCO_REMEDY)
 
 
 def _cuda() -> Check:

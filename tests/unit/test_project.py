@@ -34,7 +34,7 @@ PACKAGE_OF = {
     "yaml": "pyyaml",
 }
 """The package on an index, where a module has another name."""
-MAX_FILE_LINES = 300
+MAX_FILE_LINES = 400
 MAX_LAUNCHER_LINES = 30
 
 # A folder that exists on one machine only, at the start of a path; written so that the pattern

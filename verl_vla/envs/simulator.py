@@ -87,6 +87,8 @@ class Simulator:
             self._env = _build(bddl_file)
         self._model: mujoco.MjModel = self._env.sim.model._model
         self._data: mujoco.MjData = self._env.sim.data._data
+        # nothing reads the gripper's force and torque, and no state follows from them
+        self._model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_SENSOR)
         self._shown = mujoco.MjData(self._model)
         self._robot: Any = self._env.robots[0]
         self._finger_index: list[int] = self._robot._ref_gripper_joint_pos_indexes
@@ -228,7 +230,7 @@ class Simulator:
         return self._env.obj_body_id[name]
 
     def has_site(self, name: str) -> bool:
-        """Say whether a place of the task is a site of an object, and no object."""
+        """Say whether a place of the task is a site."""
         return name in self._env.object_sites_dict
 
     def object_position(self, name: str) -> Floats:

@@ -20,6 +20,7 @@ from verl_vla.envs.assets import find_assets, libero_root
 from verl_vla.envs.base import Env, EnvConfig, StepLimit, Suite, Task
 from verl_vla.envs.base import Split as Split
 from verl_vla.envs.init_states import read_states
+from verl_vla.envs.mujoco_version import require_libero_physics
 from verl_vla.envs.own_suite import load_own_suite, locate_own_suite
 from verl_vla.errors import ConfigError
 
@@ -98,7 +99,8 @@ class LiberoSuite(Suite):
         return {name: metadata.version(name) for name in SIMULATION}
 
     def require_simulator(self) -> None:
-        """Find LIBERO's assets; the mini suite brings what it needs."""
+        """Check MuJoCo's version and find LIBERO's assets; the mini suite brings its own."""
+        require_libero_physics()
         if self.needs_assets:
             find_assets()
 
