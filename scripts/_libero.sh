@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sourced, after _setup.sh, by the scripts of docs/experiments/libero.md: every policy there is judged alike.
+# Sourced, after _setup.sh, by the scripts of docs/experiments/libero.md: every policy there is evaluated alike.
 
-evaluate() { # <policy> <folder>, sampled as in training; a run itself may play the same starts greedily
-    "$python" -m verl_vla eval --policy "$1" --suite libero_spatial --tasks 0 --episodes 100 --states drawn \
-        --sampling 0.6 --limit 112 --slots 8 --workers 1 --out "$2"
+evaluate() { # <policy> <folder>, sampled as in training; a run itself may evaluate the same starts greedily
+    "$python" -m verl_vla eval --policy "$1" --suite libero_spatial --tasks 0 2 8 --episodes 34 --states drawn \
+        --sampling 0.6 --limit 144 --slots 16 --workers 2 --out "$2"
 }

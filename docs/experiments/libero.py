@@ -74,7 +74,7 @@ def _evaluation(file: Path) -> dict[str, Any]:
         "sampling": content["sampling"],
         "renderer": content["renderer"],
         "step_limits": content["step_limits"],
-        "stand_ins": len(content["assets"]["standins"]),
+        "differing_assets": content["assets"]["differing"],
         "versions": content["versions"],
     }
 

@@ -1,4 +1,4 @@
-"""``quickstart [--steps N] [--seed S] [--out DIR]``: train the embedded policy and show it.
+"""``quickstart [--suite NAME] [--steps N] [--seed S] [--out DIR]``: train a base and show it.
 
 Writes ``summary.json``, ``metrics.jsonl``, ``curve.png`` and ``before_after.mp4``.
 """
@@ -31,6 +31,9 @@ from verl_vla.types import Outcome
 
 logger = logging.getLogger(__name__)
 
+RECIPES = {"mini": "quickstart", "libero_spatial": "quickstart_libero_spatial"}
+"""Recipe of each suite that a base comes with."""
+
 
 def run(arguments: Sequence[str]) -> int:
     """Train, then print a table and a curve."""
@@ -46,16 +49,18 @@ def run(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="quickstart.sh", description=__doc__)
+    parser.add_argument("--suite", choices=RECIPES, default="mini", help="mini if not given")
     parser.add_argument("--steps", type=int, help="training steps; the recipe's if not given")
     parser.add_argument("--seed", type=int, help="of the run; 0 if not given")
-    parser.add_argument("--out", help="run folder; runs/quickstart_seedS if not given")
+    parser.add_argument("--out", help="run folder; runs/RECIPE_seedS if not given")
     return parser
 
 
 def _recipe_words(options: argparse.Namespace) -> list[str]:
     seed = 0 if options.seed is None else options.seed
-    out = f"runs/quickstart_seed{seed}" if options.out is None else options.out
-    words = ["recipe=quickstart", f"seed={seed}", f"out='{out}'"]
+    recipe = RECIPES[options.suite]
+    out = f"runs/{recipe}_seed{seed}" if options.out is None else options.out
+    words = [f"recipe={recipe}", f"seed={seed}", f"out='{out}'"]
     if options.steps is not None:
         words.append(f"trainer.total_training_steps={options.steps}")
     return words
