@@ -33,6 +33,7 @@ from verl_vla.journal import Journal, read_episodes
 from verl_vla.policies.checkpoint import fingerprint
 from verl_vla.policies.loading import load_policy
 from verl_vla.progress import EvaluationProgress
+from verl_vla.published import PROTOCOLS, compare_with_published, complete, published_table
 from verl_vla.recipe import EnvironmentConfig
 from verl_vla.resumable_evaluation import play_remaining
 from verl_vla.run_folder import evaluation_record
@@ -46,6 +47,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def run(arguments: Sequence[str]) -> int:
     """Play what is not yet played, count, print a table, and write ``evaluation.json``."""
     options = _parser().parse_args(arguments)
+    vars(options).update(complete(vars(options)))
     chosen = suite(options.suite)
     tasks = task_ids(chosen, options.tasks)
     names = {task: chosen.tasks[task].name for task in tasks}
@@ -99,7 +101,13 @@ def run(arguments: Sequence[str]) -> int:
         )
         _show(lines, names)
         time_spent = {"wall_s": time.perf_counter() - began, "episodes_found": len(found)}
-        _write(out / RESULT, evaluation_record(lines, given, names) | {"time": time_spent})
+        record = evaluation_record(lines, given, names) | {"time": time_spent}
+        if options.protocol is not None:
+            record["published"] = compare_with_published(
+                chosen, count_entries(lines, tasks), policy.shape, env.step_limit, len(tasks)
+            )
+            logger.info("\n%s\n", published_table(options.suite, record["published"]))
+        _write(out / RESULT, record)
     return 0
 
 
@@ -111,13 +119,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--tasks", type=int, nargs="+", help="task ids; all if not given")
     add("--episodes", type=int, help="starts per task; all recorded ones if not given")
     add(
+        "--protocol",
+        choices=PROTOCOLS,
+        help="published: all tasks and recorded init states, greedy, openvla-oft's step limits, "
+        "256 px, and a table beside published rates; LIBERO's suites of ten tasks",
+    )
+    add(
         "--states",
         choices=get_args(Split),
-        default="held_out",
-        help="official: all recorded starts, as in published numbers; drawn: new ones",
+        help="held_out (default); official: all recorded starts; drawn: new ones",
     )
-    add("--sampling", default="greedy", help="greedy, or a temperature")
-    add("--limit", default="published", help="step limit: published, simplevla, or a number")
+    add("--sampling", help="greedy (default), or a temperature")
+    add("--limit", help="step limit: published (default), simplevla, or a number")
     add("--render-size", type=int, help="camera picture, px; the policy's own if not given")
     add("--dtype", choices=sorted(DTYPES), default="float32")
     add("--unnorm-key", help="entry of dataset_statistics.json")
