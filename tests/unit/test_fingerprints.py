@@ -39,7 +39,11 @@ def test_assets_that_are_not_liberos_are_named(tmp_path: Path) -> None:
     assert differing_assets(tmp_path) == []
     (tmp_path / name).write_text("<mujoco/>")
     assert differing_assets(tmp_path) == [name]
-    assert describe_assets(tmp_path)["differing"] == [name]
+    found = describe_assets(tmp_path)["differing"]
+    assert list(found) == [name]
+    describe_assets.cache_clear()
+    (tmp_path / name).write_text("<mujoco model='other'/>")
+    assert describe_assets(tmp_path)["differing"] != found
 
 
 def test_the_assets_of_this_machine_are_liberos() -> None:

@@ -44,7 +44,7 @@ def write_evaluation(file: Path, number: int) -> None:
         "sampling": "greedy",
         "renderer": "egl",
         "step_limits": {"task": 112},
-        "assets": {"differing": []},
+        "assets": {"differing": {}},
         "versions": {"commit": "abc"},
     }
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def test_the_base_comes_first_and_each_run_says_what_it_changed(tmp_path: Path) 
     record = json.loads((tmp_path / "runs.json").read_text())
     assert record["recipe"]["loss"]["clip"]["high"] == 0.28
     after = record["runs"]["a_clip"]["evaluations"]["2"]
-    assert (after["solved"], after["differing_assets"]) == ("1111110000", [])
+    assert (after["solved"], after["differing_assets"]) == ("1111110000", {})
     assert len(record["runs"]["binary"]["steps"]) == 2
     assert record["sampled"]["binary"]["successes"] == 7
     assert (tmp_path / "runs.png").stat().st_size > 0

@@ -116,11 +116,12 @@ def describe_assets(folder: Path) -> dict[str, Any]:
     """What makes two folders of assets render the same images.
 
     Returns:
-        ``checksums``, a fingerprint of LIBERO's own, and ``differing``, the files whose content is
-        another.
+        ``checksums``, a fingerprint of LIBERO's own files, and ``differing``, the SHA-256 of those
+        whose content is another, by their names.
     """
     checksums = hashlib.sha256(CHECKSUMS_FILE.read_bytes()).hexdigest()[:16]
-    return {"checksums": checksums, "differing": differing_assets(folder)}
+    differing = {name: _sha256(folder / name) for name in differing_assets(folder)}
+    return {"checksums": checksums, "differing": differing}
 
 
 def differing_assets(folder: Path) -> list[str]:

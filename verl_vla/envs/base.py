@@ -121,7 +121,8 @@ class EnvConfig:
     meanwhile."""
     max_simulators: int = 10
     """Of LIBERO: tasks whose simulators are kept, the one unused for longest going first. One takes
-    0.1 GB in the mini suite and 0.4 GB in LIBERO's, and seconds to build."""
+    0.1 GB in the mini suite and 0.7 to 1.8 GB in LIBERO's, and seconds to build. Fewer are kept
+    where memory is short."""
 
     def __post_init__(self) -> None:
         for name in ("render_size", "image_size", "max_simulators"):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from verl_vla.envs.base import Suite
+from verl_vla.envs.base import EnvConfig, Suite
 from verl_vla.planning.trace import PROMPT_TOKENS, RGB, Trace
 from verl_vla.policies.base import PolicyShape
 from verl_vla.recipe import Recipe
@@ -39,9 +39,12 @@ ENCODER_BYTES = {
 }
 """Of a reward's encoder with its activations. V-JEPA 2 ViT-g: siglip-grpo's blog, "~5 GB". The
 others: ViT-L, so400m and both, at 2 bytes a weight, with as much again for 32 pictures: assumed."""
-SIMULATOR_BYTES, LIBERO_SIMULATOR_BYTES = 84_000_000, 385_000_000
-"""Of one process of mini and of LIBERO's suites: docs/benchmarks.md, Simulator. A suite of one's
-own is taken for LIBERO's: assumed."""
+WORKER_BYTES = 500_000_000
+"""Of one simulator process before its first simulator, memory of its own: docs/benchmarks.md,
+Simulator memory."""
+SIMULATOR_BYTES, LIBERO_SIMULATOR_BYTES = 100_000_000, 900_000_000
+"""Of one task's simulator with its renderer, of mini and of LIBERO's suites, the mean: the same
+table. A suite of one's own is taken for LIBERO's: assumed."""
 PROCESS_BYTES = 1_200_000_000
 """Python, torch and veRL of a rank or of the trainer: docs/running.md, The plan and the truth."""
 BUFFER_COPIES = 2
@@ -129,8 +132,7 @@ def host_memory(
     parts = {
         "rollout buffer": buffer,
         "loading, above the buffer": max(0, loading - buffer),
-        "simulators": recipe.environment.num_workers
-        * (SIMULATOR_BYTES if chosen.name == "mini" else LIBERO_SIMULATOR_BYTES),
+        "simulators": recipe.environment.num_workers * _worker_bytes(recipe, chosen),
         "processes": (per_node + 1) * PROCESS_BYTES,
     }
     if recipe.optimizer.name == "deepspeed_cpu_adam":
@@ -141,6 +143,16 @@ def host_memory(
     if recipe.cluster.device == "cpu":
         parts["learning"] = per_node * device_memory(recipe, trace, shape).peak
     return parts
+
+
+def _worker_bytes(recipe: Recipe, chosen: Suite) -> int:
+    """Of a simulator process that has come across as many tasks as it keeps."""
+    tasks = recipe.environment.tasks
+    num_tasks = len(chosen.tasks) if tasks is None else len(tasks)
+    kept = min(num_tasks, EnvConfig().max_simulators)
+    return WORKER_BYTES + kept * (
+        SIMULATOR_BYTES if chosen.name == "mini" else LIBERO_SIMULATOR_BYTES
+    )
 
 
 def _weight_bytes(recipe: Recipe, trace: Trace, *, loaded: bool = False) -> float:
