@@ -6,6 +6,7 @@ Everything that can be wrong with a recipe is found here, before a process is st
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -167,10 +168,10 @@ def find_policy(path: str) -> Path:
 
 
 def task_ids(chosen: Suite, wanted: Sequence[int] | None) -> tuple[int, ...]:
-    """The tasks to play, checked against the suite."""
+    """The tasks to play, checked against the suite; all that can be built where none are given."""
     known = range(len(chosen.tasks))
     if wanted is None:
-        return tuple(known)
+        return _buildable(chosen)
     if not wanted:
         raise ConfigError("environment.tasks is empty; name at least one task, or null for all")
     for task in wanted:
@@ -179,9 +180,30 @@ def task_ids(chosen: Suite, wanted: Sequence[int] | None) -> tuple[int, ...]:
                 f"environment.tasks has {task}, but suite {chosen.name!r} has tasks "
                 f"0 to {len(known) - 1}; choose among those"
             )
+        if task in chosen.refusals:
+            raise ConfigError(
+                f"environment.tasks has {task}, which cannot be built: {chosen.refusals[task]}; "
+                "choose others, or null for all that can be"
+            )
     if len(set(wanted)) != len(wanted):
         raise ConfigError(f"environment.tasks is {list(wanted)}; name each task once")
     return tuple(wanted)
+
+
+def _buildable(chosen: Suite) -> tuple[int, ...]:
+    """Every task of a suite that can be built; the others are told, by reason."""
+    for reason, number in Counter(chosen.refusals.values()).items():
+        logger.warning(
+            "%d of %d tasks of %s are left out: %s",
+            number,
+            len(chosen.tasks),
+            chosen.name,
+            reason,
+        )
+    tasks = tuple(task for task in range(len(chosen.tasks)) if task not in chosen.refusals)
+    if not tasks:
+        raise ConfigError(f"no task of suite {chosen.name!r} can be built here; choose another one")
+    return tasks
 
 
 def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:

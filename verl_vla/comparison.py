@@ -8,7 +8,7 @@ no large numbers.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Paire
     names = dict(zip(sorted({task for task, _ in one}), _names_in_order(first), strict=True))
     tasks = {name: [start for start in one if start[0] == task] for task, name in names.items()}
     return {
-        name: _count([(one[start], other[start]) for start in starts])
+        name: count_pairs([(one[start], other[start]) for start in starts])
         for name, starts in (tasks | {"all tasks": list(one)}).items()
     }
 
@@ -158,7 +158,8 @@ def _names_in_order(record: Mapping[str, Any]) -> list[str]:
     return [name for _, name in sorted(zip(ids, record["tasks"], strict=True))]
 
 
-def _count(outcomes: list[tuple[int, int]]) -> Paired:
+def count_pairs(outcomes: Sequence[tuple[int, int]]) -> Paired:
+    """Count the pairs of `Outcome` in which neither is a crash."""
     judged = [
         (first == Outcome.SUCCESS, second == Outcome.SUCCESS)
         for first, second in outcomes

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,11 +26,21 @@ from verl_vla.build import (
 )
 from verl_vla.comparison import RESULT
 from verl_vla.conditions import conditions
-from verl_vla.envs.suites import SUITES, Split, StepLimit, suite
+from verl_vla.envs.suites import PERTURBED, SUITES, Split, StepLimit, suite
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import EvaluationConfig, count_entries
 from verl_vla.folder_lock import folder_lock
 from verl_vla.journal import Journal, read_episodes
+from verl_vla.perturbed_evaluation import (
+    PERTURBATIONS,
+    bases_of,
+    plan_control,
+    plan_perturbed,
+    read_controls,
+    spread,
+    write_table,
+)
+from verl_vla.policies.base import TrainablePolicy
 from verl_vla.policies.checkpoint import fingerprint
 from verl_vla.policies.loading import load_policy
 from verl_vla.progress import EvaluationProgress
@@ -37,6 +48,7 @@ from verl_vla.published import PROTOCOLS, compare_with_published, complete, publ
 from verl_vla.recipe import EnvironmentConfig
 from verl_vla.resumable_evaluation import play_remaining
 from verl_vla.run_folder import evaluation_record
+from verl_vla.sampling import Start
 from verl_vla.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
@@ -48,16 +60,80 @@ def run(arguments: Sequence[str]) -> int:
     """Play what is not yet played, count, print a table, and write ``evaluation.json``."""
     options = _parser().parse_args(arguments)
     vars(options).update(complete(vars(options)))
-    chosen = suite(options.suite)
-    tasks = task_ids(chosen, options.tasks)
+    if options.perturbation:
+        if options.protocol is not None:
+            raise ConfigError(
+                f"--protocol is {options.protocol} and --perturbation "
+                f"{', '.join(options.perturbation)}, but nothing is published of perturbed suites "
+                "under that protocol; leave one of them out"
+            )
+        _run_perturbed(options)
+        return 0
+    chosen, out = suite(options.suite), Path(options.out)
+    controls = _known_controls(options)
+    tasks = spread(chosen, task_ids(chosen, options.tasks), options.tasks_per_axis)
     names = {task: chosen.tasks[task].name for task in tasks}
+    played = starts(chosen, tasks, options.states, per_task=options.episodes)
+    record = _evaluate(options, options.suite, names, played, out)
+    if options.suite in PERTURBED:
+        write_table(out, [record], controls)
+    return 0
+
+
+def _known_controls(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Evaluations that ``--control`` names, by suite."""
+    if options.control is None:
+        return {}
+    if options.suite not in PERTURBED:
+        raise ConfigError(
+            f"--control is {options.control}, but suite {options.suite!r} is not perturbed; add "
+            "--perturbation, or leave it out"
+        )
+    return read_controls(Path(options.control), bases_of(options.suite))
+
+
+def _run_perturbed(options: argparse.Namespace) -> None:
+    """Evaluate perturbed suites and their control, each in a folder of its own, and compare."""
+    out = Path(options.out)
+    planned = plan_perturbed(
+        options.suite,
+        options.perturbation,
+        tasks=options.tasks,
+        tasks_per_axis=options.tasks_per_axis,
+        states=options.states,
+        episodes=options.episodes,
+    )
+    control = plan_control(planned)
+    bases = [part.suite for part in control]
+    controls = {} if options.control is None else read_controls(Path(options.control), bases)
+    records: dict[str, dict[str, Any]] = {}
+    for part in [*([] if controls else control), *planned]:
+        logger.info("%s: %d episodes", part.suite, len(part.starts))
+        records[part.suite] = _evaluate(
+            options, part.suite, part.task_names, part.starts, out / part.suite
+        )
+    write_table(
+        out,
+        [records[part.suite] for part in planned],
+        controls or {suite: records[suite] for suite in bases},
+    )
+
+
+def _evaluate(
+    options: argparse.Namespace,
+    suite_name: str,
+    names: Mapping[int, str],
+    played: Sequence[Start],
+    out: Path,
+) -> dict[str, Any]:
+    """Play what ``out`` lacks of the starts, and write the record."""
+    chosen = suite(suite_name)
     folder = find_policy(options.policy)
     config = EvaluationConfig(
         episodes_per_task=options.episodes, temperature=_temperature(options.sampling)
     )
-    played = starts(chosen, tasks, options.states, per_task=config.episodes_per_task)
     env = EnvironmentConfig(
-        suite=options.suite,
+        suite=suite_name,
         step_limit=_step_limit(options.limit),
         render_size=options.render_size,
         num_workers=options.workers,
@@ -66,8 +142,7 @@ def run(arguments: Sequence[str]) -> int:
     chosen.require_simulator()
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = load_policy(folder, DTYPES[options.dtype], options.unnorm_key)
-    torch.nn.Module.to(policy.model, device)
+    policy = _load(folder, options.dtype, options.unnorm_key, device)
     simulated = env_config(env, policy.processor)
     given = conditions(
         simulated, names, states=options.states, temperature=config.temperature, seed=options.seed
@@ -80,7 +155,7 @@ def run(arguments: Sequence[str]) -> int:
         "dtype": options.dtype,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     }
-    out, began = Path(options.out), time.perf_counter()
+    began = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(folder_lock(out))
         journal = Journal(out, given | {"starts": [[s.task_id, s.init_state_id] for s in played]})
@@ -104,18 +179,31 @@ def run(arguments: Sequence[str]) -> int:
         record = evaluation_record(lines, given, names) | {"time": time_spent}
         if options.protocol is not None:
             record["published"] = compare_with_published(
-                chosen, count_entries(lines, tasks), policy.shape, env.step_limit, len(tasks)
+                chosen, count_entries(lines, names), policy.shape, env.step_limit, len(names)
             )
             logger.info("\n%s\n", published_table(options.suite, record["published"]))
         _write(out / RESULT, record)
-    return 0
+    return record
+
+
+@cache
+def _load(folder: Path, dtype: str, unnorm_key: str | None, device: str) -> TrainablePolicy:
+    """The policy; read once, however many suites it plays."""
+    policy = load_policy(folder, DTYPES[dtype], unnorm_key)
+    torch.nn.Module.to(policy.model, device)
+    return policy
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m verl_vla eval", description=__doc__)
     add = parser.add_argument
     add("--policy", required=True, help="folder of a checkpoint")
-    add("--suite", required=True, help=f"{', '.join(SUITES)}, or path/to/file.py:ClassName")
+    add(
+        "--suite",
+        required=True,
+        help=f"{', '.join(SUITES)}, a perturbed one such as libero_plus, "
+        "or path/to/file.py:ClassName",
+    )
     add("--tasks", type=int, nargs="+", help="task ids; all if not given")
     add("--episodes", type=int, help="starts per task; all recorded ones if not given")
     add(
@@ -137,6 +225,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the noise of sampled play")
     add("--workers", type=int, default=2, help="simulator processes")
     add("--slots", type=int, default=16, help="episodes under way at the same time")
+    add(
+        "--perturbation",
+        nargs="+",
+        help=f"perturb the suite, and print a table beside its control: {', '.join(PERTURBATIONS)}",
+    )
+    add("--control", help="earlier eval of the unperturbed suite; played too if not given")
+    add("--tasks-per-axis", type=int, help="of LIBERO-Plus: at most so many variants of each axis")
     add("--out", required=True, help="folder to write to")
     return parser
 

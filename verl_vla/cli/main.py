@@ -34,6 +34,7 @@ VERBS = {
     "report": "write report.html of a training run: report RUN",
     "dashboard": "a local page on runs, also those that are going: dashboard RUNS_DIR",
     "doctor": "say whether this machine can train, or a checkpoint: doctor [--checkpoint DIR]",
+    "check-suite": "build every task of a suite and count what fails: check-suite --suite NAME",
     "demos": "record demonstrations of scripted experts: demos --suite NAME --out PLACE ...",
     "sft": "fine-tune on demonstrations: sft recipe=NAME ..., or sft --demos FILE ...",
     "new-policy": "put a policy together: new-policy --language DIR --vision DIR --demos DIR ...",

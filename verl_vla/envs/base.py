@@ -169,6 +169,14 @@ class Suite(ABC):
     def make_env(self, config: EnvConfig) -> Env:
         """Build one environment, in a worker process."""
 
+    @property
+    def refusals(self) -> Mapping[int, str]:
+        """Tasks that cannot be simulated here, each with the reason; most suites have none.
+
+        They are left out where no tasks are asked for by number, and counted.
+        """
+        return {}
+
     def require_simulator(self) -> None:  # noqa: B027 -- most suites need nothing more
         """Make sure that it can be simulated here; asked before anything starts.
 

@@ -19,6 +19,7 @@ from verl_vla.envs.assets import asset_folder, find_assets, import_libero
 from verl_vla.envs.base import ChunkResult, Snapshot
 from verl_vla.envs.base import EnvConfig as EnvConfig
 from verl_vla.envs.gl import check_gl
+from verl_vla.envs.image_noise import disturb
 from verl_vla.envs.mini.geometry import ASSETS, HIDDEN_BODIES
 from verl_vla.envs.suites import ACTION_DIM, MAX_DRAWN, LiberoSuite, libero_suite
 from verl_vla.envs.suites import CAMERAS as CAMERAS
@@ -90,14 +91,16 @@ class LiberoEnv:
         Raises:
             ConfigError: there is no such task or init state.
         """
-        self.suite.task(task_id)
-        num_recorded = self.suite.num_init_states
-        if not 0 <= init_state_id < num_recorded + MAX_DRAWN:
+        num_recorded, first_drawn = self.suite.num_recorded(task_id), self.suite.num_init_states
+        if init_state_id not in (
+            *range(num_recorded),
+            *range(first_drawn, first_drawn + MAX_DRAWN),
+        ):
             raise ConfigError(
-                f"init state {init_state_id} is not in {self.suite.name}; "
-                f"its init states are 0..{num_recorded - 1}, and {MAX_DRAWN} more can be drawn"
+                f"init state {init_state_id} is not in {self.suite.name}; its init states are "
+                f"0..{num_recorded - 1}, and {MAX_DRAWN} more can be drawn, from {first_drawn} on"
             )
-        if init_state_id >= num_recorded:
+        if init_state_id >= first_drawn:
             return self.reset_to(task_id, self.draw_start(task_id, DRAWN, init_state_id))
         return self.reset_to(task_id, self._load_init_states(task_id)[init_state_id])
 
@@ -109,6 +112,12 @@ class LiberoEnv:
     def settle(self, task_id: int, init_state: npt.NDArray[np.float64]) -> None:
         """Start an episode from a state [1 + nq + nv] and settle, without drawing anything."""
         simulator = self.simulator(task_id)
+        if len(init_state) != simulator.state_size:
+            raise ConfigError(
+                f"an init state of task {task_id} of {self.suite.name} has {len(init_state)} "
+                f"values, and its simulator {simulator.state_size}: the file belongs to another "
+                f"task; choose other tasks than {task_id}"
+            )
         simulator.begin(init_state)
         for _ in range(self.config.settle_steps):
             simulator.step(np.array(SETTLE_ACTION))
@@ -202,22 +211,30 @@ class LiberoEnv:
     def _draw(self) -> npt.NDArray[np.uint8]:
         """[V, H, W, 3], what the cameras see at this moment, also of an episode that has ended."""
         simulator, size = self.simulator(self._current().task_id), self.config.image_size
-        return np.stack(
-            [prepare_image(simulator.render(name), size=size) for name in self.config.cameras]
-        )
+        noise = self.suite.task(self._current().task_id).change.noise
+        images = {name: simulator.render(name) for name in self.config.cameras}
+        if noise and CAMERAS[0] in images:
+            images[CAMERAS[0]] = disturb(images[CAMERAS[0]], noise)
+        return np.stack([prepare_image(image, size=size) for image in images.values()])
 
     def _build_simulator(self, task_id: int) -> Simulator:
         from verl_vla.envs.rendering import Look  # noqa: PLC0415 -- MuJoCo reads MUJOCO_GL first
         from verl_vla.envs.simulator import Simulator  # noqa: PLC0415 -- LIBERO, its config
 
-        look = Look(self.config.render_size)
+        task = self.suite.task(task_id)
+        if task.refused is not None:
+            raise ConfigError(f"{task.name} of {self.suite.name} cannot be built: {task.refused}")
+        look = Look(self.config.render_size, camera_move=task.change.camera)
         if not self.suite.needs_assets:
             importlib.import_module("verl_vla.envs.mini.problem")  # registers itself
             look = replace(
                 look, has_shadows=False, is_antialiased=False, hidden_bodies=HIDDEN_BODIES
             )
+        if self.suite.package is not None:
+            pro_objects = importlib.import_module("verl_vla.envs.pro_objects")  # LIBERO, its config
+            pro_objects.register_pro_objects()
         with asset_folder(self.assets):
-            return Simulator(self.suite.task(task_id).bddl_file, look)
+            return Simulator(task.bddl_file, look, task.change)
 
     def _current(self) -> _Episode:
         if self._episode is None:

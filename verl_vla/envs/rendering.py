@@ -13,8 +13,12 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
+from verl_vla.envs.scene_change import CameraMove
+
 COLLISION_GROUP = 0
 """Geoms of this group are shapes for contacts; robosuite does not draw them."""
+MOVED_CAMERA = "agentview"
+"""The third-person view, the only one that a perturbation moves."""
 HIDDEN_GROUP = 4
 """A group that MuJoCo does not draw unless it is asked to."""
 
@@ -29,6 +33,8 @@ class Look:
     is_antialiased: bool = True
     hidden_bodies: tuple[str, ...] = ()
     """Bodies whose visible shapes are left out, because no camera in use shows them."""
+    camera_move: CameraMove | None = None
+    """How `MOVED_CAMERA` leaves its place."""
 
 
 class Renderer:
@@ -70,3 +76,8 @@ def _apply(look: Look, model: mujoco.MjModel) -> None:
     hidden = [model.body(name).id for name in look.hidden_bodies]
     is_hidden = np.isin(model.geom_bodyid, hidden) & (model.geom_group != COLLISION_GROUP)
     model.geom_group[is_hidden] = HIDDEN_GROUP
+    if look.camera_move is not None:
+        camera = model.camera(MOVED_CAMERA).id
+        model.cam_pos[camera], model.cam_quat[camera] = look.camera_move.move(
+            model.cam_pos[camera].copy(), model.cam_quat[camera].copy()
+        )

@@ -6,10 +6,6 @@ Importing this module imports MuJoCo, robosuite and LIBERO: call
 
 from __future__ import annotations
 
-import ctypes
-import gc
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +13,18 @@ from typing import Any
 import mujoco
 import numpy as np
 import numpy.typing as npt
-from libero.libero.envs.env_wrapper import ControlEnv
 from robosuite.controllers import load_controller_config
 from robosuite.utils.transform_utils import convert_quat, quat2axisangle
 
 from verl_vla.envs.control import ArmControl, ArmState, Floats
 from verl_vla.envs.goals import GoalMeter
+from verl_vla.envs.problems import CONTROLLER, build_problem, seeded, trim_heap
 from verl_vla.envs.rendering import Look, Renderer
+from verl_vla.envs.scene_change import UNCHANGED, SceneChange
 from verl_vla.played import GoalReadings
 
 PHYSICS_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 """Everything that MuJoCo's next step depends on, the solver's warm start included."""
-CONTROLLER = "OSC_POSE"
 UNSEEN_SUBSTEPS = 2
 """Physics steps at the end of a control step whose motion the observation misses; see `Seen`."""
 
@@ -81,10 +77,10 @@ class SimulatorState:
 class Simulator:
     """One task's physics, success test and cameras; knows nothing of episodes."""
 
-    def __init__(self, bddl_file: Path, look: Look) -> None:
+    def __init__(self, bddl_file: Path, look: Look, change: SceneChange = UNCHANGED) -> None:
         """Build the task as ``env.seed(0); env.reset()`` leaves it in published evaluations."""
-        with _seeded(0):
-            self._env = _build(bddl_file)
+        with seeded(0):
+            self._env = build_problem(bddl_file, change)
         self._model: mujoco.MjModel = self._env.sim.model._model
         self._data: mujoco.MjData = self._env.sim.data._data
         # nothing reads the gripper's force and torque, and no state follows from them
@@ -100,7 +96,7 @@ class Simulator:
         self._seen = self._see()
         self._look = look
         self._renderer: Renderer | None = None
-        _trim_heap()
+        trim_heap()
 
     def begin(self, init_state: Floats) -> None:
         """Start over from a recorded init state [1 + nq + nv] (time, positions, velocities)."""
@@ -168,10 +164,15 @@ class Simulator:
         is drawn upon one of them is off its middle by what it would have moved, up to 0.01 m.
         """
         position, turn = self._model.body_pos.copy(), self._model.body_quat.copy()
-        with _seeded(seed):
+        with seeded(seed):
             self._env.reset()
         self._model.body_pos[:], self._model.body_quat[:] = position, turn
         return self.flat_state()
+
+    @property
+    def state_size(self) -> int:
+        """Values of an init state: 1 + nq + nv."""
+        return 1 + self._model.nq + self._model.nv
 
     def flat_state(self) -> Floats:
         """Return time, positions and velocities [1 + nq + nv], as LIBERO's files hold them."""
@@ -265,38 +266,3 @@ class Simulator:
         state = np.empty(mujoco.mj_stateSize(self._model, PHYSICS_STATE))
         mujoco.mj_getState(self._model, self._data, state, PHYSICS_STATE)
         return state
-
-
-def _build(bddl_file: Path) -> Any:
-    wrapper = ControlEnv(
-        bddl_file_name=str(bddl_file),
-        controller=CONTROLLER,
-        has_offscreen_renderer=False,
-        use_camera_obs=False,
-        hard_reset=False,
-        ignore_done=True,
-    )
-    env = wrapper.env
-    # A stock environment rebuilds its model at the first reset and thereby lists these twice; each
-    # draws a random number, and the places of the fixtures follow from the numbers after it
-    env.object_property_initializers *= 2
-    np.random.seed(0)
-    wrapper.reset()
-    return env
-
-
-@contextmanager
-def _seeded(seed: int) -> Generator[None]:
-    """Let LIBERO draw from numpy's global generator and leave no trace of it."""
-    before = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(before)
-
-
-def _trim_heap() -> None:
-    # the compiler of a model leaves 100 MB of freed memory that glibc would keep
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)

@@ -17,11 +17,15 @@ import numpy.typing as npt
 
 from verl_vla.config import nearest
 from verl_vla.envs.assets import find_assets, libero_root
-from verl_vla.envs.base import Env, EnvConfig, StepLimit, Suite, Task
+from verl_vla.envs.base import Env, EnvConfig, StepLimit, Suite
 from verl_vla.envs.base import Split as Split
 from verl_vla.envs.init_states import read_states
+from verl_vla.envs.libero_plus import PLUS_SUITES, plus_tasks
+from verl_vla.envs.libero_task import LiberoTask
 from verl_vla.envs.mujoco_version import require_libero_physics
 from verl_vla.envs.own_suite import load_own_suite, locate_own_suite
+from verl_vla.envs.perturbed_suites import PRO_SUITES, pro_tasks
+from verl_vla.envs.task_packages import DISTRIBUTIONS, PLUS, PRO
 from verl_vla.errors import ConfigError
 
 SIMULATION = ("mujoco", "robosuite", "hf-libero")
@@ -34,7 +38,9 @@ PROPRIO_DIM = 8
 """End-effector position (m), axis-angle (rad), gripper joints (m)."""
 
 SUITES = ("mini", "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
-"""Names that `libero_suite` knows."""
+"""Names that `libero_suite` knows, besides the perturbed ones in `PERTURBED`."""
+PERTURBED = (*PRO_SUITES, *PLUS_SUITES)
+"""Suites made from LIBERO's by one change, from packages of their own; docs/perturbed-suites.md."""
 
 PUBLISHED_STEPS = {
     "libero_spatial": 220,
@@ -60,20 +66,19 @@ MINI_STEPS = {
 Each with its limit: about twice the scripted expert's steps, so that a policy fails for want of
 skill, not of pace."""
 
+FIRST_OBJECT = 10
+"""Place in an init state where the first object's pose begins: after time, arm and two fingers."""
+POSE = 7
+"""Values of a pose: a position and a quaternion."""
 LIBERO_INIT_STATES = 50
 MINI_INIT_STATES = 100
 MAX_DRAWN = 1000
 """Starts of a task that can be drawn besides its recorded ones, for evaluations that need more."""
+TRAINED_DRAWN = 40
+"""Of these, how many a task with a single recorded state is trained on: as many as LIBERO's tasks
+have for training."""
 
 _MINI = Path(__file__).parent / "mini"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LiberoTask(Task):
-    """One instruction of a suite, and the files that its simulator is built from."""
-
-    bddl_file: Path
-    init_states_file: Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +92,8 @@ class LiberoSuite(Suite):
     action_dim: int = ACTION_DIM
     proprio_dim: int = PROPRIO_DIM
     grippers: tuple[int, ...] = (ACTION_DIM - 1,)
+    package: str | None = None
+    """The package of perturbed tasks that it was read from; see `verl_vla.envs.task_packages`."""
 
     @property
     def needs_assets(self) -> bool:
@@ -96,7 +103,13 @@ class LiberoSuite(Suite):
     @property
     def versions(self) -> dict[str, str]:
         """See `Suite.versions`."""
-        return {name: metadata.version(name) for name in SIMULATION}
+        tasks = () if self.package is None else (DISTRIBUTIONS[self.package][0],)
+        return {name: metadata.version(name) for name in (*SIMULATION, *tasks)}
+
+    @property
+    def refusals(self) -> dict[int, str]:
+        """See `Suite.refusals`."""
+        return {i: task.refused for i, task in enumerate(self.tasks) if task.refused is not None}
 
     def require_simulator(self) -> None:
         """Check MuJoCo's version and find LIBERO's assets; the mini suite brings its own."""
@@ -133,18 +146,39 @@ class LiberoSuite(Suite):
         """Those that an environment draws from the task's regions."""
         return list(range(self.num_init_states, self.num_init_states + MAX_DRAWN))
 
+    def num_recorded(self, task_id: int) -> int:
+        """Recorded init states of a task."""
+        number = self.task(task_id).num_init_states
+        return self.num_init_states if number is None else number
+
+    def init_state_ids(self, task_id: int, split: Split) -> list[int]:
+        """See `Suite.init_state_ids`; a single recorded state is kept for evaluation.
+
+        Such a task is trained on starts drawn from its regions, the last of those that can be.
+        """
+        number = self.task(task_id).num_init_states
+        if number is None or split == "drawn":
+            return super().init_state_ids(task_id, split)
+        if split == "train":
+            return self.drawn_ids()[-TRAINED_DRAWN:]
+        return list(range(number))
+
     def load_init_states(self, task_id: int) -> npt.NDArray[np.float64]:
         """Read the starts of a task, [num_init_states, 1 + nq + nv] (time, positions, velocities).
 
         Raises:
             ConfigError: the file is missing, or holds another number of states.
         """
-        file = self.task(task_id).init_states_file
+        task = self.task(task_id)
+        file, number = task.init_states_file, self.num_recorded(task_id)
         if not file.is_file():
             raise ConfigError(f"{file} is missing; reinstall the package it belongs to")
         states = read_states(file)
-        if len(states) != self.num_init_states:
-            raise ConfigError(f"{file} holds {len(states)} states, not {self.num_init_states}")
+        if len(states) != number:
+            raise ConfigError(f"{file} holds {len(states)} states, not {number}")
+        for i in range(task.num_objects):
+            first = FIRST_OBJECT + POSE * i
+            states[:, first : first + 3] += task.state_shift_m
         return states
 
 
@@ -160,7 +194,7 @@ def suite(name: str) -> Suite:
 
 def absolute_name(name: str) -> str:
     """The name of a suite for a process that works in another folder."""
-    return name if name in SUITES else locate_own_suite(name)
+    return locate_own_suite(name) if ".py:" in name else name
 
 
 def make_env(config: EnvConfig) -> Env:
@@ -173,14 +207,17 @@ def make_env(config: EnvConfig) -> Env:
 
 
 def libero_suite(name: str) -> LiberoSuite:
-    """Return one of `SUITES`, whose tasks have files.
+    """Return one of `SUITES` or `PERTURBED`, whose tasks have files.
 
     Raises:
         ConfigError: the name is unknown (with the nearest known one), or LIBERO is not installed.
     """
+    if name in PERTURBED:
+        return _perturbed_suite(name)
     if name not in SUITES:
         raise ConfigError(
-            f"suite is {name!r}, which is unknown; {nearest(name, SUITES)}; one of your own is "
+            f"suite is {name!r}, which is unknown; {nearest(name, SUITES + PERTURBED)}; one of "
+            "your own is "
             "path/to/file.py:ClassName, which can be trained and evaluated in, but has neither "
             "demonstrations nor videos here"
         )
@@ -236,6 +273,17 @@ def _libero_suite(name: str) -> LiberoSuite:
         for task in _libero_task_names(root)[name]
     ]
     return LiberoSuite(name=name, tasks=tuple(tasks), num_init_states=LIBERO_INIT_STATES)
+
+
+@cache
+def _perturbed_suite(name: str) -> LiberoSuite:
+    if name in PRO_SUITES:
+        package, tasks = PRO, pro_tasks(name, _libero_suite(PRO_SUITES[name][0]).tasks)
+    else:
+        package, tasks = PLUS, plus_tasks(name, lambda base: _libero_suite(base).tasks)
+    return LiberoSuite(
+        name=name, tasks=tuple(tasks), num_init_states=LIBERO_INIT_STATES, package=package
+    )
 
 
 def _libero_task_names(root: Path) -> dict[str, list[str]]:

@@ -1,0 +1,62 @@
+"""``check-suite --suite NAME``: build every task of a suite, and count what fails, by reason."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.suites import absolute_name, suite
+from verl_vla.errors import ConfigError
+from verl_vla.suite_check import SMALL_PX, TaskCheck, check_tasks, count_faults
+from verl_vla.whole_file import write_whole
+
+logger = logging.getLogger(__name__)
+
+EXIT_FAULTY = 1
+"""A task failed that the suite itself calls sound."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print each task that fails, and the counts; 0 where all went as the suite foresaw."""
+    options = _parser().parse_args(arguments)
+    chosen = suite(options.suite)
+    if options.every < 1:
+        raise ConfigError(f"--every is {options.every}; set at least 1, which checks all tasks")
+    tasks = range(len(chosen.tasks)) if options.tasks is None else options.tasks
+    for task in tasks:
+        chosen.task(task)
+    chosen.require_simulator()
+    config = EnvConfig(
+        suite=absolute_name(options.suite),
+        render_size=SMALL_PX,
+        image_size=SMALL_PX,
+        max_simulators=1,
+    )
+    checks = check_tasks(chosen, config, tasks[:: options.every], _show)
+    faults = count_faults(checks)
+    logger.info("%d of %d tasks can be built", len(checks) - sum(faults.values()), len(checks))
+    for fault, number in faults.items():
+        logger.info("%d: %s", number, fault)
+    if options.out is not None:
+        write_whole(Path(options.out), json.dumps([check.as_json() for check in checks], indent=1))
+    is_new = any(check.fault is not None and not check.was_foreseen for check in checks)
+    return EXIT_FAULTY if is_new else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m verl_vla check-suite", description=__doc__)
+    add = parser.add_argument
+    add("--suite", required=True, help="any suite, such as libero_spatial_swap or libero_plus")
+    add("--tasks", type=int, nargs="+", help="task ids; all if not given")
+    add("--every", type=int, default=1, help="check only every so many of the tasks")
+    add("--out", help="JSON file to write the results to")
+    return parser
+
+
+def _show(check: TaskCheck) -> None:
+    if check.fault is not None and not check.was_foreseen:
+        logger.info("task %d, %s: %s", check.task_id, check.name, check.fault)

@@ -1,0 +1,39 @@
+"""One task of a LIBERO suite, perturbed or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from verl_vla.envs.base import Task
+from verl_vla.envs.scene_change import UNCHANGED, SceneChange
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseTask:
+    """The unperturbed task that a perturbed one was made from."""
+
+    suite: str
+    task_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiberoTask(Task):
+    """One instruction of a suite, and the files that its simulator is built from."""
+
+    bddl_file: Path
+    init_states_file: Path
+    num_init_states: int | None = None
+    """Recorded init states, where they are not as many as those of the suite's other tasks."""
+    change: SceneChange = UNCHANGED
+    """What the BDDL file does not say."""
+    state_shift_m: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """By which objects stand elsewhere than in the file of init states: another workspace."""
+    num_objects: int = 0
+    """Objects to which `state_shift_m` applies, the first ones of a state."""
+    axis: str | None = None
+    """The perturbation; None of an unperturbed task."""
+    base: BaseTask | None = None
+    """None of an unperturbed task."""
+    refused: str | None = None
+    """Why it cannot be built here; None where it can."""
