@@ -26,11 +26,19 @@ def main(suite_name: str, task_id: int, folder: Path) -> None:
 
     with np.load(folder / "question.npz") as question:
         init_state, moves = question["init_state"], question["moves"]
-    bddl_file = str(ours.suite.task(task_id).bddl_file)
+    task = ours.suite.task(task_id)
+    robot = "Panda"
+    if task.change.arm_rad is not None:
+        robot = register_robot(task.change.arm_rad)
+    bddl_file = str(task.bddl_file)
     trace: dict[str, list[np.ndarray]] = {}
     with asset_folder(ours.assets):
         env = OffScreenRenderEnv(
-            bddl_file_name=bddl_file, camera_heights=SIZE, camera_widths=SIZE, ignore_done=True
+            bddl_file_name=bddl_file,
+            robots=[robot],
+            camera_heights=SIZE,
+            camera_widths=SIZE,
+            ignore_done=True,
         )
         env.seed(0)
         env.reset()
@@ -50,6 +58,16 @@ def main(suite_name: str, task_id: int, folder: Path) -> None:
         for name, value in row.items():
             trace.setdefault(name, []).append(value)
     np.savez(folder / "answer.npz", **{name: np.stack(rows) for name, rows in trace.items()})
+
+
+def register_robot(arm_rad: tuple[float, ...]) -> str:
+    """A robot class of its own for a start of the arm, as LIBERO-Plus has 500 of them."""
+    from libero.libero.envs.robots import MountedPanda  # noqa: PLC0415 -- after `make_env`
+    from robosuite.robots import ROBOT_CLASS_MAPPING, SingleArm  # noqa: PLC0415 -- the same
+
+    type("MountedPandaMoved", (MountedPanda,), {"init_qpos": property(lambda _: np.array(arm_rad))})
+    ROBOT_CLASS_MAPPING["MountedPandaMoved"] = SingleArm
+    return "PandaMoved"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from verl_vla.build import task_ids
+from verl_vla.build import starts, task_ids
 from verl_vla.envs import bddl_text, task_packages
 from verl_vla.envs.init_states import read_states
 from verl_vla.envs.libero_plus import (
@@ -244,6 +244,15 @@ def test_one_recorded_state_is_for_evaluation_and_drawn_ones_are_for_training() 
     assert len(train) == 40
     assert min(drawn) == 50
     assert set(train) <= set(drawn)
+
+
+@pytest.mark.parametrize("name", ["libero_spatial_swap", "libero_goal_plus_layout"])
+def test_a_perturbed_suite_has_starts_to_train_on(name: str) -> None:
+    chosen = libero_suite(name)
+    tasks = task_ids(chosen, None)
+    trained, held_out = (starts(chosen, tasks, split) for split in ("train", "held_out"))
+    assert len(trained) == 40 * len(tasks)
+    assert not set(trained) & set(held_out)
 
 
 def test_every_state_of_a_layout_belongs_to_its_definition() -> None:

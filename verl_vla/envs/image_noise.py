@@ -163,7 +163,8 @@ def _enlarged(image: Image, factor: float) -> Image:
     size = image.shape[0]
     kept = math.ceil(size / factor)
     first = (size - kept) // 2
-    large = zoom(image[first : first + kept, first : first + kept], (factor, factor, 1), order=1)
+    middle = image[first : first + kept, first : first + kept]
+    large: Image = np.asarray(zoom(middle, (factor, factor, 1), order=1))
     extra = (large.shape[0] - size) // 2
     return large[extra : extra + size, extra : extra + size]
 
