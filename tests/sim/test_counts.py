@@ -37,7 +37,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(owner, name, counted)
 
-    count(simulator, "_build", "models built")
+    count(simulator, "build_problem", "models built")
     count(rendering.Renderer, "__init__", "GL contexts")
     count(rendering.Renderer, "draw", "pictures drawn")
     count(control.ArmControl, "start", "control steps")
