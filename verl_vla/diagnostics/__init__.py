@@ -1,0 +1,1 @@
+"""Is what runs here what was published? ``doctor --libero`` and the file that others run."""
