@@ -1,11 +1,14 @@
 """``doctor``: say in one table whether this machine can train; with ``--checkpoint``, a checkpoint.
 
-``--fix`` also prints the commands that would mend what was found. It runs none of them.
+``--libero`` says instead whether evaluations here are LIBERO's, and lists what differs in order of
+its effect on a success rate. ``--fix`` also prints the commands that would mend what was found. It
+runs none of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import textwrap
 from collections.abc import Sequence
@@ -16,6 +19,8 @@ import torch
 
 from verl_vla.build import env_config, starts, task_ids
 from verl_vla.cli.eval import DTYPES
+from verl_vla.diagnostics.libero_check import as_rows, describe
+from verl_vla.diagnostics.libero_report import examine_libero
 from verl_vla.envs.suites import SUITES, make_env, suite
 from verl_vla.errors import ConfigError
 from verl_vla.machine import examine_machine
@@ -28,7 +33,8 @@ from verl_vla.recipe import EnvironmentConfig
 logger = logging.getLogger(__name__)
 
 EXIT_FAULT = 1
-"""The machine cannot train, or the checkpoint cannot be trained, as it is."""
+"""The machine cannot train, or the checkpoint cannot be trained, as it is; or it is not LIBERO."""
+STDOUT = "-"
 WIDTH = 100
 """Columns of the table."""
 
@@ -36,6 +42,10 @@ WIDTH = 100
 def run(arguments: Sequence[str]) -> int:
     """Examine, print the table, and answer 1 where there is a fault."""
     options = _parser().parse_args(arguments)
+    if options.libero:
+        return _examine_libero(options)
+    if options.json is not None:
+        raise ConfigError(f"--json {options.json} is written by --libero only; add --libero")
     if options.checkpoint is None:
         return _examine_machine(options)
     if options.images < 1:
@@ -66,10 +76,26 @@ def _examine_machine(options: argparse.Namespace) -> int:
     return EXIT_FAULT if any(check.finding.is_fault for check in checks) else 0
 
 
+def _examine_libero(options: argparse.Namespace) -> int:
+    logger.info("running six tasks in LIBERO's own environment, which takes a minute")
+    checks = examine_libero(options.checkpoint, options.unnorm_key, options.suite)
+    text = json.dumps({"checks": as_rows(checks)}, indent=1)
+    if options.json is None:
+        for line in describe(checks):
+            logger.info("%s", textwrap.fill(line, WIDTH, subsequent_indent=" " * 6))
+    elif options.json == STDOUT:
+        print(text)
+    else:
+        Path(options.json).write_text(text + "\n", encoding="utf-8")
+    return EXIT_FAULT if any(check.differs for check in checks) else 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m verl_vla doctor", description=__doc__)
     add = parser.add_argument
     add("--checkpoint", help="folder of a checkpoint to look at, instead of the machine")
+    add("--libero", action="store_true", help="compare machine and checkpoint with LIBERO's own")
+    add("--json", nargs="?", const=STDOUT, help="with --libero, write JSON to a file or to stdout")
     add("--out", default="runs", help="where runs will be written")
     add("--fix", action="store_true", help="print the commands that mend the machine; run none")
     add("--unnorm-key", help="entry of dataset_statistics.json")

@@ -1,0 +1,220 @@
+"""``doctor --libero``: why is my success rate lower than published?
+
+The simulator is compared by `libero_check`, in a process of its own and in LIBERO's own
+environment; here the rest of an evaluation is added: every asset, the image pipeline, the policy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from verl_vla.config import nearest
+from verl_vla.diagnostics import libero_check
+from verl_vla.diagnostics.libero_check import (
+    INSTALL_ASSETS,
+    NO_START,
+    TASKS,
+    UNKNOWN,
+    Check,
+    Effect,
+)
+from verl_vla.envs.assets import ASSETS_VARIABLE, differing_assets, find_assets
+from verl_vla.envs.gl import prepare_gl
+from verl_vla.errors import ConfigError
+from verl_vla.image_pipeline import Pixels, prepare_image
+from verl_vla.policies.base import Processor
+from verl_vla.policies.findings import Finding
+from verl_vla.policies.loading import examine, load_processor
+from verl_vla.ranges import NO_NOOPS_SUFFIX, STATISTICS_FILE
+
+CHECK_LIMIT_S = 900
+"""For six tasks, which take 40 s on one free core."""
+PIPELINE_SHA256 = "c27f221ecc41f74089cfaec873ad947d386e6450ef4bcfb676df9bc77df4d72d"
+"""Of what TensorFlow 2.15.1 makes of `golden_frame` by openvla-oft's operations: encode_jpeg,
+decode_image, resize (lanczos3, antialias), round, crop_and_resize (0.9), convert_image_dtype."""
+HEAD = Effect(97, "success 0% where a regression checkpoint is read as tokens (openvla-oft 24)")
+SCALE = Effect(90, "no published number; every motion gets the scale of other data")
+ATTENTION = Effect(38, "LIBERO-Spatial 98% -> 60% (openvla-oft issue 135; also 5, 12 and 106)")
+EFFECTS: Mapping[str, Effect] = MappingProxyType(
+    {"action head": HEAD, "action statistics": SCALE, "attention": ATTENTION, "processor": SCALE}
+)
+"""By the subject of a finding; what is not here cannot be loaded or means nothing."""
+ABOUT_WEIGHTS = ("action head", "attention", "norm epsilon", "weights")
+"""Faults that leave the processor readable."""
+SUITE_KEYS = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+ALL_SUITES_KEY = "libero_4_task_suites"
+"""Of openvla-oft's checkpoint for four suites at once; its ``LIBERO.md``."""
+GRIPPER_MASK = [True, True, True, True, True, True, False]
+"""Of every published LIBERO dataset: the gripper is not normalised."""
+PUBLISHED_VIEWS = (1, 2)
+"""SimpleVLA-RL's checkpoints see the scene, OpenVLA-OFT's also the wrist camera."""
+
+
+def examine_libero(
+    checkpoint: str | Path | None = None, unnorm_key: str | None = None, suite: str | None = None
+) -> list[Check]:
+    """Compare this machine, and a policy folder, with what was published; takes a minute.
+
+    Args:
+        checkpoint: a policy folder, or None for the machine alone.
+        unnorm_key: which of its action statistics to use.
+        suite: the one to be evaluated, which the statistics must be of; None takes any of LIBERO.
+
+    Raises:
+        ConfigError: ``suite`` is not LIBERO's, there are no assets, nothing renders, or the check
+            itself does not run.
+    """
+    if suite is not None and suite not in SUITE_KEYS:
+        raise ConfigError(f"--suite is {suite!r}, not LIBERO's; {nearest(suite, SUITE_KEYS)}")
+    assets = find_assets()
+    checks = [
+        *run_simulator_check(assets),
+        judge_assets(assets),
+        judge_image_pipeline(prepare_image(golden_frame())),
+    ]
+    if checkpoint is not None:
+        checks += judge_policy(checkpoint, unnorm_key, suite)
+    return [_with_remedy(check) for check in checks]
+
+
+def run_simulator_check(assets: Path, tasks: Sequence[str] = tuple(TASKS)) -> list[Check]:
+    """Run `libero_check` as users of other projects do, on a folder of assets.
+
+    Args:
+        assets: LIBERO's, or what stands in for them.
+        tasks: keys of `TASKS`.
+
+    Raises:
+        ConfigError: it ends without an answer; says its last words.
+    """
+    environ = dict(os.environ)
+    prepare_gl(environ)
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        # a folder without a config: it reads the files of the installed package, as runs here do
+        environ["LIBERO_CONFIG_PATH"] = folder
+        command = [sys.executable, libero_check.__file__, "--assets", str(assets)]
+        command += ["--tasks", *tasks, "--json", str(answer)]
+        done = subprocess.run(
+            command,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=CHECK_LIMIT_S,
+            check=False,
+        )
+        if not answer.is_file():
+            why = (done.stderr.strip() or "no word").splitlines()[-1]
+            raise ConfigError(
+                f"the check of the simulator ended with {done.returncode} ({why}); see why with: "
+                f"python {libero_check.__file__}"
+            )
+        rows: list[dict[str, Any]] = json.loads(answer.read_text())["checks"]
+    return [Check(**row)._replace(effect=Effect(**row["effect"])) for row in rows]
+
+
+def judge_assets(folder: Path) -> Check:
+    """Compare every file of a folder of assets with LIBERO's; reads 600 MB."""
+    differing = differing_assets(folder)
+    here = f"{folder}, every file as LIBERO's"
+    if differing:
+        here = f"{folder}, {len(differing)} files are others, the first {differing[0]}"
+    return Check("all assets", here, "no other file", bool(differing), UNKNOWN, INSTALL_ASSETS)
+
+
+def golden_frame() -> Pixels:
+    """Return a frame [256, 256, 3] with edges, ramps and every colour, made by a formula."""
+    y, x = np.mgrid[0:256, 0:256]
+    frame = np.stack([(y // 32 * 37 + x // 16 * 61) % 256, (x + y) // 2, 255 - y], axis=-1)
+    return frame.astype(np.uint8)
+
+
+def judge_image_pipeline(prepared: Pixels) -> Check:
+    """Compare what the pipeline makes of `golden_frame` with what TensorFlow makes of it."""
+    found = hashlib.sha256(np.ascontiguousarray(prepared).tobytes()).hexdigest()
+    return Check(
+        "image pipeline",
+        f"{found[:8]} of a golden frame",
+        f"{PIPELINE_SHA256[:8]}, by TensorFlow",
+        found != PIPELINE_SHA256,
+        UNKNOWN,
+        "install the versions of requirements/run.lock of pillow, simplejpeg, scipy and numpy",
+    )
+
+
+def judge_policy(
+    folder: str | Path, unnorm_key: str | None = None, suite: str | None = None
+) -> list[Check]:
+    """Compare a policy folder with published ones, without loading its weights."""
+    findings = examine(folder, unnorm_key)
+    checks = [_from_finding(finding) for finding in findings]
+    if any(f.is_fault and f.subject not in ABOUT_WEIGHTS for f in findings):
+        return checks
+    processor = load_processor(folder, unnorm_key)
+    return [*checks, *_judge_processor(Path(folder), processor, suite)]
+
+
+def _judge_processor(folder: Path, processor: Processor, suite: str | None) -> list[Check]:
+    statistics, views = processor.codec.statistics, processor.shape.num_views
+    file = folder / STATISTICS_FILE
+    wanted = [*(SUITE_KEYS if suite is None else (suite,)), ALL_SUITES_KEY]
+    others = sorted(json.loads(file.read_text(encoding="utf-8")))
+    mask = statistics.mask.tolist()
+    return [
+        Check(
+            "policy: statistics' key",
+            statistics.key,
+            " or ".join(wanted),
+            statistics.key.removesuffix(NO_NOOPS_SUFFIX) not in wanted,
+            SCALE,
+            f"--unnorm-key with the dataset that the policy was fine-tuned on; {file} holds "
+            f"{others}",
+        ),
+        Check(
+            "policy: gripper mask",
+            _spell(mask),
+            _spell(GRIPPER_MASK),
+            mask != GRIPPER_MASK,
+            UNKNOWN,
+            f"take {file.name} of the published checkpoint, or set '{statistics.key}' to this mask",
+        ),
+        Check(
+            "policy: views",
+            f"{views}",
+            "1 (SimpleVLA-RL) or 2 (OpenVLA-OFT)",
+            views not in PUBLISHED_VIEWS,
+            Effect(UNKNOWN.points, "no published number; lower (openvla-oft issue 106)"),
+            "set num_images_in_input in config.json to the number of fine-tuning",
+        ),
+    ]
+
+
+def _from_finding(finding: Finding) -> Check:
+    subject, is_known = finding.subject, finding.subject in EFFECTS
+    effect = EFFECTS[subject] if is_known else NO_START
+    remedy = finding.says if finding.is_fault else ""
+    here = "refused, see below" if finding.is_fault else finding.says
+    return Check(f"policy: {subject}", here, "sound", finding.is_fault, effect, remedy)
+
+
+def _with_remedy(check: Check) -> Check:
+    """Assets of a folder that was named are mended by naming another."""
+    if check.remedy != INSTALL_ASSETS or ASSETS_VARIABLE not in os.environ:
+        return check
+    return check._replace(remedy=f"unset {ASSETS_VARIABLE}, or name a folder of LIBERO's assets")
+
+
+def _spell(mask: list[bool]) -> str:
+    return "".join("x" if is_normalised else "-" for is_normalised in mask)
