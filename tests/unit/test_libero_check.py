@@ -97,6 +97,25 @@ def test_a_darker_floor_alone_is_told_from_other_physics(measured: dict[str, Any
     assert "(145, 139, 132)" in differing["image, libero_object/0"].libero
 
 
+@pytest.mark.parametrize(
+    ("mujoco", "assets", "remedy"),
+    [
+        ("3.3.2", REFERENCE["assets"]["libero_object/0"], libero_check.OTHER_DRIVER),
+        ("2.3.7", REFERENCE["assets"]["libero_object/0"], COMMAND),
+        ("3.3.2", "00000000", libero_check.INSTALL_ASSETS),
+    ],
+)
+def test_another_image_is_mended_where_it_comes_from(
+    mujoco: str, assets: str, remedy: str, measured: dict[str, Any]
+) -> None:
+    measured["frames"]["libero_object/0"] = DARK_FLOOR
+    measured["versions"]["mujoco"] = mujoco
+    measured["assets"]["libero_object/0"] = assets
+    check = found(measured)["image, libero_object/0"]
+    assert check.remedy == remedy
+    assert check.effect == libero_check.UNKNOWN
+
+
 def test_poses_decide_whatever_the_version_says(measured: dict[str, Any]) -> None:
     measured["poses"]["libero_spatial/5"]["akita_black_bowl_1"] = BOWL_ON_THE_RIM
     (pose,) = found(measured).values()

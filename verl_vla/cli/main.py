@@ -33,7 +33,8 @@ VERBS = {
     "replay": "make a video of an episode that was played: replay RUN --episode ID",
     "report": "write report.html of a training run: report RUN",
     "dashboard": "a local page on runs, also those that are going: dashboard RUNS_DIR",
-    "doctor": "say whether this machine can train, or a checkpoint: doctor [--checkpoint DIR]",
+    "doctor": "say whether this machine, or a checkpoint, can train: doctor [--checkpoint DIR] "
+    "[--libero]",
     "check-suite": "build every task of a suite and count what fails: check-suite --suite NAME",
     "demos": "record demonstrations of scripted experts: demos --suite NAME --out PLACE ...",
     "sft": "fine-tune on demonstrations: sft recipe=NAME ..., or sft --demos FILE ...",

