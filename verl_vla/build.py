@@ -15,7 +15,7 @@ from pathlib import Path
 
 from verl_vla.album import Album
 from verl_vla.conditions import conditions, played_in
-from verl_vla.envs.base import EnvConfig, Split, Suite
+from verl_vla.envs.base import EnvConfig, Split, Suite, simulators_per_process
 from verl_vla.envs.pool import EnvPool
 from verl_vla.envs.suites import absolute_name, make_env, suite
 from verl_vla.errors import ConfigError
@@ -230,6 +230,9 @@ def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:
         render_size=render_size,
         image_size=shape.image_size,
         cameras=chosen.cameras[: shape.num_views],
+        max_simulators=simulators_per_process(
+            len(chosen.tasks) if env.tasks is None else len(env.tasks), env.num_workers
+        ),
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from verl_vla.envs import libero
 from verl_vla.envs.libero import CAMERAS, SETTLE_ACTION, EnvConfig, LiberoEnv, make_env
 from verl_vla.observations import prepare_image
 from verl_vla.types import Outcome
@@ -22,6 +23,7 @@ SPATIAL = ("libero_spatial", 0)
 OPEN_DRAWER = ("libero_10", 3)
 """Its drawer starts open, so the stock environment draws numbers for it before it places the
 fixtures."""
+MB, GB = 10**6, 10**9
 STOVE = ("libero_goal", 7)
 """Turn on the stove: a light follows a joint."""
 TASKS = [MINI_PLACE, SPATIAL, OPEN_DRAWER, STOVE]
@@ -188,6 +190,21 @@ def test_the_least_recently_used_simulator_goes_first() -> None:
     for task_id in (0, 1, 0, 2):
         env.simulator(task_id)
     assert list(env._simulators) == [0, 2]
+    env.close()
+
+
+def test_simulators_go_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = make_env(EnvConfig(max_simulators=3, render_size=64, image_size=56))
+    left = iter([8 * GB, 8 * GB])
+    monkeypatch.setattr(libero, "available_bytes", lambda: next(left))
+    for task_id in (0, 1, 2):
+        env.simulator(task_id)
+    assert list(env._simulators) == [0, 1, 2]
+    env.close()
+    left = iter([MB, MB])
+    for task_id in (0, 1, 2):
+        env.simulator(task_id)
+        assert list(env._simulators) == [task_id]
     env.close()
 
 

@@ -7,6 +7,7 @@ process and go on there, and the numbers stay the same to the bit.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,8 @@ starts are recorded nowhere."""
 StepLimit = Literal["published", "simplevla"] | int
 
 HELD_OUT_EVERY = 5
+SHARES_KEPT, LEAST_KEPT = 2, 2
+"""Of tasks by a process: room for a second one while all processes of a task are busy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +133,19 @@ class EnvConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.settle_steps < 0:
             raise ConfigError(f"settle_steps is {self.settle_steps}; it must be at least 0")
+
+
+def simulators_per_process(num_tasks: int, num_workers: int) -> int:
+    """Return how many simulators each process keeps: its share of the tasks, twice over.
+
+    The pool gives a process the tasks that it has served before, so that twice the share is enough;
+    never fewer than 2, nor more than `EnvConfig.max_simulators` is by itself.
+
+    >>> [simulators_per_process(10, workers) for workers in (1, 2, 8, 64)]
+    [10, 10, 3, 2]
+    """
+    share = math.ceil(SHARES_KEPT * num_tasks / num_workers)
+    return min(max(share, LEAST_KEPT), EnvConfig().max_simulators)
 
 
 class Suite(ABC):

@@ -20,6 +20,7 @@ from verl_vla.envs.base import ChunkResult, Snapshot
 from verl_vla.envs.base import EnvConfig as EnvConfig
 from verl_vla.envs.gl import check_gl
 from verl_vla.envs.image_noise import disturb
+from verl_vla.envs.memory import available_bytes
 from verl_vla.envs.mini.geometry import ASSETS, HIDDEN_BODIES
 from verl_vla.envs.suites import ACTION_DIM, MAX_DRAWN, LiberoSuite, libero_suite
 from verl_vla.envs.suites import CAMERAS as CAMERAS
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 """openvla-oft ``experiments/robot/libero/libero_utils.py:28``."""
+LIBERO_SPARE_BYTES, MINI_SPARE_BYTES = 4_000_000_000, 1_000_000_000
+"""Memory that must be left before one more simulator is kept: two processes may build the largest
+of LIBERO's, 1.8 GB, at the same moment (docs/benchmarks.md, Simulator memory)."""
 RECORDED, SAMPLED, DRAWN = 0, 1, 2
 """Streams of placements: those of the mini suite's files, of demonstrations, of evaluations."""
 
@@ -196,7 +200,7 @@ class LiberoEnv:
     def simulator(self, task_id: int) -> Simulator:
         """Return the simulator of a task, building it where needed."""
         if task_id not in self._simulators:
-            while len(self._simulators) >= self.config.max_simulators:
+            while self._simulators and self._must_shrink():
                 self._simulators.popitem(last=False)[1].close()
             self._simulators[task_id] = self._build_simulator(task_id)
         self._simulators.move_to_end(task_id)
@@ -235,6 +239,13 @@ class LiberoEnv:
             pro_objects.register_pro_objects()
         with asset_folder(self.assets):
             return Simulator(task.bddl_file, look, task.change)
+
+    def _must_shrink(self) -> bool:
+        """Whether a simulator must go before another is built."""
+        if len(self._simulators) >= self.config.max_simulators:
+            return True
+        spare = LIBERO_SPARE_BYTES if self.suite.needs_assets else MINI_SPARE_BYTES
+        return available_bytes() < spare
 
     def _current(self) -> _Episode:
         if self._episode is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from verl_vla.envs.base import EnvConfig, Suite
+from verl_vla.envs.base import Suite, simulators_per_process
 from verl_vla.planning.trace import PROMPT_TOKENS, RGB, Trace
 from verl_vla.policies.base import PolicyShape
 from verl_vla.recipe import Recipe
@@ -149,7 +149,7 @@ def _worker_bytes(recipe: Recipe, chosen: Suite) -> int:
     """Of a simulator process that has come across as many tasks as it keeps."""
     tasks = recipe.environment.tasks
     num_tasks = len(chosen.tasks) if tasks is None else len(tasks)
-    kept = min(num_tasks, EnvConfig().max_simulators)
+    kept = min(num_tasks, simulators_per_process(num_tasks, recipe.environment.num_workers))
     return WORKER_BYTES + kept * (
         SIMULATOR_BYTES if chosen.name == "mini" else LIBERO_SIMULATOR_BYTES
     )
