@@ -16,6 +16,8 @@ from verl_vla.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
+TOLD_EVERY = 50
+"""Tasks between two lines of progress."""
 EXIT_FAULTY = 1
 """A task failed that the suite itself calls sound."""
 
@@ -36,7 +38,8 @@ def run(arguments: Sequence[str]) -> int:
         image_size=SMALL_PX,
         max_simulators=1,
     )
-    checks = check_tasks(chosen, config, tasks[:: options.every], _show)
+    chosen_tasks = tasks[:: options.every]
+    checks = check_tasks(chosen, config, chosen_tasks, _Progress(len(chosen_tasks)).show)
     faults = count_faults(checks)
     logger.info("%d of %d tasks can be built", len(checks) - sum(faults.values()), len(checks))
     for fault, number in faults.items():
@@ -57,6 +60,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _show(check: TaskCheck) -> None:
-    if check.fault is not None and not check.was_foreseen:
-        logger.info("task %d, %s: %s", check.task_id, check.name, check.fault)
+class _Progress:
+    """Prints each task that fails, and now and then how far the check is."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._done = 0
+
+    def show(self, check: TaskCheck) -> None:
+        """Take note of one more task."""
+        self._done += 1
+        if check.fault is not None and not check.was_foreseen:
+            logger.info("task %d, %s: %s", check.task_id, check.name, check.fault)
+        if self._done % TOLD_EVERY == 0:
+            logger.info("%d of %d tasks checked", self._done, self._total)
