@@ -50,6 +50,15 @@ def played_in(env: EnvConfig, task_names: Mapping[int, str]) -> dict[str, Any]:
     }
 
 
+def sampling_of(temperature: float) -> str:
+    """Say how actions are chosen at a temperature.
+
+    >>> sampling_of(0.0), sampling_of(0.6)
+    ('greedy', 'temperature 0.6')
+    """
+    return f"temperature {temperature:g}" if temperature else "greedy"
+
+
 def conditions(
     env: EnvConfig,
     task_names: Mapping[int, str],
@@ -71,7 +80,7 @@ def conditions(
     return played_in(env, task_names) | {
         "states": states,
         **_drawn_with(chosen),
-        "sampling": f"temperature {temperature:g}" if temperature else "greedy",
+        "sampling": sampling_of(temperature),
         "seed": seed if temperature else None,
         "simulation": dict(chosen.versions),
         "versions": provenance(),

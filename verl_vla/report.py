@@ -15,13 +15,16 @@ BARS = " ▁▂▃▄▅▆▇█"
 mpl.use("Agg")
 
 
-def draw_curve(path: Path, lines: Sequence[Mapping[str, float]], title: str) -> None:
+def draw_curve(
+    path: Path, lines: Sequence[Mapping[str, float]], title: str, *, sampling: str
+) -> None:
     """Draw the training success of every step and each held-out evaluation with its interval.
 
     Args:
         path: of the picture.
         lines: of ``metrics.jsonl``.
         title: says what was trained, and for how long.
+        sampling: of the held-out evaluations, as `verl_vla.conditions.sampling_of` spells it.
     """
     figure = Figure(figsize=(7.2, 4.2), dpi=140, layout="constrained")
     axes = figure.subplots()
@@ -46,7 +49,7 @@ def draw_curve(path: Path, lines: Sequence[Mapping[str, float]], title: str) -> 
             fmt="o-",
             capsize=4,
             color="#c03020",
-            label=f"held-out, greedy, {episodes} episodes, 95% interval",
+            label=f"held-out, {sampling}, {episodes} episodes, 95% interval",
         )
     axes.set(xlabel="training step", ylabel="success, %", ylim=(0, 100), title=title)
     axes.grid(alpha=0.3)
@@ -106,8 +109,9 @@ def success_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """
     rows = [(name, before["tasks"][name], after["tasks"][name]) for name in before["tasks"]]
     rows.append(("all tasks", before["total"], after["total"]))
-    width = max(len(name) for name, _, _ in rows)
-    head = f"{'held-out, greedy':<{width}}  {'before':>26}  {'after':>26}"
+    title = f"held-out, {before['sampling']}"
+    width = max(len(title), *(len(name) for name, _, _ in rows))
+    head = f"{title:<{width}}  {'before':>26}  {'after':>26}"
     lines = [f"{name:<{width}}  {_cell(old)}  {_cell(new)}" for name, old, new in rows]
     return "\n".join([head, *lines])
 

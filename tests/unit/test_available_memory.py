@@ -60,3 +60,20 @@ def test_a_kernel_that_does_not_say_is_an_error(tmp_path: Path) -> None:
 
 def test_this_machine_has_some() -> None:
     assert 0 < available_bytes() < 1 << 50
+
+
+def test_the_limit_of_a_batch_job_is_found_by_its_path(proc: Path) -> None:
+    (proc / "self").mkdir()
+    (proc / "self" / "cgroup").write_text("0::/slurm/job_7/step_0\n")
+    job = proc / "groups" / "slurm" / "job_7"
+    write(job, max=16 * GIB, current=6 * GIB, stat="inactive_file 0")
+    write(job / "step_0", max="max", current=6 * GIB, stat="inactive_file 0")
+    assert available_bytes(proc, proc / "groups") == 10 * GIB
+
+
+def test_a_job_of_version_1_is_found_by_its_path(proc: Path) -> None:
+    (proc / "self").mkdir()
+    (proc / "self" / "cgroup").write_text("4:cpu,cpuacct:/other\n3:memory:/job\n0::/\n")
+    files = {"limit_in_bytes": 4 * GIB, "usage_in_bytes": GIB}
+    write(proc / "groups" / "memory" / "job", **files, stat=f"total_inactive_file {GIB}")
+    assert available_bytes(proc, proc / "groups") == 4 * GIB

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from verl_vla.cli.quickstart import RECIPES, _parser, _recipe_words
 from verl_vla.composition import load_recipe
 from verl_vla.recipe import Recipe
+from verl_vla.report import success_table
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_BASE_BYTES, MAX_BASE_WEIGHTS = 10_000_000, 5_000_000
@@ -58,3 +59,10 @@ def test_a_suite_without_a_base_is_refused(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         recipe_of("--suite", "libero_goal")
     assert "libero_spatial" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sampling", ["greedy", "temperature 0.6"])
+def test_the_table_says_how_actions_were_chosen(sampling: str) -> None:
+    rate = {"rate": 0.5, "successes": 1, "episodes": 2, "ci95": [0.1, 0.9]}
+    record = {"sampling": sampling, "tasks": {"lift": rate}, "total": rate}
+    assert success_table(record, record).startswith(f"held-out, {sampling}")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from verl_vla.build import Run, open_run
 from verl_vla.composition import load_recipe
+from verl_vla.conditions import sampling_of
 from verl_vla.finetuning.run import SFTRun
 from verl_vla.metrics import read_metrics
 from verl_vla.report import draw_curve
@@ -38,7 +39,9 @@ def improve(opened: Run) -> None:
     """Train to the last step, draw ``curve.png`` and write ``report.html``."""
     start_training(opened)
     title = f"GRPO on {opened.recipe.environment.suite}, seed {opened.recipe.seed}"
-    draw_curve(opened.folder / "curve.png", read_metrics(opened.folder / "metrics.jsonl"), title)
+    lines = read_metrics(opened.folder / "metrics.jsonl")
+    sampling = sampling_of(opened.recipe.evaluation.temperature)
+    draw_curve(opened.folder / "curve.png", lines, title, sampling=sampling)
     write_report(opened.folder)
 
 

@@ -6,6 +6,7 @@ MuJoCo and LIBERO are imported when the first simulator is built, not when this 
 from __future__ import annotations
 
 import importlib
+import logging
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,6 +23,7 @@ from verl_vla.envs.gl import check_gl
 from verl_vla.envs.image_noise import disturb
 from verl_vla.envs.memory import available_bytes
 from verl_vla.envs.mini.geometry import ASSETS, HIDDEN_BODIES
+from verl_vla.envs.mujoco_version import require_libero_physics
 from verl_vla.envs.suites import ACTION_DIM, MAX_DRAWN, LiberoSuite, libero_suite
 from verl_vla.envs.suites import CAMERAS as CAMERAS
 from verl_vla.errors import ConfigError, ContractError
@@ -30,6 +32,8 @@ from verl_vla.played import GoalReadings, Observation, Outcome
 
 if TYPE_CHECKING:
     from verl_vla.envs.simulator import Simulator, SimulatorState
+
+logger = logging.getLogger(__name__)
 
 SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 """openvla-oft ``experiments/robot/libero/libero_utils.py:28``."""
@@ -78,6 +82,7 @@ class LiberoEnv:
         for camera in config.cameras:
             if camera not in CAMERAS:
                 raise ConfigError(f"camera {camera!r} is unknown; {nearest(camera, CAMERAS)}")
+        require_libero_physics()  # also on nodes that only simulate
         import_libero()
         check_gl()
         self.config = config
@@ -85,6 +90,7 @@ class LiberoEnv:
         self._simulators: OrderedDict[int, Simulator] = OrderedDict()
         self._load_init_states = cache(self.suite.load_init_states)
         self._episode: _Episode | None = None
+        self._is_short = False
 
     def reset(self, task_id: int, init_state_id: int) -> Observation:
         """Start an episode, settle, and return the first observation.
@@ -245,7 +251,17 @@ class LiberoEnv:
         if len(self._simulators) >= self.config.max_simulators:
             return True
         spare = LIBERO_SPARE_BYTES if self.suite.needs_assets else MINI_SPARE_BYTES
-        return available_bytes() < spare
+        left = available_bytes()
+        if left < spare and not self._is_short:
+            self._is_short = True
+            logger.warning(
+                "%.1f GB of memory are left, so fewer simulators are kept than the %d that "
+                "tasks ask for; building one again takes seconds. Fewer "
+                "environment.num_workers or num_slots need less",
+                left / 1e9,
+                self.config.max_simulators,
+            )
+        return left < spare
 
     def _current(self) -> _Episode:
         if self._episode is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
@@ -10,37 +12,64 @@ UNLIMITED = "max"
 """What a control group of version 2 says where it has no limit; version 1 says a huge number."""
 
 
-def available_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
-    """Memory that can be had without swapping, the least of machine and control group.
+@dataclass(frozen=True, slots=True)
+class _GroupFiles:
+    """Names of a version's files in a control group's folder."""
 
-    File pages that the kernel can drop count as available in both.
+    controller: str
+    """As ``/proc/self/cgroup`` names it; version 2 has no name."""
+    root: str
+    limit: str
+    usage: str
+    droppable: str
+    """Entry of ``memory.stat``: file pages that the kernel can drop."""
+
+
+VERSIONS = (
+    _GroupFiles("", "", "memory.max", "memory.current", "inactive_file"),
+    _GroupFiles(
+        "memory",
+        "memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+
+
+def available_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
+    """Memory that can be had without swapping, the least of machine and control groups.
+
+    File pages that the kernel can drop count as available in both. Groups are those of this
+    process and all above it, of version 1 or 2, as far as they can be seen from here.
 
     Args:
-        proc: where the kernel's ``meminfo`` is.
-        cgroup: of this process, as a container sees its own; version 1 or 2.
+        proc: where the kernel's ``meminfo`` and ``self/cgroup`` are.
+        cgroup: where control groups are mounted.
     """
-    found = [_of_machine(proc / "meminfo")]
-    for limit, usage, stat, dropped in (
-        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-        (
-            "memory/memory.limit_in_bytes",
-            "memory/memory.usage_in_bytes",
-            "memory/memory.stat",
-            "total_inactive_file",
-        ),
-    ):
-        files = [cgroup / name for name in (limit, usage, stat)]
-        if not all(file.is_file() for file in files):
-            continue
-        most = files[0].read_text().strip()
-        if most != UNLIMITED:
-            used = int(files[1].read_text()) - _entry(files[2], dropped)
-            found.append(max(0, int(most) - used))
+    found = [_entry(proc / "meminfo", "MemAvailable:") * KIB]
+    for names in VERSIONS:
+        for group in _groups(proc / "self" / "cgroup", cgroup / names.root, names.controller):
+            if not all((group / name).is_file() for name in (names.limit, names.usage)):
+                continue
+            most = (group / names.limit).read_text().strip()
+            if most != UNLIMITED:
+                droppable = _entry(group / "memory.stat", names.droppable)
+                used = int((group / names.usage).read_text()) - droppable
+                found.append(max(0, int(most) - used))
     return min(found)
 
 
-def _of_machine(meminfo: Path) -> int:
-    return _entry(meminfo, "MemAvailable:") * KIB
+def _groups(of_process: Path, mount: Path, controller: str) -> Iterator[Path]:
+    """The mount itself, as a container sees its own group, and the groups of this process."""
+    yield mount
+    if not of_process.is_file():
+        return
+    for line in of_process.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            group = Path(path.lstrip("/"))
+            yield from (mount / part for part in (group, *group.parents) if part != Path())
 
 
 def _entry(file: Path, name: str) -> int:
