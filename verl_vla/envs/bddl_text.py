@@ -1,7 +1,7 @@
 """Reading and rewriting task definitions (BDDL files) as text, without LIBERO.
 
-LIBERO's own parser evaluates the angles in a file as Python; `require_plain` refuses a file with
-anything else than a number there, before that parser sees it.
+LIBERO's own parser evaluates the angles in a file as Python; `has_plain_angles` tells a file
+with anything else than numbers there, so that it is refused before that parser sees it.
 """
 
 from __future__ import annotations
