@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from verl_vla.whole_file import partial_file, write_whole
+from verl_vla.errors import ConfigError
+from verl_vla.whole_file import partial_file, require_place, write_whole
 
 
 def test_a_file_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
@@ -24,3 +25,10 @@ def test_what_cannot_be_written_leaves_the_file_before(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         write_whole(file, "second")
     assert file.read_text() == "first"
+
+
+def test_a_place_is_refused_before_the_work(tmp_path: Path) -> None:
+    require_place(tmp_path / "answer.json", "--out")
+    for place, why in ((tmp_path, "is a folder"), (tmp_path / "a" / "b.json", "make it")):
+        with pytest.raises(ConfigError, match=why):
+            require_place(place, "--out")

@@ -12,7 +12,7 @@ from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.suites import absolute_name, suite
 from verl_vla.errors import ConfigError
 from verl_vla.suite_check import SMALL_PX, TaskCheck, check_tasks, count_faults
-from verl_vla.whole_file import write_whole
+from verl_vla.whole_file import require_place, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,9 @@ def run(arguments: Sequence[str]) -> int:
     """Print each task that fails, and the counts; 0 where all went as the suite foresaw."""
     options = _parser().parse_args(arguments)
     chosen = suite(options.suite)
+    out = None if options.out is None else Path(options.out)
+    if out is not None:
+        require_place(out, "--out")
     if options.every < 1:
         raise ConfigError(f"--every is {options.every}; set at least 1, which checks all tasks")
     tasks = range(len(chosen.tasks)) if options.tasks is None else options.tasks
@@ -39,13 +42,15 @@ def run(arguments: Sequence[str]) -> int:
         max_simulators=1,
     )
     chosen_tasks = tasks[:: options.every]
-    checks = check_tasks(chosen, config, chosen_tasks, _Progress(len(chosen_tasks)).show)
+    progress = _Progress(len(chosen_tasks), out)
+    try:
+        checks = check_tasks(chosen, config, chosen_tasks, progress.show)
+    finally:
+        progress.write()
     faults = count_faults(checks)
     logger.info("%d of %d tasks can be built", len(checks) - sum(faults.values()), len(checks))
     for fault, number in faults.items():
         logger.info("%d: %s", number, fault)
-    if options.out is not None:
-        write_whole(Path(options.out), json.dumps([check.as_json() for check in checks], indent=1))
     is_new = any(check.fault is not None and not check.was_foreseen for check in checks)
     return EXIT_FAULTY if is_new else 0
 
@@ -56,21 +61,29 @@ def _parser() -> argparse.ArgumentParser:
     add("--suite", required=True, help="any suite, such as libero_spatial_swap or libero_plus")
     add("--tasks", type=int, nargs="+", help="task ids; all if not given")
     add("--every", type=int, default=1, help="check only every so many of the tasks")
-    add("--out", help="JSON file to write the results to")
+    add("--out", help="JSON file to write the results to, as they come")
     return parser
 
 
 class _Progress:
-    """Prints each task that fails, and now and then how far the check is."""
+    """Prints each task that fails; now and then says how far the check is, and writes it down."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, out: Path | None) -> None:
         self._total = total
-        self._done = 0
+        self._out = out
+        self._checks: list[TaskCheck] = []
 
     def show(self, check: TaskCheck) -> None:
         """Take note of one more task."""
-        self._done += 1
+        self._checks.append(check)
         if check.fault is not None and not check.was_foreseen:
             logger.info("task %d, %s: %s", check.task_id, check.name, check.fault)
-        if self._done % TOLD_EVERY == 0:
-            logger.info("%d of %d tasks checked", self._done, self._total)
+        if len(self._checks) % TOLD_EVERY == 0:
+            logger.info("%d of %d tasks checked", len(self._checks), self._total)
+            self.write()
+
+    def write(self) -> None:
+        """Put the results so far into the file that was asked for."""
+        if self._out is not None:
+            rows = [check.as_json() for check in self._checks]
+            write_whole(self._out, json.dumps(rows, indent=1))
