@@ -11,6 +11,15 @@ uv=$venv/uv/bin/uv
 gl_packages=(libegl1 libopengl0 libgl1-mesa-dri libosmesa6)
 in_range='import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'
 simulate='from verl_vla.envs.libero import EnvConfig, make_env; make_env(EnvConfig()).reset(0, 0)'
+compare_assets='
+import sys
+from verl_vla.envs.asset_files import check_assets
+from verl_vla.errors import ConfigError
+try:
+    check_assets()
+except ConfigError as error:
+    sys.exit(f"error: {error}")
+'
 draw='import mujoco; mujoco.GLContext(8, 8).make_current()'
 
 say() { printf '%s\n' "$*" >&2; }
@@ -47,7 +56,8 @@ use_packages() { # run | dev
         --requirements "$root/requirements/$1.lock" >&2
     "$uv" pip install --python "$python" --no-deps --quiet --editable "$root" >&2
     # once: images of other assets are not those that policies were trained on
-    "$python" -c 'from verl_vla.envs.assets import check_assets; check_assets()' >&2
+    # those of the lock file, whatever a variable says that later runs may heed
+    env -u VERL_VLA_LIBERO_ASSETS "$python" -c "$compare_assets" >&2
     printf '%s\n' "$wanted" >"$venv/ready-$1"
     if [ "$1" = dev ]; then printf '%s\n' "$wanted" >"$venv/ready-run"; fi
 }

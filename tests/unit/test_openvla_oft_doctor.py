@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from verl_vla.actions import ActionStatistics
 from verl_vla.cli import doctor as verb
+from verl_vla.cli.doctor import in_turn
 from verl_vla.errors import ConfigError
 from verl_vla.policies.loading import require_sound
 from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
 from verl_vla.policies.openvla_oft.doctor import examine, judge_action_mass
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
+from verl_vla.sampling import Start
 
 SIZES = TinySizes(image_size=28, vision_width=12, llm_width=16, llm_depth=1, llm_mlp=16)
 
@@ -218,3 +220,10 @@ def test_the_embedded_policy_is_sound_on_real_images(caplog: pytest.LogCaptureFi
     words = ["--checkpoint", str(base), "--suite", "mini", "--images", "6", "--render-size", "128"]
     assert verb.run(words) == 0
     assert "on the action ids (6 images)" in caplog.text
+
+
+def test_tasks_with_few_states_take_their_turns() -> None:
+    """As in LIBERO-Plus, where most tasks have a single one."""
+    by_task = [[Start(task_id=t, init_state_id=s) for s in range(n)] for t, n in ((0, 1), (1, 3))]
+    seen = [(start.task_id, start.init_state_id) for start in in_turn(by_task)]
+    assert seen == [(0, 0), (1, 0), (1, 1), (1, 2)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,27 @@ def test_without_root_the_missing_renderer_is_an_error_with_the_command(tmp_path
     done = bash(f"{lacking}; set_up_renderer; echo went on", script=project(tmp_path))
     assert (done.returncode, done.stdout) == (1, "")
     assert "apt-get install -y --no-install-recommends libegl1" in done.stderr
+
+
+def test_the_installed_assets_are_compared_whatever_a_variable_names(tmp_path: Path) -> None:
+    """An old folder that a variable names is no fault of an installation."""
+    script = project(tmp_path)
+    (tmp_path / "pyproject.toml").write_text("changed")
+    called = tmp_path / "python"
+    called.write_text('#!/bin/sh\necho "named: ${VERL_VLA_LIBERO_ASSETS:-nothing}" >&2\n')
+    called.chmod(0o755)
+    program = "make_venv() { :; }; python=$FAKE; uv=true; use_packages run"
+    done = bash(program, script=script, FAKE=str(called), VERL_VLA_LIBERO_ASSETS="/old")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "named: nothing")
+
+
+def test_a_fault_of_the_assets_is_said_without_a_traceback(tmp_path: Path) -> None:
+    program = '"$PYTHON" -c "$compare_assets"'
+    done = bash(
+        program,
+        PYTHON=sys.executable,
+        PYTHONPATH=str(SETUP.parents[1]),
+        VERL_VLA_LIBERO_ASSETS=str(tmp_path),
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: VERL_VLA_LIBERO_ASSETS={tmp_path} lacks")

@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 import textwrap
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +31,16 @@ from verl_vla.policies.findings import Finding
 from verl_vla.policies.loading import examine, load_policy
 from verl_vla.policies.openvla_oft.doctor import judge_action_mass
 from verl_vla.recipe import EnvironmentConfig
+from verl_vla.sampling import Start
+from verl_vla.whole_file import require_place, write_whole
 
 logger = logging.getLogger(__name__)
 
 EXIT_FAULT = 1
 """The machine cannot train, or the checkpoint cannot be trained, as it is; or it is not LIBERO."""
 STDOUT = "-"
+NOT_WITH_LIBERO = ("fix", "out", "images", "render_size", "dtype")
+"""Options of the other two examinations."""
 WIDTH = 100
 """Columns of the table."""
 
@@ -77,7 +83,11 @@ def _examine_machine(options: argparse.Namespace) -> int:
 
 
 def _examine_libero(options: argparse.Namespace) -> int:
-    logger.info("running six tasks in LIBERO's own environment, which takes a minute")
+    _refuse_unused(options)
+    if options.json not in (None, STDOUT):
+        require_place(Path(options.json), "--json")
+    # not to stdout, which may be read as JSON
+    sys.stderr.write("running six tasks in LIBERO's own environment, which takes a minute\n")
     checks = examine_libero(options.checkpoint, options.unnorm_key, options.suite)
     text = json.dumps({"checks": as_rows(checks)}, indent=1)
     if options.json is None:
@@ -86,22 +96,43 @@ def _examine_libero(options: argparse.Namespace) -> int:
     elif options.json == STDOUT:
         print(text)
     else:
-        Path(options.json).write_text(text + "\n", encoding="utf-8")
+        write_whole(Path(options.json), text + "\n")
     return EXIT_FAULT if any(check.differs for check in checks) else 0
+
+
+def _refuse_unused(options: argparse.Namespace) -> None:
+    """Options that ``--libero`` does not read would be taken for read."""
+    default = _parser().get_default
+    given, defaults = vars(options), {name: default(name) for name in NOT_WITH_LIBERO}
+    unused = [name for name in NOT_WITH_LIBERO if given[name] != defaults[name]]
+    if unused:
+        shown = ", ".join(f"--{name.replace('_', '-')} {given[name]}" for name in unused)
+        raise ConfigError(f"{shown}: not used by --libero; leave it out, or leave out --libero")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m verl_vla doctor", description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", help="folder of a checkpoint to look at, instead of the machine")
+    add(
+        "--checkpoint",
+        help="folder of a checkpoint to look at, instead of the machine; with --libero, besides it",
+    )
     add("--libero", action="store_true", help="compare machine and checkpoint with LIBERO's own")
     add("--json", nargs="?", const=STDOUT, help="with --libero, write JSON to a file or to stdout")
     add("--out", default="runs", help="where runs will be written")
     add("--fix", action="store_true", help="print the commands that mend the machine; run none")
     add("--unnorm-key", help="entry of dataset_statistics.json")
-    add("--suite", help=f"load the weights and look at held-out images of {', '.join(SUITES)}")
+    add(
+        "--suite",
+        help=f"load the weights and look at held-out images of {', '.join(SUITES)}; with --libero, "
+        "the suite that the policy's action statistics must be of",
+    )
     add("--images", type=int, default=8, help="how many images to look at")
-    add("--render-size", type=int, help="camera picture, px; the policy's own if not given")
+    add(
+        "--render-size",
+        type=int,
+        help="size of the rendered image, px; the policy's own if not given",
+    )
     add("--dtype", choices=sorted(DTYPES), default="float32")
     return parser
 
@@ -121,12 +152,18 @@ def _action_mass(options: argparse.Namespace) -> torch.Tensor:
     )
     tasks = task_ids(chosen, None)
     by_task = [starts(chosen, [task], "held_out") for task in tasks]
-    in_turn = [held_out[lap] for lap in range(len(by_task[0])) for held_out in by_task]
-    seen = [env.reset(start.task_id, start.init_state_id) for start in in_turn[: options.images]]
+    chosen_starts = in_turn(by_task)[: options.images]
+    seen = [env.reset(start.task_id, start.init_state_id) for start in chosen_starts]
     env.close()
     images = torch.from_numpy(np.stack([observation.image for observation in seen]))
     prompts = [policy.processor.prompt(o.instruction) for o in seen]
     return policy.action_mass(images, prompts, proprio=observed_proprio(seen))
+
+
+def in_turn(by_task: Sequence[Sequence[Start]]) -> list[Start]:
+    """The first start of each task, then the second of each that has one, and so on."""
+    laps = zip_longest(*by_task)
+    return [start for lap in laps for start in lap if start is not None]
 
 
 def _show(findings: Sequence[Finding]) -> None:

@@ -29,7 +29,8 @@ from verl_vla.diagnostics.libero_check import (
     Check,
     Effect,
 )
-from verl_vla.envs.assets import ASSETS_VARIABLE, differing_assets, find_assets
+from verl_vla.envs.asset_files import describe_faults, remedy_for_assets
+from verl_vla.envs.assets import ASSETS_VARIABLE, assets_available, find_assets
 from verl_vla.envs.gl import prepare_gl
 from verl_vla.errors import ConfigError
 from verl_vla.image_pipeline import Pixels, prepare_image
@@ -57,6 +58,8 @@ ALL_SUITES_KEY = "libero_4_task_suites"
 """Of openvla-oft's checkpoint for four suites at once; its ``LIBERO.md``."""
 GRIPPER_MASK = [True, True, True, True, True, True, False]
 """Of every published LIBERO dataset: the gripper is not normalised."""
+AS_PUBLISHED = "as in published checkpoints"
+"""What is expected of everything that `examine` looks at."""
 PUBLISHED_VIEWS = (1, 2)
 """SimpleVLA-RL's checkpoints see the scene, OpenVLA-OFT's also the wrist camera."""
 
@@ -72,11 +75,16 @@ def examine_libero(
         suite: the one to be evaluated, which the statistics must be of; None takes any of LIBERO.
 
     Raises:
-        ConfigError: ``suite`` is not LIBERO's, there are no assets, nothing renders, or the check
-            itself does not run.
+        ConfigError: ``suite`` is not LIBERO's, ``checkpoint`` is no folder, there are no assets,
+            nothing renders, or the check itself does not run.
     """
     if suite is not None and suite not in SUITE_KEYS:
         raise ConfigError(f"--suite is {suite!r}, not LIBERO's; {nearest(suite, SUITE_KEYS)}")
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        raise ConfigError(f"--checkpoint is {checkpoint}, which is not a folder; name a policy's")
+    if ASSETS_VARIABLE not in os.environ and not assets_available():
+        # a look at the machine downloads nothing
+        raise ConfigError(f"LIBERO's assets are not on this machine; {remedy_for_assets()}")
     assets = find_assets()
     checks = [
         *run_simulator_check(assets),
@@ -96,7 +104,7 @@ def run_simulator_check(assets: Path, tasks: Sequence[str] = tuple(TASKS)) -> li
         tasks: keys of `TASKS`.
 
     Raises:
-        ConfigError: it ends without an answer; says its last words.
+        ConfigError: it ends without an answer, or not in time; says its last words.
     """
     environ = dict(os.environ)
     prepare_gl(environ)
@@ -106,7 +114,23 @@ def run_simulator_check(assets: Path, tasks: Sequence[str] = tuple(TASKS)) -> li
         environ["LIBERO_CONFIG_PATH"] = folder
         command = [sys.executable, libero_check.__file__, "--assets", str(assets)]
         command += ["--tasks", *tasks, "--json", str(answer)]
-        done = subprocess.run(
+        done = _run(command, environ)
+        if not answer.is_file():
+            why = (done.stderr.strip() or "no word").splitlines()[-1]
+            raise ConfigError(
+                f"the check of the simulator ended with {done.returncode} ({why}); see why with: "
+                f"python {libero_check.__file__}"
+            )
+        found: dict[str, Any] = json.loads(answer.read_text())
+    if found["measured"]["failure"] is not None:
+        sys.stderr.write(done.stderr)  # the traceback that the remedy speaks of
+    rows: list[dict[str, Any]] = found["checks"]
+    return [Check(**row)._replace(effect=Effect(**row["effect"])) for row in rows]
+
+
+def _run(command: list[str], environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
             command,
             env=environ,
             stdin=subprocess.DEVNULL,
@@ -115,23 +139,20 @@ def run_simulator_check(assets: Path, tasks: Sequence[str] = tuple(TASKS)) -> li
             timeout=CHECK_LIMIT_S,
             check=False,
         )
-        if not answer.is_file():
-            why = (done.stderr.strip() or "no word").splitlines()[-1]
-            raise ConfigError(
-                f"the check of the simulator ended with {done.returncode} ({why}); see why with: "
-                f"python {libero_check.__file__}"
-            )
-        rows: list[dict[str, Any]] = json.loads(answer.read_text())["checks"]
-    return [Check(**row)._replace(effect=Effect(**row["effect"])) for row in rows]
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"the check of the simulator gave no answer in {CHECK_LIMIT_S} s; it takes 40 s on a "
+            f"free core. See where it stays with: python {libero_check.__file__}"
+        ) from error
 
 
 def judge_assets(folder: Path) -> Check:
     """Compare every file of a folder of assets with LIBERO's; reads 600 MB."""
-    differing = differing_assets(folder)
-    here = f"{folder}, every file as LIBERO's"
-    if differing:
-        here = f"{folder}, {len(differing)} files are others, the first {differing[0]}"
-    return Check("all assets", here, "no other file", bool(differing), UNKNOWN, INSTALL_ASSETS)
+    faults = describe_faults(folder)
+    here = f"{folder}, {faults or 'every file as LIBERO has it'}"
+    return Check(
+        "all assets", here, "all there, no other", faults is not None, UNKNOWN, INSTALL_ASSETS
+    )
 
 
 def golden_frame() -> Pixels:
@@ -206,14 +227,14 @@ def _from_finding(finding: Finding) -> Check:
     effect = EFFECTS[subject] if is_known else NO_START
     remedy = finding.says if finding.is_fault else ""
     here = "refused, see below" if finding.is_fault else finding.says
-    return Check(f"policy: {subject}", here, "sound", finding.is_fault, effect, remedy)
+    return Check(f"policy: {subject}", here, AS_PUBLISHED, finding.is_fault, effect, remedy)
 
 
 def _with_remedy(check: Check) -> Check:
     """Assets of a folder that was named are mended by naming another."""
     if check.remedy != INSTALL_ASSETS or ASSETS_VARIABLE not in os.environ:
         return check
-    return check._replace(remedy=f"unset {ASSETS_VARIABLE}, or name a folder of LIBERO's assets")
+    return check._replace(remedy=remedy_for_assets())
 
 
 def _spell(mask: list[bool]) -> str:

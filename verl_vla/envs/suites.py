@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from verl_vla.config import nearest
+from verl_vla.envs.asset_files import require_models
 from verl_vla.envs.assets import find_assets, libero_root
 from verl_vla.envs.base import Env, EnvConfig, StepLimit, Suite
 from verl_vla.envs.base import Split as Split
@@ -24,7 +25,7 @@ from verl_vla.envs.libero_plus import PLUS_SUITES, plus_tasks
 from verl_vla.envs.libero_task import LiberoTask
 from verl_vla.envs.mujoco_version import require_libero_physics
 from verl_vla.envs.own_suite import load_own_suite, locate_own_suite
-from verl_vla.envs.perturbed_suites import PRO_SUITES, pro_tasks
+from verl_vla.envs.perturbed_suites import PRO_SUITES, pro_objects, pro_tasks
 from verl_vla.envs.task_packages import DISTRIBUTIONS, PLUS, PRO
 from verl_vla.errors import ConfigError
 
@@ -112,10 +113,17 @@ class LiberoSuite(Suite):
         return {i: task.refused for i, task in enumerate(self.tasks) if task.refused is not None}
 
     def require_simulator(self) -> None:
-        """Check MuJoCo's version and find LIBERO's assets; the mini suite brings its own."""
+        """Check MuJoCo's version and find LIBERO's assets; the mini suite brings its own.
+
+        A suite with objects of LIBERO-PRO needs their models among the assets too.
+        """
         require_libero_physics()
-        if self.needs_assets:
-            find_assets()
+        if not self.needs_assets:
+            return
+        assets = find_assets()
+        if self.package == PRO:
+            sound = [task for task in self.tasks if task.refused is None]
+            require_models(assets, self.name, pro_objects(sound))
 
     def make_env(self, config: EnvConfig) -> Env:
         """See `Suite.make_env`."""
