@@ -17,7 +17,7 @@ from verl_vla.album import Album
 from verl_vla.conditions import conditions, played_in
 from verl_vla.envs.base import EnvConfig, Split, Suite, simulators_per_process
 from verl_vla.envs.pool import EnvPool
-from verl_vla.envs.suites import absolute_name, make_env, suite
+from verl_vla.envs.suites import LiberoSuite, absolute_name, make_env, suite
 from verl_vla.errors import ConfigError
 from verl_vla.evaluation import Evaluation, episode_entries
 from verl_vla.extras import require_extras
@@ -270,7 +270,10 @@ def starts(
     *,
     per_task: int | None = None,
 ) -> tuple[Start, ...]:
-    """All starts of a split, or the first ``per_task`` of each task."""
+    """All starts of a split, or the first ``per_task`` of each task.
+
+    A task that records fewer init states than the others of its suite has all of its own.
+    """
     if split == "drawn" and per_task is None:
         raise ConfigError(
             "starts shall be drawn, and nothing says how many a task; set "
@@ -279,7 +282,9 @@ def starts(
     found: list[Start] = []
     for task in tasks:
         states = chosen.init_state_ids(task, split)
-        if per_task is not None and per_task > len(states):
+        own = isinstance(chosen, LiberoSuite) and chosen.tasks[task].num_init_states is not None
+        has_fewer = own and split != "drawn"
+        if per_task is not None and per_task > len(states) and not has_fewer:
             raise ConfigError(
                 f"evaluation.episodes_per_task is {per_task}, but task {task} of "
                 f"{chosen.name!r} has {len(states)} {split} init states; set at most that"

@@ -60,7 +60,7 @@ class PublishedRow:
     actions: Literal["tokens", "regression"]
     limit: Literal["published", "simplevla"]
     fixtures: Literal["still", "moving"] | None
-    """Whether every episode places the fixtures of a task anew; None where it is not known."""
+    """``moving``: elsewhere in each episode; None where it is not known."""
     episodes: int
     """Of one suite."""
     notes: Sequence[str]
@@ -223,7 +223,7 @@ def _differences(
         (theirs != ours, f"step limit: {theirs}, here {ours}"),
         (
             row.fixtures == "moving",
-            "fixtures: placed anew in each episode, up to 2 cm apart; here as in its first",
+            "fixtures: elsewhere in each episode, up to 2 cm apart; here as in its first",
         ),
     ]
     return [text for differs, text in found if differs] + list(row.notes)

@@ -64,7 +64,7 @@ def play_remaining(
         lines.extend(fresh)
         show(fresh[0])
 
-    while remaining := _unplayed(lines, len(starts)):
+    while remaining := unplayed(lines, len(starts)):
         specs = [
             EpisodeSpec(
                 task_id=starts[i].task_id,
@@ -82,17 +82,17 @@ def play_remaining(
             noise=NoiseSource(seed=seed, stream=EVALUATION_STREAM),
             ended=keep,
         )
-    return _last_of_each(lines)
+    return last_of_each(lines)
 
 
-def _unplayed(lines: Sequence[Mapping[str, Any]], number: int) -> list[int]:
+def unplayed(lines: Sequence[Mapping[str, Any]], number: int) -> list[int]:
     """Episodes without an outcome of the policy's that may still be tried."""
     played = {line["episode"] for line in lines if line["outcome"] != Outcome.CRASH}
     losses = Counter(line["episode"] for line in lines if line["outcome"] == Outcome.CRASH)
     return [i for i in range(number) if i not in played and losses[i] < ATTEMPTS]
 
 
-def _last_of_each(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def last_of_each(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The line of each episode's last attempt, in the order of the episodes."""
     last = {line["episode"]: line for line in lines}
     return [last[episode] for episode in sorted(last)]

@@ -201,7 +201,7 @@ def test_one_command_plays_the_perturbed_suites_and_their_control(tmp_path: Path
     assert language["axis"] == "language"
     assert language["control"]["episodes"] == language["perturbed"]["episodes"] == 2
     assert language["paired"]["neither"] == 2
-    assert task["tasks_played"] == 0
+    assert task["tasks_evaluated"] == 0
     assert sum(task["refused"].values()) == 2
     record = json.loads((tmp_path / "libero_spatial" / RESULT).read_text())
     assert [(e["task"], e["init_state"]) for e in record["episodes"]] == [(3, 0), (3, 1)]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from verl_vla.cli import eval as eval_verb
 from verl_vla.cli.main import main
 from verl_vla.comparison import RESULT
 from verl_vla.journal import read_episodes
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.sim
 
 
 def test_what_was_played_already_is_set_beside_published_rates(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The protocol is one word for options that can be written out: the same evaluation."""
     words = [
@@ -28,6 +29,10 @@ def test_what_was_played_already_is_set_beside_published_rates(
     assert "published" not in plain
     capsys.readouterr()
 
+    # nothing is left to play, so neither the weights nor a simulator are needed
+    eval_verb._load.cache_clear()
+    monkeypatch.delattr(eval_verb, "load_policy")
+    monkeypatch.delattr(eval_verb, "open_simulators")
     assert main([*words, "--protocol", "published"]) == 0
     assert read_episodes(tmp_path) == played
     record = json.loads((tmp_path / RESULT).read_text())

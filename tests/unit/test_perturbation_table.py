@@ -10,6 +10,7 @@ import pytest
 
 from verl_vla.cli import eval as eval_verb
 from verl_vla.comparison import RESULT
+from verl_vla.envs.perturbed_suites import PRO_BASES
 from verl_vla.envs.suites import libero_suite, suite
 from verl_vla.errors import ConfigError
 from verl_vla.perturbation_table import make_rows, table
@@ -26,30 +27,35 @@ from verl_vla.run_folder import evaluation_record
 from verl_vla.sampling import Start
 from verl_vla.types import Outcome
 
+POLICY = {"fingerprint": "abc", "unnorm_key": None}
 SUCCESS, TIMEOUT, CRASH = Outcome.SUCCESS, Outcome.TIMEOUT, Outcome.CRASH
 
 
 def evaluation(name: str, outcomes: dict[tuple[int, int], Outcome], **changed: Any) -> dict:
     """An evaluation of a suite, by task id and init state."""
+    tasks = libero_suite(name).tasks
+    names = {task: tasks[task].name for task in dict.fromkeys(t for t, _ in outcomes)}
     conditions = {
         "suite": name,
         "states": "official",
-        "step_limits": {},
+        "step_limits": {own: tasks[task].published_steps for task, own in names.items()},
         "settle_steps": 10,
         "render_size": 256,
         "image_size": 224,
         "renderer": "llvmpipe",
         "assets": None,
         "sampling": "greedy",
+        "seed": None,
         "simulation": dict(libero_suite(name).versions),
-        "policy": {"fingerprint": "abc"},
+        "policy": POLICY,
+        "dtype": "float32",
+        "device": "cpu",
+        "versions": {},
     }
     entries = [
         {"episode": i, "task": t, "init_state": s, "outcome": o, "steps": 9, "crash": None}
         for i, ((t, s), o) in enumerate(outcomes.items())
     ]
-    tasks = libero_suite(name).tasks
-    names = {task: tasks[task].name for task in dict.fromkeys(t for t, _ in outcomes)}
     return json.loads(json.dumps(evaluation_record(entries, conditions | changed, names)))
 
 
@@ -75,7 +81,7 @@ def test_an_axis_is_counted_beside_its_control() -> None:
     assert (row.control.successes, row.control.episodes) == (3, 4)
     assert row.paired is not None
     assert (row.paired.both, row.paired.first_only, row.paired.second_only) == (1, 2, 0)
-    assert (row.tasks_played, row.tasks_left_out, row.refused) == (2, 8, {})
+    assert (row.tasks_evaluated, row.tasks_left_out, row.refused) == (2, 8, {})
 
 
 def test_there_may_be_no_control() -> None:
@@ -105,10 +111,10 @@ def test_what_cannot_be_built_stands_below_the_table() -> None:
         dict.fromkeys(task.axis for task in libero_suite("libero_goal_plus").tasks)
     )
     assert sum(
-        row.tasks_played + row.tasks_left_out + sum(row.refused.values()) for row in rows
+        row.tasks_evaluated + row.tasks_left_out + sum(row.refused.values()) for row in rows
     ) == (len(libero_suite("libero_goal_plus").tasks))
     lines = table(rows).splitlines()
-    assert any("libero_goal light: 279 tasks not played: its lights" in line for line in lines)
+    assert any("libero_goal light: 279 tasks not evaluated: its lights" in line for line in lines)
     assert any(line.startswith("libero_goal light ") and "none" in line for line in lines)
 
 
@@ -126,13 +132,45 @@ def test_the_table_shows_rates_intervals_and_the_test() -> None:
         ({"settle_steps": 0}, "settle_steps"),
         ({"states": "held_out"}, "states"),
         ({"sampling": "temperature 1"}, "sampling"),
-        ({"policy": {"fingerprint": "other"}}, "another policy"),
+        ({"policy": POLICY | {"fingerprint": "other"}}, r"another policy \(its fingerprint"),
+        ({"policy": POLICY | {"unnorm_key": "mini"}}, r"another policy \(its unnorm_key"),
+        ({"sampling": "temperature 1", "seed": 4}, "seed: 4 -> None"),
+        (
+            {"step_limits": dict.fromkeys(CONTROL["step_limits"], 512)},
+            r"step_limits\.open_the_middle_drawer_of_the_cabinet: 512 -> 300",
+        ),
         ({"simulation": {"mujoco": "2.3.7"}}, "mujoco"),
     ],
 )
 def test_a_control_under_other_conditions_is_refused(changed: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=f"control of libero_goal_swap .*{reason}"):
         make_rows([SWAP], {"libero_goal": CONTROL | changed})
+
+
+def test_step_limits_are_compared_by_the_task_that_a_variant_was_made_from() -> None:
+    chosen = libero_suite("libero_goal_plus_noise")
+    of_task = [i for i, task in enumerate(chosen.tasks) if task.base and task.base.task_id == 5]
+    noise = evaluation("libero_goal_plus_noise", {(of_task[0], 0): TIMEOUT})
+    make_rows([noise], {"libero_goal": CONTROL})
+    limits = noise["step_limits"] | {chosen.tasks[of_task[0]].name: 512}
+    with pytest.raises(ConfigError, match=r"step_limits\.push_the_plate_to_.*: 300 -> 512"):
+        make_rows([noise | {"step_limits": limits}], {"libero_goal": CONTROL})
+
+
+def test_drawn_states_are_no_pairs_and_are_refused() -> None:
+    swap, control = (record | {"states": "drawn"} for record in (SWAP, CONTROL))
+    with pytest.raises(ConfigError, match="the init states of libero_goal_swap are drawn"):
+        make_rows([swap], {"libero_goal": control})
+
+
+def test_another_machine_is_told_and_compared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", logger="verl_vla.perturbed_evaluation"):
+        write_table(tmp_path, [SWAP], {"libero_goal": CONTROL})
+        assert not caplog.text
+        write_table(tmp_path, [SWAP], {"libero_goal": CONTROL | {"dtype": "bfloat16"}})
+    assert "libero_goal and its perturbed suites differ in dtype: 'bfloat16' -> 'f" in caplog.text
 
 
 def test_a_control_that_lacks_a_start_is_refused() -> None:
@@ -176,7 +214,7 @@ def test_a_plan_of_plus_spreads_over_its_axes() -> None:
     )
     assert {start.init_state_id for start in plan.starts} == {0}
     controls = plan_control([plan])
-    assert {part.suite for part in controls} <= set(bases_of("libero_plus"))
+    assert {part.suite for part in controls} <= set(PRO_BASES)
     assert sum(len(part.starts) for part in controls) <= len(plan.starts)
 
 
@@ -201,8 +239,25 @@ def test_impossible_plans_are_refused() -> None:
     }
     with pytest.raises(ConfigError, match="--perturbation is 'swop'; did you mean 'swap'"):
         plan_perturbed("libero_goal", ["swop"], **arguments)
-    with pytest.raises(ConfigError, match="suite is 'libero_90_swap', which is unknown"):
-        plan_perturbed("libero_90", ["swap"], **arguments)
+    with pytest.raises(ConfigError, match=r"--suite is 'mini', which --perturbation swap does not"):
+        plan_perturbed("mini", ["swap"], **arguments)
+    with pytest.raises(ConfigError, match=r"--suite is 'libero_plus', .* or libero for all"):
+        plan_perturbed("libero_plus", ["plus"], **arguments)
+    with pytest.raises(ConfigError, match="--suite is libero, but --perturbation swap is of one"):
+        plan_perturbed("libero", ["swap"], **arguments)
+    with pytest.raises(ConfigError, match="--perturbation has swap twice"):
+        plan_perturbed("libero_goal", ["swap", "task", "swap"], **arguments)
+    with pytest.raises(ConfigError, match="--perturbation has plus and plus_noise, a part of it"):
+        plan_perturbed("libero_goal", ["plus_noise", "plus"], **arguments)
+    for name, axis in (("libero_goal", "swap"), ("libero", "plus_noise")):
+        with pytest.raises(ConfigError, match=rf"--tasks has 99.* and {name} has 0 to 9"):
+            plan_perturbed(name, [axis], **(arguments | {"tasks": [0, 99]}))
+    with pytest.raises(ConfigError, match=r"--tasks is \[1, 1\]; name each task once"):
+        plan_perturbed("libero_goal", ["swap"], **(arguments | {"tasks": [1, 1]}))
+    with pytest.raises(ConfigError, match=r"--tasks is \[3\], and no variant .* task can be built"):
+        plan_perturbed("libero_spatial", ["task"], **(arguments | {"tasks": [3]}))
+    with pytest.raises(ConfigError, match="--states is drawn with --perturbation"):
+        plan_perturbed("libero_goal", ["swap"], **(arguments | {"states": "drawn"}))
     with pytest.raises(ConfigError, match="no task of suite 'libero_goal_plus_light' can be built"):
         plan_perturbed("libero_goal", ["plus_light"], **arguments)
     with pytest.raises(ConfigError, match="--tasks-per-axis is 0; set at least 1"):
@@ -234,12 +289,44 @@ def test_a_control_is_found_in_its_folder_or_among_several(tmp_path: Path) -> No
         read_controls(tmp_path / "none", ["libero_goal"])
 
 
+def test_an_evaluation_of_a_training_run_is_no_control(tmp_path: Path) -> None:
+    kept = {k: v for k, v in CONTROL.items() if k not in ("policy", "dtype", "device")}
+    (tmp_path / "step_8.json").write_text(json.dumps(kept))
+    with pytest.raises(ConfigError, match="does not say its policy, dtype, device; name the fold"):
+        read_controls(tmp_path / "step_8.json", ["libero_goal"])
+
+
+def test_only_the_suites_of_the_chosen_tasks_need_a_control() -> None:
+    tasks = libero_suite("libero_plus").tasks
+    of_goal = [i for i, task in enumerate(tasks) if task.base and task.base.suite == "libero_goal"]
+    assert bases_of("libero_plus", of_goal[:3]) == ["libero_goal"]
+    assert bases_of("libero_plus", range(len(tasks))) == list(PRO_BASES)
+
+
 def test_the_table_is_written_as_json(tmp_path: Path) -> None:
     write_table(tmp_path, [SWAP], {"libero_goal": CONTROL})
     (row,) = json.loads((tmp_path / "perturbations.json").read_text())
     assert row["paired"]["control_only"] == 2
     assert row["paired"]["p_value"] == 0.5
     assert row["perturbed"]["ci95"][0] > 0
+
+
+@pytest.mark.parametrize("limit", ["simplevla", "4"])
+def test_a_control_is_refused_before_the_first_episode(tmp_path: Path, limit: str) -> None:
+    """It has another policy and may have another limit; nothing is to be evaluated for that."""
+    control, out = write(tmp_path / "control", CONTROL), tmp_path / "out"
+    words = [
+        *("--policy", "bases/mini", "--tasks", "0", "--states", "official", "--episodes", "1"),
+        *("--limit", limit, "--out", str(out), "--control", str(control)),
+    ]
+    of_control = "its fingerprint.*step_limits.open_the_middle_drawer_of_the_cabinet: 300 -> "
+    for suite_words in (
+        ["--suite", "libero_goal_swap"],
+        ["--suite", "libero_goal", "--perturbation", "swap"],
+    ):
+        with pytest.raises(ConfigError, match=f"libero_goal_swap does not compare.*{of_control}"):
+            eval_verb.run([*words, *suite_words])
+    assert not out.exists()
 
 
 def test_control_is_a_word_for_perturbed_suites_alone(tmp_path: Path) -> None:

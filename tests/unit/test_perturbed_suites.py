@@ -255,6 +255,18 @@ def test_a_perturbed_suite_has_starts_to_train_on(name: str) -> None:
     assert not set(trained) & set(held_out)
 
 
+def test_a_task_of_one_state_takes_no_episodes_from_the_others() -> None:
+    chosen = libero_suite("libero_goal_plus")
+    single = next(i for i in task_ids(chosen, None) if chosen.tasks[i].num_init_states == 1)
+    many = next(i for i in task_ids(chosen, None) if chosen.tasks[i].num_init_states is None)
+    found = starts(chosen, [single, many], "official", per_task=2)
+    assert [(s.task_id, s.init_state_id) for s in found] == [(single, 0), (many, 0), (many, 1)]
+    with pytest.raises(ConfigError, match="is 51, but task 0 of 'libero_goal' has 50 official"):
+        starts(libero_suite("libero_goal"), [0], "official", per_task=51)
+    with pytest.raises(ConfigError, match="has 1000 drawn init states"):
+        starts(chosen, [single], "drawn", per_task=1001)
+
+
 def test_every_state_of_a_layout_belongs_to_its_definition() -> None:
     chosen = libero_suite("libero_10_plus_layout")
     for i in task_ids(chosen, None)[::20]:

@@ -138,7 +138,7 @@ def test_intervals_that_share_a_point_overlap() -> None:
 
 def test_what_differs_is_named() -> None:
     found = compared(rate(456))
-    fixtures = "fixtures: placed anew in each episode, up to 2 cm apart; here as in its first"
+    fixtures = "fixtures: elsewhere in each episode, up to 2 cm apart; here as in its first"
     assert row(found, "OpenVLA-OFT")["differs"] == [
         "cameras: 2, here 1",
         "proprioception: yes, here no",
