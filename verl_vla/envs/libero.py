@@ -243,8 +243,8 @@ class LiberoEnv:
         if self.suite.package is not None:
             pro_objects = importlib.import_module("verl_vla.envs.pro_objects")  # LIBERO, its config
             pro_objects.register_pro_objects()
-        with asset_folder(self.assets):
-            return Simulator(task.bddl_file, look, task.change)
+        with asset_folder(self.assets), task.definition_file() as bddl_file:
+            return Simulator(bddl_file, look, task.change)
 
     def _must_shrink(self) -> bool:
         """Whether a simulator must go before another is built."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from verl_vla.envs import bddl_text
 from verl_vla.envs.assets import CHECKSUMS_FILE
 from verl_vla.envs.libero_task import BaseTask, LiberoTask
-from verl_vla.envs.perturbed_suites import UNREADABLE, derived_file, own_instruction
+from verl_vla.envs.perturbed_suites import UNREADABLE, own_instruction
 from verl_vla.envs.scene_change import UNCHANGED, CameraMove, SceneChange
 from verl_vla.envs.task_packages import PLUS, package_folder
 from verl_vla.errors import ConfigError
@@ -165,7 +165,7 @@ class _Package:
         if not bddl_text.has_plain_angles(text):
             return replace(task, refused=UNREADABLE)
         if parts.axis == "background":
-            return self._with_surfaces(task, text)
+            return self._with_surfaces(replace(task, bddl_file=file), text)
         task = replace(task, bddl_file=file, instruction=own_instruction(text, base))
         return self._laid_out(task, text, origin) if parts.axis == "layout" else task
 
@@ -191,7 +191,7 @@ class _Package:
             return replace(task, refused=NO_SURFACES)
         return replace(
             task,
-            bddl_file=derived_file(f"{task.name}.bddl", bddl_text.set_problem(text, _FLOOR)),
+            made_text=bddl_text.set_problem(text, _FLOOR),
             change=replace(task.change, floor=files[0], wall=files[1]),
         )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,3 +40,26 @@ class LiberoTask(Task):
     """None of an unperturbed task."""
     refused: str | None = None
     """Why it cannot be built here; None where it can."""
+    made_text: str | None = None
+    """Its definition where that was made here from `bddl_file`; None where it is that file."""
+
+    def definition(self) -> str:
+        """The text of its definition."""
+        return (
+            self.bddl_file.read_text(encoding="utf-8") if self.made_text is None else self.made_text
+        )
+
+    @contextmanager
+    def definition_file(self) -> Generator[Path]:
+        """A file of its definition, which LIBERO reads when it builds the task and never again.
+
+        One that was made here is removed with the context: a process may be killed later, and
+        would leave it behind.
+        """
+        if self.made_text is None:
+            yield self.bddl_file
+            return
+        with tempfile.TemporaryDirectory(prefix="verl-vla-task-") as folder:
+            file = Path(folder) / f"{self.name}.bddl"
+            file.write_text(self.made_text, encoding="utf-8")
+            yield file

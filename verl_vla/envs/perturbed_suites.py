@@ -15,12 +15,8 @@ axis changes the language by accident.
 
 from __future__ import annotations
 
-import atexit
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 from verl_vla.envs import bddl_text
@@ -122,16 +118,9 @@ def pro_objects(tasks: Sequence[LiberoTask]) -> set[str]:
 def own_instruction(text: str, base: LiberoTask) -> str:
     """What a robot is told, given the text of a perturbed task's file."""
     own = bddl_text.sentence(text)
-    theirs = bddl_text.sentence(base.bddl_file.read_text(encoding="utf-8"))
+    theirs = bddl_text.sentence(base.definition())
     is_theirs = own.lower() == theirs.lower()
     return base.instruction if is_theirs else own.lower().removesuffix(".")
-
-
-def derived_file(name: str, text: str) -> Path:
-    """Write a task definition that was made here to a folder that this process removes again."""
-    file = _derived_folder() / name
-    file.write_text(text, encoding="utf-8")
-    return file
 
 
 def _task(root: Path, name: str, axis: str, base: LiberoTask, origin: BaseTask) -> LiberoTask:
@@ -140,26 +129,24 @@ def _task(root: Path, name: str, axis: str, base: LiberoTask, origin: BaseTask) 
     states_file = root / "init_files" / f"{origin.suite}_{end}" / base.init_states_file.name
     task = replace(base, axis=axis, base=origin)
     if axis == "environment":
-        return _in_another_scene(task, name)
+        return _in_another_scene(task)
     if name == "libero_spatial_swap":
-        text = bddl_text.exchange(_read(base.bddl_file), "plate_1", _swapped(base.name))
-        bddl_file = derived_file(f"{name}_{origin.task_id}.bddl", text)
+        text = bddl_text.exchange(base.definition(), "plate_1", _swapped(base.name))
+        task, bddl_file = replace(task, made_text=text), base.bddl_file
     task = replace(task, bddl_file=bddl_file, init_states_file=states_file)
     refused = _why_refused(task)
     if refused is not None:
         return replace(task, refused=refused)
-    return replace(task, instruction=own_instruction(_read(bddl_file), base))
+    return replace(task, instruction=own_instruction(task.definition(), base))
 
 
-def _in_another_scene(task: LiberoTask, name: str) -> LiberoTask:
-    text = _read(task.bddl_file)
+def _in_another_scene(task: LiberoTask) -> LiberoTask:
+    text = task.definition()
     source = next(place for place in SCENES if f"{place} - " in text)
     target, problem, shift = SCENES[source]
-    moved = bddl_text.move_scene(text, source, target, problem)
-    assert task.base is not None
     return replace(
         task,
-        bddl_file=derived_file(f"{name}_{task.base.task_id}.bddl", moved),
+        made_text=bddl_text.move_scene(text, source, target, problem),
         state_shift_m=shift,
         num_objects=len(bddl_text.objects(text)),
     )
@@ -167,7 +154,7 @@ def _in_another_scene(task: LiberoTask, name: str) -> LiberoTask:
 
 def _why_refused(task: LiberoTask) -> str | None:
     try:
-        text = _read(task.bddl_file)
+        text = task.definition()
         kinds = bddl_text.categories(text)
     except (OSError, ValueError):
         return UNREADABLE
@@ -185,14 +172,3 @@ def _why_refused(task: LiberoTask) -> str | None:
 def _swapped(task_name: str) -> str:
     where = task_name.removeprefix("pick_up_the_black_bowl_")
     return SPATIAL_SWAPS[where.removesuffix("_and_place_it_on_the_plate")]
-
-
-def _read(file: Path) -> str:
-    return file.read_text(encoding="utf-8")
-
-
-@cache
-def _derived_folder() -> Path:
-    folder = tempfile.mkdtemp(prefix="verl-vla-tasks-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.spatial.transform import Rotation
 
+from verl_vla.errors import ContractError
+
 PIVOT_M = (0.0, 0.0, 0.8)
 """LIBERO-Plus ``envs/problems/*.py``: what the camera moves around, in every scene."""
 DECIMALS = 4
@@ -64,7 +66,13 @@ class SceneChange:
     floor: str | None = None
     """File among LIBERO's textures."""
     wall: str | None = None
-    """File among LIBERO's textures."""
+    """File among LIBERO's textures; set where `floor` is, as LIBERO sets both or none."""
+
+    def __post_init__(self) -> None:
+        if (self.floor is None) != (self.wall is None):
+            raise ContractError(
+                f"a scene has floor {self.floor!r} and wall {self.wall!r}; set both or neither"
+            )
 
 
 UNCHANGED = SceneChange()

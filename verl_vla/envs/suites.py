@@ -224,8 +224,8 @@ def libero_suite(name: str) -> LiberoSuite:
         return _perturbed_suite(name)
     if name not in SUITES:
         raise ConfigError(
-            f"suite is {name!r}, which is unknown; {nearest(name, SUITES + PERTURBED)}; one of "
-            "your own is "
+            f"suite is {name!r}, which is unknown; {nearest(name, SUITES, PERTURBED)}, and "
+            "perturbed ones such as libero_spatial_swap or libero_plus; one of your own is "
             "path/to/file.py:ClassName, which can be trained and evaluated in, but has neither "
             "demonstrations nor videos here"
         )

@@ -30,7 +30,14 @@ def package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(f"{distribution} is not installed; install it with: {remedy}")
-    found = metadata.version(distribution)
+    try:
+        found = metadata.version(distribution)
+    except metadata.PackageNotFoundError as error:
+        raise ConfigError(
+            f"{package} can be imported from {next(iter(spec.submodule_search_locations))}, but "
+            f"{distribution} is not installed, so its version is not known; take that folder off "
+            f"the path, and install it with: {remedy}"
+        ) from error
     if found != version:
         raise ConfigError(
             f"{distribution} is {found}, whose tasks are not known here; install it with: {remedy}"
