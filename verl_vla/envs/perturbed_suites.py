@@ -111,7 +111,7 @@ def pro_tasks(name: str, base_tasks: Sequence[LiberoTask]) -> list[LiberoTask]:
 
 def pro_objects(tasks: Sequence[LiberoTask]) -> set[str]:
     """Folders, among the assets, of those of `PRO_OBJECTS` that some tasks hold."""
-    kinds = {kind for task in tasks for kind in bddl_text.categories(_read(task.bddl_file))}
+    kinds = {kind for task in tasks for kind in bddl_text.categories(task.definition())}
     return {asset for kind, (_, asset) in PRO_OBJECTS.items() if kind in kinds}
 
 
