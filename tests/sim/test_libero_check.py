@@ -67,7 +67,7 @@ def test_a_stand_in_asset_is_found_by_its_content(tmp_path: Path) -> None:
     checks = found(run_simulator_check(assets, [TASK]))
     assert set(checks) == {f"meshes and textures, {TASK}", f"image, {TASK}"}
     assert {check.remedy for check in checks.values()} == {libero_check.INSTALL_ASSETS}
-    assert f"1 files are others, the first {BASKET}" in judge_assets(assets).here
+    assert f"1 files not LIBERO's, the first {BASKET}" in judge_assets(assets).here
 
 
 @pytest.mark.skipif(not _loads(LIBRARIES["osmesa"]), reason="libOSMesa is not installed")
