@@ -25,7 +25,7 @@ from verl_vla.build import (
     starts,
     task_ids,
 )
-from verl_vla.cli.eval_words import DTYPES, parser, step_limit, temperature
+from verl_vla.cli.eval_arguments import DTYPES, parser, step_limit, temperature
 from verl_vla.comparison import RESULT
 from verl_vla.conditions import conditions
 from verl_vla.envs.base import EnvConfig
