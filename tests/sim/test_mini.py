@@ -136,9 +136,12 @@ def test_objects_rest_on_the_table(env: LiberoEnv) -> None:
     assert simulator.object_position("red_cube")[2] == pytest.approx(
         TABLE_M + CUBE_HALF_M, abs=2e-3
     )
+    # MuJoCo 3.3.2 gives a cylinder on a box one point of contact, into which it sinks 3 mm
     assert simulator.object_position("white_plate")[2] == pytest.approx(
-        TABLE_M + PLATE_HALF_HEIGHT_M, abs=2e-3
+        TABLE_M + PLATE_HALF_HEIGHT_M - 3e-3, abs=1e-3
     )
+    upright = simulator.data.xmat[simulator.body("white_plate")].reshape(3, 3)[2, 2]
+    assert upright > 0.9999
 
 
 @pytest.mark.parametrize("task_id", [PUSH, LIFT, PLACE, STACK])

@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 def run(arguments: Sequence[str]) -> int:
     """Play what is not yet played, count, print a table, and write ``evaluation.json``."""
-    options = parser(__doc__).parse_args(arguments)
+    options = _parser().parse_args(arguments)
     vars(options).update(complete(vars(options)))
     if options.perturbation:
         if options.protocol is not None:
@@ -81,6 +81,10 @@ def run(arguments: Sequence[str]) -> int:
     if options.suite in PERTURBED:
         write_table(out, [record], controls)
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    return parser(__doc__)
 
 
 def _known_controls(options: argparse.Namespace, tasks: Sequence[int]) -> dict[str, dict[str, Any]]:
