@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -70,6 +71,16 @@ def test_missing_assets_are_refused_with_the_remedy(
     said = refused(["recipe=libero_spatial_tiny"], tmp_path / "run", capsys)
     assert "VERL_VLA_LIBERO_ASSETS" in said
     assert "nothing" in said
+
+
+def test_words_that_a_policy_does_not_know_are_refused_before_the_first_episode(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = shlex.split("eval --policy bases/libero_spatial --suite libero_spatial --tasks 0 2")
+    perturbed = shlex.split("--perturbation swap language --states official --episodes 1 --out")
+    assert main([*command, *perturbed, str(tmp_path / "out")]) == EXIT_USAGE
+    assert "'lift the black bowl" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_verb_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

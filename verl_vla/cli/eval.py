@@ -167,9 +167,12 @@ def _prepare(
     config = EvaluationConfig(
         episodes_per_task=options.episodes, temperature=temperature(options.sampling)
     )
-    suite(name).require_simulator()
+    chosen = suite(name)
+    chosen.require_simulator()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = load_processor(folder, options.unnorm_key)
+    for task in names:  # a small tokenizer may lack words of a perturbed instruction
+        processor.prompt(chosen.task(task).instruction)
     simulated = env_config(env, processor)
     given = conditions(
         simulated, names, states=options.states, temperature=config.temperature, seed=options.seed
