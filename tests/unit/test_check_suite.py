@@ -32,7 +32,7 @@ def test_a_file_in_no_folder_is_refused_before_the_first_task(
 
 def test_results_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "answer.json"
-    monkeypatch.setattr(verb, "TOLD_EVERY", 2)
+    monkeypatch.setattr(verb, "PROGRESS_EVERY", 2)
     seen: list[int] = []
 
     def check(

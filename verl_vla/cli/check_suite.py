@@ -16,10 +16,10 @@ from verl_vla.whole_file import require_place, write_whole
 
 logger = logging.getLogger(__name__)
 
-TOLD_EVERY = 50
+PROGRESS_EVERY = 50
 """Tasks between two lines of progress."""
 EXIT_FAULTY = 1
-"""A task failed that the suite itself calls sound."""
+"""A task failed that the suite itself does not refuse."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -78,7 +78,7 @@ class _Progress:
         self._checks.append(check)
         if check.fault is not None and not check.was_foreseen:
             logger.info("task %d, %s: %s", check.task_id, check.name, check.fault)
-        if len(self._checks) % TOLD_EVERY == 0:
+        if len(self._checks) % PROGRESS_EVERY == 0:
             logger.info("%d of %d tasks checked", len(self._checks), self._total)
             self.write()
 

@@ -83,7 +83,7 @@ def exchange(text: str, first: str, second: str) -> str:
 
 def move_scene(text: str, source: str, target: str, problem_name: str) -> str:
     """Put everything that stands on the workspace ``source`` on that of another problem."""
-    text = re.sub(r"\(problem\s+[^\s()]+\s*\)", f"(problem {problem_name})", text)
+    text = set_problem(text, problem_name)
     kind = "table" if target == "main_table" else target  # the one whose category differs
     text = re.sub(rf"\b{source} - \w+", f"{target} - {kind}", text)
     return re.sub(rf"\b{source}(?=[\s)_])", target, text)
