@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from verl_vla.envs import bddl_text
-from verl_vla.envs.assets import CHECKSUMS_FILE
+from verl_vla.envs.assets import known_assets
 from verl_vla.envs.libero_task import BaseTask, LiberoTask
 from verl_vla.envs.perturbed_suites import UNREADABLE, own_instruction
 from verl_vla.envs.scene_change import UNCHANGED, CameraMove, SceneChange
@@ -215,9 +215,8 @@ def _task_names(file: Path) -> dict[str, list[str]]:
 @cache
 def _libero_textures() -> frozenset[str]:
     """Textures among LIBERO's assets."""
-    names = [line.split("  ", 1)[1] for line in CHECKSUMS_FILE.read_text().splitlines()]
     return frozenset(
-        name.removeprefix("textures/") for name in names if name.startswith("textures/")
+        name.removeprefix("textures/") for name in known_assets() if name.startswith("textures/")
     )
 
 
