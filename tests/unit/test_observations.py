@@ -90,5 +90,5 @@ def test_a_tokenizer_that_adds_no_beginning_is_refused() -> None:
 
 
 def test_a_task_that_the_tokenizer_cannot_name_is_refused() -> None:
-    with pytest.raises(ConfigError, match="every word of 'lift the sphere'"):
-        prompt_ids(build_tokenizer(["lift the cube"]), "lift the sphere")
+    with pytest.raises(ConfigError, match="every word of 'lift the 立方体'"):
+        prompt_ids(build_tokenizer(["lift the cube"]), "lift the 立方体")

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from verl_vla.actions import ActionStatistics
-from verl_vla.observations import EMPTY_PIECE
+from verl_vla.envs.suites import PERTURBED, suite
+from verl_vla.observations import EMPTY_PIECE, prompt_ids
 from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
 from verl_vla.policies.openvla_oft.tiny import (
     TinySizes,
@@ -37,6 +38,24 @@ def test_words_come_behind_the_special_pieces_in_a_fixed_order() -> None:
     assert build_tokenizer(INSTRUCTIONS[::-1]).get_vocab() == tokenizer.get_vocab()
 
 
+def test_words_of_other_instructions_are_spelled() -> None:
+    tokenizer = build_tokenizer(INSTRUCTIONS)
+    spelled = {
+        "cubes": ["cube", "##s"],
+        "the robot’s entrée": ["the", "robot", "’", "s", "e", "##n", "##t", "##r", "##e", "##e"],
+        "cube_7.": ["cube", "_", "7", "."],
+    }
+    for sentence, pieces in spelled.items():
+        assert tokenizer.convert_ids_to_tokens(tokenizer.encode(sentence)) == ["<s>", *pieces]
+
+
+def test_every_sentence_of_the_perturbed_suites_can_be_read() -> None:
+    tokenizer = build_tokenizer([task.instruction for task in suite("libero_spatial").tasks])
+    for name in PERTURBED:
+        for task in suite(name).tasks:
+            assert tokenizer.unk_token_id not in prompt_ids(tokenizer, task.instruction)
+
+
 def test_action_ids_lie_between_the_words_and_the_padding() -> None:
     for count in (1, 40, 41, 43, 60):
         tokenizer = build_tokenizer([" ".join(f"w{i}" for i in range(count))])
@@ -52,7 +71,7 @@ def test_the_default_sizes_are_the_ones_that_are_known_to_learn() -> None:
     statistics = ActionStatistics(q01=[-1.0] * 6 + [0.0], q99=[1.0] * 7, mask=[True] * 6 + [False])
     policy = build_tiny_policy(INSTRUCTIONS, statistics)
     trainable = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
-    assert 700_000 < trainable < 760_000
+    assert 700_000 < trainable < 800_000
     assert policy.model.config.num_patches == 64
     assert (policy.shape.chunk_length, policy.shape.action_dim) == (8, 7)
 
