@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from verl_vla.reward import RewardResult, StatelessReward, TrajectoryBatch
+from verl_vla.rewards import RewardResult, StatelessReward, TrajectoryBatch
 
 
 class BinaryReward(StatelessReward):

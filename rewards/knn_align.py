@@ -12,16 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from verl_vla.encoders import make_encoder
-from verl_vla.errors import ConfigError
-from verl_vla.reward import (
-    Floats,
-    Reference,
-    ReferenceReward,
-    Rows,
-    align,
-    last_rows,
-)
+from verl_vla.core.errors import ConfigError
+from verl_vla.rewards import Floats, Reference, ReferenceReward, Rows, align, last_rows
+from verl_vla.rewards.encoders import make_encoder
 
 
 class KnnAlignReward(ReferenceReward):
@@ -42,7 +35,7 @@ class KnnAlignReward(ReferenceReward):
         """Make one without references.
 
         Args:
-            encoder: see `verl_vla.encoders.make_encoder`.
+            encoder: see `verl_vla.rewards.encoders.make_encoder`.
             encoder_args: its arguments.
             alpha: what the best conceivable failure is worth, in (0, 1).
             anneal: see `ReferenceReward`.

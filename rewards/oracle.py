@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from verl_vla.errors import ConfigError
-from verl_vla.reward import Need, RewardResult, StatelessReward, TrajectoryBatch, goal_progress
+from verl_vla.core.errors import ConfigError
+from verl_vla.rewards import Need, RewardResult, StatelessReward, TrajectoryBatch, goal_progress
 
 
 class OracleReward(StatelessReward):

@@ -11,9 +11,9 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from verl_vla.errors import ConfigError
-from verl_vla.reward import Need, RewardResult, StatelessReward, TrajectoryBatch, smallest_reach
-from verl_vla.types import GoalReadings
+from verl_vla.core.episode import GoalReadings
+from verl_vla.core.errors import ConfigError
+from verl_vla.rewards import Need, RewardResult, StatelessReward, TrajectoryBatch, smallest_reach
 
 Form = Literal["minimum", "potential"]
 """``minimum``: the negative of the smallest distance of the episode. ``potential``: what the

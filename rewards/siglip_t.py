@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from verl_vla.encoders import make_encoder
-from verl_vla.errors import ConfigError
-from verl_vla.reward import (
+from verl_vla.core.errors import ConfigError
+from verl_vla.rewards import (
     Floats,
     HeadConfig,
     ProgressHead,
@@ -28,6 +27,7 @@ from verl_vla.reward import (
     align,
     center_on_start,
 )
+from verl_vla.rewards.encoders import make_encoder
 
 FREQUENCIES = 256
 MAX_PERIOD = 10_000.0
@@ -62,8 +62,8 @@ class SiglipTReward(ReferenceReward):
         """Make an untrained one.
 
         Args:
-            encoder: see `verl_vla.encoders.make_encoder`; ``policy_towers`` with ``tower: last``
-                is the published one, ``siglip`` the pretrained tower by itself.
+            encoder: see `verl_vla.rewards.encoders.make_encoder`; ``policy_towers`` with
+                ``tower: last`` is the published one, ``siglip`` the pretrained tower by itself.
             encoder_args: its arguments.
             temporal: ``none``, ``additive`` or ``causal``.
             pooling: what of an episode's rows counts: their ``mean``, the ``last_k``, or, without

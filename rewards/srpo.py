@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from sklearn.cluster import dbscan
 
-from verl_vla.encoders import make_encoder
-from verl_vla.reward import (
+from verl_vla.rewards import (
     Floats,
     Reference,
     ReferenceReward,
@@ -24,6 +23,7 @@ from verl_vla.reward import (
     center_on_start,
     is_sound,
 )
+from verl_vla.rewards.encoders import make_encoder
 
 MIN_SAMPLES = 2
 """Successes that make a cluster; the release's value."""
@@ -54,7 +54,7 @@ class SrpoReward(ReferenceReward):
         """Make one without references.
 
         Args:
-            encoder: see `verl_vla.encoders.make_encoder`; the paper's is ``vjepa2``.
+            encoder: see `verl_vla.rewards.encoders.make_encoder`; the paper's is ``vjepa2``.
             encoder_args: its arguments.
             alpha: what the best conceivable failure is worth; 0.8 was best in the paper.
             anneal: see `ReferenceReward`.

@@ -17,9 +17,9 @@ import numpy.typing as npt
 from sklearn.cluster import dbscan
 from sklearn.preprocessing import StandardScaler
 
-from verl_vla.encoders import make_encoder
-from verl_vla.errors import ConfigError, ContractError
-from verl_vla.reward import Floats, Need, RewardResult, StatelessReward, TrajectoryBatch
+from verl_vla.core.errors import ConfigError, ContractError
+from verl_vla.rewards import Floats, Need, RewardResult, StatelessReward, TrajectoryBatch
+from verl_vla.rewards.encoders import make_encoder
 
 NUM_FRAMES = 64
 SCALE, STEEPNESS, OFFSET = 0.6, 10.0, 0.5
@@ -44,7 +44,7 @@ class SrpoReleasedReward(StatelessReward):
         """Make one.
 
         Args:
-            encoder: see `verl_vla.encoders.make_encoder`; the release's is ``vjepa2``.
+            encoder: see `verl_vla.rewards.encoders.make_encoder`; the release's is ``vjepa2``.
             encoder_args: its arguments.
             aliasing: whose frames make one video: the whole ``group`` (branch
                 feature/srpo-embodied, which its guide names), a ``pair`` (its main branch), or each

@@ -16,8 +16,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from verl_vla.errors import ConfigError, ContractError
-from verl_vla.reward import RewardResult, StatelessReward, TrajectoryBatch, import_file
+from verl_vla.core.errors import ConfigError, ContractError
+from verl_vla.core.plugins import import_file
+from verl_vla.rewards import RewardResult, StatelessReward, TrajectoryBatch
 
 SUCCESS, FAILURE = "success", "failure"
 SCORE = "score"

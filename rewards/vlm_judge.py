@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from verl_vla.errors import ConfigError, RewardError
-from verl_vla.reward import RewardResult, StatelessReward, TrajectoryBatch
+from verl_vla.core.errors import ConfigError, RewardError
+from verl_vla.rewards import RewardResult, StatelessReward, TrajectoryBatch
 
 QUESTION = (
     "A robot was told: {instruction}. These {count} pictures, in the order of time, show what it "

@@ -10,11 +10,15 @@ python=$venv/bin/python
 uv=$venv/uv/bin/uv
 gl_packages=(libegl1 libopengl0 libgl1-mesa-dri libosmesa6)
 in_range='import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'
-simulate='from verl_vla.envs.libero import EnvConfig, make_env; make_env(EnvConfig()).reset(0, 0)'
+simulate='
+from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.registry import make_env
+make_env(EnvConfig()).reset(0, 0)
+'
 compare_assets='
 import sys
-from verl_vla.envs.asset_files import check_assets
-from verl_vla.errors import ConfigError
+from verl_vla.envs.libero.asset_files import check_assets
+from verl_vla.core.errors import ConfigError
 try:
     check_assets()
 except ConfigError as error:

@@ -20,11 +20,11 @@ import matplotlib as mpl
 import yaml
 from matplotlib.figure import Figure
 
-from verl_vla.comparison import RESULT
-from verl_vla.config import differences
-from verl_vla.metrics import read_metrics
-from verl_vla.run_folder import evaluated_steps, evaluation_file
-from verl_vla.types import Outcome
+from verl_vla.core.episode import Outcome
+from verl_vla.core.text import differences
+from verl_vla.evaluation.compare import RESULT
+from verl_vla.runs.metrics import read_metrics
+from verl_vla.runs.run_dir import evaluated_steps, evaluation_file
 
 MAIN = "binary"
 SAMPLED = {"base": "before", MAIN: "after"}

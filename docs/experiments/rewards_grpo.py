@@ -15,11 +15,11 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from verl_vla.evaluation import SuccessRate
-from verl_vla.metrics import read_metrics
-from verl_vla.reward_bench.statistics import Estimate, estimate
-from verl_vla.run_folder import evaluation_file
-from verl_vla.types import Outcome
+from verl_vla.core.episode import Outcome
+from verl_vla.core.success_rate import SuccessRate
+from verl_vla.rewards.benchmark.statistics import Estimate, estimate
+from verl_vla.runs.metrics import read_metrics
+from verl_vla.runs.run_dir import evaluation_file
 
 BASELINE = "binary"
 RESAMPLES = 2000

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from verl_vla.types import Decisions, Episodes, Outcome, Trajectories
+from verl_vla.core.episode import Outcome
+from verl_vla.core.tables import Decisions, Episodes, Trajectories
 
 NUM_GROUPS, SIZE, TASKS = 16, 6, 2
 PIXELS = 16

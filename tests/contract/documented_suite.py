@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from verl_vla.actions import ActionStatistics
 from verl_vla.envs.robotwin import RoboTwin
+from verl_vla.policies.normalization import ActionStatistics, Ranges
 from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
-from verl_vla.ranges import Ranges
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "add-an-environment.md"
 JOINTS = RoboTwin.action_dim

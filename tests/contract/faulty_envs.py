@@ -10,10 +10,10 @@ from typing import NoReturn
 
 import numpy as np
 
+from verl_vla.core.episode import Observation
+from verl_vla.core.errors import ConfigError
 from verl_vla.envs.base import ChunkResult
 from verl_vla.envs.fake import ACTION_DIM, FakeEnv, FakeEnvConfig
-from verl_vla.errors import ConfigError
-from verl_vla.types import Observation
 
 CONFIG = FakeEnvConfig(image_size=16)
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from verl_vla.core.episode import EpisodeSpec, Observation, Outcome, Start
+from verl_vla.core.errors import EpisodeCrashed
+from verl_vla.core.tables import ActionChunk
 from verl_vla.envs.base import ChunkResult
-from verl_vla.errors import EpisodeCrashed
 from verl_vla.policies.base import PolicyShape
-from verl_vla.sampling import Start
-from verl_vla.types import ActionChunk, EpisodeSpec, Observation, Outcome
 
 SHAPE = PolicyShape(num_views=1, image_size=2, chunk_length=2, action_dim=1, num_bins=4)
 TASK_NAMES = {0: "lift", 4: "push"}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from verl_vla.reward import TrajectoryBatch
+from verl_vla.rewards import TrajectoryBatch
 
 SIZE = 12
 SPACE = "planted"

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from verl_vla.album import film_path, write_film
-from verl_vla.conditions import DECIDES
-from verl_vla.journal import Journal
-from verl_vla.metrics import METRICS, MetricsFile
-from verl_vla.run_folder import evaluation_record, keep_evaluation
-from verl_vla.types import Outcome
+from verl_vla.core.episode import Outcome
+from verl_vla.evaluation.conditions import DECIDES
+from verl_vla.runs.episode_log import Journal
+from verl_vla.runs.episode_recorder import film_path, write_film
+from verl_vla.runs.metrics import METRICS, MetricsFile
+from verl_vla.runs.run_dir import evaluation_record, keep_evaluation
 
 NAMES = {0: "push_the_cube", 6: "lift_the_can"}
 GROUP_SIZE = 3

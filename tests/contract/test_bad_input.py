@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from verl_vla.build import PROJECT_FOLDER
 from verl_vla.cli.main import EXIT_USAGE, main
+from verl_vla.core.files import PROJECT_FOLDER
 
 BASE = PROJECT_FOLDER / "bases" / "mini"
 

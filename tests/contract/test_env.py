@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from verl_vla.envs.base import ChunkResult, Env, EnvFactory
+from verl_vla.core.episode import Observation, Outcome, Reading
+from verl_vla.core.errors import ConfigError, ContractError
+from verl_vla.envs.base import ChunkResult, Env, EnvConfig, EnvFactory
 from verl_vla.envs.fake import FakeEnv, FakeEnvConfig
-from verl_vla.envs.libero import EnvConfig, make_env
-from verl_vla.errors import ConfigError, ContractError
-from verl_vla.types import Observation, Outcome, Reading
+from verl_vla.envs.libero.suite import make_libero_env
 
 CHUNK = 8
 STEP_LIMIT = 44
@@ -40,7 +40,7 @@ TWO_ARMS = replace(FAKE, action_dim=14, proprio_dim=14)
 CASES = {
     "fake": Case(partial(FakeEnv, FAKE), 0.2),
     "two arms": Case(partial(FakeEnv, TWO_ARMS), 0.2, action_dim=14, proprio_dim=14),
-    "mini": Case(partial(make_env, MINI), 0.5),
+    "mini": Case(partial(make_libero_env, MINI), 0.5),
 }
 
 

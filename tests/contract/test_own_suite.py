@@ -11,18 +11,20 @@ import pytest
 import torch
 from documented_suite import JOINTS, PAGE, two_armed_policy, write_documented_suite
 
-from verl_vla.advantage import group_advantage
-from verl_vla.build import Run, env_config, open_run
-from verl_vla.composition import load_recipe
-from verl_vla.conditions import conditions
+from verl_vla.config.compose import load_recipe
+from verl_vla.config.grpo import ClipRange, EnvironmentConfig
+from verl_vla.core.episode import EpisodeSpec
+from verl_vla.core.errors import ConfigError, ContractError
+from verl_vla.core.tables import Trajectories
 from verl_vla.envs.base import Suite
-from verl_vla.envs.suites import absolute_name, suite
-from verl_vla.errors import ConfigError, ContractError
-from verl_vla.loss import ClipRange, executed_mask, policy_loss, trajectory_weight
-from verl_vla.policies.loading import load_policy
-from verl_vla.recipe import EnvironmentConfig
-from verl_vla.rollout import NoiseSource, play
-from verl_vla.types import EpisodeSpec, Trajectories
+from verl_vla.envs.registry import absolute_name, suite
+from verl_vla.evaluation.conditions import conditions
+from verl_vla.policies.registry import load_policy
+from verl_vla.rl.advantage import group_advantage
+from verl_vla.rl.loss import executed_mask, policy_loss, trajectory_weight
+from verl_vla.rl.rollout import NoiseSource, play
+from verl_vla.rl.setup import env_config
+from verl_vla.trainer.grpo.run import Run, open_run
 
 CHUNK, TEMPERATURE = 25, 1.0
 GROUPS, GROUP_SIZE = 2, 4

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from verl_vla.actions import ActionStatistics
+from verl_vla.core.episode import Observation
 from verl_vla.policies.base import Policy, TrainablePolicy
-from verl_vla.policies.loading import load_policy
+from verl_vla.policies.normalization import ActionStatistics
 from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
+from verl_vla.policies.registry import load_policy
 from verl_vla.policies.scratch_vla import ScratchVLAPolicy
 from verl_vla.policies.scratch_vla.tiny import ScratchSizes
 from verl_vla.policies.scratch_vla.tiny import build_tiny_policy as build_scratch_policy
-from verl_vla.types import Observation
 
 INSTRUCTIONS = ["push the cube onto the marker", "lift the cube"]
 STATISTICS = ActionStatistics(

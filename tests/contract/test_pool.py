@@ -21,11 +21,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from verl_vla.core.episode import EpisodeSpec, Observation, Outcome
+from verl_vla.core.errors import ConfigError, ContractError, EpisodeCrashed
 from verl_vla.envs.base import ChunkResult, EnvFactory
 from verl_vla.envs.fake import FakeEnv, FakeEnvConfig
-from verl_vla.envs.pool import EnvPool
-from verl_vla.errors import ConfigError, ContractError, EpisodeCrashed
-from verl_vla.types import EpisodeSpec, Observation, Outcome
+from verl_vla.envs.pool.env_pool import EnvPool
 
 FAKE = partial(FakeEnv, FakeEnvConfig(image_size=16))
 TIMEOUT_S = 10.0
@@ -112,7 +112,7 @@ def case_fake() -> Case:
 
 
 def case_mini() -> Case:
-    libero = importlib.import_module("verl_vla.envs.libero")
+    libero = importlib.import_module("verl_vla.envs.libero.env")
     config = libero.EnvConfig(
         suite="mini", step_limit=20, render_size=128, image_size=112, draw_ending=True
     )
@@ -508,8 +508,8 @@ ABANDON = """
     import os, signal, sys
     sys.path.insert(0, {folder!r})
     from faulty_envs import FaultyEnv, faulty_chunk
-    from verl_vla.envs.pool import EnvPool
-    from verl_vla.types import EpisodeSpec
+    from verl_vla.core.episode import EpisodeSpec
+    from verl_vla.envs.pool.env_pool import EnvPool
 
     pool = EnvPool(FaultyEnv, num_workers=2, num_slots=2,
                    image_shape=(1, 16, 16, 3), timeout_s=60.0, worker_env={{}})

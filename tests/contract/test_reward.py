@@ -13,8 +13,8 @@ import pytest
 import torch
 from judge_server import MODEL, judge_server, url_of
 
-from verl_vla.metrics import OPEN_FAMILIES, check_declared
-from verl_vla.reward import (
+from verl_vla.core.episode import Reading
+from verl_vla.rewards import (
     REWARDS_FOLDER,
     Need,
     TrajectoryBatch,
@@ -23,7 +23,7 @@ from verl_vla.reward import (
     judge,
     load_reward,
 )
-from verl_vla.types import Reading
+from verl_vla.runs.metrics import OPEN_FAMILIES, check_declared
 
 NAMES = sorted(p.stem for p in REWARDS_FOLDER.glob("*.py") if not p.stem.startswith("_"))
 PIXELS = {"encoder": "pixels", "encoder_args": {"grid": 4}}

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from verl_vla.cli.main import EXIT_USAGE, main
+from verl_vla.core.episode import Start
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.tables import ActionChunk
+from verl_vla.diagnostics.faulty_env import make_fragile
+from verl_vla.diagnostics.soak import BOUNDS, Sample, excesses, growth, measure, soak
 from verl_vla.envs.fake import FakeEnv, FakeEnvConfig
-from verl_vla.envs.fragile import make_fragile
-from verl_vla.envs.pool import EnvPool
-from verl_vla.errors import ConfigError
+from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.policies.base import PolicyShape
-from verl_vla.sampling import Start, StartSampler
-from verl_vla.soak import BOUNDS, Sample, excesses, growth, measure, soak
-from verl_vla.types import ActionChunk
+from verl_vla.rl.group_sampling import StartSampler
 
 SHAPE = PolicyShape(num_views=1, image_size=16, chunk_length=8, action_dim=7, num_bins=3)
 

@@ -16,10 +16,10 @@ from typing import Any
 import mujoco
 import numpy as np
 
-from verl_vla.envs.assets import asset_folder, find_assets, import_libero
 from verl_vla.envs.base import EnvConfig
-from verl_vla.envs.libero import SETTLE_ACTION
-from verl_vla.envs.suites import libero_suite
+from verl_vla.envs.libero.assets import asset_folder, find_assets, import_libero
+from verl_vla.envs.libero.env import SETTLE_ACTION
+from verl_vla.envs.libero.suite import libero_suite
 
 SETTLE_STEPS = EnvConfig().settle_steps
 DECIMALS = 9

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from verl_vla.envs.libero import EnvConfig, make_env
-from verl_vla.envs.suites import SUITES
+from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.libero.suite import SUITES, make_libero_env
 
 pytestmark = pytest.mark.sim
 
@@ -46,7 +46,7 @@ class Settled:
 
 def settle(suite: str, tasks: dict[int, Settled]) -> Iterator[tuple[int, int, Pose]]:
     """Settle the states of ``tasks`` in turn; one simulator is alive at a time."""
-    env = make_env(EnvConfig(suite=suite, max_simulators=1))
+    env = make_libero_env(EnvConfig(suite=suite, max_simulators=1))
     for task, golden in tasks.items():
         model, data = env.simulator(task).model, env.simulator(task).data
         bodies = [model.body(name).id for name in golden.names]

@@ -15,21 +15,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from verl_vla.actions import ActionCodec, load_statistics
-from verl_vla.errors import ConfigError
-from verl_vla.observations import (
-    OPENVLA_IMAGE_STATISTICS,
-    prepare_image,
-    prepare_images,
-    prompt_ids,
-)
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.image_preprocessing import prepare_image, prepare_images
+from verl_vla.policies.action_codec import ActionCodec
 from verl_vla.policies.checkpoint import read_tokenizer
+from verl_vla.policies.normalization import load_statistics
 from verl_vla.policies.openvla_oft import (
     OpenVLAOFTConfig,
     OpenVLAOFTModel,
     OpenVLAOFTPolicy,
     OpenVLAOFTProcessor,
 )
+from verl_vla.policies.preprocessing import OPENVLA_IMAGE_STATISTICS, prompt_ids
 
 GOLDEN = Path(__file__).parents[2] / ".." / "shared" / "golden"
 TINY = GOLDEN / "tiny_openvla_oft"

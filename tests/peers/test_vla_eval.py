@@ -15,8 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from verl_vla.envs.libero import CAMERAS, EnvConfig, LiberoEnv, make_env
-from verl_vla.types import Outcome
+from verl_vla.core.episode import Outcome
+from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.libero.env import LiberoEnv
+from verl_vla.envs.libero.suite import make_libero_env
+from verl_vla.envs.libero.task import CAMERAS
 
 pytestmark = pytest.mark.sim
 
@@ -56,7 +59,9 @@ def actions(seed: int, length: int) -> np.ndarray:
 
 
 def open_env(suite: str) -> LiberoEnv:
-    return make_env(EnvConfig(suite=suite, cameras=CAMERAS, render_size=IMAGE_SIZE, image_size=112))
+    return make_libero_env(
+        EnvConfig(suite=suite, cameras=CAMERAS, render_size=IMAGE_SIZE, image_size=112)
+    )
 
 
 def stove_on(env: LiberoEnv) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from verl_vla.envs.assets import asset_folder, find_assets, import_libero
+from verl_vla.envs.libero.assets import asset_folder, find_assets, import_libero
 
 IMAGE_SIZE = 128
 """Pixels; half of vla-eval's own."""

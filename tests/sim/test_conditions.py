@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from verl_vla.comparison import pair
-from verl_vla.conditions import DECIDES, conditions
+from verl_vla.core.episode import Outcome
+from verl_vla.core.errors import ConfigError
 from verl_vla.envs.base import EnvConfig
-from verl_vla.envs.suites import libero_suite
-from verl_vla.errors import ConfigError
-from verl_vla.run_folder import evaluation_record
-from verl_vla.types import Outcome
+from verl_vla.envs.libero.suite import libero_suite
+from verl_vla.evaluation.compare import pair
+from verl_vla.evaluation.conditions import DECIDES, conditions
+from verl_vla.runs.run_dir import evaluation_record
 
 pytestmark = pytest.mark.sim
 

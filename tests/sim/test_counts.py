@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from verl_vla.envs.assets import import_libero
-from verl_vla.envs.libero import EnvConfig, make_env
+from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.libero.assets import import_libero
+from verl_vla.envs.libero.suite import make_libero_env
 
 pytestmark = pytest.mark.sim
 
@@ -24,7 +25,7 @@ CHUNK, DECISIONS = 8, 3
 def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often the expensive parts run; they do what they always do."""
     import_libero()
-    from verl_vla.envs import control, rendering, simulator  # noqa: PLC0415 -- after LIBERO
+    from verl_vla.envs.libero import controller, rendering, simulator  # noqa: PLC0415 -- after LIBERO
 
     seen: Counter[str] = Counter()
 
@@ -40,14 +41,14 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(simulator, "build_problem", "models built")
     count(rendering.Renderer, "__init__", "GL contexts")
     count(rendering.Renderer, "draw", "pictures drawn")
-    count(control.ArmControl, "start", "control steps")
-    count(control, "read", "arm readings by Python")
-    count(control, "follow", "calls of the inner loop")
+    count(controller.ArmControl, "start", "control steps")
+    count(controller, "read", "arm readings by Python")
+    count(controller, "follow", "calls of the inner loop")
     return seen
 
 
 def test_an_episode_costs_what_it_shows_and_not_more(counts: Counter[str]) -> None:
-    env = make_env(EnvConfig(step_limit=CHUNK * DECISIONS, render_size=64, image_size=56))
+    env = make_libero_env(EnvConfig(step_limit=CHUNK * DECISIONS, render_size=64, image_size=56))
     still = np.zeros((CHUNK, 7), np.float32)
     settling = env.config.settle_steps
     for episode in range(1, 3):
@@ -68,8 +69,8 @@ def test_an_episode_costs_what_it_shows_and_not_more(counts: Counter[str]) -> No
 
 def test_the_inner_loop_is_compiled_once() -> None:
     """Arrays of another type or memory order would have it compiled again, which takes seconds."""
-    env = make_env(EnvConfig(step_limit=3 * CHUNK, render_size=64, image_size=56))
-    from verl_vla.envs import control_loop  # noqa: PLC0415 -- after LIBERO
+    env = make_libero_env(EnvConfig(step_limit=3 * CHUNK, render_size=64, image_size=56))
+    from verl_vla.envs.libero import controller_kernels  # noqa: PLC0415 -- after LIBERO
 
     moves = np.random.default_rng(0).uniform(-1, 1, (CHUNK, 7)).astype(np.float32)
     for task in (0, 1):
@@ -78,5 +79,9 @@ def test_the_inner_loop_is_compiled_once() -> None:
         env.restore(env.snapshot())
         env.step_chunk(moves)
     env.close()
-    for compiled in (control_loop.command, control_loop.read, control_loop.follow):
+    for compiled in (
+        controller_kernels.command,
+        controller_kernels.read,
+        controller_kernels.follow,
+    ):
         assert len(compiled.signatures) == 1, compiled.signatures

@@ -14,13 +14,13 @@ import pytest
 
 from verl_vla.cli import eval as eval_verb
 from verl_vla.cli import replay as replay_verb
-from verl_vla.comparison import RESULT
-from verl_vla.errors import ConfigError
-from verl_vla.film import HOLD_FRAMES
-from verl_vla.folder_lock import folder_lock
-from verl_vla.journal import actions_of, read_episodes
-from verl_vla.replaying import read_episode, replay
-from verl_vla.types import Outcome
+from verl_vla.core.episode import Outcome
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.files import folder_lock
+from verl_vla.evaluation.compare import RESULT
+from verl_vla.runs.episode_log import actions_of, read_episodes
+from verl_vla.runs.replay import read_episode, replay
+from verl_vla.runs.video import HOLD_FRAMES
 
 pytestmark = pytest.mark.sim
 

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.experts.measure import PACE, play
 from verl_vla.envs.experts.pick_and_place import FASTEST_CHANGE
-from verl_vla.envs.libero import EnvConfig, LiberoEnv, make_env
+from verl_vla.envs.libero.env import LiberoEnv
+from verl_vla.envs.libero.suite import make_libero_env
 
 pytestmark = pytest.mark.sim
 
@@ -21,7 +23,7 @@ BETWEEN, NEXT_TO_PLATE = 0, 8
 
 @pytest.fixture(scope="module", params=["libero_object", "libero_spatial"])
 def env(request: pytest.FixtureRequest) -> Iterator[LiberoEnv]:
-    made = make_env(EnvConfig(suite=request.param))
+    made = make_libero_env(EnvConfig(suite=request.param))
     yield made
     made.close()
 

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from verl_vla.envs.libero import EnvConfig, LiberoEnv, make_env
+from verl_vla.core.episode import Outcome, Reading
+from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.libero.env import LiberoEnv
+from verl_vla.envs.libero.suite import make_libero_env
 from verl_vla.envs.mini.experts import EXPERTS
-from verl_vla.reward import goal_progress
-from verl_vla.types import Outcome, Reading
+from verl_vla.rewards import goal_progress
 
 pytestmark = pytest.mark.sim
 
@@ -19,7 +21,7 @@ OPEN_DRAWER, STOVE = "open_the_middle_drawer_of_the_cabinet", "turn_on_the_stove
 
 @pytest.fixture(scope="module")
 def mini() -> Iterator[LiberoEnv]:
-    env = make_env(EnvConfig(render_size=64, image_size=56))
+    env = make_libero_env(EnvConfig(render_size=64, image_size=56))
     yield env
     env.close()
 
@@ -57,7 +59,7 @@ def test_reading_the_goals_changes_nothing(mini: LiberoEnv) -> None:
 
 @pytest.mark.parametrize("name", [OPEN_DRAWER, STOVE])
 def test_a_joint_is_there_when_libero_says_so(name: str) -> None:
-    env = make_env(EnvConfig(suite="libero_goal", render_size=64, image_size=56))
+    env = make_libero_env(EnvConfig(suite="libero_goal", render_size=64, image_size=56))
     task_id = [task.name for task in env.suite.tasks].index(name)
     env.reset(task_id, 0)
     simulator = env.simulator(task_id)

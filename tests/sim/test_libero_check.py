@@ -14,8 +14,8 @@ import pytest
 from verl_vla.diagnostics import libero_check
 from verl_vla.diagnostics.libero_check import NONE, Check
 from verl_vla.diagnostics.libero_report import judge_assets, run_simulator_check
-from verl_vla.envs.assets import find_assets
-from verl_vla.envs.gl import LIBRARIES, _loads
+from verl_vla.envs.libero.assets import find_assets
+from verl_vla.envs.libero.gl import LIBRARIES, _loads
 
 TASK = "libero_object/0"
 """The quickest to build."""

@@ -13,15 +13,18 @@ import torch
 from recorded_demos import IDLE_AT, RENDER_SIZE
 from torch.utils.data import DataLoader
 
-from verl_vla.actions import ActionCodec
-from verl_vla.envs.libero import CAMERAS, EnvConfig, make_env
-from verl_vla.envs.suites import suite
-from verl_vla.errors import ConfigError
-from verl_vla.finetuning.hdf5 import Demo, DemoChoice, FrameReader, demo_file, read_demos
-from verl_vla.finetuning.rerender import Rerendering, rerender, rerender_task
-from verl_vla.finetuning.samples import DemoSamples, Draw, SampleBatch, StepSampler, collate
-from verl_vla.finetuning.targets import measure_statistics
-from verl_vla.observations import prepare_image
+from verl_vla.config.sft import DemoChoice
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.image_preprocessing import prepare_image
+from verl_vla.datasets.action_targets import measure_statistics
+from verl_vla.datasets.libero_reader import Demo, FrameReader, demo_file, read_demos
+from verl_vla.datasets.rerender import Rerendering, rerender, rerender_task
+from verl_vla.datasets.sft_dataset import DemoSamples, Draw, SampleBatch, StepSampler, collate
+from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.libero.suite import make_libero_env
+from verl_vla.envs.libero.task import CAMERAS
+from verl_vla.envs.registry import suite
+from verl_vla.policies.action_codec import ActionCodec
 
 pytestmark = pytest.mark.sim
 
@@ -62,7 +65,7 @@ def test_the_instruction_is_the_tasks_or_the_files_own(mini_demos: Path) -> None
 
 def test_a_picture_is_turned_as_policies_see_it(mini_demos: Path) -> None:
     demo = read_all(mini_demos)[3]
-    env = make_env(EnvConfig(suite="mini", render_size=RENDER_SIZE, image_size=28))
+    env = make_libero_env(EnvConfig(suite="mini", render_size=RENDER_SIZE, image_size=28))
     env.reset(LIFT, 0)
     step = 0
     with h5py.File(demo.file) as file:

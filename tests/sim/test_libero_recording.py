@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 
 from verl_vla.cli import demos
-from verl_vla.envs.libero import CAMERAS, EnvConfig, make_env
-from verl_vla.errors import ConfigError
-from verl_vla.libero_recording import play_episode
+from verl_vla.core.errors import ConfigError
+from verl_vla.datasets.record_libero import play_episode
+from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.libero.suite import make_libero_env
+from verl_vla.envs.libero.task import CAMERAS
 
 if TYPE_CHECKING:
-    from verl_vla.envs.simulator import Simulator
+    from verl_vla.envs.libero.simulator import Simulator
 
 pytestmark = pytest.mark.sim
 
@@ -90,7 +92,7 @@ def test_the_command_writes_liberos_layout(written: Path) -> None:
 
 
 def test_stored_actions_give_the_stored_states_again_to_the_bit(written: Path) -> None:
-    env = make_env(config("mini"))
+    env = make_libero_env(config("mini"))
     with h5py.File(written) as file:
         for demo in file["data"].values():
             states = demo["states"][()]
@@ -111,7 +113,7 @@ def test_a_folder_gets_a_file_a_task_whatever_the_workers(written: Path, tmp_pat
 
 
 def test_pictures_and_poses_are_those_before_the_action_upside_down(written: Path) -> None:
-    env = make_env(config("mini"))
+    env = make_libero_env(config("mini"))
     with h5py.File(written) as file:
         demo = file["data/demo_0"]
         simulator = env.simulator(LIFT)
@@ -131,11 +133,11 @@ def simulator_pose(simulator: Simulator) -> np.ndarray:
 
 
 def test_a_spatial_episode_is_played_again_to_the_bit() -> None:
-    env = make_env(config("libero_spatial"))
+    env = make_libero_env(config("libero_spatial"))
     episode = play_episode(env, 0, seed=0, index=0)
     env.close()
     assert episode is not None
-    fresh = make_env(config("libero_spatial"))
+    fresh = make_libero_env(config("libero_spatial"))
     again = played_again(fresh.simulator(0), episode.states, episode.actions)
     fresh.close()
     assert np.array_equal(again, episode.states)

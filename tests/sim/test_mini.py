@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from verl_vla.envs.libero import DRAWN, EnvConfig, LiberoEnv, make_env
+from verl_vla.core.episode import Outcome
+from verl_vla.core.errors import ConfigError
+from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.libero.env import DRAWN, LiberoEnv
+from verl_vla.envs.libero.suite import make_libero_env
 from verl_vla.envs.mini import make_init_states
 from verl_vla.envs.mini.experts import EXPERTS
 from verl_vla.envs.mini.geometry import CUBE_HALF_M, PLATE_HALF_HEIGHT_M, TABLE_M
 from verl_vla.envs.mini.make_init_states import sample_init_state
-from verl_vla.errors import ConfigError
-from verl_vla.types import Outcome
 
 pytestmark = pytest.mark.sim
 
@@ -33,7 +35,7 @@ OBJECTS = {
 
 @pytest.fixture(scope="module")
 def env() -> Iterator[LiberoEnv]:
-    env = make_env(EnvConfig(render_size=128, image_size=112))
+    env = make_libero_env(EnvConfig(render_size=128, image_size=112))
     yield env
     env.close()
 

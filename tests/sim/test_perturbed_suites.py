@@ -16,14 +16,16 @@ import pytest
 
 from verl_vla.cli import check_suite
 from verl_vla.cli import eval as eval_verb
-from verl_vla.comparison import RESULT
-from verl_vla.envs.image_noise import disturb
-from verl_vla.envs.libero import CAMERAS, SETTLE_ACTION, EnvConfig, LiberoEnv, make_env
-from verl_vla.envs.libero_plus import NO_LIGHTS
-from verl_vla.envs.suites import FIRST_OBJECT, POSE, libero_suite
-from verl_vla.errors import ConfigError
-from verl_vla.image_pipeline import prepare_image
-from verl_vla.perturbed_evaluation import TABLE
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.image_preprocessing import prepare_image
+from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.libero.env import SETTLE_ACTION, LiberoEnv
+from verl_vla.envs.libero.image_noise import disturb
+from verl_vla.envs.libero.plus_suites import NO_LIGHTS
+from verl_vla.envs.libero.suite import FIRST_OBJECT, POSE, libero_suite, make_libero_env
+from verl_vla.envs.libero.task import CAMERAS
+from verl_vla.evaluation.compare import RESULT
+from verl_vla.evaluation.perturbed import TABLE
 
 pytestmark = pytest.mark.sim
 
@@ -31,7 +33,9 @@ SIZE = 64
 
 
 def open_env(suite: str) -> LiberoEnv:
-    return make_env(EnvConfig(suite=suite, render_size=SIZE, image_size=SIZE, cameras=CAMERAS))
+    return make_libero_env(
+        EnvConfig(suite=suite, render_size=SIZE, image_size=SIZE, cameras=CAMERAS)
+    )
 
 
 def first(suite: str, task: str) -> int:

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from verl_vla.core.errors import ConfigError
+from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.experts.grasp import choose_grasp
 from verl_vla.envs.experts.pick_and_place import LOST_M, PickAndPlace
 from verl_vla.envs.experts.scene import Scene
-from verl_vla.envs.libero import SETTLE_ACTION, EnvConfig, LiberoEnv, make_env
+from verl_vla.envs.libero.env import SETTLE_ACTION, LiberoEnv
+from verl_vla.envs.libero.suite import make_libero_env
 from verl_vla.envs.mini.geometry import CUBE_HALF_M
-from verl_vla.errors import ConfigError
 
 if TYPE_CHECKING:
-    from verl_vla.envs.simulator import Simulator
+    from verl_vla.envs.libero.simulator import Simulator
 
 pytestmark = pytest.mark.sim
 
@@ -29,7 +31,7 @@ ACROSS = np.array([0.0, 1.0, 0.0])
 
 @pytest.fixture(scope="module")
 def env() -> Iterator[LiberoEnv]:
-    made = make_env(EnvConfig())
+    made = make_libero_env(EnvConfig())
     yield made
     made.close()
 

@@ -9,8 +9,8 @@ import pytest
 
 from verl_vla.cli import eval as eval_verb
 from verl_vla.cli.main import main
-from verl_vla.comparison import RESULT
-from verl_vla.journal import read_episodes
+from verl_vla.evaluation.compare import RESULT
+from verl_vla.runs.episode_log import read_episodes
 
 pytestmark = pytest.mark.sim
 

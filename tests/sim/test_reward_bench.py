@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from verl_vla.actions import ActionStatistics
 from verl_vla.cli import reward_bench
 from verl_vla.cli.main import EXIT_USAGE, main
-from verl_vla.envs.suites import suite
+from verl_vla.envs.registry import suite
+from verl_vla.policies.normalization import ActionStatistics
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
 
 pytestmark = pytest.mark.sim

@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from verl_vla.envs import libero
-from verl_vla.envs.libero import CAMERAS, SETTLE_ACTION, EnvConfig, LiberoEnv, make_env
-from verl_vla.observations import prepare_image
-from verl_vla.types import Outcome
+from verl_vla.core.episode import Outcome
+from verl_vla.core.image_preprocessing import prepare_image
+from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.libero import env as libero_env
+from verl_vla.envs.libero.env import SETTLE_ACTION, LiberoEnv
+from verl_vla.envs.libero.suite import make_libero_env
+from verl_vla.envs.libero.task import CAMERAS
 
 pytestmark = pytest.mark.sim
 
@@ -33,7 +36,7 @@ TASKS = [MINI_PLACE, SPATIAL, OPEN_DRAWER, STOVE]
 def played(request: pytest.FixtureRequest) -> Iterator[tuple[LiberoEnv, int]]:
     """An environment and a task of it."""
     name, task_id = request.param
-    env = make_env(EnvConfig(suite=name, cameras=CAMERAS, render_size=128, image_size=112))
+    env = make_libero_env(EnvConfig(suite=name, cameras=CAMERAS, render_size=128, image_size=112))
     yield env, task_id
     env.close()
 
@@ -129,7 +132,7 @@ def test_what_was_seen_is_part_of_a_snapshot(played: tuple[LiberoEnv, int]) -> N
 
 def test_the_first_step_after_a_start_survives_a_snapshot_too() -> None:
     """Without settling, the controller still holds the pose of the reset."""
-    env = make_env(EnvConfig(settle_steps=0, render_size=64, image_size=56))
+    env = make_libero_env(EnvConfig(settle_steps=0, render_size=64, image_size=56))
     env.reset(0, 0)
     kept = env.snapshot()
     for action in actions(4, 5):
@@ -147,17 +150,17 @@ def test_the_first_step_after_a_start_survives_a_snapshot_too() -> None:
 def test_another_process_goes_on_to_the_bit(tmp_path: Path) -> None:
     config = EnvConfig(render_size=64, image_size=56)
     chunks = actions(6, 40).reshape(5, 8, 7).astype(np.float32)
-    env = make_env(config)
+    env = make_libero_env(config)
     env.reset(3, 0)
     env.step_chunk(actions(7, 8).astype(np.float32))
     (tmp_path / "task.pkl").write_bytes(pickle.dumps((config, env.snapshot(), chunks)))
     code = (
         "import pickle, sys\n"
         "from pathlib import Path\n"
-        "from verl_vla.envs.libero import make_env\n"
+        "from verl_vla.envs.libero.suite import make_libero_env\n"
         "folder = Path(sys.argv[1])\n"
         "config, kept, chunks = pickle.loads((folder / 'task.pkl').read_bytes())\n"
-        "env = make_env(config)\n"
+        "env = make_libero_env(config)\n"
         "env.restore(kept)\n"
         "seen = [env.step_chunk(chunk).observation for chunk in chunks]\n"
         "answer = seen, env.simulator(3).state\n"
@@ -172,7 +175,7 @@ def test_another_process_goes_on_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_a_simulator_that_had_to_go_comes_back_the_same() -> None:
-    env = make_env(EnvConfig(max_simulators=1, render_size=64, image_size=56))
+    env = make_libero_env(EnvConfig(max_simulators=1, render_size=64, image_size=56))
     chunk = actions(8, 8).astype(np.float32)
     env.reset(0, 0)
     kept = env.snapshot()
@@ -186,7 +189,7 @@ def test_a_simulator_that_had_to_go_comes_back_the_same() -> None:
 
 
 def test_the_least_recently_used_simulator_goes_first() -> None:
-    env = make_env(EnvConfig(max_simulators=2, render_size=64, image_size=56))
+    env = make_libero_env(EnvConfig(max_simulators=2, render_size=64, image_size=56))
     for task_id in (0, 1, 0, 2):
         env.simulator(task_id)
     assert list(env._simulators) == [0, 2]
@@ -194,9 +197,9 @@ def test_the_least_recently_used_simulator_goes_first() -> None:
 
 
 def test_simulators_go_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    env = make_env(EnvConfig(max_simulators=3, render_size=64, image_size=56))
+    env = make_libero_env(EnvConfig(max_simulators=3, render_size=64, image_size=56))
     left = iter([8 * GB, 8 * GB])
-    monkeypatch.setattr(libero, "available_bytes", lambda: next(left))
+    monkeypatch.setattr(libero_env, "available_bytes", lambda: next(left))
     for task_id in (0, 1, 2):
         env.simulator(task_id)
     assert list(env._simulators) == [0, 1, 2]
@@ -227,7 +230,7 @@ def test_a_program_keeps_its_random_numbers() -> None:
     np.random.seed(5)
     expected = np.random.random(3)
     np.random.seed(5)
-    env = make_env(EnvConfig(render_size=64, image_size=56))
+    env = make_libero_env(EnvConfig(render_size=64, image_size=56))
     env.reset(0, 0)
     env.simulator(0).place_objects(3)
     env.close()
@@ -235,7 +238,7 @@ def test_a_program_keeps_its_random_numbers() -> None:
 
 
 def test_a_value_that_is_no_number_is_refused() -> None:
-    env = make_env(EnvConfig(render_size=64, image_size=56))
+    env = make_libero_env(EnvConfig(render_size=64, image_size=56))
     env.reset(0, 0)
     bad = np.zeros((8, 7), np.float32)
     bad[3, 2] = np.nan
@@ -247,7 +250,7 @@ def test_a_value_that_is_no_number_is_refused() -> None:
 def test_a_success_ends_the_episode_at_its_step() -> None:
     from verl_vla.envs.mini.experts import EXPERTS  # noqa: PLC0415 -- beside its only use
 
-    env = make_env(EnvConfig(render_size=64, image_size=56))
+    env = make_libero_env(EnvConfig(render_size=64, image_size=56))
     env.reset(1, 0)
     expert = EXPERTS["lift_the_red_cube"](env.simulator(1), 0.8, 0.0)
     moves = []

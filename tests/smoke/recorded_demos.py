@@ -9,10 +9,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from verl_vla.envs.libero import CAMERAS, SETTLE_ACTION, EnvConfig, LiberoEnv, make_env
+from verl_vla.datasets.libero_reader import demo_file
+from verl_vla.datasets.libero_writer import PICTURES
+from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.libero.env import SETTLE_ACTION, LiberoEnv
+from verl_vla.envs.libero.suite import make_libero_env
+from verl_vla.envs.libero.task import CAMERAS
 from verl_vla.envs.mini.experts import EXPERTS
-from verl_vla.finetuning.hdf5 import demo_file
-from verl_vla.libero_files import PICTURES
 
 PACE = 0.8
 IDLE_AT = (0, 7, 8)
@@ -23,7 +26,7 @@ RENDER_SIZE = 64
 def record_folder(folder: Path, tasks: Sequence[int], *, episodes: int) -> Path:
     """Record ``episodes`` episodes of each task from its first training starts."""
     folder.mkdir(parents=True, exist_ok=True)
-    env = make_env(EnvConfig(suite="mini", render_size=RENDER_SIZE, image_size=28))
+    env = make_libero_env(EnvConfig(suite="mini", render_size=RENDER_SIZE, image_size=28))
     try:
         for task_id in tasks:
             task = env.suite.task(task_id)

@@ -18,18 +18,18 @@ from scratch_parts import write_language, write_vision
 from training_runs import TrainingRun, corrupt
 from transformers import AutoModel
 
-from verl_vla.actions import ActionStatistics
 from verl_vla.cli.main import EXIT_DIVERGED, EXIT_USAGE, main
-from verl_vla.envs.suites import suite
-from verl_vla.errors import EXIT_SIGNAL
-from verl_vla.finetuning.metrics import SFT_METRICS
-from verl_vla.metrics import is_reproducible, read_metrics
-from verl_vla.policies.loading import load_policy, load_processor, require_sound
+from verl_vla.core.errors import EXIT_SIGNAL
+from verl_vla.envs.registry import suite
+from verl_vla.policies.normalization import ActionStatistics
 from verl_vla.policies.openvla_oft import OpenVLAOFTModel
+from verl_vla.policies.registry import load_policy, load_processor, require_sound
 from verl_vla.policies.scratch_vla import ScratchVLAModel, ScratchVLAPolicy
 from verl_vla.policies.scratch_vla.assembly import assemble
+from verl_vla.runs.metrics import is_reproducible, read_metrics
+from verl_vla.runs.sft_metrics import SFT_METRICS
 from verl_vla.trainer.checkpoint import complete_steps, step_folder
-from verl_vla.trainer.sft_engine import SFTEngine
+from verl_vla.trainer.sft.engine import SFTEngine
 
 pytestmark = [pytest.mark.smoke, pytest.mark.sim]
 

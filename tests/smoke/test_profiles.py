@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from training_runs import PROJECT, RATIO_TOLERANCE
 
 from verl_vla.cli.main import main
-from verl_vla.metrics import read_metrics
+from verl_vla.runs.metrics import read_metrics
 from verl_vla.trainer.checkpoint import step_folder
 
 pytestmark = [pytest.mark.smoke, pytest.mark.sim]

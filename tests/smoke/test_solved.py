@@ -10,10 +10,10 @@ from documented_suite import two_armed_policy, write_documented_suite
 from training_runs import TrainingRun
 
 from verl_vla.cli.main import EXIT_STARVED
-from verl_vla.envs.suites import suite
-from verl_vla.metrics import read_metrics
-from verl_vla.run_report.page import status
-from verl_vla.run_report.reading import read_run
+from verl_vla.envs.registry import suite
+from verl_vla.runs.html.reader import read_run
+from verl_vla.runs.html.report import status
+from verl_vla.runs.metrics import read_metrics
 from verl_vla.trainer.checkpoint import complete_steps
 
 pytestmark = pytest.mark.smoke
@@ -23,7 +23,7 @@ CHUNK = 5
 LEARNED = """
 from dataclasses import replace
 
-from verl_vla.types import Outcome
+from verl_vla.core.episode import Outcome
 
 FAILURES = {failures}
 

@@ -20,20 +20,20 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 from training_runs import PROJECT, RATIO_TOLERANCE, SECRET, TrainingRun
 
-from verl_vla.actions import load_statistics
-from verl_vla.build import open_run
 from verl_vla.cli.main import EXIT_COLD_START, EXIT_LEARNER_LOST, EXIT_REWARD, EXIT_STARVED
-from verl_vla.composition import load_recipe
-from verl_vla.envs.suites import suite
-from verl_vla.errors import EXIT_SIGNAL, ConfigError, ContractError, EpisodeCrashed
-from verl_vla.journal import read_episodes
-from verl_vla.metrics import METRICS, OPEN_FAMILIES, is_reproducible, read_metrics
+from verl_vla.config.compose import load_recipe
+from verl_vla.core.episode import EpisodeSpec, Observation
+from verl_vla.core.errors import EXIT_SIGNAL, ConfigError, ContractError, EpisodeCrashed
+from verl_vla.envs.registry import suite
+from verl_vla.policies.normalization import load_statistics
 from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
 from verl_vla.policies.scratch_vla.tiny import ScratchSizes
 from verl_vla.policies.scratch_vla.tiny import build_tiny_policy as build_tiny_scratch_vla
+from verl_vla.runs.episode_log import read_episodes
+from verl_vla.runs.metrics import METRICS, OPEN_FAMILIES, is_reproducible, read_metrics
 from verl_vla.trainer.checkpoint import complete_steps, step_folder
-from verl_vla.trainer.env_nodes import RESOURCE, open_env_nodes
-from verl_vla.types import EpisodeSpec, Observation
+from verl_vla.trainer.grpo.env_nodes import RESOURCE, open_env_nodes
+from verl_vla.trainer.grpo.run import open_run
 
 NUM_SLOTS = 16
 """Of the quickstart's profile."""

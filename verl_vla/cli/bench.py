@@ -22,14 +22,16 @@ PARTS = {
     "gpu": "a 7.5 B policy with random weights on one device; needs neither hub nor Ray",
     "page": "write the tables of docs/benchmarks.md from the records in docs/benchmarks",
 }
-"""Part to its one-line help; each is a module of `verl_vla.benchmarks`."""
+"""Part to its one-line help; each is a module of `verl_vla.diagnostics.benchmarks`."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Measure, then print the table and the JSON object."""
     options = _parser(arguments[:1]).parse_args(arguments)
     options.words = list(arguments)
-    record = importlib.import_module(f"verl_vla.benchmarks.{options.part}").measure(options)
+    record = importlib.import_module(f"verl_vla.diagnostics.benchmarks.{options.part}").measure(
+        options
+    )
     width = max(map(len, record))
     for name, value in record.items():
         print(f"{name:<{width}}  {_plain(value)}")
@@ -47,7 +49,7 @@ def _parser(chosen: Sequence[str]) -> argparse.ArgumentParser:
         part = parts.add_parser(name, help=text)
         part.add_argument("--keep", type=Path, help="also write the record to this file")
         if name in chosen:
-            importlib.import_module(f"verl_vla.benchmarks.{name}").add_options(part)
+            importlib.import_module(f"verl_vla.diagnostics.benchmarks.{name}").add_options(part)
     return parser
 
 

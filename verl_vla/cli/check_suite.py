@@ -8,11 +8,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.files import require_place, write_whole
+from verl_vla.diagnostics.suite_check import SMALL_PX, TaskCheck, check_tasks, count_faults
 from verl_vla.envs.base import EnvConfig
-from verl_vla.envs.suites import absolute_name, suite
-from verl_vla.errors import ConfigError
-from verl_vla.suite_check import SMALL_PX, TaskCheck, check_tasks, count_faults
-from verl_vla.whole_file import require_place, write_whole
+from verl_vla.envs.registry import absolute_name, suite
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from verl_vla.comparison import as_json, pair, read_evaluation, table, told_differences
+from verl_vla.evaluation.compare import as_json, pair, read_evaluation, table, told_differences
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import uvicorn
 
-from verl_vla.errors import ConfigError
-from verl_vla.run_report.dashboard import LOOPBACK, make_app
+from verl_vla.core.errors import ConfigError
+from verl_vla.runs.html.dashboard import LOOPBACK, make_app
 
 logger = logging.getLogger(__name__)
 

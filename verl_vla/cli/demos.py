@@ -14,16 +14,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
-from verl_vla.build import task_ids
-from verl_vla.demonstrations import Demonstration, write
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.text import format_seconds
+from verl_vla.datasets.demonstrations import Demonstration, write
+from verl_vla.datasets.libero_writer import LiberoEpisode, file_name, write_libero_file
+from verl_vla.datasets.record import RecordingConfig, record
+from verl_vla.datasets.record_libero import record_episodes
+from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.experts.choice import SUITES_WITH_EXPERTS, check_experts
-from verl_vla.envs.libero import CAMERAS, EnvConfig
-from verl_vla.envs.suites import LiberoSuite, libero_suite
-from verl_vla.errors import ConfigError
-from verl_vla.libero_files import LiberoEpisode, file_name, write_libero_file
-from verl_vla.libero_recording import record_episodes
-from verl_vla.progress import format_seconds
-from verl_vla.recording import RecordingConfig, record
+from verl_vla.envs.libero.suite import LiberoSuite, libero_suite
+from verl_vla.envs.libero.task import CAMERAS
+from verl_vla.rl.setup import task_ids
 
 logger = logging.getLogger(__name__)
 

@@ -19,20 +19,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from verl_vla.build import env_config, starts, task_ids
-from verl_vla.cli.eval import DTYPES
+from verl_vla.cli.eval_arguments import DTYPES
+from verl_vla.config.grpo import EnvironmentConfig
+from verl_vla.core.episode import Start
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.files import require_place, write_whole
 from verl_vla.diagnostics.libero_check import as_rows, describe
 from verl_vla.diagnostics.libero_report import examine_libero
-from verl_vla.envs.suites import SUITES, make_env, suite
-from verl_vla.errors import ConfigError
-from verl_vla.machine import examine_machine
+from verl_vla.diagnostics.machine import examine_machine
+from verl_vla.envs.libero.suite import SUITES
+from verl_vla.envs.registry import make_env, suite
 from verl_vla.policies.base import observed_proprio
-from verl_vla.policies.findings import Finding
-from verl_vla.policies.loading import examine, load_policy
-from verl_vla.policies.openvla_oft.doctor import judge_action_mass
-from verl_vla.recipe import EnvironmentConfig
-from verl_vla.sampling import Start
-from verl_vla.whole_file import require_place, write_whole
+from verl_vla.policies.checks import Finding
+from verl_vla.policies.openvla_oft.checks import judge_action_mass
+from verl_vla.policies.registry import examine, load_policy
+from verl_vla.rl.setup import env_config, starts, task_ids
 
 logger = logging.getLogger(__name__)
 

@@ -18,24 +18,19 @@ from typing import Any
 
 import torch
 
-from verl_vla.build import (
-    env_config,
-    find_policy,
-    open_simulators,
-    starts,
-    task_ids,
-)
 from verl_vla.cli.eval_arguments import DTYPES, parser, step_limit, temperature
-from verl_vla.comparison import RESULT
-from verl_vla.conditions import conditions
+from verl_vla.config.grpo import EnvironmentConfig, EvaluationConfig
+from verl_vla.core.episode import Start
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.files import folder_lock, write_whole
+from verl_vla.core.success_rate import count_entries
 from verl_vla.envs.base import EnvConfig
-from verl_vla.envs.suites import PERTURBED, suite
-from verl_vla.errors import ConfigError
-from verl_vla.evaluation import EvaluationConfig, count_entries
-from verl_vla.folder_lock import folder_lock
-from verl_vla.journal import Journal, read_episodes
-from verl_vla.perturbation_table import check_control
-from verl_vla.perturbed_evaluation import (
+from verl_vla.envs.libero.suite import PERTURBED
+from verl_vla.envs.registry import suite
+from verl_vla.evaluation.compare import RESULT
+from verl_vla.evaluation.conditions import conditions
+from verl_vla.evaluation.perturbation_table import check_control
+from verl_vla.evaluation.perturbed import (
     bases_of,
     plan_control,
     plan_perturbed,
@@ -43,16 +38,15 @@ from verl_vla.perturbed_evaluation import (
     spread,
     write_table,
 )
+from verl_vla.evaluation.published import compare_with_published, complete, published_table
+from verl_vla.evaluation.resumable import last_of_each, play_remaining, unplayed
 from verl_vla.policies.base import Processor, TrainablePolicy
 from verl_vla.policies.checkpoint import fingerprint
-from verl_vla.policies.loading import load_policy, load_processor
-from verl_vla.progress import EvaluationProgress
-from verl_vla.published import compare_with_published, complete, published_table
-from verl_vla.recipe import EnvironmentConfig
-from verl_vla.resumable_evaluation import last_of_each, play_remaining, unplayed
-from verl_vla.run_folder import evaluation_record
-from verl_vla.sampling import Start
-from verl_vla.whole_file import write_whole
+from verl_vla.policies.registry import load_policy, load_processor
+from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, task_ids
+from verl_vla.runs.console import EvaluationProgress
+from verl_vla.runs.episode_log import Journal, read_episodes
+from verl_vla.runs.run_dir import evaluation_record
 
 logger = logging.getLogger(__name__)
 

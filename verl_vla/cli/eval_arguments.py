@@ -7,10 +7,11 @@ from typing import get_args
 
 import torch
 
-from verl_vla.envs.suites import SUITES, Split, StepLimit
-from verl_vla.errors import ConfigError
-from verl_vla.perturbed_evaluation import ALL_BASES, PERTURBATIONS
-from verl_vla.published import PROTOCOLS
+from verl_vla.core.errors import ConfigError
+from verl_vla.envs.base import Split, StepLimit
+from verl_vla.envs.libero.suite import SUITES
+from verl_vla.evaluation.perturbed import ALL_BASES, PERTURBATIONS
+from verl_vla.evaluation.published import PROTOCOLS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

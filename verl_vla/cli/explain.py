@@ -6,9 +6,9 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from verl_vla.composition import RECIPES_FOLDER, Composition, compose_recipe, leaves
-from verl_vla.config import meanings, parse
-from verl_vla.recipe import Recipe
+from verl_vla.config.compose import RECIPES_FOLDER, Composition, compose_recipe, leaves
+from verl_vla.config.grpo import Recipe
+from verl_vla.core.schema import meanings, parse
 
 DEFAULT = "default"
 WIDTH = 100

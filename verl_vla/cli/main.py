@@ -13,8 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from verl_vla.config import nearest
-from verl_vla.errors import (
+from verl_vla.core.errors import (
     EXIT_SIGNAL,
     CheckpointError,
     ColdStartError,
@@ -25,6 +24,7 @@ from verl_vla.errors import (
     RewardError,
     StarvedError,
 )
+from verl_vla.core.text import nearest
 
 VERBS = {
     "train": "improve a policy: train recipe=NAME key=value ...",

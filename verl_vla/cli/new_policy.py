@@ -7,15 +7,15 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from verl_vla.actions import ActionStatistics
-from verl_vla.cli.eval import DTYPES
-from verl_vla.demonstrations import DemonstrationFile
-from verl_vla.errors import ConfigError
-from verl_vla.finetuning.hdf5 import read_actions
-from verl_vla.finetuning.targets import measure_statistics
+from verl_vla.cli.eval_arguments import DTYPES
+from verl_vla.core.errors import ConfigError
+from verl_vla.datasets.action_targets import measure_statistics
+from verl_vla.datasets.demonstrations import DemonstrationFile
+from verl_vla.datasets.libero_reader import read_actions
+from verl_vla.policies.normalization import ActionStatistics
 from verl_vla.policies.scratch_vla.assembly import assemble
 from verl_vla.policies.scratch_vla.configuration import ACTION_ROWS, DECODINGS
-from verl_vla.sft import action_statistics
+from verl_vla.trainer.sft.fit import action_statistics
 
 logger = logging.getLogger(__name__)
 

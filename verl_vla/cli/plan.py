@@ -9,16 +9,16 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from verl_vla.build import find_policy
-from verl_vla.composition import load_recipe
-from verl_vla.envs.suites import suite
-from verl_vla.errors import ConfigError
-from verl_vla.planning import GPUS, Plan, find_remedy, make_plan
-from verl_vla.planning.trace import ModelConfig
-from verl_vla.policies.loading import load_config
+from verl_vla.config.compose import load_recipe
+from verl_vla.config.grpo import Recipe
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.text import format_seconds
+from verl_vla.diagnostics.planning import GPUS, Plan, find_remedy, make_plan
+from verl_vla.diagnostics.planning.trace import ModelConfig
+from verl_vla.envs.registry import suite
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig
-from verl_vla.progress import format_seconds
-from verl_vla.recipe import Recipe
+from verl_vla.policies.registry import load_config
+from verl_vla.rl.setup import find_policy
 
 EXIT_TOO_LARGE = 1
 """The recipe does not fit."""

@@ -14,20 +14,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from verl_vla.build import Run, open_run
 from verl_vla.cli.train import improve
-from verl_vla.composition import load_recipe
-from verl_vla.film import film, write_side_by_side
-from verl_vla.metrics import read_metrics
-from verl_vla.policies.loading import load_policy
-from verl_vla.progress import format_seconds
-from verl_vla.provenance import provenance
-from verl_vla.recipe import Recipe
-from verl_vla.report import success_table, text_curve
-from verl_vla.run_folder import evaluated_steps, evaluation_file
-from verl_vla.sampling import Start
+from verl_vla.config.compose import load_recipe
+from verl_vla.config.grpo import Recipe
+from verl_vla.core.episode import Outcome, Start
+from verl_vla.core.provenance import provenance
+from verl_vla.core.text import format_seconds
+from verl_vla.policies.registry import load_policy
+from verl_vla.runs.metrics import read_metrics
+from verl_vla.runs.plots import success_table, text_curve
+from verl_vla.runs.run_dir import evaluated_steps, evaluation_file
+from verl_vla.runs.video import film, write_side_by_side
 from verl_vla.trainer import checkpoint
-from verl_vla.types import Outcome
+from verl_vla.trainer.grpo.run import Run, open_run
 
 logger = logging.getLogger(__name__)
 

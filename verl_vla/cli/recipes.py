@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from verl_vla.composition import RECIPES_FOLDER, recipe_names
-from verl_vla.finetuning.recipe import SFT_RECIPES_FOLDER
+from verl_vla.config.compose import RECIPES_FOLDER, recipe_names
+from verl_vla.config.sft import SFT_RECIPES_FOLDER
 
 
 def run(arguments: Sequence[str]) -> int:

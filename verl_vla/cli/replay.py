@@ -11,8 +11,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from verl_vla.envs.suites import libero_suite
-from verl_vla.replaying import read_episode, replay, write_video
+from verl_vla.envs.libero.suite import libero_suite
+from verl_vla.runs.replay import read_episode, replay, write_video
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from verl_vla.run_report.page import write_report
+from verl_vla.runs.html.report import write_report
 
 logger = logging.getLogger(__name__)
 

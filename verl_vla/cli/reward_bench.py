@@ -18,17 +18,19 @@ from typing import Any
 
 import torch
 
-from verl_vla.build import env_config, find_policy, open_simulators, starts, task_ids
-from verl_vla.config import parse
-from verl_vla.envs.suites import SUITES, suite
-from verl_vla.errors import ConfigError
-from verl_vla.evaluation import count
-from verl_vla.folder_lock import folder_lock, writing_to
+from verl_vla.config.grpo import EnvironmentConfig
+from verl_vla.core.episode import EpisodeSpec
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.files import folder_lock, write_whole, writing_to
+from verl_vla.core.provenance import provenance
+from verl_vla.core.schema import parse
+from verl_vla.core.success_rate import count
+from verl_vla.core.tables import Trajectories
+from verl_vla.envs.libero.suite import SUITES
+from verl_vla.envs.registry import suite
 from verl_vla.policies.checkpoint import weight_files
-from verl_vla.policies.loading import load_policy, load_processor
-from verl_vla.provenance import provenance
-from verl_vla.recipe import EnvironmentConfig
-from verl_vla.reward_bench import (
+from verl_vla.policies.registry import load_policy, load_processor
+from verl_vla.rewards.benchmark import (
     VERDICT_RULE,
     BenchConfig,
     BenchRow,
@@ -54,8 +56,7 @@ from verl_vla.reward_bench import (
     table_as_json,
     verdicts,
 )
-from verl_vla.types import EpisodeSpec, Trajectories
-from verl_vla.whole_file import write_whole
+from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, task_ids
 
 logger = logging.getLogger(__name__)
 

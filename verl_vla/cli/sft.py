@@ -15,16 +15,17 @@ from pathlib import Path
 import torch
 
 from verl_vla.cli.train import start_training
-from verl_vla.demonstrations import Demonstration, DemonstrationFile
-from verl_vla.envs.suites import SUITES, suite
-from verl_vla.errors import ConfigError
-from verl_vla.finetuning.recipe import load_sft_recipe
-from verl_vla.finetuning.run import open_sft_run
+from verl_vla.config.sft import load_sft_recipe
+from verl_vla.core.errors import ConfigError
+from verl_vla.datasets.demonstrations import Demonstration, DemonstrationFile
+from verl_vla.envs.libero.suite import SUITES
+from verl_vla.envs.registry import suite
 from verl_vla.policies.base import TrainablePolicy
 from verl_vla.policies.openvla_oft import tiny as tiny_openvla_oft
 from verl_vla.policies.scratch_vla import tiny as tiny_scratch_vla
 from verl_vla.policies.scratch_vla.configuration import DECODINGS
-from verl_vla.sft import SFTConfig, StepReport, action_statistics, fit, make_samples
+from verl_vla.trainer.sft.fit import SFTConfig, StepReport, action_statistics, fit, make_samples
+from verl_vla.trainer.sft.run import open_sft_run
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def _run_recipe(arguments: Sequence[str]) -> int:
     """Carry out a recipe; the same command again resumes."""
     with open_sft_run(load_sft_recipe(arguments)) as opened:
         logger.info("run folder %s", opened.folder)
-        start_training(opened, launcher="sft_launch")
+        start_training(opened, kind="sft")
     return 0
 
 

@@ -17,17 +17,17 @@ from typing import Any
 
 import torch
 
-from verl_vla.build import env_config, find_policy, starts, task_ids
-from verl_vla.envs.fragile import make_fragile
-from verl_vla.envs.libero import make_env
-from verl_vla.envs.pool import EnvPool
-from verl_vla.envs.suites import suite
-from verl_vla.errors import ConfigError
-from verl_vla.policies.loading import load_policy
-from verl_vla.provenance import provenance
-from verl_vla.recipe import EnvironmentConfig
-from verl_vla.sampling import StartSampler
-from verl_vla.soak import BOUNDS, Sample, excesses, growth, soak
+from verl_vla.config.grpo import EnvironmentConfig
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.provenance import provenance
+from verl_vla.diagnostics.faulty_env import make_fragile
+from verl_vla.diagnostics.soak import BOUNDS, Sample, excesses, growth, soak
+from verl_vla.envs.libero.suite import make_libero_env
+from verl_vla.envs.pool.env_pool import EnvPool
+from verl_vla.envs.registry import suite
+from verl_vla.policies.registry import load_policy
+from verl_vla.rl.group_sampling import StartSampler
+from verl_vla.rl.setup import env_config, find_policy, starts, task_ids
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def _play(options: argparse.Namespace) -> list[Sample]:
     chosen = suite("mini")
     played = starts(chosen, task_ids(chosen, options.tasks), "train")
     with EnvPool(
-        partial(make_fragile, partial(make_env, config), options.crash_share),
+        partial(make_fragile, partial(make_libero_env, config), options.crash_share),
         num_workers=options.workers,
         num_slots=options.slots,
         image_shape=shape.image_shape,

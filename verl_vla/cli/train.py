@@ -7,14 +7,15 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
+from typing import Literal
 
-from verl_vla.build import Run, open_run
-from verl_vla.composition import load_recipe
-from verl_vla.conditions import sampling_of
-from verl_vla.finetuning.run import SFTRun
-from verl_vla.metrics import read_metrics
-from verl_vla.report import draw_curve
-from verl_vla.run_report.page import write_report
+from verl_vla.config.compose import load_recipe
+from verl_vla.evaluation.conditions import sampling_of
+from verl_vla.runs.html.report import write_report
+from verl_vla.runs.metrics import read_metrics
+from verl_vla.runs.plots import draw_curve
+from verl_vla.trainer.grpo.run import Run, open_run
+from verl_vla.trainer.sft.run import SFTRun
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,8 @@ def improve(opened: Run) -> None:
     write_report(opened.folder)
 
 
-def start_training(opened: Run | SFTRun, launcher: str = "launch") -> None:
-    """Hand a checked run to veRL, by the module of `verl_vla.trainer` that starts its kind.
+def start_training(opened: Run | SFTRun, kind: Literal["grpo", "sft"] = "grpo") -> None:
+    """Hand a checked run to veRL, by the launcher of its kind in `verl_vla.trainer`.
 
     veRL is imported only here: a wrong recipe answers in seconds, and the simulators start while
     the import runs.
@@ -55,4 +56,4 @@ def start_training(opened: Run | SFTRun, launcher: str = "launch") -> None:
     threads = max(1, min(TRANSFER_THREADS, (os.cpu_count() or 1) // 2))
     os.environ.setdefault("TQ_NUM_THREADS", str(threads))
     warnings.filterwarnings("ignore", message=NOT_OURS, category=UserWarning)
-    importlib.import_module(f"verl_vla.trainer.{launcher}").train(opened)
+    importlib.import_module(f"verl_vla.trainer.{kind}.launch").train(opened)

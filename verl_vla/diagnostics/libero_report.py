@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from verl_vla.config import nearest
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.image_preprocessing import Pixels, prepare_image
+from verl_vla.core.text import nearest
 from verl_vla.diagnostics import libero_check
 from verl_vla.diagnostics.libero_check import (
     INSTALL_ASSETS,
@@ -29,15 +31,13 @@ from verl_vla.diagnostics.libero_check import (
     Check,
     Effect,
 )
-from verl_vla.envs.asset_files import describe_faults, remedy_for_assets
-from verl_vla.envs.assets import ASSETS_VARIABLE, assets_available, find_assets
-from verl_vla.envs.gl import prepare_gl
-from verl_vla.errors import ConfigError
-from verl_vla.image_pipeline import Pixels, prepare_image
+from verl_vla.envs.libero.asset_files import describe_faults, remedy_for_assets
+from verl_vla.envs.libero.assets import ASSETS_VARIABLE, assets_available, find_assets
+from verl_vla.envs.libero.gl import prepare_gl
 from verl_vla.policies.base import Processor
-from verl_vla.policies.findings import Finding
-from verl_vla.policies.loading import examine, load_processor
-from verl_vla.ranges import NO_NOOPS_SUFFIX, STATISTICS_FILE
+from verl_vla.policies.checks import Finding
+from verl_vla.policies.normalization import NO_NOOPS_SUFFIX, STATISTICS_FILE
+from verl_vla.policies.registry import examine, load_processor
 
 CHECK_LIMIT_S = 900
 """For six tasks, which take 40 s on one free core."""

@@ -17,9 +17,9 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
-from verl_vla.config import nearest
-from verl_vla.errors import ConfigError
-from verl_vla.played import GoalReadings, Observation, Outcome
+from verl_vla.core.episode import GoalReadings, Observation, Outcome
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.text import nearest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from verl_vla.core.episode import GoalReadings, Observation, Outcome
+from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.envs.base import ChunkResult, Snapshot
-from verl_vla.errors import ConfigError, ContractError
-from verl_vla.played import GoalReadings, Observation, Outcome
 
 ACTION_DIM, PROPRIO_DIM = 7, 8
 """As in LIBERO."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from verl_vla.core.errors import ConfigError
 from verl_vla.envs.base import Env, EnvConfig, Suite, Task
-from verl_vla.errors import ConfigError
 
 STEPS = {
     "click_bell": 200,

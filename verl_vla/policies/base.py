@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from verl_vla import action_distribution
-from verl_vla.actions import ActionCodec
-from verl_vla.types import ActionChunk, Observation
+from verl_vla.core.episode import Observation
+from verl_vla.core.tables import ActionChunk
+from verl_vla.policies import action_distribution
+from verl_vla.policies.action_codec import ActionCodec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +175,7 @@ class TrainablePolicy(Policy, Protocol):
         ...
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that `verl_vla.policies.loading.load_policy` reads."""
+        """Write a folder that `verl_vla.policies.registry.load_policy` reads."""
         ...
 
 

@@ -17,8 +17,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerFast
 
-from verl_vla.errors import ConfigError
-from verl_vla.observations import ImageStatistics
+from verl_vla.core.errors import ConfigError
+from verl_vla.policies.preprocessing import ImageStatistics
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"

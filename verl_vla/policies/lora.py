@@ -91,5 +91,5 @@ def merge_adapters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
 
 
 def nf4() -> Any:
-    """`verl_vla.policies.nf4`, which needs a package that not everybody installs."""
-    return importlib.import_module("verl_vla.policies.nf4")
+    """`verl_vla.policies.quantization`, which needs a package that not everybody installs."""
+    return importlib.import_module("verl_vla.policies.quantization")

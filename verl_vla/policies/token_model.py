@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from verl_vla.config.grpo import LoraTargets
 from verl_vla.policies.checkpoint import require_all_weights
-from verl_vla.policies.lora_choice import LoraTargets
 
 Model = TypeVar("Model", bound="TokenModel")
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from verl_vla import action_distribution
-from verl_vla.errors import ConfigError
+from verl_vla.core.episode import Observation
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.tables import ActionChunk
+from verl_vla.policies import action_distribution
 from verl_vla.policies.base import Chooser, PolicyShape, observed_proprio
-from verl_vla.policies.processing import TokenProcessor
-from verl_vla.types import ActionChunk, Observation
+from verl_vla.policies.processor import TokenProcessor
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from verl_vla.errors import CheckpointError, ContractError
+from verl_vla.core.errors import CheckpointError, ContractError
 
 logger = logging.getLogger(__name__)
 

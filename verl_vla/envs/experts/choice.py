@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from verl_vla.core.errors import ConfigError
 from verl_vla.envs.experts.motion import Expert
 from verl_vla.envs.experts.pick_and_place import PickAndPlace
 from verl_vla.envs.mini.experts import EXPERTS
-from verl_vla.errors import ConfigError
 
 if TYPE_CHECKING:
-    from verl_vla.envs.simulator import Simulator
+    from verl_vla.envs.libero.simulator import Simulator
 
 SUITES_WITH_EXPERTS = ("mini", "libero_spatial", "libero_object")
 

@@ -12,8 +12,10 @@ import sys
 
 import numpy as np
 
+from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.experts.choice import check_experts, make_expert
-from verl_vla.envs.libero import SETTLE_ACTION, EnvConfig, LiberoEnv, make_env
+from verl_vla.envs.libero.env import SETTLE_ACTION, LiberoEnv
+from verl_vla.envs.libero.suite import make_libero_env
 
 PACE = 0.8
 EPISODES = 20
@@ -25,7 +27,7 @@ def main() -> None:
     parser.add_argument("suite")
     suite_name: str = parser.parse_args().suite
     check_experts(suite_name)
-    env = make_env(EnvConfig(suite=suite_name, max_simulators=1))
+    env = make_libero_env(EnvConfig(suite=suite_name, max_simulators=1))
     sys.stdout.write(f"| task of {suite_name} | success | median steps |\n|---|---|---|\n")
     for task_id in range(len(env.suite.tasks)):
         ids = env.suite.init_state_ids(task_id, "train")[:EPISODES]

@@ -13,7 +13,7 @@ from verl_vla.envs.experts.motion import CLOSED, GAIN, OPEN, Expert, Floats
 from verl_vla.envs.experts.scene import Scene
 
 if TYPE_CHECKING:
-    from verl_vla.envs.simulator import Simulator
+    from verl_vla.envs.libero.simulator import Simulator
 
 TURN_GAIN = 4.0
 """Action per radian of error; an action of 1 asks for 0.5 rad."""

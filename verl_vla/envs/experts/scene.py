@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from verl_vla.core.errors import ConfigError
 from verl_vla.envs.experts.boxes import Boxes, boxes_of, colliding_geoms
-from verl_vla.errors import ConfigError
 
 if TYPE_CHECKING:
-    from verl_vla.envs.simulator import Simulator
+    from verl_vla.envs.libero.simulator import Simulator
 
 Floats = npt.NDArray[np.float64]
 

@@ -17,7 +17,7 @@ from verl_vla.envs.experts.motion import CLOSED, GAIN, OPEN, Expert, Floats
 from verl_vla.envs.mini.geometry import CUBE_HALF_M, PLATE_HALF_HEIGHT_M
 
 if TYPE_CHECKING:
-    from verl_vla.envs.simulator import Simulator
+    from verl_vla.envs.libero.simulator import Simulator
 
 CLOSING_STEPS = 5
 """The fingers meet a cube after four."""

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from verl_vla.envs.libero import RECORDED, SAMPLED, EnvConfig, LiberoEnv, make_env
-from verl_vla.envs.suites import MINI_INIT_STATES, libero_suite
+from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.libero.env import RECORDED, SAMPLED, LiberoEnv
+from verl_vla.envs.libero.suite import MINI_INIT_STATES, libero_suite, make_libero_env
 
 
 def main(folder: Path) -> None:
     """Write one file a task into ``folder``."""
-    env = make_env(EnvConfig(suite="mini"))
+    env = make_libero_env(EnvConfig(suite="mini"))
     for task_id, task in enumerate(env.suite.tasks):
         states = [env.draw_start(task_id, RECORDED, i) for i in range(MINI_INIT_STATES)]
         np.savez_compressed(folder / f"{task.name}.npz", states=np.stack(states))

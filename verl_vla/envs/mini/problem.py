@@ -1,6 +1,7 @@
 """The mini suite's table-top problem, registered with LIBERO's BDDL machinery when imported.
 
-Importing this module imports LIBERO and robosuite: call `verl_vla.envs.assets.import_libero` first,
+Importing this module imports LIBERO and robosuite: call
+`verl_vla.envs.libero.assets.import_libero` first,
 and build within `asset_folder(geometry.ASSETS)`. The objects come from robosuite's wheel or are
 primitives, so none of LIBERO's assets are needed.
 """

@@ -4,7 +4,7 @@ from verl_vla.policies.openvla_oft.checkpoint import register_auto_classes
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig, VisionTower
 from verl_vla.policies.openvla_oft.modelling import OpenVLAOFTModel
 from verl_vla.policies.openvla_oft.policy import OpenVLAOFTPolicy
-from verl_vla.policies.openvla_oft.processing import OpenVLAOFTProcessor
+from verl_vla.policies.openvla_oft.processor import OpenVLAOFTProcessor
 
 __all__ = [
     "OpenVLAOFTConfig",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from verl_vla.errors import ConfigError
+from verl_vla.core.errors import ConfigError
 
 FLASH_ATTENTION = "flash_attention_2"
 BIDIRECTIONAL_ATTENTION = ("sdpa", "eager", FLASH_ATTENTION)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel
 
-from verl_vla.errors import ConfigError
-from verl_vla.observations import OPENVLA_IMAGE_STATISTICS, ImageStatistics
+from verl_vla.core.errors import ConfigError
 from verl_vla.policies.checkpoint import (
     CONFIG_FILE,
     IMAGE_FILE,
@@ -16,6 +15,7 @@ from verl_vla.policies.checkpoint import (
 )
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig
 from verl_vla.policies.openvla_oft.modelling import OpenVLAOFTModel
+from verl_vla.policies.preprocessing import OPENVLA_IMAGE_STATISTICS, ImageStatistics
 
 REGRESSION_HEAD_FILES = "action_head--*.pt"
 

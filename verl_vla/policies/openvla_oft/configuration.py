@@ -5,10 +5,10 @@ from typing import Any, cast
 
 from transformers import LlamaConfig, PreTrainedConfig
 
-from verl_vla.config import nearest
-from verl_vla.errors import ConfigError
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.text import nearest
 from verl_vla.policies.base import PolicyShape
-from verl_vla.ranges import COLUMNS, Normalization
+from verl_vla.policies.normalization import COLUMNS, Normalization
 
 ARCHITECTURE = "no-align+fused-gelu-mlp"
 """The one projector that OpenVLA's checkpoints use: three layers with GELU between them."""

@@ -21,14 +21,11 @@ from transformers import LlamaForCausalLM
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from verl_vla.errors import ConfigError, ContractError
+from verl_vla.config.grpo import LoraTargets
+from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.policies.base import ActionLogits, Chooser
 from verl_vla.policies.lora import ADAPTER_MARK, add_adapters, head_rows
-from verl_vla.policies.lora_choice import LoraTargets
-from verl_vla.policies.openvla_oft.attention import (
-    require_backend,
-    require_bidirectional_backend,
-)
+from verl_vla.policies.openvla_oft.attention import require_backend, require_bidirectional_backend
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig
 from verl_vla.policies.openvla_oft.proprio import ProprioProjector
 from verl_vla.policies.openvla_oft.sequence import move_padding_last, prompt_lengths, read

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from verl_vla.policies.openvla_oft.checkpoint import read_config, refuse_regression_head
 from verl_vla.policies.openvla_oft.modelling import OpenVLAOFTModel
-from verl_vla.policies.openvla_oft.processing import OpenVLAOFTProcessor
+from verl_vla.policies.openvla_oft.processor import OpenVLAOFTProcessor
 from verl_vla.policies.token_policy import TokenPolicy
 
 

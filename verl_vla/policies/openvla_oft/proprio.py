@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from verl_vla.errors import ContractError
+from verl_vla.core.errors import ContractError
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig
 
 

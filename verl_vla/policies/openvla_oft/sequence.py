@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from verl_vla.errors import ContractError
+from verl_vla.core.errors import ContractError
 
 
 def read(hidden: Tensor, first: int | Tensor, num: int) -> Tensor:

@@ -14,18 +14,12 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from verl_vla.actions import ActionStatistics
-from verl_vla.observations import (
-    DINO_STATISTICS,
-    EMPTY_PIECE,
-    PROMPT,
-    SIGLIP_STATISTICS,
-)
+from verl_vla.policies.normalization import ActionStatistics, Ranges
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig, VisionTower
 from verl_vla.policies.openvla_oft.modelling import OpenVLAOFTModel
 from verl_vla.policies.openvla_oft.policy import OpenVLAOFTPolicy
-from verl_vla.policies.openvla_oft.processing import OpenVLAOFTProcessor
-from verl_vla.ranges import Ranges
+from verl_vla.policies.openvla_oft.processor import OpenVLAOFTProcessor
+from verl_vla.policies.preprocessing import DINO_STATISTICS, EMPTY_PIECE, PROMPT, SIGLIP_STATISTICS
 
 UNKNOWN, BOS, STOP, PAD = "<unk>", "<s>", "</s>", "<pad>"
 SPECIAL_PIECES = (UNKNOWN, BOS, STOP, PAD, EMPTY_PIECE)

@@ -4,7 +4,7 @@ from verl_vla.policies.scratch_vla.checkpoint import register_auto_classes
 from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig
 from verl_vla.policies.scratch_vla.modelling import ScratchVLAModel
 from verl_vla.policies.scratch_vla.policy import ScratchVLAPolicy
-from verl_vla.policies.scratch_vla.processing import ScratchVLAProcessor
+from verl_vla.policies.scratch_vla.processor import ScratchVLAProcessor
 
 __all__ = [
     "ScratchVLAConfig",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from verl_vla.errors import ConfigError, ContractError
+from verl_vla.core.errors import ConfigError, ContractError
 
 PADDING_TOLERANCE = 1e-3
 """Rows whose every value is closer than this are alike. Qwen2.5's 292 padding rows differ by 6e-5,

@@ -2,7 +2,7 @@
 
 The memory of fine-tuning Qwen2.5-3B with SigLIP-so400m at 384 px: two cameras, batch 8, LoRA of
 rank 32, trained action rows, gradient checkpointing. Weights are counted on the meta device by
-``tests/unit/test_scratch_vla_assembly.py``, the rest is arithmetic; nothing was measured on a GPU.
+``tests/unit/policies/test_scratch_vla_assembly.py``, the rest is arithmetic; nothing was measured on a GPU.
 A sequence has 2 x 729 patches, about 40 words and 55 action tokens: 1,553 places. GB are 1e9 bytes.
 
     language model, frozen, bfloat16        3,085,938,688 weights                    6.17 GB
@@ -28,15 +28,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, SiglipVisionModel
 
-from verl_vla.actions import ActionStatistics
-from verl_vla.errors import ConfigError
-from verl_vla.observations import ImageStatistics
+from verl_vla.core.errors import ConfigError
 from verl_vla.policies.checkpoint import CONFIG_FILE, IMAGE_FILE, read_tokenizer, require_file
+from verl_vla.policies.normalization import ActionStatistics
+from verl_vla.policies.preprocessing import ImageStatistics
 from verl_vla.policies.scratch_vla.action_tokens import find_first_action_id
 from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig
 from verl_vla.policies.scratch_vla.modelling import ScratchVLAModel
 from verl_vla.policies.scratch_vla.policy import ScratchVLAPolicy
-from verl_vla.policies.scratch_vla.processing import ScratchVLAProcessor
+from verl_vla.policies.scratch_vla.processor import ScratchVLAProcessor
 
 ADAPTED = ".base_layer."
 """What peft puts into the name of a weight that has an adapter."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from verl_vla.errors import ContractError
+from verl_vla.core.errors import ContractError
 
 
 def align_right(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:

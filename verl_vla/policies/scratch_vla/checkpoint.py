@@ -6,14 +6,14 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel
 
-from verl_vla.errors import ConfigError
-from verl_vla.observations import ImageStatistics
+from verl_vla.core.errors import ConfigError
 from verl_vla.policies.checkpoint import (
     CONFIG_FILE,
     IMAGE_FILE,
     read_tower_statistics,
     require_file,
 )
+from verl_vla.policies.preprocessing import ImageStatistics
 from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig
 from verl_vla.policies.scratch_vla.modelling import ScratchVLAModel
 

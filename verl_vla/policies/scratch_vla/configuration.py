@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 
-from verl_vla.errors import ConfigError
+from verl_vla.config.grpo import LORA_ALPHA
+from verl_vla.core.errors import ConfigError
 from verl_vla.policies.base import PolicyShape
-from verl_vla.policies.lora_choice import LORA_ALPHA
 
 DECODINGS = ("parallel", "autoregressive")
 """``parallel``: all tokens of a chunk at once, each blind to the others (OpenVLA-OFT,

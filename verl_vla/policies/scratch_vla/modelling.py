@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel, Cache, DynamicCache, SiglipVisionModel
 
-from verl_vla.errors import ConfigError, ContractError
+from verl_vla.config.grpo import LoraTargets
+from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.policies.base import ActionLogits, Chooser
 from verl_vla.policies.lora import ADAPTER_MARK, add_adapters
-from verl_vla.policies.lora_choice import LoraTargets
 from verl_vla.policies.scratch_vla.action_tokens import ActionTokens, embed_bins, score_bins
 from verl_vla.policies.scratch_vla.attention import align_right, pairwise_mask
 from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig

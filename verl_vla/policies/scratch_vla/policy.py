@@ -10,7 +10,7 @@ from torch import Tensor
 
 from verl_vla.policies.scratch_vla.checkpoint import read_config
 from verl_vla.policies.scratch_vla.modelling import ScratchVLAModel
-from verl_vla.policies.scratch_vla.processing import ScratchVLAProcessor
+from verl_vla.policies.scratch_vla.processor import ScratchVLAProcessor
 from verl_vla.policies.token_policy import TokenPolicy
 
 

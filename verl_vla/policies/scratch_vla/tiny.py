@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from transformers import Qwen2Config, SiglipVisionConfig
 
-from verl_vla.actions import ActionStatistics
-from verl_vla.observations import SIGLIP_STATISTICS
+from verl_vla.policies.normalization import ActionStatistics
 from verl_vla.policies.openvla_oft.tiny import POSITION_STD, WEIGHT_STD, build_tokenizer
+from verl_vla.policies.preprocessing import SIGLIP_STATISTICS
 from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig
 from verl_vla.policies.scratch_vla.modelling import ScratchVLAModel
 from verl_vla.policies.scratch_vla.policy import ScratchVLAPolicy
-from verl_vla.policies.scratch_vla.processing import ScratchVLAProcessor
+from verl_vla.policies.scratch_vla.processor import ScratchVLAProcessor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,56 @@
+"""docs/how-to-make-a-base.md: every command in it is one that its verb would begin to carry out."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from verl_vla.cli.main import VERBS
+from verl_vla.config.compose import load_recipe
+from verl_vla.config.sft import load_sft_recipe
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "how-to-make-a-base.md"
+CALL = "python -m verl_vla "
+
+
+def commands() -> list[str]:
+    """The page's code lines, each put together where it goes on in the next."""
+    text = PAGE.read_text().replace("\\\n", " ")
+    return [
+        line.strip().removeprefix(CALL) for line in text.splitlines() if line.startswith("    ")
+    ]
+
+
+def test_every_code_line_is_a_command() -> None:
+    assert len(commands()) > 10
+    assert {command.split()[0] for command in commands()} <= VERBS.keys()
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_is_understood(command: str) -> None:
+    verb, *words = shlex.split(command, comments=True)
+    if not any(word.startswith("recipe=") for word in words):
+        importlib.import_module(f"verl_vla.cli.{verb.replace('-', '_')}")._parser().parse_args(
+            words
+        )
+    elif verb == "sft":
+        load_sft_recipe(words)
+    else:
+        assert verb == "train"
+        load_recipe(words)
+
+
+def test_every_file_and_heading_that_the_page_names_exists() -> None:
+    text = PAGE.read_text()
+    headings = {
+        "#" + re.sub(r"[^a-z -]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^## (.*)$", text, re.MULTILINE)
+    }
+    links = re.findall(r"\]\((\S+?)\)", text)
+    assert links
+    for link in links:
+        assert link in headings or (PAGE.parent / link).is_file(), link

@@ -1,0 +1,231 @@
+"""The two tables: what is checked when one is made, and that their key survives every change."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from verl_vla.core.episode import Outcome
+from verl_vla.core.errors import ContractError
+from verl_vla.core.tables import (
+    Decisions,
+    Episodes,
+    Trajectories,
+    check_table,
+    concat_tables,
+    map_columns,
+)
+
+
+def make_episodes(count: int, first_id: int = 0) -> Episodes:
+    ids = torch.arange(first_id, first_id + count)
+    return Episodes(
+        task_id=ids % 3,
+        init_state_id=ids % 5,
+        group_id=ids // 2,
+        episode_id=ids,
+        outcome=ids % 3,
+        num_steps=ids + 1,
+    )
+
+
+def make_decisions(episode: torch.Tensor, num_tokens: int = 4) -> Decisions:
+    """Decisions that carry a mark of their own in ``logp``: 100 * episode + place."""
+    count = len(episode)
+    place = torch.tensor([int((episode[:i] == e).sum()) for i, e in enumerate(episode)])
+    mark = (100 * episode + place).float() if count else torch.zeros(0)
+    return Decisions(
+        episode=episode,
+        image=torch.zeros(count, 1, 2, 2, 3, dtype=torch.uint8),
+        proprio=torch.zeros(count, 8),
+        bins=torch.zeros(count, num_tokens, dtype=torch.int64),
+        logp=mark[:, None].expand(count, num_tokens).clone(),
+        executed=torch.ones(count, dtype=torch.int64),
+    )
+
+
+def make_trajectories(lengths: list[int], first_id: int = 0) -> Trajectories:
+    """Episodes with these numbers of decisions; prompts hold the same mark as ``logp``."""
+    counts = torch.tensor(lengths, dtype=torch.int64)
+    episode = torch.repeat_interleave(torch.arange(len(lengths)), counts)
+    decisions = make_decisions(episode)
+    decisions = replace(decisions, logp=decisions.logp + 100 * first_id)
+    episodes = make_episodes(len(lengths), first_id)
+    crashed = episodes.episode_id[episodes.crashed].tolist()
+    return Trajectories(
+        episodes=episodes,
+        decisions=decisions,
+        prompt_ids=tuple(row[:1].long() for row in decisions.logp),
+        goals=tuple(np.full((n, 1, 3), first_id + b) for b, n in enumerate(lengths)),
+        crashes={key: f"lost {key}" for key in crashed},
+    )
+
+
+def marks_by_episode(trajectories: Trajectories) -> dict[int, list[int]]:
+    """What each episode id owns, read through the key; logp and prompts must agree."""
+    owned: dict[int, list[int]] = {key: [] for key in trajectories.episodes.episode_id.tolist()}
+    marks = trajectories.decisions.logp[:, 0].tolist()
+    for row, mark, prompt in zip(
+        trajectories.decisions.episode.tolist(), marks, trajectories.prompt_ids, strict=True
+    ):
+        assert prompt.tolist() == [mark]
+        owned[int(trajectories.episodes.episode_id[row])].append(int(mark))
+    return owned
+
+
+def test_a_table_tells_its_length_and_its_outcomes():
+    episodes = make_episodes(6)
+    assert len(episodes) == 6
+    assert episodes.success.tolist() == [True, False, False] * 2
+    assert episodes.crashed.tolist() == [False, False, True] * 2
+
+
+def test_a_table_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        make_episodes(1).task_id = torch.zeros(1)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_every_column_is_declared_with_shape_dtype_and_meaning():
+    for table in (Episodes, Decisions):
+        for f in fields(table):
+            assert set(f.metadata) == {"dims", "dtype", "doc"}, f"{table.__name__}.{f.name}"
+            assert f.metadata["doc"]
+
+
+def test_check_table_returns_the_size_of_each_dimension():
+    sizes = check_table(make_decisions(torch.tensor([0, 0, 1])))
+    assert sizes == {"N": 3, "V": 1, "H": 2, "W": 2, "3": 3, "P": 8, "T": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task_id": torch.zeros(2)}, r"Episodes.task_id must be torch.int64, got torch.float32"),
+        (
+            {"task_id": torch.zeros(2, 1, dtype=torch.int64)},
+            r"Episodes.task_id must be \[B\], got \[2, 1\]",
+        ),
+        (
+            {"outcome": torch.zeros(3, dtype=torch.int64)},
+            r"Episodes.outcome: B = 3, but earlier columns say 2",
+        ),
+    ],
+)
+def test_a_wrong_column_of_episodes_is_named(change, message):
+    with pytest.raises(ContractError, match=message):
+        replace(make_episodes(2), **change)
+
+
+def test_a_fixed_dimension_is_checked():
+    grey = torch.zeros(2, 1, 2, 2, 1, dtype=torch.uint8)
+    with pytest.raises(ContractError, match=r"Decisions.image must be \[N, V, H, W, 3\], got"):
+        replace(make_decisions(torch.tensor([0, 1])), image=grey)
+
+
+def test_bins_and_logp_must_hold_as_many_tokens():
+    with pytest.raises(ContractError, match="Decisions.logp: T = 3, but earlier columns say 4"):
+        replace(make_decisions(torch.tensor([0])), logp=torch.zeros(1, 3))
+
+
+def test_trajectories_need_a_prompt_per_decision():
+    whole = make_trajectories([2, 1])
+    with pytest.raises(ContractError, match="2 prompts for 3 decisions"):
+        replace(whole, prompt_ids=whole.prompt_ids[:2])
+
+
+def test_trajectories_need_goal_readings_of_every_episode():
+    whole = make_trajectories([2, 1])
+    with pytest.raises(ContractError, match="goal readings of 1 episodes for 2"):
+        replace(whole, goals=whole.goals[:1])
+
+
+def test_endings_stay_with_their_episodes_and_none_need_be_drawn():
+    endings = tuple(np.full((1, 2, 2, 3), b, np.uint8) for b in range(2)) + (None,)
+    whole = replace(make_trajectories([2, 1, 1]), endings=endings)
+    twice = Trajectories.concat([whole, replace(whole, endings=endings[::-1])])
+    kept = twice.select(torch.tensor([False, True, True, True, False, True]))
+    assert [e if e is None else int(e.max()) for e in kept.endings] == [1, None, None, 0]
+    assert make_trajectories([2]).select(torch.tensor([True])).endings == ()
+    with pytest.raises(ContractError, match="endings of 1 episodes for 3"):
+        replace(whole, endings=endings[:1])
+
+
+def test_goal_readings_stay_with_their_episodes():
+    both = Trajectories.concat([make_trajectories([2, 1]), make_trajectories([1, 3], first_id=2)])
+    kept = both.select(torch.tensor([False, True, False, True]))
+    assert [len(readings) for readings in kept.goals] == [1, 3]
+    assert [float(readings.max()) for readings in kept.goals] == [1, 3]
+
+
+@pytest.mark.parametrize("row", [2, -1])
+def test_the_key_must_point_at_an_episode(row):
+    whole = make_trajectories([2, 1])
+    decisions = replace(whole.decisions, episode=torch.tensor([0, 0, row]))
+    with pytest.raises(ContractError, match=f"points at row {row}, but there are 2 episodes"):
+        replace(whole, decisions=decisions)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=8))
+@settings(max_examples=60)
+def test_select_keeps_each_kept_episode_with_its_own_decisions(episodes):
+    lengths, keep = [n for n, _ in episodes], [k for _, k in episodes]
+    whole = make_trajectories(lengths)
+    part = whole.select(torch.tensor(keep, dtype=torch.bool))
+    expected = {key: marks for key, marks in marks_by_episode(whole).items() if keep[key]}
+    assert marks_by_episode(part) == expected
+    assert part.crashes == {key: why for key, why in whole.crashes.items() if keep[key]}
+
+
+@pytest.mark.parametrize(
+    "keep", [torch.tensor([1, 0]), torch.tensor([True]), torch.tensor([[True, True]])]
+)
+def test_select_refuses_anything_but_a_mask(keep):
+    with pytest.raises(ContractError, match=r"keep must be bool \[2\], got torch\.(int64|bool)"):
+        make_trajectories([1, 1]).select(keep)
+
+
+@given(st.lists(st.lists(st.integers(0, 3), max_size=4), min_size=1, max_size=4))
+@settings(max_examples=60)
+def test_concat_joins_parts_without_mixing_their_decisions(parts):
+    made, first_id = [], 0
+    for lengths in parts:
+        made.append(make_trajectories(lengths, first_id))
+        first_id += len(lengths)
+    whole = Trajectories.concat(made)
+    expected = {key: marks for part in made for key, marks in marks_by_episode(part).items()}
+    assert marks_by_episode(whole) == expected
+    assert whole.crashes == {key: why for part in made for key, why in part.crashes.items()}
+
+
+def test_concat_undoes_select():
+    whole = make_trajectories([2, 0, 3, 1])
+    keep = torch.tensor([True, True, False, False])
+    again = Trajectories.concat([whole.select(keep), whole.select(~keep)])
+    assert marks_by_episode(again) == marks_by_episode(whole)
+
+
+def test_a_part_that_lost_every_episode_at_its_start_can_be_joined():
+    lost = replace(
+        make_trajectories([0]),
+        decisions=replace(make_decisions(torch.zeros(0).long()), proprio=torch.zeros(0, 0)),
+    )
+    whole = Trajectories.concat([lost, make_trajectories([2], first_id=1)])
+    assert whole.decisions.episode.tolist() == [1, 1]
+    assert len(Trajectories.concat([lost, lost]).episodes) == 2
+
+
+def test_map_columns_and_concat_tables_touch_every_column():
+    episodes = make_episodes(4)
+    halves = [map_columns(episodes, lambda t: t[:2]), map_columns(episodes, lambda t: t[2:])]
+    joined = concat_tables(halves)
+    for f in fields(Episodes):
+        assert torch.equal(getattr(joined, f.name), getattr(episodes, f.name))
+
+
+def test_outcomes_have_the_numbers_that_files_hold():
+    assert {o.name: int(o) for o in Outcome} == {"SUCCESS": 0, "TIMEOUT": 1, "CRASH": 2}

@@ -1,0 +1,301 @@
+"""Encoders with random weights in tiny sizes, read from a folder as real ones are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    VJEPA2Config,
+    VJEPA2Model,
+)
+
+from verl_vla.core.errors import ConfigError, ContractError
+from verl_vla.policies.normalization import ActionStatistics
+from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
+from verl_vla.rewards.encoders import ENCODERS, make_encoder
+from verl_vla.rewards.encoders.vjepa2 import pick_by_content
+
+VIT: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+VJEPA: dict[str, Any] = {
+    "patch_size": 16,
+    "crop_size": 32,
+    "frames_per_clip": 8,
+    "tubelet_size": 2,
+    "hidden_size": 48,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "mlp_ratio": 2.0,
+    "pred_hidden_size": 24,
+    "pred_num_attention_heads": 2,
+    "pred_num_hidden_layers": 1,
+    "pred_num_mask_tokens": 1,
+    "pred_mlp_ratio": 2.0,
+    "num_pooler_layers": 1,
+}
+WIDTH = {"pixels": 16, "dinov2": 32, "siglip": 32, "vjepa2": 48, "policy_towers": 48}
+
+
+def save(folder, model) -> str:
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def save_policy(folder) -> str:
+    sizes = TinySizes(image_size=28, fused=True, vision_width=24, llm_width=32, llm_depth=1)
+    statistics = ActionStatistics(q01=(-1.0,) * 7, q99=(1.0,) * 7, mask=(True,) * 6 + (False,))
+    build_tiny_policy(["lift the cube"], statistics, sizes=sizes).model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    """What each encoder is made with."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("weights")
+    exact = {"dtype": "float32"}
+    dino = Dinov2Model(Dinov2Config(**VIT, mlp_ratio=2))
+    siglip = SiglipVisionModel(SiglipVisionConfig(**VIT, intermediate_size=64))
+    return {
+        "pixels": {"grid": 4},
+        "dinov2": {"path": save(root / "dino", dino), "image_size": 28, **exact},
+        "siglip": {"path": save(root / "siglip", siglip), **exact},
+        "vjepa2": {"path": save(root / "vjepa", VJEPA2Model(VJEPA2Config(**VJEPA))), **exact},
+        "policy_towers": {"path": save_policy(root / "policy"), **exact},
+    }
+
+
+@pytest.fixture
+def hub(arguments, monkeypatch, tmp_path):
+    """A hub that cannot be reached, and what was fetched from it before: ``us/tiny-siglip``."""
+    commit = "0" * 40
+    model = tmp_path / "models--us--tiny-siglip"
+    shutil.copytree(arguments["siglip"]["path"], model / "snapshots" / commit)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_weights_may_be_named_as_on_the_hub(hub, arguments):
+    named = make_encoder("siglip", {**arguments["siglip"], "path": "us/tiny-siglip"})
+    local = make_encoder("siglip", arguments["siglip"])
+    assert named.feature_space == local.feature_space
+    with pytest.raises(
+        ConfigError, match=r"us/other is no folder here, and cannot be fetched from"
+    ):
+        make_encoder("siglip", {"path": "us/other"})
+
+
+def clip(num_frames: int, seed: int = 0, size: int = 40) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 255, (num_frames, size, size, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_short_and_a_long_episode_together_give_what_each_gives_alone(name, arguments):
+    encoder = make_encoder(name, {**arguments[name], "batch_size": 3})
+    episodes = [clip(3, 1), clip(40, 2), clip(1, 3), clip(3, 4)]
+    together = encoder.encode(episodes)
+    for episode, features in zip(episodes, together, strict=True):
+        (alone,) = encoder.encode([episode])
+        rows = -(-len(episode) // 2) if name == "vjepa2" else len(episode)
+        assert features.shape == (rows, WIDTH[name])
+        assert features.dtype == np.float32
+        np.testing.assert_allclose(features, alone, atol=1e-5)
+    assert not np.allclose(together[0], together[3])
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_episode_without_pictures_has_no_rows_and_harms_nobody(name, arguments):
+    encoder = make_encoder(name, arguments[name])
+    empty, features = encoder.encode([clip(0), clip(4)])
+    assert len(empty) == 0 and len(features)
+    assert len(encoder.encode([clip(0)])[0]) == 0
+    assert encoder.encode([]) == []
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_what_is_no_picture_is_refused(name, arguments):
+    encoder = make_encoder(name, arguments[name])
+    with pytest.raises(ContractError, match=r"of episode 1 must be uint8 \[T, H, W, 3\], got fl"):
+        encoder.encode([clip(2), clip(2).astype(np.float32)])
+
+
+@pytest.mark.parametrize("name", ["dinov2", "siglip", "vjepa2", "policy_towers"])
+def test_a_feature_space_is_named_after_weights_dtype_and_settings(name, arguments, tmp_path):
+    own = arguments[name]
+    space = make_encoder(name, own).feature_space
+    assert make_encoder(name, {**own, "batch_size": 1}).feature_space == space
+    assert make_encoder(name, {**own, "dtype": "bfloat16"}).feature_space != space
+    torch.manual_seed(1)
+    other = save_other_policy(tmp_path) if name == "policy_towers" else save(tmp_path, fresh(name))
+    assert make_encoder(name, {**own, "path": other}).feature_space != space
+
+
+def fresh(name: str) -> Any:
+    if name == "dinov2":
+        return Dinov2Model(Dinov2Config(**VIT, mlp_ratio=2))
+    if name == "siglip":
+        return SiglipVisionModel(SiglipVisionConfig(**VIT, intermediate_size=64))
+    return VJEPA2Model(VJEPA2Config(**VJEPA))
+
+
+def save_other_policy(folder) -> str:
+    sizes = TinySizes(image_size=28, fused=True, vision_width=24, llm_width=32, llm_depth=1)
+    statistics = ActionStatistics(q01=(-1.0,) * 7, q99=(1.0,) * 7, mask=(True,) * 6 + (False,))
+    policy = build_tiny_policy(["lift the cube"], statistics, sizes=sizes, seed=1)
+    policy.model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_an_encoder_in_a_process_of_its_own_gives_the_same_and_may_be_lost(arguments):
+    here = make_encoder("siglip", arguments["siglip"])
+    beside: Any = make_encoder("siglip", {**arguments["siglip"], "own_process": True})
+    assert beside.feature_space == here.feature_space
+    episodes = [clip(3, 1), clip(0), clip(2, 2)]
+    for mine, theirs in zip(here.encode(episodes), beside.encode(episodes), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)
+    (process,) = beside._pool._processes.values()
+    assert process.pid != os.getpid()
+    process.kill()
+    with pytest.raises(BrokenProcessPool):
+        beside.encode(episodes)
+
+
+def test_pixels_are_the_means_of_a_grid():
+    picture = np.zeros((1, 5, 6, 3), dtype=np.uint8)
+    picture[0, 2:, 3:] = (255, 0, 0)
+    assert make_encoder("pixels", {"grid": 2}).encode([picture])[0].tolist() == [
+        [0.0, 0.0, 0.0, pytest.approx(1 / 3)]
+    ]
+    colour = make_encoder("pixels", {"grid": 2, "colour": True})
+    assert colour.encode([picture])[0][0, -3:].tolist() == [1.0, 0.0, 0.0]
+    with pytest.raises(ContractError, match="pictures of 5 x 6 px have no 8 x 8 cells"):
+        make_encoder("pixels", {"grid": 8}).encode([picture])
+
+
+def test_dinov2_with_registers_leaves_them_out(tmp_path):
+    torch.manual_seed(0)
+    config = Dinov2WithRegistersConfig(**VIT, mlp_ratio=2, num_register_tokens=4)
+    model = Dinov2WithRegistersModel(config)
+    path = save(tmp_path, model)
+    encoder = make_encoder("dinov2", {"path": path, "image_size": 28, "dtype": "float32"})
+    picture = clip(2, size=28)
+    pixels = torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    normal = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    with torch.no_grad():
+        expected = model.eval()(pixel_values=normal).last_hidden_state[:, 5:].mean(1)
+    np.testing.assert_allclose(encoder.encode([picture])[0], expected, atol=1e-4)
+
+
+def test_siglip_is_read_before_its_last_block(arguments):
+    picture = clip(2, size=28)
+    model = SiglipVisionModel.from_pretrained(arguments["siglip"]["path"])
+    pixels = torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        states = model(pixel_values=pixels, output_hidden_states=True).hidden_states
+    expected = states[2].mean(1)
+    found = make_encoder("siglip", arguments["siglip"]).encode([picture])[0]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_the_policys_towers_are_those_of_its_checkpoint(arguments):
+    own = arguments["policy_towers"]
+    both, first, last = (
+        make_encoder("policy_towers", {**own, "tower": t}).encode([clip(2)])[0]
+        for t in ("all", "first", "last")
+    )
+    np.testing.assert_allclose(both, np.concatenate([first, last], axis=1), atol=1e-6)
+    spaces = {
+        make_encoder("policy_towers", {**own, "tower": t}).feature_space for t in ("all", "last")
+    }
+    assert len(spaces) == 2
+
+
+def test_scrambled_towers_have_the_same_numbers_in_another_order(arguments):
+    own = arguments["policy_towers"]
+    plain, one, same, other = (
+        make_encoder("policy_towers", {**own, **extra})
+        for extra in ({}, *({"scramble_seed": seed} for seed in (1, 1, 2)))
+    )
+    assert one.feature_space == same.feature_space
+    assert len({e.feature_space for e in (plain, one, other)}) == 3
+    (features,), (repeated,) = one.encode([clip(2)]), same.encode([clip(2)])
+    assert np.array_equal(features, repeated)
+    assert not np.allclose(features, plain.encode([clip(2)])[0])
+    for name, weight in plain._backbone.state_dict().items():
+        mixed = one._backbone.state_dict()[name]
+        assert torch.equal(weight.flatten().sort().values, mixed.flatten().sort().values)
+
+
+def test_vjepa2_knows_the_order_of_frames_and_never_loops_a_clip(arguments):
+    encoder = make_encoder("vjepa2", arguments["vjepa2"])
+    episode = clip(6)
+    straight, backwards = encoder.encode([episode, episode[::-1]])
+    assert not np.allclose(straight.mean(0), backwards.mean(0), atol=1e-5)
+    odd, completed = encoder.encode([episode[:3], episode[[0, 1, 2, 2]]])
+    np.testing.assert_allclose(odd, completed, atol=1e-6)
+    thinned = make_encoder("vjepa2", {**arguments["vjepa2"], "max_frames": 4})
+    assert thinned.encode([clip(40)])[0].shape == (2, 48)
+
+
+def test_frames_are_picked_where_the_picture_changes():
+    still = np.repeat(clip(1), 30, axis=0)
+    episode = np.concatenate([clip(10, 1), still])
+    picked = pick_by_content(episode, 8)
+    assert picked[0] == 0 and picked[-1] >= 10 and (picked < 11).sum() >= 6
+    assert pick_by_content(episode, 64).tolist() == list(range(40))
+    assert len(pick_by_content(still, 8)) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("dino", {}, "encoder is 'dino'; did you mean 'dinov2'?"),
+        ("dinov2", {}, "encoder 'dinov2' needs 'path'; set reward_args.encoder_args.path"),
+        ("pixels", {"gird": 3}, "encoder 'pixels' has no argument 'gird'; did you mean 'grid'?"),
+        ("pixels", {"grid": 0}, "grid is 0; set at least 1"),
+        ("pixels", {"batch_size": 0}, "batch_size is 0; set at least 1"),
+        ("siglip", {"path": "nowhere"}, "nowhere holds no config.json; point encoder_args.path"),
+    ],
+)
+def test_an_encoder_that_cannot_be_made_is_refused(name, change, message):
+    with pytest.raises(ConfigError) as caught:
+        make_encoder(name, change)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "of", "change", "message"),
+    [
+        ("dinov2", "siglip", {"image_size": 28}, "encoder dinov2 needs DINOv2"),
+        ("siglip", "dinov2", {}, "encoder siglip needs SigLIP"),
+        ("vjepa2", "siglip", {}, "encoder vjepa2 needs V-JEPA 2"),
+        ("dinov2", "dinov2", {"image_size": 30}, "image_size is 30; it must be a multiple of 14"),
+        ("siglip", "siglip", {"dtype": "int8"}, "dtype is 'int8'; choose one of float32"),
+        ("siglip", "siglip", {"device": "warp"}, "device is 'warp', which cannot be used"),
+        ("policy_towers", "policy_towers", {"tower": "mid"}, "tower is 'mid'; choose"),
+    ],
+)
+def test_another_model_or_setting_is_refused(name, of, change, message, arguments):
+    with pytest.raises(ConfigError, match=message):
+        make_encoder(name, {"path": arguments[of]["path"], **change})

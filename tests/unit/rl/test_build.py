@@ -1,0 +1,339 @@
+"""From a recipe to a run: what is refused before anything starts, and what a folder remembers."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from verl_vla.config.grpo import (
+    ClusterConfig,
+    EnvironmentConfig,
+    EvaluationConfig,
+    GateConfig,
+    KLConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    Recipe,
+    TrainerConfig,
+)
+from verl_vla.core.episode import Start
+from verl_vla.core.errors import ConfigError, ContractError
+from verl_vla.envs.libero.task import CAMERAS
+from verl_vla.envs.pool.env_pool import EnvPool
+from verl_vla.envs.registry import suite
+from verl_vla.policies.base import PolicyShape
+from verl_vla.policies.normalization import ActionStatistics
+from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
+from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
+from verl_vla.policies.registry import load_processor
+from verl_vla.policies.scratch_vla import tiny as tiny_scratch_vla
+from verl_vla.rl.setup import env_config, find_policy, starts, task_ids
+from verl_vla.trainer.grpo.run import open_run
+
+MINI = suite("mini")
+SHAPE = PolicyShape(num_views=1, image_size=28, chunk_length=8, action_dim=7, num_bins=256)
+MOTION = (1.0,) * 7
+
+
+def tiny_policy(**sizes: int) -> OpenVLAOFTPolicy:
+    """A policy as small as one can be."""
+    return build_tiny_policy(
+        [task.instruction for task in MINI.tasks],
+        ActionStatistics(
+            q01=-np.array(MOTION), q99=np.array(MOTION), mask=np.array([True] * 6 + [False])
+        ),
+        sizes=TinySizes(
+            image_size=SHAPE.image_size,
+            vision_width=12,
+            vision_heads=2,
+            llm_width=16,
+            llm_depth=1,
+            llm_heads=2,
+            llm_mlp=16,
+            **sizes,
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def policy_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_policy().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(policy_folder, tmp_path) -> Recipe:
+    return Recipe(
+        out=str(tmp_path / "run"),
+        policy=PolicyConfig(path=str(policy_folder)),
+        environment=EnvironmentConfig(
+            suite="mini", tasks=(0, 2), render_size=64, num_workers=1, num_slots=1
+        ),
+        evaluation=EvaluationConfig(episodes_per_task=3),
+    )
+
+
+@pytest.fixture
+def no_simulators(monkeypatch):
+    """What is checked comes before the first process; leave the processes out."""
+    monkeypatch.setattr("verl_vla.trainer.grpo.run.open_simulators", lambda *_: nullcontext())
+
+
+def open_and_close(recipe: Recipe) -> None:
+    with open_run(recipe):
+        pass
+
+
+def refusal(recipe: Recipe) -> str:
+    with pytest.raises(ConfigError) as caught:
+        open_and_close(recipe)
+    return str(caught.value)
+
+
+def test_a_run_holds_the_parts_of_its_recipe_and_closes_its_simulators(recipe, policy_folder):
+    with open_run(recipe) as run:
+        assert isinstance(run.simulators, EnvPool)
+        assert run.simulators.num_slots == 1
+        pids = run.simulators.worker_pids
+    assert run.folder == Path(recipe.out)
+    assert run.checkpoints == run.folder / "checkpoints"
+    assert run.policy_folder == policy_folder
+    assert run.processor.shape == SHAPE
+    assert type(run.reward).__name__ == "BinaryReward"
+    assert run.task_names == {0: MINI.tasks[0].name, 2: MINI.tasks[2].name}
+    assert len(run.evaluation_starts) == 2 * 3
+    assert set(run.training_starts).isdisjoint(run.evaluation_starts)
+    assert not [pid for pid in pids if _is_running(pid)]
+    with pytest.raises(ContractError, match="the pool is closed"):
+        run.simulators.reset({})
+
+
+def _is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("environment", {"suite": "mimi"}, "did you mean 'mini'?"),
+        (
+            "environment",
+            {"tasks": (9,)},
+            "environment.tasks has 9, but suite 'mini' has tasks 0 to",
+        ),
+        ("environment", {"render_size": 20}, "environment.render_size is 20, but the policy sees"),
+        ("environment", {"step_limit": 0}, "step_limit is 0"),
+        ("environment", {"step_limit": "simplevla"}, "SimpleVLA-RL never played mini"),
+        ("policy", {"path": "no/where"}, "policy.path is 'no/where', but there is no config.json"),
+        ("policy", {"attention": "flash_attention_2"}, "needs a CUDA device and the package flash"),
+        ("evaluation", {"episodes_per_task": 999}, "evaluation.episodes_per_task is 999"),
+        (None, {"reward": "binry"}, "did you mean 'binary'?"),
+        (None, {"reward_args": {"scale": 1}}, "reward 'binary' has no argument 'scale'"),
+    ],
+)
+def test_whatever_is_wrong_is_found_before_a_process_or_a_folder_is_made(
+    recipe, monkeypatch, part, change, message
+):
+    monkeypatch.setattr(
+        "verl_vla.rl.setup.EnvPool", lambda *_, **__: pytest.fail("a pool was made")
+    )
+    if part is not None:
+        change = {part: replace(getattr(recipe, part), **change)}
+    assert message in refusal(replace(recipe, **change))
+    assert not Path(recipe.out).exists()
+
+
+def test_adapters_must_go_with_the_checkpoint(recipe, tmp_path, no_simulators):
+    sizes = tiny_scratch_vla.ScratchSizes(
+        image_size=28, llm_width=32, llm_depth=1, llm_mlp=64, lora_rank=4
+    )
+    statistics = tiny_policy().processor.codec.statistics
+    words = [task.instruction for task in MINI.tasks]
+    tiny_scratch_vla.build_tiny_policy(words, statistics, sizes=sizes).save_pretrained(
+        tmp_path / "own"
+    )
+    plain = replace(sizes, lora_rank=0)
+    tiny_scratch_vla.build_tiny_policy(words, statistics, sizes=plain).save_pretrained(
+        tmp_path / "plain"
+    )
+    own, none = (
+        replace(recipe, policy=PolicyConfig(path=str(tmp_path / name), lora_rank=8))
+        for name in ("own", "plain")
+    )
+    assert "has adapters of rank 4 already" in refusal(own)
+    open_and_close(none)
+    held = replace(none, loss=replace(none.loss, kl=KLConfig(coefficient=0.1)))
+    assert "which without its adapters is not the starting policy" in refusal(held)
+
+
+def test_the_folder_holds_the_whole_recipe(recipe, no_simulators):
+    open_and_close(recipe)
+    written = yaml.safe_load((Path(recipe.out) / "recipe.yaml").read_text())
+    assert written == json.loads(json.dumps(recipe.as_dict()))
+    assert {p.name for p in Path(recipe.out).iterdir()} == {"recipe.yaml", "lock"}
+
+
+def test_the_same_recipe_resumes(recipe, no_simulators):
+    open_and_close(recipe)
+    open_and_close(recipe)
+
+
+def test_a_run_may_grow_longer_and_be_reported_elsewhere(recipe, no_simulators):
+    open_and_close(recipe)
+    longer = replace(
+        recipe,
+        trainer=TrainerConfig(total_training_steps=500, save_every=1, loggers=()),
+        evaluation=EvaluationConfig(episodes_per_task=1),
+        gate=GateConfig(mode="off"),
+        cluster=ClusterConfig(address="auto"),
+        environment=replace(recipe.environment, num_workers=7, timeout_s=77.0),
+    )
+    open_and_close(longer)
+    written = yaml.safe_load((Path(recipe.out) / "recipe.yaml").read_text())
+    assert written["trainer"]["total_training_steps"] == 500
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        (None, {"seed": 4}, "(seed: 0 -> 4)"),
+        (None, {"verl": {"a": {"b": 1}}}, "(verl.a: None -> {'b': 1})"),
+        ("optimizer", {"lr": 1e-4}, "(optimizer.lr: 5e-06 -> 0.0001)"),
+        ("environment", {"tasks": (0,)}, "(environment.tasks: [0, 2] -> [0])"),
+        ("cluster", {"ranks_per_node": 2}, "(cluster.ranks_per_node: 1 -> 2)"),
+    ],
+)
+def test_another_experiment_in_the_same_folder_is_refused(
+    recipe, no_simulators, part, change, message
+):
+    open_and_close(recipe)
+    before = (Path(recipe.out) / "recipe.yaml").read_text()
+    if part is not None:
+        change = {part: replace(getattr(recipe, part), **change)}
+    answer = refusal(replace(recipe, **change))
+    assert message in answer
+    assert recipe.out in answer
+    assert "choose another out=FOLDER" in answer
+    assert (Path(recipe.out) / "recipe.yaml").read_text() == before
+
+
+def test_every_difference_is_named(recipe, no_simulators):
+    open_and_close(recipe)
+    answer = refusal(replace(recipe, seed=1, optimizer=OptimizerConfig(micro_batch_size=2)))
+    assert "optimizer.micro_batch_size: 16 -> 2; seed: 0 -> 1" in answer
+
+
+def test_a_folder_that_cannot_be_made_is_refused(recipe, no_simulators, tmp_path):
+    (tmp_path / "file").write_text("")
+    answer = refusal(replace(recipe, out=str(tmp_path / "file" / "run")))
+    assert "which cannot be written (Not a directory); choose another" in answer
+    assert "(File exists)" in refusal(replace(recipe, out=str(tmp_path / "file")))
+
+
+def test_a_folder_whose_recipe_cannot_be_written_is_refused(recipe, no_simulators):
+    folder = Path(recipe.out)
+    (folder / "recipe.tmp").mkdir(parents=True)
+    assert "which cannot be written (Is a directory)" in refusal(recipe)
+
+
+def test_a_policy_is_found_here_or_in_the_project(policy_folder, tmp_path, monkeypatch):
+    assert find_policy(str(policy_folder)) == policy_folder
+    monkeypatch.chdir(policy_folder.parent)
+    assert find_policy(policy_folder.name) == policy_folder
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("verl_vla.rl.setup.PROJECT_FOLDER", policy_folder.parent)
+    assert find_policy(policy_folder.name) == policy_folder
+
+
+def test_all_tasks_or_the_named_ones_in_their_order():
+    assert task_ids(MINI, None) == tuple(range(len(MINI.tasks)))
+    assert task_ids(MINI, (2, 0)) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ((), "environment.tasks is empty; name at least one task, or null for all"),
+        ((-1,), "environment.tasks has -1"),
+        ((0, len(MINI.tasks)), f"has tasks 0 to {len(MINI.tasks) - 1}; choose among those"),
+        ((1, 1), r"environment.tasks is \[1, 1\]; name each task once"),
+    ],
+)
+def test_impossible_tasks_are_refused(wanted, message):
+    with pytest.raises(ConfigError, match=message):
+        task_ids(MINI, wanted)
+
+
+def test_training_and_evaluation_share_no_start():
+    tasks = task_ids(MINI, None)
+    train, held_out = starts(MINI, tasks, "train"), starts(MINI, tasks, "held_out")
+    assert set(train).isdisjoint(held_out)
+    assert len(train) + len(held_out) == len(tasks) * MINI.num_init_states
+
+
+def test_fewer_starts_are_the_first_of_each_task():
+    some = starts(MINI, (3, 1), "held_out", per_task=2)
+    first = MINI.init_state_ids(3, "held_out")[:2]
+    assert [s.task_id for s in some] == [3, 3, 1, 1]
+    assert some[:2] == tuple(Start(task_id=3, init_state_id=i) for i in first)
+
+
+def test_drawn_starts_are_as_many_as_wanted_and_no_others():
+    tasks = (0, 5)
+    drawn = starts(MINI, tasks, "drawn", per_task=100)
+    assert [sum(start.task_id == task for start in drawn) for task in tasks] == [100, 100]
+    recorded = {*starts(MINI, tasks, "train"), *starts(MINI, tasks, "held_out")}
+    assert not recorded & set(drawn)
+    with pytest.raises(ConfigError, match="says how many a task"):
+        starts(MINI, tasks, "drawn")
+
+
+def test_more_starts_than_there_are_is_refused():
+    available = len(MINI.init_state_ids(1, "held_out"))
+    assert len(starts(MINI, (1,), "held_out", per_task=available)) == available
+    with pytest.raises(ConfigError, match=f"task 1 of 'mini' has {available} held_out init states"):
+        starts(MINI, (1,), "held_out", per_task=available + 1)
+
+
+def test_a_simulator_learns_its_sizes_from_recipe_and_policy():
+    env = EnvironmentConfig(suite="mini", step_limit=33, render_size=96)
+    config = env_config(env, tiny_policy().processor)
+    assert (config.suite, config.step_limit) == ("mini", 33)
+    assert (config.render_size, config.image_size) == (96, SHAPE.image_size)
+
+
+@pytest.mark.parametrize(("known", "rendered"), [({"render_size": 64}, 64), ({}, 256)])
+def test_pictures_are_as_large_as_those_of_the_fine_tuning(known, rendered, tmp_path, caplog):
+    tiny_policy(**known).save_pretrained(tmp_path)
+    config = env_config(EnvironmentConfig(suite="mini"), load_processor(tmp_path))
+    assert config.render_size == rendered
+    assert caplog.messages == []
+
+
+def test_pictures_of_another_size_are_pointed_out(caplog):
+    env = EnvironmentConfig(suite="mini", render_size=96)
+    assert env_config(env, tiny_policy(render_size=64).processor).render_size == 96
+    assert "render_size is 96, but the policy was fine-tuned on pictures of 64 px" in caplog.text
+
+
+def test_a_policy_is_shown_as_many_cameras_as_it_has_views():
+    env = EnvironmentConfig(suite="mini")
+    assert env_config(env, tiny_policy().processor).cameras == CAMERAS[:1]
+    assert env_config(env, tiny_policy(num_views=2).processor).cameras == CAMERAS
+    with pytest.raises(ConfigError, match="takes 3 images, but the environments have 2 cameras"):
+        env_config(env, tiny_policy(num_views=3).processor)
+
+
+def test_the_embedded_suite_needs_no_assets(monkeypatch):
+    monkeypatch.setattr(
+        "verl_vla.envs.libero.suite.find_assets", lambda: pytest.fail("assets were looked for")
+    )
+    MINI.require_simulator()

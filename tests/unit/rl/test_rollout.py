@@ -1,0 +1,420 @@
+"""Playing episodes, with simulators whose episodes are known beforehand."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+from verl_vla.core.episode import EpisodeSpec, Observation, Outcome
+from verl_vla.core.errors import EpisodeCrashed
+from verl_vla.core.tables import ActionChunk, Trajectories
+from verl_vla.envs.base import ChunkResult
+from verl_vla.policies.base import PolicyShape
+from verl_vla.rl.rollout import NoiseSource, RolloutTimes, play
+
+SHAPE = PolicyShape(num_views=1, image_size=2, chunk_length=4, action_dim=2, num_bins=16)
+NOISE = NoiseSource(seed=7, stream=0)
+Reply = int | Outcome | str
+"""What a simulator does with a chunk: runs all of it (an int: that many actions, the episode goes
+on), ends after some actions (an Outcome), or crashes (the reason)."""
+
+
+@dataclass(frozen=True)
+class Script:
+    """One episode; ``last`` is how many actions of its last chunk ran."""
+
+    decisions: int = 1
+    outcome: Outcome = Outcome.TIMEOUT
+    last: int = SHAPE.chunk_length
+    crash_at: int | None = None
+    """The chunk that a simulator dies on; -1 is the reset."""
+
+
+def see(spec: EpisodeSpec, decision: int) -> Observation:
+    """An observation that says whose it is and when."""
+    return Observation(
+        image=np.full((1, 2, 2, 3), spec.episode_id, dtype=np.uint8),
+        proprio=np.array([spec.episode_id, decision], dtype=np.float32),
+        instruction=f"task {spec.task_id}",
+    )
+
+
+def goals(before: int) -> np.ndarray:
+    """Readings that count the chunks."""
+    return np.array([before, before + 1], dtype=np.float32).repeat(3).reshape(2, 1, 3)
+
+
+def go_on(executed: int, spec: EpisodeSpec, decision: int) -> ChunkResult:
+    return ChunkResult(
+        executed=executed,
+        outcome=None,
+        observation=see(spec, decision + 1),
+        goals=goals(decision),
+    )
+
+
+def end(executed: int, outcome: Outcome, decision: int) -> ChunkResult:
+    """An end whose picture tells after how many decisions it came."""
+    return ChunkResult(
+        executed=executed,
+        outcome=outcome,
+        observation=None,
+        goals=goals(decision),
+        ending=np.full((1, 2, 2, 3), 100 + decision, dtype=np.uint8),
+    )
+
+
+class ScriptedSimulators:
+    """Slots whose episodes follow scripts; refuses every call that a pool would refuse."""
+
+    def __init__(self, scripts: Mapping[int, Script], num_slots: int) -> None:
+        self._scripts = scripts
+        self._num_slots = num_slots
+        self._specs: dict[int, EpisodeSpec] = {}
+        self._decision: dict[int, int] = {}
+        self._pending: dict[int, Observation | ChunkResult | EpisodeCrashed] = {}
+        self.events: list[tuple[str, int, int]] = []
+        """(what, slot, episode id), in order."""
+
+    @property
+    def num_slots(self) -> int:
+        return self._num_slots
+
+    @property
+    def moving(self) -> set[int]:
+        """Slots that owe an answer."""
+        return set(self._pending)
+
+    def reset(self, slots: Mapping[int, EpisodeSpec]) -> None:
+        for slot, spec in slots.items():
+            assert 0 <= slot < self._num_slots
+            assert slot not in self._specs, f"slot {slot} is not free"
+            self._specs[slot], self._decision[slot] = spec, 0
+            self.events.append(("reset", slot, spec.episode_id))
+            dies = self._script(slot).crash_at == -1
+            self._pending[slot] = EpisodeCrashed("died at reset") if dies else see(spec, 0)
+
+    def step(self, chunks: Mapping[int, np.ndarray]) -> None:
+        for slot, actions in chunks.items():
+            assert slot in self._specs, f"slot {slot} plays nothing"
+            assert slot not in self._pending, f"slot {slot} still owes an answer"
+            assert actions.shape == (SHAPE.chunk_length, SHAPE.action_dim)
+            spec = self._specs[slot]
+            assert actions[0].tolist() == [spec.episode_id, self._decision[slot]]
+            self.events.append(("step", slot, spec.episode_id))
+            self._pending[slot] = self._after_chunk(slot, actions)
+
+    def wait(self, slots: Collection[int]) -> dict[int, Observation | ChunkResult | EpisodeCrashed]:
+        # backwards: the order in which simulators answer must not matter
+        answers = {slot: self._pending.pop(slot) for slot in sorted(slots, reverse=True)}
+        for slot, answer in answers.items():
+            over = isinstance(answer, ChunkResult) and answer.outcome is not None
+            if over or isinstance(answer, EpisodeCrashed):
+                self.events.append(("over", slot, self._specs.pop(slot).episode_id))
+        return answers
+
+    def _script(self, slot: int) -> Script:
+        return self._scripts[self._specs[slot].episode_id]
+
+    def _after_chunk(self, slot: int, actions: np.ndarray) -> ChunkResult | EpisodeCrashed:
+        script, decision = self._script(slot), self._decision[slot]
+        self._decision[slot] += 1
+        if script.crash_at == decision:
+            return EpisodeCrashed(f"died on chunk {decision}")
+        if decision == script.decisions - 1:
+            return end(script.last, script.outcome, decision)
+        return go_on(len(actions), self._specs[slot], decision)
+
+
+class ReactiveSimulators(ScriptedSimulators):
+    """Here the bins decide how an episode goes on, as they do in the world."""
+
+    def _after_chunk(self, slot: int, actions: np.ndarray) -> ChunkResult | EpisodeCrashed:
+        decision, luck = self._decision[slot], int(actions[1:].sum())
+        self._decision[slot] += 1
+        if luck % 11 == 0:
+            return EpisodeCrashed(f"unlucky at {decision}")
+        if luck % 5 == 0 or decision == 5:
+            outcome = Outcome.TIMEOUT if decision == 5 else Outcome.SUCCESS
+            return end(1 + luck % 4, outcome, decision)
+        return go_on(len(actions), self._specs[slot], decision)
+
+
+@dataclass
+class ScriptedPolicy:
+    """Bins are the noise, cut into 16; the first action of a chunk says whose it is."""
+
+    simulators: ScriptedSimulators | None = None
+    batches: list[list[tuple[int, int]]] = field(default_factory=list)
+    """(episode, decision) of every call."""
+    noises: list[torch.Tensor] = field(default_factory=list)
+    temperatures: list[float] = field(default_factory=list)
+    moving: list[set[int]] = field(default_factory=list)
+    """Slots that simulated while the policy decided."""
+    shape: PolicyShape = SHAPE
+
+    def act(
+        self, observations: Sequence[Observation], noise: torch.Tensor, *, temperature: float
+    ) -> ActionChunk:
+        whose = np.stack([o.proprio for o in observations])
+        self.batches.append([(int(e), int(d)) for e, d in whose])
+        self.noises.append(noise)
+        self.temperatures.append(temperature)
+        if self.simulators is not None:
+            self.moving.append(self.simulators.moving)
+        bins = (noise * SHAPE.num_bins).long()
+        actions = bins.numpy().astype(np.float32).reshape(len(whose), SHAPE.chunk_length, -1)
+        actions[:, 0] = whose
+        return ActionChunk(
+            bins=bins,
+            logp=-noise.float(),
+            prompt_ids=[torch.tensor([1, *o.instruction.encode()]) for o in observations],
+            actions=actions,
+        )
+
+
+def make_specs(count: int) -> list[EpisodeSpec]:
+    """Ids start at 10, so that a row number can never be taken for one."""
+    return [
+        EpisodeSpec(task_id=i % 3, init_state_id=i % 5, group_id=i // 2, episode_id=10 + i)
+        for i in range(count)
+    ]
+
+
+def play_scripts(scripts: Sequence[Script], num_slots: int, policy: ScriptedPolicy | None = None):
+    """Play one episode per script; returns the tables, the simulators and the policy."""
+    specs = make_specs(len(scripts))
+    simulators = ScriptedSimulators(
+        {spec.episode_id: script for spec, script in zip(specs, scripts, strict=True)}, num_slots
+    )
+    policy = policy or ScriptedPolicy(simulators)
+    return play(specs, policy, simulators, temperature=1.5, noise=NOISE), simulators, policy
+
+
+def decisions_of(trajectories: Trajectories, row: int) -> torch.Tensor:
+    return torch.nonzero(trajectories.decisions.episode == row).flatten()
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 3, 20])
+def test_rows_are_in_the_order_of_the_specs_whatever_ends_first(num_slots):
+    lengths = [5, 1, 3, 2, 4]
+    played, _, _ = play_scripts([Script(decisions=n) for n in lengths], num_slots)
+    assert played.episodes.episode_id.tolist() == [10, 11, 12, 13, 14]
+    assert played.episodes.task_id.tolist() == [0, 1, 2, 0, 1]
+    assert played.episodes.init_state_id.tolist() == [0, 1, 2, 3, 4]
+    assert played.episodes.group_id.tolist() == [0, 0, 1, 1, 2]
+    assert torch.bincount(played.decisions.episode).tolist() == lengths
+    assert played.decisions.episode.tolist() == sorted(played.decisions.episode.tolist())
+
+
+def test_every_decision_is_written_down_with_what_it_saw_and_chose():
+    played, _, _ = play_scripts([Script(decisions=3), Script(decisions=2)], num_slots=2)
+    for row, decision in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]:
+        i = int(decisions_of(played, row)[decision])
+        episode_id = 10 + row
+        noise = NOISE.uniform(episode_id, decision, SHAPE.num_tokens)
+        assert played.decisions.proprio[i].tolist() == [episode_id, decision]
+        assert (played.decisions.image[i] == episode_id).all()
+        assert played.decisions.bins[i].tolist() == (noise * SHAPE.num_bins).astype(int).tolist()
+        assert played.decisions.logp[i].tolist() == (-noise).astype(np.float32).tolist()
+        assert bytes(played.prompt_ids[i][1:].tolist()).decode() == f"task {row}"
+
+
+def test_goal_readings_begin_before_the_first_decision_and_follow_each():
+    scripts = [Script(decisions=3), Script(decisions=2, crash_at=1), Script(crash_at=-1)]
+    played, _, _ = play_scripts(scripts, num_slots=3)
+    whole, cut, never_began = played.goals
+    assert whole[:, 0, 0].tolist() == [0, 1, 2, 3]
+    assert cut[:, 0, 0].tolist() == [0, 1]
+    assert whole.shape[1:] == (1, 3)
+    assert len(never_began) == 0
+
+
+def test_an_episode_keeps_the_picture_it_ended_in():
+    scripts = [Script(decisions=3), Script(decisions=2, crash_at=1), Script(decisions=1)]
+    played, _, _ = play_scripts(scripts, num_slots=3)
+    long, lost, short = played.endings
+    assert (long[0, 0, 0, 0], short[0, 0, 0, 0]) == (102, 100)
+    assert lost is None
+
+
+def test_steps_and_outcomes_are_counted_to_the_action():
+    played, _, _ = play_scripts(
+        [
+            Script(decisions=3, outcome=Outcome.SUCCESS, last=2),
+            Script(decisions=2, outcome=Outcome.TIMEOUT),
+            Script(decisions=1, outcome=Outcome.SUCCESS, last=1),
+        ],
+        num_slots=2,
+    )
+    assert played.episodes.num_steps.tolist() == [10, 8, 1]
+    assert played.episodes.outcome.tolist() == [Outcome.SUCCESS, Outcome.TIMEOUT, Outcome.SUCCESS]
+    assert played.decisions.executed.tolist() == [4, 4, 2, 4, 4, 1]
+    assert played.crashes == {}
+
+
+def test_no_decision_is_made_for_an_episode_that_ended():
+    lengths = [4, 1, 2, 6, 1]
+    _, _, policy = play_scripts([Script(decisions=n) for n in lengths], num_slots=3)
+    asked = [one for batch in policy.batches for one in batch]
+    assert sorted(asked) == [(10 + e, d) for e, n in enumerate(lengths) for d in range(n)]
+
+
+def test_a_freed_slot_takes_the_next_episode_before_anybody_decides():
+    """The fifth episode starts where the short one ended, before its neighbour's next chunk."""
+    scripts = [Script(decisions=4), Script(decisions=1), *[Script(decisions=4)] * 3]
+    _, simulators, _ = play_scripts(scripts, num_slots=4)
+    over = simulators.events.index(("over", 1, 11))
+    assert simulators.events[over + 1 : over + 3] == [("reset", 1, 14), ("step", 0, 10)]
+
+
+def test_few_episodes_in_many_slots_still_take_turns():
+    _, simulators, policy = play_scripts([Script(), Script()], num_slots=8)
+    assert {slot for _, slot, _ in simulators.events} == {0, 1}
+    assert policy.batches == [[(10, 0)], [(11, 0)]]
+
+
+def test_the_order_in_which_simulators_answer_does_not_reach_the_policy():
+    """A batched matrix product may differ in its last bit with the order of its rows."""
+    _, _, policy = play_scripts([Script(decisions=2)] * 6, num_slots=6)
+    assert all(batch == sorted(batch) for batch in policy.batches)
+    assert [len(batch) for batch in policy.batches] == [3, 3, 3, 3]
+
+
+def test_one_half_simulates_while_the_policy_decides_for_the_other():
+    _, _, policy = play_scripts([Script(decisions=6)] * 4, num_slots=4)
+    halves = [{0, 1}, {2, 3}]
+    for turn, (batch, moving) in enumerate(zip(policy.batches, policy.moving, strict=True)):
+        assert {episode - 10 for episode, _ in batch} == halves[turn % 2]
+        if turn < len(policy.batches) - 1:
+            assert moving == halves[1 - turn % 2]
+
+
+def test_in_one_part_nothing_simulates_while_the_policy_decides():
+    specs = make_specs(6)
+    simulators = ScriptedSimulators({s.episode_id: Script(decisions=3) for s in specs}, 4)
+    policy = ScriptedPolicy(simulators)
+    alone = play(specs, policy, simulators, temperature=1.5, noise=NOISE, num_parts=1)
+    assert not any(policy.moving)
+    in_halves, _, _ = play_scripts([Script(decisions=3)] * 6, 4)
+    assert torch.equal(alone.decisions.bins, in_halves.decisions.bins)
+
+
+def test_a_decision_for_an_ended_episode_would_be_counted():
+    class Forgetful(ScriptedSimulators):
+        """Shows one more picture after the end."""
+
+        def _after_chunk(self, slot: int, actions: np.ndarray) -> ChunkResult | EpisodeCrashed:
+            ended = super()._after_chunk(slot, actions)
+            assert isinstance(ended, ChunkResult)
+            return ChunkResult(
+                executed=ended.executed,
+                outcome=ended.outcome,
+                observation=see(self._specs[slot], 1),
+                goals=ended.goals,
+            )
+
+    specs, times = make_specs(1), RolloutTimes()
+    simulators = Forgetful({specs[0].episode_id: Script()}, 1)
+    with pytest.raises(AssertionError, match="plays nothing"):
+        play(specs, ScriptedPolicy(), simulators, temperature=1.0, noise=NOISE, times=times)
+    assert times.decisions_for_ended == 1
+
+
+def test_the_decision_a_simulator_died_on_is_left_out():
+    played, _, policy = play_scripts(
+        [Script(decisions=4, crash_at=2), Script(decisions=2)], num_slots=2
+    )
+    assert (10, 2) in [one for batch in policy.batches for one in batch]
+    assert played.episodes.outcome.tolist() == [Outcome.CRASH, Outcome.TIMEOUT]
+    assert len(decisions_of(played, 0)) == 2
+    assert played.episodes.num_steps.tolist() == [8, 8]
+    assert played.crashes == {10: "died on chunk 2"}
+
+
+def test_an_episode_lost_at_its_start_has_no_decisions_and_its_slot_goes_on():
+    played, _, _ = play_scripts([Script(crash_at=-1), Script(), Script()], num_slots=1)
+    assert played.episodes.outcome.tolist() == [Outcome.CRASH, Outcome.TIMEOUT, Outcome.TIMEOUT]
+    assert played.decisions.episode.tolist() == [1, 2]
+    assert played.episodes.num_steps.tolist() == [0, 4, 4]
+    assert played.crashes == {10: "died at reset"}
+
+
+@pytest.mark.parametrize("crash_at", [-1, 0])
+def test_a_rollout_that_lost_everything_is_still_two_tables(crash_at):
+    played, _, _ = play_scripts([Script(crash_at=crash_at)] * 5, num_slots=2)
+    assert played.episodes.crashed.all()
+    assert len(played.crashes) == 5
+    assert len(played.decisions) == 0
+    assert played.decisions.image.shape == (0, 1, 2, 2, 3)
+    assert played.decisions.bins.shape == (0, SHAPE.num_tokens)
+    assert len(played.select(~played.episodes.crashed).episodes) == 0
+
+
+def test_no_episodes_give_empty_tables_and_touch_no_simulator():
+    played, simulators, policy = play_scripts([], num_slots=4)
+    assert (len(played.episodes), len(played.decisions)) == (0, 0)
+    assert (simulators.events, policy.batches) == ([], [])
+
+
+def test_a_crash_is_reported_with_its_reason(caplog):
+    with caplog.at_level(logging.WARNING):
+        play_scripts([Script(decisions=2, crash_at=1)], num_slots=1)
+    assert [r.getMessage() for r in caplog.records] == ["episode 10 lost: died on chunk 1"]
+
+
+def test_results_do_not_depend_on_how_many_play_at_a_time():
+    specs = make_specs(60)
+    tables = []
+    for num_slots in (1, 2, 7, 64):
+        simulators = ReactiveSimulators({s.episode_id: Script() for s in specs}, num_slots)
+        tables.append(play(specs, ScriptedPolicy(), simulators, temperature=1.0, noise=NOISE))
+    first = tables[0]
+    assert set(first.episodes.outcome.tolist()) == {0, 1, 2}, "the case should hold every outcome"
+    for other in tables[1:]:
+        for name in ("outcome", "num_steps", "episode_id"):
+            assert torch.equal(getattr(first.episodes, name), getattr(other.episodes, name))
+        for name in ("episode", "bins", "logp", "executed", "proprio", "image"):
+            assert torch.equal(getattr(first.decisions, name), getattr(other.decisions, name))
+        assert first.crashes == other.crashes
+
+
+def test_the_policy_gets_the_temperature_and_the_noise_of_each_decision():
+    _, _, policy = play_scripts([Script(decisions=2)] * 3, num_slots=3)
+    assert set(policy.temperatures) == {1.5}
+    for batch, noise in zip(policy.batches, policy.noises, strict=True):
+        assert noise.dtype == torch.float64
+        expected = [NOISE.uniform(e, d, SHAPE.num_tokens).tolist() for e, d in batch]
+        assert noise.tolist() == expected
+
+
+def test_noise_is_a_function_of_who_asks_and_of_nothing_else():
+    first = NoiseSource(seed=1, stream=0).uniform(5, 2, 56)
+    again = NoiseSource(seed=1, stream=0).uniform(5, 2, 56)
+    assert first.dtype == np.float64
+    assert ((first >= 0) & (first < 1)).all()
+    assert np.array_equal(first, again)
+    others = [
+        NoiseSource(seed=2, stream=0).uniform(5, 2, 56),
+        NoiseSource(seed=1, stream=1).uniform(5, 2, 56),
+        NoiseSource(seed=1, stream=0).uniform(6, 2, 56),
+        NoiseSource(seed=1, stream=0).uniform(5, 3, 56),
+    ]
+    assert all(not np.array_equal(first, other) for other in others)
+
+
+def test_times_add_up_over_rollouts():
+    times = RolloutTimes()
+    specs = make_specs(3)
+    totals = []
+    for _ in range(2):
+        simulators = ScriptedSimulators({s.episode_id: Script(decisions=2) for s in specs}, 2)
+        play(specs, ScriptedPolicy(), simulators, temperature=0.0, noise=NOISE, times=times)
+        totals.append(times.total_s)
+        assert 0 < times.policy_s + times.wait_s <= times.total_s
+    assert totals[1] > totals[0]

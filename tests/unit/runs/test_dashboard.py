@@ -1,0 +1,184 @@
+"""The dashboard serves runs, live, and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+from fastapi import Request, Response
+from fastapi.testclient import TestClient
+from report_world import add_step, make_run
+
+from verl_vla.cli import dashboard
+from verl_vla.core.errors import ConfigError
+from verl_vla.runs.html.dashboard import MAX_COMPARED, make_app
+from verl_vla.runs.html.report import TEMPLATES
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+SERVER_STARTS_S = 60
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    make_run(tmp_path / "runs" / "sweep" / "first run")
+    make_run(tmp_path / "runs" / "second", steps=0)
+    make_run(tmp_path / "outside")
+    (tmp_path / "secret.txt").write_text("secret")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def client(root: Path) -> TestClient:
+    return TestClient(make_app(root), base_url="http://127.0.0.1")
+
+
+def test_all_runs_are_listed_with_where_they_stand(client):
+    page = client.get("/").text
+    for expected in ("sweep/first run", "second", "3 of 5", "0 of 5", "75.0% (6/8"):
+        assert expected in page
+    assert "outside" not in page
+
+
+def test_a_folder_without_runs_says_how_to_begin(tmp_path):
+    page = TestClient(make_app(tmp_path), base_url="http://127.0.0.1").get("/").text
+    assert "There is no run in this folder yet" in page
+
+
+def test_a_run_that_goes_on_is_read_anew(client, root):
+    address = {"name": "sweep/first run"}
+    assert "3 of 5 training steps" in client.get("/run", params=address).text
+    add_step(root / "sweep" / "first run", 4)
+    assert "4 of 5 training steps" in client.get("/run", params=address).text
+
+
+def test_films_are_served_by_episode(client):
+    page = client.get("/run", params={"name": "sweep/first run"}).text
+    address = page.split('<img src="')[1].split('"')[0].replace("&amp;", "&")
+    answer = client.get(address)
+    assert answer.headers["content-type"] == "image/webp"
+    assert answer.content[:4] == b"RIFF"
+
+
+def test_runs_are_compared_in_one_figure(client):
+    page = client.get("/compare", params={"name": ["sweep/first run", "second"]}).text
+    assert page.count("<svg") == 1
+    assert "2 runs" in page
+    too_many = ["second"] * (MAX_COMPARED + 1)
+    assert client.get("/compare", params={"name": too_many}).status_code == 422
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../outside", "sweep/../../outside", "sweep/first run/../../../outside", "..", "/", ""),
+        *("/etc", "second\0", "link", "no such run", "second/recipe.yaml", "%2e%2e/outside"),
+    ],
+)
+def test_nothing_outside_the_runs_is_served(client, root, name):
+    (root / "link").symlink_to(root.parent / "outside")
+    for address in ("/run", "/compare"):
+        assert client.get(address, params={"name": name}).status_code == 404
+    assert client.get("/film", params={"name": name, "episode": 100}).status_code == 404
+    outside = str(root.parent / "outside")
+    assert client.get("/run", params={"name": outside}).status_code == 404
+
+
+@pytest.mark.parametrize("episode", ["../../secret.txt", "1/../2", "1e3", ""])
+def test_an_episode_is_a_number(client, episode):
+    answer = client.get("/film", params={"name": "second", "episode": episode})
+    assert answer.status_code == 422
+
+
+def test_a_film_that_leads_out_of_the_runs_is_not_served(client, root):
+    films = root / "second" / "episodes"
+    films.mkdir()
+    (films / "episode_7.webp").symlink_to(root.parent / "secret.txt")
+    assert client.get("/film", params={"name": "second", "episode": 7}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "path", ["/second/recipe.yaml", "/../secret.txt", "/docs", "/openapi.json", "/static/x"]
+)
+def test_there_are_no_other_addresses(client, path):
+    assert client.get(path).status_code == 404
+
+
+def test_it_answers_to_this_machine_s_names_alone(root):
+    assert (
+        TestClient(make_app(root), base_url="http://elsewhere.example").get("/").status_code == 400
+    )
+    assert TestClient(make_app(root), base_url="http://localhost").get("/").status_code == 200
+
+
+def test_no_script_of_a_run_s_text_would_run(client):
+    policy = client.get("/").headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "script-src 'self'" in policy
+    assert client.get("/live.js").text == (TEMPLATES / "live.js").read_text()
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="is no folder; name the one that holds the runs"):
+        dashboard.run([str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize(
+    ("words", "host", "warns"),
+    [([], "127.0.0.1", False), (["--host", "0.0.0.0"], "0.0.0.0", True)],
+)
+def test_it_binds_to_this_machine_unless_it_is_told_otherwise(
+    root, monkeypatch, caplog, words, host, warns
+):
+    bound = {}
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: bound.update(options))
+    assert dashboard.run([str(root), *words]) == 0
+    assert bound["host"] == host
+    assert ("there is no password" in caplog.text) == warns
+
+
+@pytest.fixture
+def served(root: Path) -> Iterator[str]:
+    """The address of a real server, whose run ends a step as soon as a page has its script."""
+    app = make_app(root)
+
+    @app.middleware("http")
+    async def go_on(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+        response = await answer(request)
+        if request.url.path == "/live.js":
+            add_step(root / "second", 4)
+        return response
+
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    deadline = time.monotonic() + SERVER_STARTS_S
+    while not server.started:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_a_browser_shows_what_is_new_in_a_run(served):
+    """The page asks again by itself; waiting for that takes the browser's time, not ours."""
+    assert BROWSER is not None
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    done = subprocess.run(
+        [BROWSER, *flags, "--virtual-time-budget=11000", "--dump-dom", f"{served}/run?name=second"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert "4 of 5 training steps" in done.stdout
+    assert done.stdout.count("<svg") == 8

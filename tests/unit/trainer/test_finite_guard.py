@@ -1,0 +1,172 @@
+"""veRL's engine with a real policy, a real optimizer and numbers that are not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+from safetensors.torch import load_file
+from verl.trainer.config import CheckpointConfig
+from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+
+from verl_vla.config.grpo import LossConfig
+from verl_vla.core.errors import DivergedError
+from verl_vla.core.files import PROJECT_FOLDER
+from verl_vla.envs.registry import suite
+from verl_vla.trainer.engine.divergence_guard import FiniteGuard, load_rows
+from verl_vla.trainer.engine.engine import VLAEngine
+from verl_vla.trainer.grpo.worker import row_loss
+from verl_vla.trainer.verl_compat.process import MODEL_TYPE, prepare_verl
+
+NUM_ROWS, NUM_TOKENS, ACTION_DIM = 4, 56, 7
+LOSS = partial(row_loss, config=LossConfig(), action_dim=ACTION_DIM, num_ranks=1)
+
+
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    prepare_verl("cpu", knob="cluster.device")
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{tmp_path_factory.mktemp('group') / 'store'}",
+        rank=0,
+        world_size=1,
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def engine(process_group: None, tmp_path: Path) -> VLAEngine:
+    return make_engine(PROJECT_FOLDER / "bases" / "mini", tmp_path / "diverged")
+
+
+def make_engine(policy: Path, diverged: Path) -> VLAEngine:
+    """The embedded policy, as a training run on a CPU holds it; it allows two skips in a row."""
+    full = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    engine = VLAEngine(
+        HFModelConfig(
+            path=str(policy),
+            model_type=MODEL_TYPE,
+            use_remove_padding=False,
+            enable_gradient_checkpointing=False,
+            override_config={
+                "attn_implementation": "sdpa",
+                "unnorm_key": None,
+                "quantization": "none",
+                "gather_once": True,
+            },
+        ),
+        FSDPEngineConfig(
+            strategy="fsdp2", use_torch_compile=False, model_dtype="fp32", mixed_precision=full
+        ),
+        FSDPOptimizerConfig(optimizer="adamw", lr=1e-3, clip_grad=1.0, total_training_steps=9),
+        CheckpointConfig(),
+    )
+    engine.initialize()
+    engine.guard = FiniteGuard(folder=diverged, max_in_a_row=2)
+    return engine
+
+
+def rows(engine: VLAEngine, folder: Path, advantage: float, old_logp: float = -5.0) -> Any:
+    """A mini-batch of random pictures, in TransferQueue's layout, as read back from a file."""
+    torch.manual_seed(0)
+    prompt = engine.processor.prompt(suite("mini").tasks[0].instruction)
+    bins = torch.randint(0, engine.processor.shape.num_bins, (NUM_ROWS, NUM_TOKENS))
+    size = engine.processor.shape.image_size
+    images = torch.randint(0, 256, (NUM_ROWS, 1, size, size, 3), dtype=torch.uint8)
+    mask = torch.ones(NUM_ROWS, NUM_TOKENS, dtype=torch.long)
+    given = {
+        "prompts": (prompt,) * NUM_ROWS,
+        "responses": tuple(bins),
+        "images": tuple(images),
+        "proprio": tuple(torch.zeros(NUM_ROWS, 8)),
+        "response_mask": tuple(mask),
+        "loss_mask": tuple(mask),
+        "advantages": tuple(advantage * mask.float()),
+        "old_log_probs": tuple(old_logp * mask.float()),
+        "trajectory_steps": tuple(torch.full((NUM_ROWS, 1), 8)),
+        "temperature": 1.0,
+        "num_trajectories": float(NUM_ROWS),
+        "use_dynamic_bsz": False,
+        "micro_batch_size_per_gpu": 2,
+    }
+    torch.save(given, folder / "rows.pt")
+    return load_rows(folder / "rows.pt")
+
+
+def learn(engine: VLAEngine, data: Any) -> float:
+    with engine.train_mode():
+        return float(engine.train_batch(data, LOSS)["metrics"]["grad_norm"])
+
+
+def weights_of(engine: VLAEngine) -> dict[str, torch.Tensor]:
+    state = engine.module.state_dict()
+    return {name: value.full_tensor().clone() for name, value in state.items()}
+
+
+def moved(before: dict[str, torch.Tensor], engine: VLAEngine) -> bool:
+    after = weights_of(engine)
+    assert all(bool(value.isfinite().all()) for value in after.values())
+    return any(not torch.equal(before[name], after[name]) for name in before)
+
+
+Spoil = Callable[[VLAEngine, Path], Any]
+SPOILED: dict[str, Spoil] = {
+    "an advantage that is no number": lambda e, f: rows(e, f, math.nan),
+    "an advantage without bound": lambda e, f: rows(e, f, math.inf),
+    "a ratio that overflows": lambda e, f: rows(e, f, -1.0, old_logp=-1e4),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED.keys())
+def test_a_step_that_is_not_finite_is_left_out_and_the_next_one_taken(
+    engine: VLAEngine, tmp_path: Path, spoil: Spoil
+) -> None:
+    before = weights_of(engine)
+    assert not math.isfinite(learn(engine, spoil(engine, tmp_path)))
+    assert not moved(before, engine)
+    assert engine.guard.num_in_a_row == 1
+    assert engine.num_optimizer_steps == 1
+    assert learn(engine, rows(engine, tmp_path, 1.0)) > 0
+    assert moved(before, engine)
+    assert engine.guard.num_in_a_row == 0
+    assert not engine.guard.folder.exists()
+
+
+def test_a_loss_that_is_not_finite_counts_though_its_gradient_is(
+    engine: VLAEngine, tmp_path: Path
+) -> None:
+    before = weights_of(engine)
+
+    def infinite(**given: Any) -> tuple[torch.Tensor, dict[str, float]]:
+        loss, metrics = LOSS(**given)
+        return loss + math.inf, metrics
+
+    with engine.train_mode():
+        engine.train_batch(rows(engine, tmp_path, 1.0), infinite)
+    assert engine.guard.num_in_a_row == 1
+    assert not moved(before, engine)
+
+
+def test_too_many_in_a_row_end_the_run_and_can_be_replayed(
+    engine: VLAEngine, tmp_path: Path
+) -> None:
+    learn(engine, rows(engine, tmp_path, 1.0))
+    learn(engine, rows(engine, tmp_path, math.nan))
+    with pytest.raises(DivergedError, match="2 optimizer steps in a row were left out") as caught:
+        learn(engine, rows(engine, tmp_path, math.inf))
+    folder = tmp_path / "diverged"
+    assert str(folder) in str(caught.value)
+    assert "lower optimizer.lr" in str(caught.value)
+
+    kept = load_file(folder / "policy" / "model.safetensors")
+    now = weights_of(engine)
+    assert all(torch.equal(now[name], value) for name, value in kept.items())
+    again = make_engine(folder / "policy", tmp_path / "again")
+    assert not math.isfinite(learn(again, load_rows(folder / "batch_rank_0.pt")))

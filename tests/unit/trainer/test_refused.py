@@ -1,0 +1,88 @@
+"""Episodes that outlive the reward that could not score them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bench_world import NUM_GROUPS, SIZE, make_trajectories
+from verl.utils import tensordict_utils as tu
+
+from verl_vla.core.episode import EpisodeSpec
+from verl_vla.core.errors import RewardError
+from verl_vla.rewards import RewardResult, StatelessReward, TrajectoryBatch
+from verl_vla.trainer.grpo.env_loop import EpisodeLoop
+from verl_vla.trainer.grpo.rows import group_key
+from verl_vla.trainer.grpo.unscored_episodes import RefusedEpisodes
+
+STEP = 3
+PLAYED = make_trajectories(crash_last=True)
+SPECS = [
+    EpisodeSpec(task_id=t, init_state_id=i, group_id=g, episode_id=e)
+    for t, i, g, e in zip(
+        PLAYED.episodes.task_id.tolist(),
+        PLAYED.episodes.init_state_id.tolist(),
+        PLAYED.episodes.group_id.tolist(),
+        PLAYED.episodes.episode_id.tolist(),
+        strict=True,
+    )
+]
+
+
+def test_what_was_kept_of_the_first_step_is_taken_up_whole(tmp_path: Path) -> None:
+    RefusedEpisodes(tmp_path, first_step=1).keep(PLAYED, STEP)
+    again = RefusedEpisodes(tmp_path, first_step=STEP)
+    taken = again.take(SPECS, STEP)
+    assert taken is not None
+    assert torch.equal(taken.decisions.image, PLAYED.decisions.image)
+    assert torch.equal(taken.decisions.logp, PLAYED.decisions.logp)
+    assert taken.crashes == PLAYED.crashes
+    again.forget(STEP)
+    again.forget(STEP)
+    assert again.take(SPECS, STEP) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_episodes_and_other_weights_are_played_anew(tmp_path: Path) -> None:
+    kept = RefusedEpisodes(tmp_path, first_step=STEP)
+    kept.keep(PLAYED, STEP)
+    assert kept.take(SPECS[:-1], STEP) is None
+    assert kept.take(SPECS[::-1], STEP) is None
+    assert kept.take(SPECS, STEP + 1) is None
+    earlier = RefusedEpisodes(tmp_path, first_step=STEP - 1)
+    assert earlier.take(SPECS, STEP) is None, "the weights of that step were trained anew"
+
+
+class Unsure(StatelessReward):
+    """Knows no score for one episode."""
+
+    def __call__(self, batch: TrajectoryBatch) -> RewardResult:
+        score = np.where(batch.episode_id == SIZE, np.nan, 1).astype(np.float32)
+        return RewardResult(score=score, progress=score, status=("ok",) * len(batch))
+
+
+def test_a_refused_round_leaves_its_episodes_behind(tmp_path: Path) -> None:
+    kept = RefusedEpisodes(tmp_path, first_step=STEP)
+    kept.keep(PLAYED, STEP)
+    nobody: Any = None  # neither a policy nor a simulator is asked, and nothing is shown
+    loop = EpisodeLoop(
+        nobody,
+        nobody,
+        Unsure(),
+        suite="mini",
+        temperature=1.0,
+        seed=0,
+        specs_of=lambda group: SPECS[group * SIZE : (group + 1) * SIZE],
+        album=nobody,
+        refused=kept,
+    )
+    asked = tu.get_tensordict({"uid": [group_key(group) for group in range(NUM_GROUPS)]})
+    tu.assign_non_tensor_data(asked, "global_steps", STEP)
+    with pytest.raises(RewardError, match=f"Unsure returned nan for episode {SIZE} "):
+        loop.generate_sequences(asked)
+    assert loop.account.as_metrics()["rollout/episodes"] == len(SPECS)
+    assert np.isnan(loop.account.as_metrics()["rollout/decisions_per_s"])
+    assert kept.take(SPECS, STEP) is not None

@@ -1,0 +1,228 @@
+"""Trajectories as veRL's rows, held against the functions of veRL that will read them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensordict import TensorDict
+from verl import DataProto
+from verl.trainer.ppo.padding_utils import construct_minimal_padding_template
+from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+from verl.workers.utils.padding import no_padding_2_padding, response_from_nested
+
+from verl_vla.core.tables import Decisions, Episodes, Trajectories
+from verl_vla.rl.advantage import group_advantage
+from verl_vla.rl.loss import executed_mask
+from verl_vla.trainer.grpo.rows import (
+    dense,
+    group_key,
+    group_of,
+    lengths,
+    make_rows,
+    pack_like_language_model,
+    right_padded,
+    stacked,
+)
+
+CHUNK, DIM = 4, 2
+TOKENS = CHUNK * DIM
+
+
+def make_trajectories(groups: list[int], num_decisions: list[int]) -> Trajectories:
+    """One episode per entry; its last chunk is cut after one action."""
+    episode = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(num_decisions))
+    count = len(episode)
+    is_last = torch.cat([episode[1:] != episode[:-1], torch.tensor([True])])
+    executed = torch.where(is_last, 1, CHUNK)
+    ids = torch.arange(len(groups))
+    rng = torch.Generator().manual_seed(0)
+    return Trajectories(
+        episodes=Episodes(
+            task_id=ids,
+            init_state_id=ids,
+            group_id=torch.tensor(groups),
+            episode_id=ids,
+            outcome=ids % 2,
+            num_steps=torch.zeros(len(groups), dtype=torch.int64).index_add(0, episode, executed),
+        ),
+        decisions=Decisions(
+            episode=episode,
+            image=torch.randint(0, 255, (count, 1, 2, 2, 3), generator=rng, dtype=torch.uint8),
+            proprio=torch.zeros(count, 8),
+            bins=torch.randint(0, 256, (count, TOKENS), generator=rng),
+            logp=-torch.rand(count, TOKENS, generator=rng),
+            executed=executed,
+        ),
+        prompt_ids=tuple(torch.arange(3 + i % 4) + 1000 for i in range(count)),
+        goals=(np.zeros((1, 1, 3), dtype=np.float32),) * len(groups),
+    )
+
+
+def rows_of(trajectories: Trajectories, score: list[float] | None = None):
+    given = np.zeros(len(trajectories.episodes)) if score is None else np.array(score)
+    return make_rows(trajectories, given.astype(np.float32), chunk_length=CHUNK, global_step=5)
+
+
+def jagged(rows) -> torch.Tensor:
+    return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
+
+
+@pytest.mark.parametrize("group", [0, 7, 12345])
+def test_a_group_is_found_again_from_all_keys_that_veRL_makes_of_it(group):  # noqa: N802
+    key = group_key(group)
+    assert "_" not in key
+    assert [group_of(k) for k in (key, f"{key}_3", f"{key}_3_0")] == [group] * 3
+
+
+def test_keys_say_group_member_and_place():
+    """Members are counted inside their group, wherever its episodes stand in the table."""
+    keys, _, _ = rows_of(make_trajectories([12, 3, 12, 3], [2, 1, 1, 3]))
+    assert keys == ["g12_0_0", "g12_0_1", "g3_0_0", "g12_1_0", "g3_1_0", "g3_1_1", "g3_1_2"]
+
+
+def test_a_row_is_a_prompt_and_the_bins_of_one_decision():
+    played = make_trajectories([3, 3], [2, 1])
+    _, fields, tags = rows_of(played)
+    mask = executed_mask(played.decisions.executed, chunk_length=CHUNK, action_dim=DIM)
+    for i, (row, tag) in enumerate(zip(fields, tags, strict=True)):
+        prompt = played.prompt_ids[i]
+        assert row["uid"] == "g3"
+        assert torch.equal(row["prompts"], prompt)
+        assert torch.equal(row["responses"], played.decisions.bins[i])
+        assert row["input_ids"].tolist() == prompt.tolist() + played.decisions.bins[i].tolist()
+        assert row["position_ids"].tolist() == list(range(len(prompt) + TOKENS))
+        assert torch.equal(row["response_mask"], mask[i].long())
+        assert torch.equal(row["loss_mask"], mask[i].long())
+        assert torch.equal(row["rollout_log_probs"], played.decisions.logp[i])
+        assert torch.equal(row["images"], played.decisions.image[i])
+        assert tag["status"] == "success"
+        assert tag["prompt_len"] + tag["response_len"] == tag["seq_len"] == len(row["input_ids"])
+        assert {tag[f"{which}global_steps"] for which in ("", "min_", "max_")} == {5}
+
+
+def test_every_row_knows_how_long_its_whole_trajectory_was():
+    _, fields, _ = rows_of(make_trajectories([3, 3], [2, 3]))
+    steps = [row["trajectory_steps"].tolist() for row in fields]
+    assert steps == [[CHUNK + 1]] * 2 + [[2 * CHUNK + 1]] * 3
+
+
+def test_the_score_stands_on_the_last_executed_token_of_a_trajectory():
+    _, fields, _ = rows_of(make_trajectories([3, 3], [2, 1]), score=[0.75, -0.5])
+    rewards = torch.stack([row["rm_scores"] for row in fields])
+    place = [(int(i), int(j)) for i, j in rewards.nonzero()]
+    assert place == [(1, DIM - 1), (2, DIM - 1)]
+    assert rewards.sum(1).tolist() == [0, 0.75, -0.5]
+
+
+def test_an_episode_without_decisions_makes_no_row_and_keeps_its_number():
+    keys, _, _ = rows_of(make_trajectories([3, 3, 3], [1, 0, 1]))
+    assert keys == ["g3_0_0", "g3_2_0"]
+
+
+def test_no_trajectories_make_no_rows():
+    whole = make_trajectories([3], [1])
+    assert rows_of(whole.select(torch.tensor([False])), score=[]) == ([], [], [])
+
+
+def test_verl_packs_the_rows_and_they_come_out_unchanged():
+    _, fields, _ = rows_of(make_trajectories([3, 4], [2, 3]))
+    packed = list_of_dict_to_tensordict(fields)
+    sizes = [len(row["prompts"]) for row in fields]
+    assert packed["prompts"].offsets().diff().tolist() == sizes
+    assert lengths(packed["prompts"]).tolist() == sizes
+    images = torch.stack([row["images"] for row in fields])
+    assert torch.equal(stacked(packed["images"]), images)
+    assert stacked(packed["trajectory_steps"]).flatten().tolist() == [
+        int(row["trajectory_steps"]) for row in fields
+    ]
+    assert packed["uid"] == [row["uid"] for row in fields]
+
+
+def test_verl_computes_our_advantage_from_the_rows():
+    """Its estimator looks at each trajectory's last row and spreads what it finds."""
+    played = make_trajectories([7, 7, 7, 2, 2], [2, 1, 3, 2, 2])
+    score = [1.0, 0.0, 0.25, 1.0, 0.0]
+    keys, fields, _ = rows_of(played, score)
+    names = ("response_mask", "rm_scores")
+    tensors = {name: torch.stack([row[name] for row in fields]) for name in names}
+    data = DataProto.from_single_dict(
+        tensors
+        | {
+            "token_level_rewards": tensors["rm_scores"],
+            "uid": np.array([row["uid"] for row in fields], dtype=object),
+        }
+    )
+    theirs = compute_advantage_for_multi_trajectories(data, batch_keys=keys, adv_estimator="grpo")
+    ours = group_advantage(torch.tensor(score), played.episodes.group_id)
+    expected = ours[played.decisions.episode][:, None] * tensors["response_mask"]
+    torch.testing.assert_close(theirs.batch["advantages"], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_that_verl_fills_up_with_carries_no_gradient_and_a_finite_weight():
+    _, fields, tags = rows_of(make_trajectories([3], [2]))
+    row, tag = construct_minimal_padding_template(fields[0], tags[0], eos_token_id=31_999)
+    assert tag["is_padding"]
+    assert int(row["response_mask"].sum()) == 0 and float(row["rm_scores"].sum()) == 0
+    assert int(row["trajectory_steps"]) > 0
+    assert row["images"].shape == fields[0]["images"].shape
+    mask = dense(jagged([row["response_mask"], fields[1]["response_mask"]]), TOKENS)
+    assert mask[0].sum() == 0 and torch.equal(mask[1], fields[1]["response_mask"])
+
+
+ragged = st.lists(st.tuples(st.integers(1, 6), st.integers(1, TOKENS)), min_size=1, max_size=5)
+
+
+@given(ragged)
+@settings(max_examples=40)
+def test_packed_values_are_what_verl_takes_for_a_language_models(sizes):
+    prompts = jagged(torch.zeros(p, dtype=torch.int64) for p, _ in sizes)
+    responses = jagged(torch.zeros(t, dtype=torch.int64) for _, t in sizes)
+    values = torch.zeros(len(sizes), TOKENS)
+    for row, (_, t) in enumerate(sizes):
+        values[row, :t] = torch.arange(t) + 100 * row + 1
+    packed = pack_like_language_model(values, prompts, responses)
+
+    assert lengths(packed).tolist() == [p + t for p, t in sizes]
+    batch = TensorDict({"prompts": prompts, "responses": responses}, batch_size=len(sizes))
+    widest = max(t for _, t in sizes)
+    assert torch.equal(no_padding_2_padding(packed, batch), values[:, :widest])
+    back = response_from_nested(packed, responses)
+    for row, (_, t) in enumerate(sizes):
+        assert torch.equal(back[row], values[row, :t])
+
+
+def test_packing_lets_the_gradient_through():
+    values = torch.rand(2, 3, requires_grad=True)
+    prompts = jagged([torch.zeros(2), torch.zeros(1)])
+    responses = jagged([torch.zeros(3), torch.zeros(1)])
+    pack_like_language_model(values, prompts, responses).values().sum().backward()
+    assert values.grad.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_dense_pads_on_the_right_to_the_width_that_was_asked_for():
+    rows = jagged([torch.tensor([1, 2]), torch.tensor([3])])
+    assert dense(rows, 4).tolist() == [[1, 2, 0, 0], [3, 0, 0, 0]]
+
+
+def test_dense_takes_rows_whose_longest_length_was_forgotten():
+    """Ray carries values and offsets; what torch had noted of the lengths is lost."""
+    bare = torch.nested.nested_tensor_from_jagged(
+        torch.tensor([1, 2, 3]), offsets=torch.tensor([0, 2, 3])
+    )
+    assert dense(bare, 2).tolist() == [[1, 2], [3, 0]]
+
+
+def test_right_padded_gives_ids_and_their_mask():
+    ids, mask = right_padded(jagged([torch.tensor([5, 6, 7]), torch.tensor([8])]))
+    assert ids.tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert mask.dtype == torch.int64
+
+
+def test_stacked_leaves_a_dense_tensor_alone():
+    rows = torch.rand(2, 3)
+    assert stacked(rows) is rows

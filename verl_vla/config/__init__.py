@@ -1,0 +1,1 @@
+"""Every section that a recipe can set, and how YAML becomes one."""

@@ -1,0 +1,189 @@
+"""From ``recipe=NAME key=value ...`` to a checked `Recipe`: Hydra merges, dataclasses check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.defaults_list import DefaultsList
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from verl_vla.config.grpo import Recipe
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.files import PROJECT_FOLDER
+from verl_vla.core.schema import parse
+from verl_vla.core.text import nearest
+
+RECIPES_FOLDER = PROJECT_FOLDER / "recipes"
+"""Where recipes with a plain name live; its folders are the groups that a recipe chooses from."""
+
+COMMAND_LINE = "command line"
+"""Where a knob's value came from, if not from a file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Composition:
+    """What a recipe says, and where it says so."""
+
+    values: dict[str, Any]
+    """Nested, as `parse` wants them."""
+    origins: dict[str, str]
+    """The file, or `COMMAND_LINE`, that had the last word on each knob that any of them sets."""
+    choices: dict[str, str]
+    """The file taken from each group."""
+
+
+def load_recipe(arguments: Sequence[str]) -> Recipe:
+    """Compose and check a recipe from ``recipe=NAME key=value ...``.
+
+    ``recipe`` is a name in `RECIPES_FOLDER` or a path to a YAML file; other keys override it.
+
+    Raises:
+        ConfigError: no recipe named, unknown recipe or key, or a value that cannot be.
+    """
+    return parse(Recipe, compose_recipe(arguments, RECIPES_FOLDER).values)
+
+
+def compose_recipe(arguments: Sequence[str], folder: Path) -> Composition:
+    """Let Hydra merge the recipe that ``arguments`` name, the files it builds on, and overrides.
+
+    Where the recipe builds on a group, e.g. ``suite: spatial``, the override ``suite=object`` takes
+    another file of it. Any other override sets a knob, also one that no file mentions; `parse`
+    refuses those that nobody knows. A recipe of the user's own may build on the project's recipes
+    and groups.
+
+    A plain name is looked up in ``folder``.
+
+    Raises:
+        ConfigError: no recipe named, an unknown one, or one that cannot be read.
+    """
+    recipes = [a.removeprefix("recipe=") for a in arguments if a.startswith("recipe=")]
+    if len(recipes) != 1:
+        raise ConfigError(
+            f"{len(recipes)} recipes were named; say which one with recipe=NAME. "
+            f"Known: {', '.join(recipe_names(folder))}"
+        )
+    file = find_recipe(recipes[0], folder)
+    overrides = [_read_override(a) for a in arguments if not a.startswith("recipe=")]
+    search = [] if file.parent == folder else [f"hydra.searchpath=['file://{folder}']"]
+    try:
+        with initialize_config_dir(str(file.parent), version_base=None):
+            parts = _parts(file.stem, search)
+            words, knobs = _split(overrides, _choices(parts), folder)
+            if words:
+                parts = _parts(file.stem, [*words, *search])
+            composed = compose(config_name=file.stem, overrides=[*words, *search])
+        origins = dict(_origins(parts, (file.parent, folder)))
+        for knob in knobs:
+            OmegaConf.update(composed, knob.key_or_group, knob.value(), force_add=True)
+            origins |= {key: COMMAND_LINE for key, _ in leaves(knob.value(), knob.key_or_group)}
+        container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {file.stem!r} cannot be composed: {error}") from error
+    values = cast("dict[str, Any]", container)
+    return Composition(values=values, origins=origins, choices=_choices(parts))
+
+
+def recipe_names(folder: Path = RECIPES_FOLDER) -> list[str]:
+    """Names of the recipes in a folder, those of training that come with the project."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def group_options(group: str, folder: Path = RECIPES_FOLDER) -> list[str]:
+    """Names of the files in a group of recipes."""
+    return sorted(path.stem for path in (folder / group).glob("*.yaml"))
+
+
+def leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Walk a nested mapping: the dotted name of each value, and the value; {} is one."""
+    if not isinstance(values, Mapping) or not values:
+        yield path, values
+        return
+    for key, value in cast("Mapping[str, Any]", values).items():
+        yield from leaves(value, f"{path}.{key}" if path else key)
+
+
+def find_recipe(name: str, folder: Path = RECIPES_FOLDER) -> Path:
+    """The YAML file that ``name`` stands for; ``folder`` as of `recipe_names`."""
+    if name.endswith(".yml"):
+        raise ConfigError(f"recipe is {name!r}, but Hydra reads .yaml alone; rename the file")
+    if name.endswith(".yaml"):
+        path = Path(name).resolve()
+        if not path.is_file():
+            raise ConfigError(f"recipe is {name!r}, but there is no such file; check the path")
+        return path
+    if name not in (known := recipe_names(folder)):
+        raise ConfigError(f"recipe is {name!r}, which is unknown; {nearest(name, known)}")
+    return folder / f"{name}.yaml"
+
+
+def _read_override(word: str) -> Override:
+    """Refuse what Hydra would not read, or would read as something else than a knob."""
+    if "=" not in word or word.startswith("~"):
+        raise ConfigError(f"{word!r} is no key=value; write e.g. seed=1")
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        raise ConfigError(
+            f"{word!r} cannot be read ({str(error).splitlines()[0]}); a value with special "
+            "characters needs quotes of its own, e.g. \"out='runs/a=b'\""
+        ) from error
+    if override.key_or_group.split(".")[0] == "hydra":
+        raise ConfigError(f"{word!r} is a knob of Hydra, which runs no job here; leave it out")
+    if override.is_sweep_override():
+        raise ConfigError(f"{word!r} names several values; for a list use key=[value1,value2]")
+    return override
+
+
+def _split(
+    overrides: Sequence[Override], choices: Mapping[str, str], folder: Path
+) -> tuple[list[str], list[Override]]:
+    """Words for Hydra that choose another file of a group, and the overrides that set knobs.
+
+    A group may share its name with a knob, as ``reward`` does. Then a value that is no file of the
+    group is the knob's.
+    """
+    words: list[str] = []
+    knobs: list[Override] = []
+    for override in overrides:
+        group, value = override.key_or_group, str(override.value())
+        options = group_options(group, folder) if group in choices else []
+        if value in options:
+            words.append(f"{group}='{value}'")
+        elif group in choices and group not in Recipe.__dataclass_fields__:
+            raise ConfigError(f"{group} is {value!r}, which is unknown; {nearest(value, options)}")
+        else:
+            knobs.append(override)
+    return words, knobs
+
+
+def _parts(name: str, words: list[str]) -> DefaultsList:
+    """The files that Hydra merges, in order."""
+    loader = GlobalHydra.instance().config_loader()
+    return loader.compute_defaults_list(name, words, RunMode.RUN)
+
+
+def _choices(parts: DefaultsList) -> dict[str, str]:
+    """The groups that a recipe builds on, and the file that it takes from each."""
+    known = parts.overrides.known_choices
+    return {group: str(taken) for group, taken in known.items() if not group.startswith("hydra/")}
+
+
+def _origins(parts: DefaultsList, folders: Sequence[Path]) -> Iterator[tuple[str, str]]:
+    """Each knob and the file that sets it, in the order of merging."""
+    for part in parts.defaults:
+        relative = f"{part.config_path}.yaml"
+        for file in [f / relative for f in folders if (f / relative).is_file()][:1]:
+            content = yaml.safe_load(file.read_text()) or {}
+            for key, _ in leaves({k: v for k, v in content.items() if k != "defaults"}):
+                yield key, relative

@@ -1,0 +1,70 @@
+"""An end that somebody asks for: the step under way is finished and kept first."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from verl_vla.core.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""Ctrl-C, and what ``kill``, container engines and schedulers send first."""
+
+
+class StopRequest:
+    """Whether this process was asked to stop."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+
+    @property
+    def is_made(self) -> bool:
+        """Whether somebody asked."""
+        return self.signal_number is not None
+
+    def carry_out(self, step: int) -> NoReturn:
+        """End, with the signal's exit code.
+
+        Args:
+            step: the last one that is done and kept; 0 where there is none.
+
+        Raises:
+            Interrupted: always.
+        """
+        assert self.signal_number is not None, "nobody asked"
+        name = signal.Signals(self.signal_number).name
+        raise Interrupted(
+            f"{name} after step {step}; the same command goes on from there", self.signal_number
+        )
+
+
+@contextmanager
+def stop_requests() -> Generator[StopRequest]:
+    """Take the first SIGINT or SIGTERM as a request; the second ends the process at once."""
+    request = StopRequest()
+
+    def ask(number: int, _: FrameType | None) -> None:
+        request.signal_number = number
+        for one in SIGNALS:
+            signal.signal(one, signal.SIG_DFL)
+        # not print or logging: what was interrupted may be in the middle of either
+        said = f"{signal.Signals(number).name}: stopping after this step; once more stops at once\n"
+        assert sys.__stderr__ is not None
+        os.write(sys.__stderr__.fileno(), said.encode())
+
+    before = {one: signal.signal(one, ask) for one in SIGNALS}
+    try:
+        yield request
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def leave_signals_to_parent(_: int = 0) -> None:
+    """Ignore Ctrl-C, which a terminal sends to every process of a run; the first one decides."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,217 @@
+"""The data that flows: two tables and one key.
+
+An *episode* is one attempt at a task. A *decision* is one call of the policy inside an
+episode; it yields one action chunk. Episodes differ in length, so decisions are stored flat,
+without padding, and ``Decisions.episode`` says which episode each one belongs to.
+
+Dimensions, used in every shape in this package:
+
+    B  episodes in the batch            N  decisions in the batch, over all episodes
+    n  decisions taken at once          V  camera views
+    H, W  image height and width, px    L  prompt tokens of one decision
+    K  actions in one chunk             A  values in one action
+    T  action tokens in one chunk, always K * A
+    P  proprio values                   S  simulator steps of one episode
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import compress
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from verl_vla.core.episode import GoalReadings, Outcome
+from verl_vla.core.errors import ContractError
+
+Table = TypeVar("Table")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActionChunk:
+    """What the policy answers to ``n`` observations."""
+
+    bins: Tensor
+    """[n, T] int64, index of the chosen class among the action ids."""
+    logp: Tensor
+    """[n, T] float32, nats, at the temperature that was asked for; zeros when greedy."""
+    prompt_ids: list[Tensor]
+    """n tensors [L] int64, the prompt each decision was conditioned on, unpadded."""
+    actions: npt.NDArray[np.float32]
+    """[n, K, A], in simulator units, ready for `Env.step_chunk`."""
+
+
+def column(*dims: str, dtype: torch.dtype, doc: str) -> Any:
+    """Declare one tensor column of a table; shape, dtype and meaning live in one place."""
+    return field(metadata={"dims": dims, "dtype": dtype, "doc": doc})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Episodes:
+    """One row per episode."""
+
+    task_id: Tensor = column("B", dtype=torch.int64, doc="index of the task in its suite")
+    init_state_id: Tensor = column("B", dtype=torch.int64, doc="index of the recorded start")
+    group_id: Tensor = column("B", dtype=torch.int64, doc="episodes compared with each other")
+    episode_id: Tensor = column("B", dtype=torch.int64, doc="unique in the run")
+    outcome: Tensor = column("B", dtype=torch.int64, doc="an `Outcome`")
+    num_steps: Tensor = column("B", dtype=torch.int64, doc="simulator steps the policy chose")
+
+    def __post_init__(self) -> None:
+        check_table(self)
+
+    def __len__(self) -> int:
+        return len(self.task_id)
+
+    @property
+    def success(self) -> Tensor:
+        """[B] bool, true where the task was solved."""
+        return self.outcome == Outcome.SUCCESS
+
+    @property
+    def crashed(self) -> Tensor:
+        """[B] bool, true where the simulator was lost."""
+        return self.outcome == Outcome.CRASH
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decisions:
+    """One row per policy call. Images stay raw bytes until the learner needs them."""
+
+    episode: Tensor = column("N", dtype=torch.int64, doc="row of `Episodes`")
+    image: Tensor = column("N", "V", "H", "W", "3", dtype=torch.uint8, doc="RGB, 0..255")
+    proprio: Tensor = column("N", "P", dtype=torch.float32, doc="as in `Observation`")
+    bins: Tensor = column("N", "T", dtype=torch.int64, doc="class index, not a token id")
+    logp: Tensor = column("N", "T", dtype=torch.float32, doc="nats, at the rollout policy")
+    executed: Tensor = column("N", dtype=torch.int64, doc="actions of the chunk run, 1..K")
+
+    def __post_init__(self) -> None:
+        check_table(self)
+
+    def __len__(self) -> int:
+        return len(self.episode)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectories:
+    """What a rollout returns: episodes, their decisions in order, and their prompts.
+
+    ``crashes`` holds the reason of every crashed episode, by ``episode_id``.
+    """
+
+    episodes: Episodes
+    decisions: Decisions
+    prompt_ids: tuple[Tensor, ...]
+    """N tensors [L] int64; ragged, so not a column."""
+    goals: tuple[GoalReadings, ...]
+    """B arrays [decisions + 1, G, 3]: before the first decision, and after each."""
+    crashes: dict[int, str] = field(default_factory=dict[int, str])
+    endings: tuple[npt.NDArray[np.uint8] | None, ...] = ()
+    """B pictures [V, H, W, 3] after the last step, None where none was drawn; empty where nobody
+    was asked to draw any."""
+
+    def __post_init__(self) -> None:
+        if len(self.prompt_ids) != len(self.decisions):
+            raise ContractError(
+                f"{len(self.prompt_ids)} prompts for {len(self.decisions)} decisions"
+            )
+        if len(self.goals) != len(self.episodes):
+            raise ContractError(
+                f"goal readings of {len(self.goals)} episodes for {len(self.episodes)}"
+            )
+        if len(self.endings) not in (0, len(self.episodes)):
+            raise ContractError(f"endings of {len(self.endings)} episodes for {len(self.episodes)}")
+        for row in self.decisions.episode.aminmax() if len(self.decisions) else ():
+            if not 0 <= int(row) < len(self.episodes):
+                raise ContractError(
+                    f"Decisions.episode points at row {int(row)}, "
+                    f"but there are {len(self.episodes)} episodes"
+                )
+
+    def select(self, keep: Tensor) -> Trajectories:
+        """Keep the episodes where ``keep`` ([B] bool) is true, and their decisions.
+
+        Raises:
+            ContractError: ``keep`` is not bool, or not as long as there are episodes.
+        """
+        if keep.dtype != torch.bool or keep.shape != (len(self.episodes),):
+            raise ContractError(
+                f"keep must be bool [{len(self.episodes)}], got {keep.dtype} {list(keep.shape)}"
+            )
+        new_row = torch.cumsum(keep, 0) - 1
+        rows = keep[self.decisions.episode]
+        decisions = map_columns(self.decisions, lambda t: t[rows])
+        episodes = map_columns(self.episodes, lambda t: t[keep])
+        ids = set(episodes.episode_id.tolist())
+        return Trajectories(
+            episodes=episodes,
+            decisions=replace(decisions, episode=new_row[decisions.episode]),
+            prompt_ids=tuple(p for p, row in zip(self.prompt_ids, rows, strict=True) if row),
+            goals=tuple(g for g, kept in zip(self.goals, keep, strict=True) if kept),
+            crashes={key: why for key, why in self.crashes.items() if key in ids},
+            endings=tuple(compress(self.endings, keep)),
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[Trajectories]) -> Trajectories:
+        """Stack batches; rows of the key are shifted, group ids must already differ."""
+        offsets = np.cumsum([0] + [len(p.episodes) for p in parts])[:-1]
+        moved = [
+            replace(p.decisions, episode=p.decisions.episode + int(offset))
+            for p, offset in zip(parts, offsets, strict=True)
+        ]
+        # a part that lost every episode at its start knows no widths
+        with_rows = [decisions for decisions in moved if len(decisions)]
+        return Trajectories(
+            episodes=concat_tables([p.episodes for p in parts]),
+            decisions=concat_tables(with_rows or moved[:1]),
+            prompt_ids=tuple(prompt for p in parts for prompt in p.prompt_ids),
+            goals=tuple(readings for p in parts for readings in p.goals),
+            crashes={key: why for p in parts for key, why in p.crashes.items()},
+            endings=tuple(ending for p in parts for ending in p.endings),
+        )
+
+
+def check_table(table: Any) -> dict[str, int]:
+    """Compare every column with its declaration and return the size of each dimension.
+
+    Raises:
+        ContractError: names the column, what it must be and what it is.
+    """
+    sizes: dict[str, int] = {}
+    for f in fields(table):
+        dims, dtype = f.metadata["dims"], f.metadata["dtype"]
+        value: Tensor = getattr(table, f.name)
+        name = f"{type(table).__name__}.{f.name}"
+        if value.dtype != dtype:
+            raise ContractError(f"{name} must be {dtype}, got {value.dtype}")
+        if value.dim() != len(dims):
+            raise ContractError(f"{name} must be [{', '.join(dims)}], got {list(value.shape)}")
+        for dim, size in zip(dims, value.shape, strict=True):
+            if dim.isdigit() and size != int(dim):
+                raise ContractError(f"{name} must be [{', '.join(dims)}], got {list(value.shape)}")
+            if sizes.setdefault(dim, size) != size:
+                raise ContractError(f"{name}: {dim} = {size}, but earlier columns say {sizes[dim]}")
+    return sizes
+
+
+def map_columns(table: Table, change: Callable[[Tensor], Tensor]) -> Table:
+    """Apply ``change`` to every column of a table."""
+    return replace(
+        table,  # pyright: ignore[reportArgumentType]
+        **{f.name: change(getattr(table, f.name)) for f in fields(table)},  # pyright: ignore[reportArgumentType]
+    )
+
+
+def concat_tables(tables: Sequence[Table]) -> Table:
+    """Stack the rows of tables of one type."""
+    names = [f.name for f in fields(tables[0])]  # pyright: ignore[reportArgumentType]
+    return replace(
+        tables[0],  # pyright: ignore[reportArgumentType]
+        **{name: torch.cat([getattr(t, name) for t in tables]) for name in names},
+    )

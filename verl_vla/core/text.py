@@ -1,0 +1,54 @@
+"""Text for messages: the nearest known name, what differs, a time span."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def nearest(name: str, choices: Sequence[str], others: Sequence[str] = ()) -> str:
+    """Say which of ``choices`` was probably meant by ``name``, as the end of a message.
+
+    One of ``others`` may be meant too; they are too many to be listed.
+
+    >>> nearest("libero_spacial", ["libero_spatial", "mini"])
+    "did you mean 'libero_spatial'? Known: libero_spatial, mini"
+    """
+    close = difflib.get_close_matches(name, [*choices, *others], n=1)
+    known = f"Known: {', '.join(choices)}"
+    return f"did you mean {close[0]!r}? {known}" if close else known
+
+
+def differences(
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    may_change: Sequence[str] = (),
+    path: str = "",
+) -> list[str]:
+    """What differs and may not between two nested mappings, as ``key: old -> new``."""
+    found: list[str] = []
+    for key in sorted(before.keys() | after.keys()):
+        name = f"{path}.{key}" if path else key
+        if name in may_change:
+            continue
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, may_change, name)
+        elif old != new:
+            found.append(f"{name}: {old!r} -> {new!r}")
+    return found
+
+
+def format_seconds(seconds: float) -> str:
+    """Short and readable.
+
+    >>> format_seconds(8.4), format_seconds(125), format_seconds(7260)
+    ('8s', '2m05s', '2h01m')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

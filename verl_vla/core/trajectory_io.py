@@ -1,0 +1,67 @@
+"""Trajectories on disk: one compressed file of plain arrays, whole or not there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from verl_vla.core.tables import Decisions, Episodes, Trajectories
+
+NO_PICTURE = np.zeros((0, 0, 0, 3), dtype=np.uint8)
+"""Stands for an ending that nobody drew."""
+
+
+def write_trajectories(file: Path, trajectories: Trajectories) -> None:
+    """Write everything that was recorded of some episodes; the file is never seen half-written."""
+    tables: dict[str, npt.NDArray[Any]] = {}
+    for table in (trajectories.episodes, trajectories.decisions):
+        for f in fields(table):
+            tables[f"{type(table).__name__}.{f.name}"] = getattr(table, f.name).numpy()
+    tables |= _pack("prompt_ids", [prompt.numpy() for prompt in trajectories.prompt_ids])
+    tables |= _pack("goals", trajectories.goals)
+    tables |= _pack("endings", [NO_PICTURE if e is None else e for e in trajectories.endings])
+    tables["crashes"] = np.array(json.dumps(trajectories.crashes))
+    partial_file = file.with_suffix(".partial")
+    with partial_file.open("wb") as stream:
+        np.savez_compressed(stream, **tables)  # pyright: ignore[reportArgumentType]
+    partial_file.replace(file)
+
+
+def read_trajectories(file: Path) -> Trajectories:
+    """Read `write_trajectories` without executing anything."""
+    with np.load(file, allow_pickle=False) as tables:
+
+        def columns(table: type[Any]) -> dict[str, Tensor]:
+            names = [f.name for f in fields(table)]
+            return {name: torch.from_numpy(tables[f"{table.__name__}.{name}"]) for name in names}
+
+        crashes: dict[str, str] = json.loads(str(tables["crashes"]))
+        return Trajectories(
+            episodes=Episodes(**columns(Episodes)),
+            decisions=Decisions(**columns(Decisions)),
+            prompt_ids=tuple(torch.from_numpy(ids) for ids in _unpack("prompt_ids", tables)),
+            goals=tuple(_unpack("goals", tables)),
+            endings=tuple(e if e.size else None for e in _unpack("endings", tables)),
+            crashes={int(key): why for key, why in crashes.items()},
+        )
+
+
+def _pack(name: str, arrays: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """Arrays of different shapes as one flat array and their shapes."""
+    flat = np.concatenate([a.ravel() for a in arrays]) if arrays else np.zeros(0)
+    return {name: flat, f"{name}.shape": np.array([a.shape for a in arrays], dtype=np.int64)}
+
+
+def _unpack(name: str, tables: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    shapes = tables[f"{name}.shape"]
+    ends = np.cumsum([np.prod(shape, dtype=np.int64) for shape in shapes])
+    parts = np.split(tables[name], ends[:-1]) if len(shapes) else []
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -1,0 +1,1 @@
+"""Demonstrations: recorded, read, augmented, batched."""

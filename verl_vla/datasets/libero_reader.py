@@ -1,0 +1,209 @@
+"""LIBERO's demonstration files.
+
+One HDF5 file a task, ``<task name>_demo.hdf5``: a group ``data`` with the attribute
+``problem_info`` and, for each episode, ``demo_i/actions`` [T, 7], ``demo_i/states``
+[T, 1 + nq + nv] (time, positions, velocities) and, for each camera, the `PICTURES` [T, H, W, 3]
+uint8, stored bottom-up as OpenGL draws. Source: LIBERO ``scripts/create_dataset.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from verl_vla.config.sft import DemoChoice
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.image_preprocessing import Pixels
+from verl_vla.datasets.action_targets import moving_steps
+from verl_vla.datasets.libero_writer import FILE_SUFFIX, PICTURES, file_name
+from verl_vla.envs.libero.suite import LiberoSuite
+from verl_vla.envs.libero.task import CAMERAS
+
+Node = Any
+"""A file, group or data set of h5py, whose own types cannot say which of them a name leads to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demo:
+    """One episode without its pictures; T steps, those without motion left out."""
+
+    file: Path
+    name: str
+    """``demo_i``, its group in the file."""
+    task_id: int
+    instruction: str
+    steps: npt.NDArray[np.int64]
+    """[T], where each of the actions stands in the file."""
+    actions: npt.NDArray[np.float32]
+    """[T, 7], simulator units; float32 as in openvla-oft's copy of the data."""
+    render_size: int
+    """Height of its pictures, pixels."""
+    cameras: tuple[str, ...]
+    """Those of `CAMERAS` that it has pictures of, in their order."""
+
+
+def demo_file(folder: Path, task_name: str) -> Path:
+    """Where the episodes of a task lie."""
+    return folder / file_name(task_name)
+
+
+def read_demos(
+    folder: Path, suite: LiberoSuite, tasks: Sequence[int], choice: DemoChoice
+) -> tuple[list[Demo], list[Demo]]:
+    """Read the episodes to learn and those held out, without their pictures.
+
+    Every file is closed again, so that no process forked later inherits it.
+
+    Raises:
+        ConfigError: a file is missing, broken or of another layout, or holds too few episodes.
+    """
+    missing = [t for t in tasks if not demo_file(folder, suite.task(t).name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"demos.folder is {str(folder)!r}, but it holds no "
+            f"{demo_file(folder, suite.task(missing[0]).name).name} (tasks without a file: "
+            f"{missing}); download LIBERO's {suite.name} demonstrations or record some, or name "
+            "the tasks that are there with environment.tasks"
+        )
+    learned: list[Demo] = []
+    held_out: list[Demo] = []
+    for task_id in tasks:
+        path = demo_file(folder, suite.task(task_id).name)
+        try:
+            with h5py.File(path, "r") as file:
+                names = _episode_names(file)
+                chosen = _split(names, choice, path)
+                sentence = read_sentence(file)
+                words = suite.task(task_id).instruction
+                instruction = words if choice.wording == "task_name" else sentence
+                first, last = (
+                    [_read_demo(file, path, n, task_id, instruction, choice) for n in part]
+                    for part in chosen
+                )
+        except (OSError, KeyError) as error:
+            raise _broken(path, error) from error
+        learned += first
+        held_out += last
+    return learned, held_out
+
+
+def read_actions(folder: Path) -> list[npt.NDArray[np.float32]]:
+    """Read the actions [T, 7] of every episode of every file in a folder, idle steps left out.
+
+    Raises:
+        ConfigError: a file is broken or of another layout.
+    """
+    actions: list[npt.NDArray[np.float32]] = []
+    for path in sorted(folder.glob(f"*{FILE_SUFFIX}")):
+        try:
+            with h5py.File(path, "r") as file:
+                for name in _episode_names(file):
+                    values = np.asarray(file[f"data/{name}/actions"], dtype=np.float64)
+                    actions.append(values[moving_steps(values)].astype(np.float32))
+        except (OSError, KeyError) as error:
+            raise _broken(path, error) from error
+    return actions
+
+
+def read_sentence(file: Node) -> str:
+    """The instruction that the file itself gives; a BDDL file's sentence, quotes aside."""
+    information = json.loads(file["data"].attrs["problem_info"])
+    return "".join(information["language_instruction"]).strip('"')
+
+
+class FrameReader:
+    """Reads single pictures; every process opens its own files, at its first read.
+
+    A handle that was open when a process forked shares the parent's descriptor and the library's
+    state of that moment, so it is closed in the child and opened anew. A pickled reader carries no
+    handles at all.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[Path, Node] = {}
+        self._process = os.getpid()
+
+    def read(self, demo: Demo, index: int, camera: str = CAMERAS[0]) -> Pixels:
+        """Return the picture before ``demo.actions[index]``: [H, W, 3], upright.
+
+        It is turned by 180 degrees, so that left and right are swapped, as openvla-oft does
+        (``experiments/robot/libero/libero_utils.py:33``) and as `Renderer.draw` shows it.
+        """
+        file = self._file(demo.file)
+        stored = file[f"data/{demo.name}/{PICTURES[camera]}"][int(demo.steps[index])]
+        return np.ascontiguousarray(stored[::-1, ::-1])
+
+    def close(self) -> None:
+        """Close what is open."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._files = {}
+        self._process = os.getpid()
+
+    def _file(self, path: Path) -> Node:
+        if self._process != os.getpid():
+            self.close()
+            self._process = os.getpid()
+        if path not in self._files:
+            self._files[path] = h5py.File(path, "r")
+        return self._files[path]
+
+
+def _broken(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{path} is no LIBERO demonstration file or is broken ({error}); fetch or record it again"
+    )
+
+
+def _episode_names(file: Node) -> list[str]:
+    """``demo_0``, ``demo_1``, ... ``demo_10``, in the order of their numbers."""
+    names = [name for name in file["data"] if name.startswith("demo_")]
+    return sorted(names, key=lambda name: int(name.removeprefix("demo_")))
+
+
+def _split(names: list[str], choice: DemoChoice, path: Path) -> tuple[list[str], list[str]]:
+    rest = len(names) - choice.held_out_per_task
+    wanted = rest if choice.per_task == "all" else choice.per_task
+    if wanted > rest or wanted < 1:
+        raise ConfigError(
+            f"{path} holds {len(names)} episodes, but demos.choice.per_task is {choice.per_task} "
+            f"and demos.choice.held_out_per_task {choice.held_out_per_task}; ask for fewer"
+        )
+    return names[:wanted], names[rest:]
+
+
+def _read_demo(
+    file: Node, path: Path, name: str, task_id: int, instruction: str, choice: DemoChoice
+) -> Demo:
+    episode = file[f"data/{name}"]
+    actions = np.asarray(episode["actions"], dtype=np.float64)
+    num_frames, render_size = episode[PICTURES[CAMERAS[0]]].shape[:2]
+    if actions.ndim != 2 or not 0 < len(actions) == num_frames:
+        raise ConfigError(
+            f"{path}: {name} holds actions {list(actions.shape)} and {num_frames} pictures; each "
+            "action needs the picture before it: fetch or record the file again"
+        )
+    steps = moving_steps(actions) if choice.filter_noops else np.arange(len(actions))
+    return Demo(
+        file=path,
+        name=name,
+        task_id=task_id,
+        instruction=instruction,
+        steps=steps,
+        actions=actions[steps].astype(np.float32),
+        render_size=render_size,
+        cameras=tuple(camera for camera in CAMERAS if PICTURES[camera] in episode),
+    )

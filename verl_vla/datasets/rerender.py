@@ -1,0 +1,128 @@
+"""Pictures of recorded states at another size.
+
+LIBERO's files hold pictures of 128 px; published policies were fine-tuned on 256. openvla plays the
+recorded actions again (``regenerate_libero_dataset.py``); here every recorded state is put into the
+simulator and drawn, so that no picture depends on how well a replay follows the recording. What
+is drawn is the state itself; a picture taken while stepping is up to two of robosuite's 25 physics
+steps older.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.processes import end_with_parent
+from verl_vla.core.text import format_seconds
+from verl_vla.datasets.libero_reader import Node, demo_file
+from verl_vla.datasets.libero_writer import PARTIAL_SUFFIX, PICTURES
+from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.libero.env import LiberoEnv
+from verl_vla.envs.libero.suite import libero_suite, make_libero_env
+
+logger = getLogger(__name__)
+
+RGB = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rerendering:
+    """What is drawn again, and where it is kept."""
+
+    source: Path
+    """Folder of LIBERO's files."""
+    target: Path
+    """Folder of the same files with other pictures; they hold nothing but what is learned from."""
+    env: EnvConfig
+    """Its ``cameras`` are drawn, at its ``render_size``."""
+
+
+def rerender(work: Rerendering, tasks: Sequence[int], *, workers: int) -> None:
+    """Draw the files of ``tasks`` that are not there yet, each task in a process of its own.
+
+    Raises:
+        ConfigError: a file's states do not fit its task.
+    """
+    chosen = libero_suite(work.env.suite)
+    missing = [t for t in tasks if not demo_file(work.target, chosen.task(t).name).is_file()]
+    if not missing:
+        return
+    work.target.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
+        futures = [pool.submit(rerender_task, work, task) for task in missing]
+        for done, (task, future) in enumerate(zip(missing, futures, strict=True), 1):
+            num_frames = future.result()
+            spent = time.perf_counter() - began
+            logger.info(
+                "drawn again: %d/%d  %s  %d pictures  left %s",
+                done,
+                len(missing),
+                chosen.task(task).name,
+                num_frames,
+                format_seconds(spent / done * (len(missing) - done)),
+            )
+
+
+def rerender_task(work: Rerendering, task_id: int) -> int:
+    """Draw one file; it appears when it is whole. Returns how many pictures it has.
+
+    Raises:
+        ConfigError: its states do not fit the task.
+    """
+    env = make_libero_env(work.env)
+    path = demo_file(work.target, env.suite.task(task_id).name)
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    try:
+        with (
+            h5py.File(work.source / path.name, "r") as source,
+            h5py.File(partial, "w") as target,
+        ):
+            episodes: Node = source["data"]
+            data = target.create_group("data")
+            data.attrs.update(episodes.attrs)
+            num_frames = sum(
+                _draw_episode(episodes[name], data.create_group(name), env, task_id)
+                for name in episodes
+            )
+    finally:
+        env.close()
+    partial.replace(path)
+    return num_frames
+
+
+def _draw_episode(source: Node, target: Node, env: LiberoEnv, task_id: int) -> int:
+    states = np.asarray(source["states"], dtype=np.float64)
+    width = env.suite.load_init_states(task_id).shape[1]
+    if states.ndim != 2 or states.shape[1] != width:
+        raise ConfigError(
+            f"{source.file.filename}: {source.name} has states {list(states.shape)}, but a state "
+            f"of its task has {width} numbers; record it with the installed LIBERO, or set "
+            "demos.pictures=stored"
+        )
+    target["actions"] = source["actions"][()]
+    target["states"] = states
+    shape = (env.config.render_size, env.config.render_size, RGB)
+    frames = {
+        camera: target.create_dataset(
+            PICTURES[camera], shape=(len(states), *shape), dtype=np.uint8, chunks=(1, *shape)
+        )
+        for camera in env.config.cameras
+    }
+    simulator = env.simulator(task_id)
+    for step, state in enumerate(states):
+        simulator.begin(state)
+        for camera in frames:
+            # bottom-up and not mirrored, as LIBERO stores pictures
+            frames[camera][step] = simulator.render(camera)[::-1, ::-1]
+    return len(states)

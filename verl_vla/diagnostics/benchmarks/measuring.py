@@ -1,0 +1,91 @@
+"""What all benchmarks share: taking turns, and the conditions of a number."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.provenance import provenance
+
+Record = dict[str, Any]
+"""One benchmark's results by name, ready for JSON, with ``bench``, ``command`` and ``conditions``.
+"""
+
+ENVIRONMENT = ("OMP_NUM_THREADS", "LP_NUM_THREADS", "MUJOCO_GL", "CUDA_VISIBLE_DEVICES")
+"""Variables that change how fast something is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """What one piece of work took."""
+
+    clock: float
+    processor: float
+    """Of all threads of the process; tells more than the clock where others use the machine."""
+
+
+def timed(work: Callable[[], object]) -> Seconds:
+    """Do ``work`` once."""
+    clock, processor = time.perf_counter(), time.process_time()
+    work()
+    return Seconds(time.perf_counter() - clock, time.process_time() - processor)
+
+
+def take_turns(
+    ways: Mapping[str, Callable[[], Seconds]], *, rounds: int, warm_up: int
+) -> dict[str, list[Seconds]]:
+    """Let every way work ``rounds`` times, one after the other in each round.
+
+    ``warm_up`` rounds before them fill caches and are not counted.
+    """
+    taken: dict[str, list[Seconds]] = {name: [] for name in ways}
+    for place in range(warm_up + rounds):
+        for name, work in ways.items():
+            seconds = work()
+            if place >= warm_up:
+                taken[name].append(seconds)
+    return taken
+
+
+def spread(values: Sequence[float], digits: int) -> list[float]:
+    """Median, least and largest, rounded."""
+    return [round(x, digits) for x in (statistics.median(values), min(values), max(values))]
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
+    """How many times faster, pair by pair: median, least and largest."""
+    return spread([a / b for a, b in zip(slow, fast, strict=True)], 2)
+
+
+def record(name: str, options: argparse.Namespace, results: Mapping[str, Any]) -> Record:
+    """Put a benchmark's results together with its command and conditions."""
+    return {
+        "bench": name,
+        "command": f"python -m verl_vla bench {shlex.join(options.words)}",
+        **results,
+        "conditions": {
+            "load_average_at_end": round(os.getloadavg()[0], 1),
+            **{key: os.environ[key] for key in ENVIRONMENT if key in os.environ},
+            **provenance(),
+        },
+    }
+
+
+def require_positive(options: argparse.Namespace, *names: str) -> None:
+    """Refuse to measure nothing.
+
+    Raises:
+        ConfigError: an option is below 1.
+    """
+    for name in names:
+        value = getattr(options, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {number}; set at least 1")

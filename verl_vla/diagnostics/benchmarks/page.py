@@ -1,0 +1,74 @@
+"""The tables of docs/benchmarks.md, written from the records in docs/benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.files import PROJECT_FOLDER
+from verl_vla.diagnostics.benchmarks.measuring import Record
+
+DOCS = PROJECT_FOLDER / "docs"
+BEGIN = "<!-- written by `python -m verl_vla bench page` from docs/benchmarks/*.json -->"
+END = "<!-- end of what bench page writes -->"
+NOT_SHOWN = ("bench", "command", "conditions")
+"""Entries of a record that its table does not repeat."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what can be chosen."""
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of benchmarks.md")
+
+
+def measure(options: argparse.Namespace) -> Record:
+    """Write the tables into the page; this measures nothing.
+
+    Raises:
+        ConfigError: the page lacks the two lines that the tables stand between.
+    """
+    page: Path = options.docs / "benchmarks.md"
+    records = read_records(options.docs / "benchmarks")
+    page.write_text(with_tables(page.read_text(), records))
+    return {"bench": "page", "records": len(records), "page": str(page)}
+
+
+def read_records(folder: Path) -> dict[str, Record]:
+    """Read the kept records by the names of their files, in alphabetical order."""
+    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+
+
+def with_tables(page: str, records: dict[str, Record]) -> str:
+    """Replace what stands between the two lines."""
+    if BEGIN not in page or END not in page:
+        raise ConfigError(f"benchmarks.md lacks the lines {BEGIN!r} and {END!r}; put them back")
+    before, after = page.split(BEGIN)[0], page.split(END)[1]
+    tables = "\n".join(table(name, record) for name, record in records.items())
+    return f"{before}{BEGIN}\n\n{tables}\n{END}{after}"
+
+
+def table(name: str, record: Record) -> str:
+    """Write one record in Markdown: its command, its numbers, its conditions."""
+    rows = [f"| {key} | {_cell(value)} |" for key, value in record.items() if key not in NOT_SHOWN]
+    conditions = ", ".join(f"{key} {value}" for key, value in record["conditions"].items())
+    lines = [f"### {name}", "", f"`{record['command']}`", ""]
+    return "\n".join([*lines, "| what | value |", "|---|---|", *rows, "", f"{conditions}.", ""])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "not measured"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return _list(value)
+    return str(value)
+
+
+def _list(values: Sequence[Any]) -> str:
+    """A list of three numbers is a median and its range."""
+    numbers = all(isinstance(value, int | float) for value in values)
+    if numbers and len(values) == len(("median", "least", "largest")):
+        return f"{values[0]} ({values[1]} to {values[2]})"
+    return ", ".join(map(str, values)) or "none"

@@ -1,0 +1,122 @@
+"""Whole training steps against those of another commit: same seed, same episodes, same numbers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.files import PROJECT_FOLDER
+from verl_vla.diagnostics.benchmarks.measuring import Record, record, require_positive, spread
+from verl_vla.runs.metrics import is_reproducible, read_metrics
+
+SPINE = "d067d8f"
+"""The first commit that trains ``mini`` under veRL from end to end, before anything was sped up."""
+PUSHING = (
+    "recipe=quickstart policy.path={project}/bases/mini environment.tasks=[0] "
+    "sampling.temperature=0.8 trainer.total_training_steps=3 trainer.eval_before=false "
+    "trainer.eval_every=0 trainer.save_every=0"
+)
+"""Of today's base, whose format the spine reads, on a task that it has: push the red cube."""
+LATER = "gate.mode=off"
+PARTS = ("step", "rollout", "update", "transfer")
+"""Of a training step, as ``time/..._s`` reports them."""
+
+Lines = list[dict[str, float]]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what can be chosen."""
+    add = parser.add_argument
+    add("--against", default=SPINE, help="the other commit")
+    add("--training", default=PUSHING, help="words of both runs, as for train, in quotes")
+    add("--now", default=LATER, help="words of today's run, which the other does not know")
+    add("--pairs", type=int, default=2, help="runs of each commit; they take turns")
+
+
+def measure(options: argparse.Namespace) -> Record:
+    """Run both commits in turn. The first step of a run builds simulators and is not counted."""
+    require_positive(options, "pairs")
+    words = options.training.format(project=PROJECT_FOLDER).split()
+    runs: dict[str, list[Lines]] = {"then": [], "now": []}
+    with _checkout(options.against) as then, tempfile.TemporaryDirectory() as folder:
+        for pair in range(options.pairs):
+            for name, tree, own in (
+                ("then", then, []),
+                ("now", PROJECT_FOLDER, options.now.split()),
+            ):
+                out = Path(folder) / f"{name}{pair}"
+                runs[name].append(_train(tree, [*words, *own], out))
+    results = {"against": options.against, "training": options.training, "pairs": options.pairs}
+    return record("step", options, results | compare(runs["then"], runs["now"]))
+
+
+def compare(then: Sequence[Lines], now: Sequence[Lines]) -> dict[str, Any]:
+    """Compare runs of two commits: seconds of a step, and whether the numbers are the same."""
+    found: dict[str, Any] = {}
+    for part in PARTS:
+        before, after = _seconds(then, part), _seconds(now, part)
+        found[f"{part}_then_s"] = spread(before, 2)
+        found[f"{part}_now_s"] = spread(after, 2)
+        times = statistics.median(before) / statistics.median(after)
+        found[f"{part}_times_faster"] = round(times, 2)
+    names = [n for n in then[0][0] if n in now[0][0] and is_reproducible(n)]
+    different = {
+        name
+        for a, b in zip(then[0], now[0], strict=True)
+        for name in names
+        if not _equal(a, b, name)
+    }
+    return found | {"numbers_compared": len(names), "numbers_that_differ": sorted(different)}
+
+
+def _equal(a: Mapping[str, float], b: Mapping[str, float], name: str) -> bool:
+    return a[name] == b[name] or (a[name] != a[name] and b[name] != b[name])  # both unknown
+
+
+def _seconds(runs: Sequence[Lines], part: str) -> list[float]:
+    return [line[f"time/{part}_s"] for lines in runs for line in lines[1:]]
+
+
+def _train(tree: Path, words: list[str], out: Path) -> Lines:
+    done = subprocess.run(
+        [sys.executable, "-m", "verl_vla", "train", *words, f"out={out}"],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": str(tree)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise ConfigError(
+            f"train {' '.join(words)} ended with {done.returncode} in {tree}; its last words:\n"
+            f"{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    lines = read_metrics(out / "metrics.jsonl")
+    if len(lines) < 2:
+        raise ConfigError("the run has one training step; set at least 2, the first is left out")
+    return lines
+
+
+@contextmanager
+def _checkout(commit: str) -> Generator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        _git("worktree", "add", "--detach", str(tree), commit)
+        try:
+            yield tree
+        finally:
+            _git("worktree", "remove", "--force", str(tree))
+
+
+def _git(*words: str) -> None:
+    done = subprocess.run(["git", *words], cwd=PROJECT_FOLDER, capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(f"git {' '.join(words)} failed: {done.stderr.strip()}")

@@ -1,0 +1,247 @@
+"""What a machine must have to train, looked at one thing at a time."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+
+from verl_vla.envs.libero.asset_files import describe_faults, remedy_for_assets
+from verl_vla.envs.libero.assets import assets_available, find_assets
+from verl_vla.envs.libero.gl import REMEDY as GL_REMEDY
+from verl_vla.envs.libero.mujoco_version import REMEDY as MUJOCO_REMEDY
+from verl_vla.envs.libero.mujoco_version import known_difference
+from verl_vla.policies.checks import Finding
+
+GB = 1e9
+LEAST_FREE_BYTES = 300 * GB
+"""For two checkpoints of the published policy (12 bytes a weight) and exported weights (4);
+adapters and small policies take far less, so less is no fault."""
+LEAST_SHARED_BYTES = 1 * GB
+"""Pictures of all slots and Ray's object store pass through it; containers often have 64 MB."""
+RAY_PORTS = {6379: "the head of a Ray cluster", 8265: "its dashboard"}
+"""Ray's own choice; a cluster of one machine takes free ones."""
+PROBE_LIMIT_S = 120
+"""For importing MuJoCo and one picture, on a busy machine."""
+PROBE = """
+import mujoco, numpy
+scene = '<mujoco><worldbody><light pos="0 0 3"/>' \\
+    '<geom type="box" size=".3 .3 .3" rgba="1 0 0 1"/></worldbody></mujoco>'
+model = mujoco.MjModel.from_xml_string(scene)
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+renderer = mujoco.Renderer(model, 64, 64)
+renderer.update_scene(data)
+picture = renderer.render().astype(int)
+red = (picture[..., 0] - picture[..., 1:].max(-1) > 30).mean()
+print(f"{100 * red:.0f}")
+"""
+"""A red box in front of the camera; prints how much of the picture is red, percent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A finding, and the command that mends it."""
+
+    finding: Finding
+    fix: str | None = None
+
+
+def examine_machine(folder: Path, num_gpus: int | None = None) -> list[Check]:
+    """Look at everything once.
+
+    Args:
+        folder: where runs will be written.
+        num_gpus: how many devices draw a picture; None takes all that torch sees.
+    """
+    devices = torch.cuda.device_count() if num_gpus is None else num_gpus
+    return [
+        _python(),
+        *_packages(),
+        _mujoco(),
+        _cuda(),
+        *[_renders(device) for device in (range(devices) if devices else [None])],
+        _assets(),
+        _free_space(folder),
+        _shared_memory(Path("/dev/shm")),
+        *[_port(port, what) for port, what in RAY_PORTS.items()],
+        _can_write(folder),
+    ]
+
+
+def _python() -> Check:
+    version = sys.version_info[:2]
+    return _check(
+        "Python",
+        platform.python_version(),
+        is_fault=not (3, 10) <= version <= (3, 12),
+        fix="install Python 3.10, 3.11 or 3.12 and run scripts/quickstart.sh again",
+    )
+
+
+def _packages() -> list[Check]:
+    """One line for all pins that hold, and one for each that does not."""
+    wanted = [Requirement(text) for text in metadata.requires("verl-vla") or ()]
+    pinned = [r for r in wanted if r.specifier and r.marker is None]
+    wrong: list[Check] = []
+    for requirement in pinned:
+        version = _version(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(
+                _check(
+                    requirement.name,
+                    f"{version or 'not installed'}, but {requirement.specifier} is needed",
+                    is_fault=True,
+                    fix=f"pip install '{requirement}'",
+                )
+            )
+    held = f"{len(pinned) - len(wrong)} of {len(pinned)} pinned packages have their version"
+    return [_check("versions", held), *wrong]
+
+
+def _version(package: str) -> str | None:
+    """Of an installed package; None where it is absent."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _mujoco() -> Check:
+    version = _version("mujoco")
+    if version is None:
+        return _check("MuJoCo", "not installed", is_fault=True, fix=MUJOCO_REMEDY)
+    says = known_difference(version)
+    if says is None:
+        return _check("MuJoCo", f"{version}, no difference from LIBERO's physics is known")
+    return _check("MuJoCo", f"{version}: {says}", is_fault=True, fix=MUJOCO_REMEDY)
+
+
+def _cuda() -> Check:
+    build = f"torch {torch.__version__}"
+    if torch.version.cuda is None:
+        return _check("CUDA", f"{build} is built without it; only the profile two_cores runs")
+    if not torch.cuda.is_available():
+        says = f"{build}, CUDA {torch.version.cuda}, and no device; only the profile two_cores runs"
+        return _check("CUDA", says)
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return _check(
+        "CUDA", f"{build}, CUDA {torch.version.cuda}, driver {_driver()}, {', '.join(names)}"
+    )
+
+
+def _driver() -> str:
+    done = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.splitlines()[0] if done.returncode == 0 else "unknown"
+
+
+def _renders(device: int | None) -> Check:
+    """Draw a picture in a process of its own, as a simulator would."""
+    subject = "GL" if device is None else f"GL, GPU {device}"
+    environment = dict(os.environ)
+    if device is not None:
+        environment["MUJOCO_EGL_DEVICE_ID"] = str(device)
+    program = f"from verl_vla.envs.libero.gl import prepare_gl\nprepare_gl()\n{PROBE}"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PROBE_LIMIT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return _check(subject, f"no picture in {PROBE_LIMIT_S} s", is_fault=True, fix=GL_REMEDY)
+    if done.returncode != 0:
+        why = (done.stderr.strip() or "no word").splitlines()[-1]
+        return _check(subject, f"no picture: {why}", is_fault=True, fix=GL_REMEDY)
+    share = int(done.stdout)
+    return _check(
+        subject,
+        f"drew a red box that fills {share}% of the picture",
+        is_fault=share == 0,
+        fix=GL_REMEDY,
+    )
+
+
+def _assets() -> Check:
+    subject = "LIBERO's assets"
+    remedy = remedy_for_assets()
+    if not assets_available():
+        return _advice(subject, "none; only the suite mini can be simulated", remedy)
+    folder = find_assets()
+    faults = describe_faults(folder)
+    if faults is not None:
+        return _check(subject, f"{folder}: {faults}", is_fault=True, fix=remedy)
+    return _check(subject, f"{folder}, every file as LIBERO's")
+
+
+def _free_space(folder: Path) -> Check:
+    free = shutil.disk_usage(_existing(folder)).free
+    says = f"{free / GB:.0f} GB free for {folder}"
+    if free >= LEAST_FREE_BYTES:
+        return _check("disk", says)
+    return _advice("disk", says, f"choose out=FOLDER on a disk with {LEAST_FREE_BYTES / GB:.0f} GB")
+
+
+def _shared_memory(folder: Path) -> Check:
+    size = shutil.disk_usage(folder).total if folder.is_dir() else 0
+    return _check(
+        "shared memory",
+        f"{size / GB:.1f} GB in {folder}",
+        is_fault=size < LEAST_SHARED_BYTES,
+        fix="start the container with --shm-size=8g, or as root: mount -o remount,size=8g /dev/shm",
+    )
+
+
+def _port(port: int, what: str) -> Check:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            says = f"taken ({error.strerror}); is a Ray running already?"
+            return _advice(f"port {port}", says, "ray stop")
+    return _check(f"port {port}", f"free for {what}")
+
+
+def _can_write(folder: Path) -> Check:
+    existing = _existing(folder)
+    return _check(
+        "write permission",
+        f"{existing}",
+        is_fault=not os.access(existing, os.W_OK),
+        fix=f"choose out=FOLDER elsewhere, or: chown $USER {existing}",
+    )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
+
+
+def _check(subject: str, says: str, *, is_fault: bool = False, fix: str | None = None) -> Check:
+    """A look; ``fix`` is kept where there is a fault."""
+    finding = Finding(subject=subject, says=says, is_fault=is_fault)
+    return Check(finding=finding, fix=fix if is_fault else None)
+
+
+def _advice(subject: str, says: str, fix: str) -> Check:
+    """Nothing that stops a run of some kind."""
+    return Check(finding=Finding(subject=subject, says=says, is_fault=False), fix=fix)

@@ -1,0 +1,61 @@
+"""Seconds of one training step, part by part, from published speeds."""
+
+from __future__ import annotations
+
+from verl_vla.config.grpo import Recipe
+from verl_vla.diagnostics.planning.gpus import Gpu
+from verl_vla.diagnostics.planning.memory import num_ranks
+from verl_vla.diagnostics.planning.trace import Trace
+from verl_vla.envs.base import Suite
+from verl_vla.policies.base import PolicyShape
+
+ROLLOUT_EFFICIENCY = 0.22
+"""Share of a GPU's best that a forward pass reaches: 13.6 decisions a second of 4.94 TFLOP on an
+A100 (openvla-oft, arXiv:2502.19645, table of speeds, parallel decoding of discrete tokens; one
+decision at a time, so a batch does better)."""
+UPDATE_EFFICIENCY = 0.4
+"""Of forward and backward. Published ends: 0.57 for a language model of this size under FSDP on
+A100 (PyTorch's blog "Maximizing training throughput using PyTorch FSDP", 2024), 0.12 for a whole
+training step of SimpleVLA-RL (its issue 8: 45 minutes on 8 A800). Assumed, not measured."""
+STEP_S, MINI_STEP_S = 0.0058, 0.0030
+VIEW_S, MINI_VIEW_S = 0.098, 0.0074
+"""Of LIBERO's suites and of mini on one core, software rendering, busy machine: docs/benchmarks.md,
+Simulator. A suite of one's own is taken for LIBERO's: assumed."""
+
+
+def num_decisions(recipe: Recipe, shape: PolicyShape, chosen: Suite) -> int:
+    """Of one round in which every episode takes its task's whole time: an upper bound."""
+    tasks = (
+        range(len(chosen.tasks)) if recipe.environment.tasks is None else recipe.environment.tasks
+    )
+    limit = max(chosen.step_limit(recipe.environment.step_limit, task) for task in tasks)
+    episodes = recipe.sampling.groups_per_step * recipe.sampling.group_size
+    return episodes * -(-limit // shape.chunk_length)
+
+
+def step_seconds(
+    recipe: Recipe, trace: Trace, shape: PolicyShape, chosen: Suite, gpu: Gpu
+) -> dict[str, float]:
+    """Seconds of each part of a training step whose first round is enough.
+
+    Simulators and policy take turns on two halves of the slots, so a rollout takes as long as the
+    slower of the two.
+    """
+    decisions = num_decisions(recipe, shape, chosen)
+    is_mini = chosen.name == "mini"
+    step_s, view_s = (MINI_STEP_S, MINI_VIEW_S) if is_mini else (STEP_S, VIEW_S)
+    per_decision = shape.chunk_length * step_s + shape.num_views * view_s
+    speed = num_ranks(recipe) * gpu.bf16_flops
+    forward = decisions * trace.forward_flops / (speed * ROLLOUT_EFFICIENCY)
+    return {
+        "rollout: simulators": decisions * per_decision / recipe.environment.num_workers,
+        "rollout: policy": forward,
+        "log-probs again": forward if recipe.loss.recompute_logp else 0.0,
+        "update": decisions * trace.training_flops / (speed * UPDATE_EFFICIENCY),
+    }
+
+
+def total_seconds(parts: dict[str, float]) -> float:
+    """Of a training step."""
+    rollout = max(parts["rollout: simulators"], parts["rollout: policy"])
+    return rollout + parts["log-probs again"] + parts["update"]

@@ -1,0 +1,176 @@
+"""Bytes on a device and on a node, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from verl_vla.config.grpo import Recipe
+from verl_vla.diagnostics.planning.trace import PROMPT_TOKENS, RGB, Trace
+from verl_vla.envs.base import Suite, simulators_per_process
+from verl_vla.policies.base import PolicyShape
+
+FLOAT32 = 4
+BYTES = {"float32": FLOAT32, "bfloat16": 2}
+ADAM_BYTES = {
+    "adamw": 2 * FLOAT32,
+    # two bytes, and a float32 scale for every 256 of each: bitsandbytes, blockwise quantization
+    "adamw_8bit": 2 * (1 + FLOAT32 / 256),
+    "paged_adamw_8bit": 2 * (1 + FLOAT32 / 256),
+    "deepspeed_cpu_adam": 2 * FLOAT32,
+}
+"""Two moments of one weight. Paged ones may move to the host; here they stay."""
+NF4_BYTES = 0.5 + 1 / 64 + FLOAT32 / (64 * 256)
+"""Of one weight: 4 bits, a scale of 8 bits for 64, one of 32 bits for 256 of these (QLoRA,
+arXiv:2305.14314, section 3)."""
+GATHERED_LAYERS = 2
+"""FSDP2 fetches the next layer while one computes."""
+MAX_PROMPT_TOKENS = 64
+"""Of the token budget of a micro-batch: `verl_vla.trainer.grpo.verl_config`."""
+CUDA_BYTES = 1_000_000_000
+"""Context, libraries and what the allocator cannot use again: assumed, not measured."""
+ENCODER_BYTES = {
+    "pixels": 0,
+    "dinov2": 1_000_000_000,
+    "siglip": 1_500_000_000,
+    "policy_towers": 2_000_000_000,
+    "vjepa2": 5_000_000_000,
+}
+"""Of a reward's encoder with its activations. V-JEPA 2 ViT-g: siglip-grpo's blog, "~5 GB". The
+others: ViT-L, so400m and both, at 2 bytes a weight, with as much again for 32 pictures: assumed."""
+WORKER_BYTES = 500_000_000
+"""Of one simulator process before its first simulator, memory of its own: docs/benchmarks.md,
+Simulator memory."""
+SIMULATOR_BYTES, LIBERO_SIMULATOR_BYTES = 100_000_000, 900_000_000
+"""Of one task's simulator with its renderer, of mini and of LIBERO's suites, the mean: the same
+table. A suite of one's own is taken for LIBERO's: assumed."""
+PROCESS_BYTES = 1_200_000_000
+"""Python, torch and veRL of a rank or of the trainer: docs/running.md, The plan and the truth."""
+BUFFER_COPIES = 2
+"""The trainer's trajectories of a round, and their rows in TransferQueue."""
+TOKEN_BYTES = 8 + 4 + 4 + 8
+"""A bin, its logp, a mask and an id in the LM layout: `verl_vla.trainer.grpo.rows`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceMemory:
+    """Of the first rank, which has the most."""
+
+    lasting: Mapping[str, int]
+    """Bytes that stay."""
+    passing: Mapping[str, int]
+    """Bytes of each phase of a training step; they take turns."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the worst moment."""
+        return sum(self.lasting.values()) + max(self.passing.values())
+
+
+def rows_per_pass(micro_batch_size: int, shape: PolicyShape) -> int:
+    """Decisions that veRL puts into one pass: its budget counts tokens, of which prompts vary."""
+    budget = micro_batch_size * (MAX_PROMPT_TOKENS + shape.num_tokens)
+    return max(1, budget // (PROMPT_TOKENS + shape.num_tokens))
+
+
+def rollout_batch(recipe: Recipe) -> int:
+    """Decisions that one rank makes at once: one half of the slots, over all ranks."""
+    half = (recipe.environment.num_slots + 1) // 2
+    return -(-half // num_ranks(recipe))
+
+
+def num_ranks(recipe: Recipe) -> int:
+    """Learner processes of all nodes."""
+    return recipe.cluster.num_nodes * recipe.cluster.ranks_per_node
+
+
+def device_memory(recipe: Recipe, trace: Trace, shape: PolicyShape) -> DeviceMemory:
+    """Bytes on the device of a rank."""
+    ranks, is_offloaded = num_ranks(recipe), recipe.optimizer.name == "deepspeed_cpu_adam"
+    trained, per_weight = trace.trained / ranks, BYTES[recipe.policy.dtype]
+    held = {
+        "weights": _weight_bytes(recipe, trace) / ranks,
+        "gradients": FLOAT32 * trained,
+        "optimizer state": ADAM_BYTES[recipe.optimizer.name] * trained,
+    }
+    lasting = {name: 0.0 if is_offloaded else size for name, size in held.items()}
+    if recipe.cluster.device != "cpu":
+        lasting["reward's encoder"] = _encoder_bytes(recipe.reward_args)
+        lasting["CUDA"] = CUDA_BYTES
+    gathered = _gathered(recipe, trace, per_weight)
+    is_gathered_once = recipe.cluster.gather_once and ranks > 1 and not is_offloaded
+    in_rollout = per_weight * trace.weights if is_gathered_once else gathered
+    in_backward = (per_weight + FLOAT32) * trace.layer if recipe.policy.lora_rank is None else 0
+    # square roots of the second moments: of all weights at once on a GPU, one by one on a CPU
+    roots = 0 if is_offloaded or recipe.cluster.device == "cpu" else FLOAT32 * trained
+    rows = rows_per_pass(recipe.optimizer.micro_batch_size, shape)
+    passing = {
+        "update": gathered + in_backward + trace.training_bytes / trace.batch * rows,
+        "rollout": in_rollout + trace.forward_bytes / trace.batch * rollout_batch(recipe),
+        "optimizer step": roots,
+    }
+    return DeviceMemory(
+        lasting={name: round(size) for name, size in lasting.items()},
+        passing={name: round(size) for name, size in passing.items()},
+    )
+
+
+def host_memory(
+    recipe: Recipe, trace: Trace, shape: PolicyShape, chosen: Suite, num_decisions: int
+) -> dict[str, int]:
+    """Bytes of the node that simulates and holds ranks.
+
+    Every rank reads the whole policy into host memory before the first rollout fills the buffer;
+    the larger of the two counts.
+    """
+    per_node = recipe.cluster.ranks_per_node
+    pictures = shape.num_views * shape.image_size**2 * RGB
+    row = pictures + (PROMPT_TOKENS + shape.num_tokens) * TOKEN_BYTES
+    buffer = BUFFER_COPIES * num_decisions * row
+    loading = round(per_node * _weight_bytes(recipe, trace, loaded=True))
+    parts = {
+        "rollout buffer": buffer,
+        "loading, above the buffer": max(0, loading - buffer),
+        "simulators": recipe.environment.num_workers * _worker_bytes(recipe, chosen),
+        "processes": (per_node + 1) * PROCESS_BYTES,
+    }
+    if recipe.optimizer.name == "deepspeed_cpu_adam":
+        share = per_node / num_ranks(recipe)
+        parts["weights, gradients, state"] = round(
+            share * (_weight_bytes(recipe, trace) + 3 * FLOAT32 * trace.trained)
+        )
+    if recipe.cluster.device == "cpu":
+        parts["learning"] = per_node * device_memory(recipe, trace, shape).peak
+    return parts
+
+
+def _worker_bytes(recipe: Recipe, chosen: Suite) -> int:
+    """Of a simulator process that has come across as many tasks as it keeps."""
+    tasks = recipe.environment.tasks
+    num_tasks = len(chosen.tasks) if tasks is None else len(tasks)
+    kept = min(num_tasks, simulators_per_process(num_tasks, recipe.environment.num_workers))
+    return WORKER_BYTES + kept * (
+        SIMULATOR_BYTES if chosen.name == "mini" else LIBERO_SIMULATOR_BYTES
+    )
+
+
+def _weight_bytes(recipe: Recipe, trace: Trace, *, loaded: bool = False) -> float:
+    """Of all weights together: float32 where they are trained, else the type of the arithmetic."""
+    policy = recipe.policy
+    if policy.lora_rank is None:
+        return FLOAT32 * trace.weights
+    in_4_bits = trace.under_adapters if policy.quantization == "nf4" and not loaded else 0
+    plain = BYTES[policy.dtype] * (trace.frozen - in_4_bits)
+    return plain + NF4_BYTES * in_4_bits + FLOAT32 * trace.trained
+
+
+def _gathered(recipe: Recipe, trace: Trace, per_weight: int) -> float:
+    """Whole copies of sharded weights; 4-bit weights are not sharded, and unpacked one by one."""
+    if recipe.policy.quantization == "nf4":
+        return per_weight * trace.layer
+    return per_weight * (trace.root + GATHERED_LAYERS * trace.layer)
+
+
+def _encoder_bytes(reward_args: Mapping[str, Any]) -> int:
+    return ENCODER_BYTES[reward_args["encoder"]] if "encoder" in reward_args else 0

@@ -1,0 +1,79 @@
+"""One recipe on one kind of GPU: what it needs, how long it takes, whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from verl_vla.config.grpo import PolicyConfig, Recipe
+from verl_vla.diagnostics.planning.duration import num_decisions, step_seconds, total_seconds
+from verl_vla.diagnostics.planning.gpus import Gpu
+from verl_vla.diagnostics.planning.memory import DeviceMemory, device_memory, host_memory
+from verl_vla.diagnostics.planning.trace import Adapters, ModelConfig, Trace, trace_model
+from verl_vla.envs.registry import suite
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a recipe needs."""
+
+    recipe: Recipe
+    gpu: Gpu | None
+    """None where the ranks run on cores."""
+    trace: Trace
+    decisions: int
+    """Of one round, at most."""
+    device: DeviceMemory
+    host: Mapping[str, int]
+    """Bytes of a node, part by part."""
+    seconds: Mapping[str, float]
+    """Of a training step, part by part; empty where the ranks run on cores."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device holds it; the host's memory is the reader's to compare."""
+        return self.gpu is None or self.device.peak <= self.gpu.memory_bytes
+
+    @property
+    def total_seconds(self) -> float:
+        """Of a training step."""
+        return total_seconds(dict(self.seconds))
+
+
+def make_plan(recipe: Recipe, config: ModelConfig, gpu: Gpu | None) -> Plan:
+    """Plan ``recipe`` for a policy of ``config``; ``gpu`` is None where it runs on cores.
+
+    Raises:
+        ConfigError: the recipe's suite is unknown, or one of its numbers means nothing there.
+    """
+    if gpu is None:
+        recipe = replace(recipe, cluster=replace(recipe.cluster, device="cpu"))
+    chosen, shape = suite(recipe.environment.suite), config.shape
+    trace = trace_policy(recipe.policy, config)
+    decisions = num_decisions(recipe, shape, chosen)
+    return Plan(
+        recipe=recipe,
+        gpu=gpu,
+        trace=trace,
+        decisions=decisions,
+        device=device_memory(recipe, trace, shape),
+        host=host_memory(recipe, trace, shape, chosen, decisions),
+        seconds={} if gpu is None else step_seconds(recipe, trace, shape, chosen, gpu),
+    )
+
+
+def trace_policy(policy: PolicyConfig, config: ModelConfig) -> Trace:
+    """Trace the model of ``config`` as ``policy`` holds it."""
+    adapters = policy.lora_rank and Adapters(
+        rank=policy.lora_rank, alpha=policy.lora_alpha, targets=policy.lora_targets
+    )
+    return trace_model(
+        config,
+        dtype=DTYPES[policy.dtype],
+        adapters=adapters or None,
+        checkpointing=policy.gradient_checkpointing,
+    )

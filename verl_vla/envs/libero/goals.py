@@ -1,0 +1,123 @@
+"""How far a running LIBERO problem is from its goals, read from the simulator's own state.
+
+A goal is one predicate of the conjunction in a task's BDDL file, e.g. ``(On bowl plate)``. LIBERO
+only says whether it holds; here its distance is measured as well. For rewards and benchmarks, never
+for a policy.
+
+Source of the predicates: hf-libero 0.1.4, ``envs/predicates/base_predicates.py`` and
+``envs/objects/articulated_objects.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from verl_vla.core.episode import GoalReadings
+from verl_vla.core.errors import ContractError
+from verl_vla.envs.libero.controller_kernels import Floats
+
+UP_HEIGHT_M = 1.0
+"""What LIBERO's ``Up`` asks of an object's height."""
+
+RELATIONS = ("on", "in", "stack")
+"""Predicates about two things; the first must be moved."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Articulation:
+    """A predicate about joints, in LIBERO's ``articulation`` properties."""
+
+    wanted: str
+    """The range that the joints must reach."""
+    away: str
+    """The range away from rest; its sign says which way the thing opens."""
+    combine: Callable[[Sequence[float]], float]
+    """``min`` where one joint is enough, ``max`` where all must be there."""
+
+
+ARTICULATIONS = {
+    "open": _Articulation("default_open_ranges", "default_open_ranges", min),
+    "close": _Articulation("default_close_ranges", "default_open_ranges", max),
+    "turnon": _Articulation("default_turnon_ranges", "default_turnon_ranges", min),
+    "turnoff": _Articulation("default_turnoff_ranges", "default_turnon_ranges", min),
+}
+
+
+class GoalMeter:
+    """Measures the goals of one problem."""
+
+    def __init__(self, problem: Any) -> None:
+        """Look the goals up.
+
+        Args:
+            problem: a LIBERO environment without its wrapper.
+
+        Raises:
+            ContractError: the task has a predicate that is not known here.
+        """
+        self._goals = [_goal(problem, *goal) for goal in problem.parsed_problem["goal_state"]]
+
+    def read(self, gripper: Floats) -> GoalReadings:
+        """Measure every goal, given where the gripper is, [3] m; return [G, 3]."""
+        return np.array([measure(gripper) for measure in self._goals], dtype=np.float32)
+
+
+_Measure = Callable[[Floats], tuple[float, float, bool]]
+"""From the gripper's place to reach, remaining and holds."""
+
+
+def _goal(problem: Any, predicate: str, *names: str) -> _Measure:
+    things = [problem.object_states_dict[name] for name in names]
+    kind = predicate.lower()
+    if kind in RELATIONS:
+        return lambda gripper: (
+            _distance(gripper, _place(things[0])),
+            _distance(_place(things[0]), _place(things[1])),
+            bool(problem._eval_predicate([predicate, *names])),
+        )
+    if kind == "up":
+        return lambda gripper: _one_sided(gripper, things[0], UP_HEIGHT_M - _place(things[0])[2])
+    if kind in ARTICULATIONS:
+        gap = _joint_gap(problem, kind, things[0])
+        return lambda gripper: _one_sided(gripper, things[0], gap())
+    raise ContractError(f"the goal predicate {predicate!r} is unknown; add it to {__name__}")
+
+
+def _one_sided(gripper: Floats, thing: Any, gap: float) -> tuple[float, float, bool]:
+    """Measure a goal that holds where ``gap`` is not positive."""
+    return _distance(gripper, _place(thing)), max(gap, 0.0), gap <= 0
+
+
+def _joint_gap(problem: Any, kind: str, thing: Any) -> Callable[[], float]:
+    """Return what measures how far the joints of a thing are from a threshold, m or rad.
+
+    The predicates themselves are not asked: LIBERO's ``TurnOn`` lights the burner when asked.
+    """
+    name: str = thing.object_name
+    is_site = thing.object_state_type == "site"
+    owner = problem.get_object(thing.parent_name if is_site else name)
+    joints = (problem.object_sites_dict[name] if is_site else owner).joints
+    addresses = [problem.sim.model.get_joint_qpos_addr(joint) for joint in joints]
+    ranges: dict[str, Sequence[float]] = owner.object_properties["articulation"]
+    rule = ARTICULATIONS[kind]
+    opens_upwards = sum(ranges[rule.away]) > 0
+    seeks_more = opens_upwards == (rule.wanted == rule.away)
+    low, high = min(ranges[rule.wanted]), max(ranges[rule.wanted])
+
+    def gap() -> float:
+        places = [float(problem.sim.data.qpos[address]) for address in addresses]
+        return rule.combine([low - place if seeks_more else place - high for place in places])
+
+    return gap
+
+
+def _place(thing: Any) -> Floats:
+    return np.array(thing.get_geom_state()["pos"])
+
+
+def _distance(a: Floats, b: Floats) -> float:
+    return float(np.linalg.norm(a - b))

@@ -1,0 +1,83 @@
+"""Pictures of a simulator.
+
+Importing this module imports MuJoCo, which reads ``MUJOCO_GL`` then: call
+`verl_vla.envs.libero.gl.prepare_gl` first.
+"""
+
+from __future__ import annotations
+
+import atexit
+from dataclasses import dataclass
+
+import mujoco
+import numpy as np
+import numpy.typing as npt
+
+from verl_vla.envs.libero.scene_change import CameraMove
+
+COLLISION_GROUP = 0
+"""Geoms of this group are shapes for contacts; robosuite does not draw them."""
+MOVED_CAMERA = "agentview"
+"""The third-person view, the only one that a perturbation moves."""
+HIDDEN_GROUP = 4
+"""A group that MuJoCo does not draw unless it is asked to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How pictures are drawn; whatever differs from the defaults changes pixels."""
+
+    size: int
+    """Height and width, pixels."""
+    has_shadows: bool = True
+    is_antialiased: bool = True
+    hidden_bodies: tuple[str, ...] = ()
+    """Bodies whose visible shapes are left out, because no camera in use shows them."""
+    camera_move: CameraMove | None = None
+    """How `MOVED_CAMERA` leaves its place."""
+
+
+class Renderer:
+    """Draws one model; made at the first picture, since a GL context costs a second."""
+
+    def __init__(self, model: mujoco.MjModel, look: Look) -> None:
+        _apply(look, model)
+        self._options = mujoco.MjvOption()
+        self._options.geomgroup[COLLISION_GROUP] = 0
+        self._renderer = mujoco.Renderer(model, look.size, look.size)
+        atexit.register(self.close)  # before MuJoCo's own handler, after which freeing fails
+
+    def draw(self, data: mujoco.MjData, camera: str) -> npt.NDArray[np.uint8]:
+        """Draw one camera: [size, size, 3] RGB, upright, mirrored as LIBERO's policies see it.
+
+        LIBERO's own pictures are upside down. openvla-oft turns them by 180 degrees
+        (``experiments/robot/libero/libero_utils.py:33``), so left and right are swapped.
+        """
+        self._renderer.update_scene(data, camera, self._options)
+        return np.ascontiguousarray(self._renderer.render()[:, ::-1])
+
+    def close(self) -> None:
+        """Free the GL context."""
+        atexit.unregister(self.close)
+        # freeing deletes by number in whatever context is current, be it another renderer's
+        context = self._renderer._gl_context
+        if context is not None:
+            context.make_current()
+        self._renderer.close()
+
+
+def _apply(look: Look, model: mujoco.MjModel) -> None:
+    model.vis.global_.offwidth = max(model.vis.global_.offwidth, look.size)
+    model.vis.global_.offheight = max(model.vis.global_.offheight, look.size)
+    if not look.has_shadows:
+        model.vis.quality.shadowsize = 0
+    if not look.is_antialiased:
+        model.vis.quality.offsamples = 0
+    hidden = [model.body(name).id for name in look.hidden_bodies]
+    is_hidden = np.isin(model.geom_bodyid, hidden) & (model.geom_group != COLLISION_GROUP)
+    model.geom_group[is_hidden] = HIDDEN_GROUP
+    if look.camera_move is not None:
+        camera = model.camera(MOVED_CAMERA).id
+        model.cam_pos[camera], model.cam_quat[camera] = look.camera_move.move(
+            model.cam_pos[camera].copy(), model.cam_quat[camera].copy()
+        )

@@ -1,0 +1,269 @@
+"""One MuJoCo simulator of one task, which can be put into any state.
+
+Importing this module imports MuJoCo, robosuite and LIBERO: call
+`verl_vla.envs.libero.assets.import_libero` first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mujoco
+import numpy as np
+import numpy.typing as npt
+from robosuite.controllers import load_controller_config
+from robosuite.utils.transform_utils import convert_quat, quat2axisangle
+
+from verl_vla.core.episode import GoalReadings
+from verl_vla.envs.libero.controller import ArmControl, ArmState
+from verl_vla.envs.libero.controller_kernels import Floats
+from verl_vla.envs.libero.goals import GoalMeter
+from verl_vla.envs.libero.problems import CONTROLLER, build_problem, seeded, trim_heap
+from verl_vla.envs.libero.rendering import Look, Renderer
+from verl_vla.envs.libero.scene_change import UNCHANGED, SceneChange
+
+PHYSICS_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
+"""Everything that MuJoCo's next step depends on, the solver's warm start included."""
+UNSEEN_SUBSTEPS = 2
+"""Physics steps at the end of a control step whose motion the observation misses; see `Seen`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What an observation shows, which is not quite the end of a step.
+
+    robosuite samples its observables once in a step's 25 physics steps. After LIBERO's protocol, a
+    reset and an init state, that is in the 24th, with every body where the 23rd left it. What is
+    seen here is what a stock environment returns, to the bit.
+    """
+
+    qpos: Floats
+    """[nq] after 23 physics steps; places every body."""
+    fingers_m: Floats
+    """[2] the gripper's joints, after 24."""
+    arm_rad: Floats
+    """[7] the arm's joints, after 24."""
+    site_alpha: Floats
+    """[nsite] which sites are visible, e.g. the flame of a burner."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeenRobot:
+    """How an observation shows the robot."""
+
+    hand_m: Floats
+    """[3] where the point between the fingertips is."""
+    hand_quaternion: Floats
+    """[4] (x, y, z, w)"""
+    hand_rad: Floats
+    """[3] the same as axis times angle."""
+    fingers_m: Floats
+    """[2] the gripper's joints."""
+    arm_rad: Floats
+    """[7] the arm's joints."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatorState:
+    """One moment of a simulator; independent of the process that made it."""
+
+    physics: Floats
+    """`PHYSICS_STATE` as MuJoCo lays it out."""
+    arm: ArmState
+    seen: Seen
+
+
+class Simulator:
+    """One task's physics, success test and cameras; knows nothing of episodes."""
+
+    def __init__(self, bddl_file: Path, look: Look, change: SceneChange = UNCHANGED) -> None:
+        """Build the task as ``env.seed(0); env.reset()`` leaves it in published evaluations."""
+        with seeded(0):
+            self._env = build_problem(bddl_file, change)
+        self._model: mujoco.MjModel = self._env.sim.model._model
+        self._data: mujoco.MjData = self._env.sim.data._data
+        # nothing reads the gripper's force and torque, and no state follows from them
+        self._model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_SENSOR)
+        self._shown = mujoco.MjData(self._model)
+        self._robot: Any = self._env.robots[0]
+        self._finger_index: list[int] = self._robot._ref_gripper_joint_pos_indexes
+        self._arm_index: list[int] = self._robot._ref_joint_pos_indexes
+        self._arm = ArmControl(self._robot)
+        self._goal_meter = GoalMeter(self._env)
+        self._substeps = int(self._env.control_timestep / self._env.model_timestep)
+        self._start = self._physics()
+        self._seen = self._see()
+        self._look = look
+        self._renderer: Renderer | None = None
+        trim_heap()
+
+    def begin(self, init_state: Floats) -> None:
+        """Start over from a recorded init state [1 + nq + nv] (time, positions, velocities)."""
+        mujoco.mj_setState(self._model, self._data, self._start, PHYSICS_STATE)
+        self._env.sim.set_state_from_flattened(init_state)
+        self._arm.begin()
+        mujoco.mj_forward(self._model, self._data)
+        self._env._post_process()
+        self._seen = self._see()
+
+    def step(self, action: Floats) -> bool:
+        """Run one control step (1/20 s) and say whether LIBERO calls the task solved."""
+        self._env._post_process()  # switches lights that follow a joint
+        self._arm.start(action)
+        self._arm.go_on(self._substeps - UNSEEN_SUBSTEPS - 1)
+        before = self._see()
+        self._arm.go_on(1)
+        self._seen = replace(before, fingers_m=self._fingers(), arm_rad=self._arm_joints())
+        self._arm.go_on(UNSEEN_SUBSTEPS - 1)
+        return bool(self._env._check_success())
+
+    @property
+    def state(self) -> SimulatorState:
+        """This moment, complete."""
+        return SimulatorState(self._physics(), self._arm.state, self._seen)
+
+    @state.setter
+    def state(self, state: SimulatorState) -> None:
+        mujoco.mj_setState(self._model, self._data, state.physics, PHYSICS_STATE)
+        mujoco.mj_forward(self._model, self._data)
+        # a forward pass moves the warm start, on which the last bits of the next step depend
+        mujoco.mj_setState(self._model, self._data, state.physics, PHYSICS_STATE)
+        self._arm.state = state.arm
+        self._seen = state.seen
+
+    def render(self, camera: str) -> npt.NDArray[np.uint8]:
+        """Draw what a camera has `Seen`; see `Renderer.draw`."""
+        if self._renderer is None:
+            self._renderer = Renderer(self._model, self._look)
+        self._show()
+        return self._renderer.draw(self._shown, camera)
+
+    def proprio(self) -> npt.NDArray[np.float32]:
+        """Return [8], as `Seen`: position (m), orientation (axis-angle, rad), two fingers (m)."""
+        seen = self.seen_robot()
+        return np.concatenate([seen.hand_m, seen.hand_rad, seen.fingers_m]).astype(np.float32)
+
+    def seen_robot(self) -> SeenRobot:
+        """Return the robot as `Seen`."""
+        self._show()
+        position = np.array(self._shown.site_xpos[self._robot.eef_site_id])
+        body = self._model.body(self._robot.robot_model.eef_name).id
+        quaternion = convert_quat(np.array(self._shown.xquat[body]), to="xyzw")
+        turn = quat2axisangle(quaternion)
+        return SeenRobot(position, quaternion, turn, self._seen.fingers_m, self._seen.arm_rad)
+
+    def goals(self) -> GoalReadings:
+        """Measure how far each goal of the task is, [G, 3]; see `Reading`."""
+        return self._goal_meter.read(self.gripper_position())
+
+    def place_objects(self, seed: int) -> Floats:
+        """Draw a start [1 + nq + nv] from the regions of the task; the episode played is lost.
+
+        Cabinets and stoves, which are part of the model and of no state, stay where they are; what
+        is drawn upon one of them is off its middle by what it would have moved, up to 0.01 m.
+        """
+        position, turn = self._model.body_pos.copy(), self._model.body_quat.copy()
+        with seeded(seed):
+            self._env.reset()
+        self._model.body_pos[:], self._model.body_quat[:] = position, turn
+        return self.flat_state()
+
+    @property
+    def state_size(self) -> int:
+        """Values of an init state: 1 + nq + nv."""
+        return 1 + self._model.nq + self._model.nv
+
+    def flat_state(self) -> Floats:
+        """Return time, positions and velocities [1 + nq + nv], as LIBERO's files hold them."""
+        return self._env.sim.get_state().flatten()
+
+    def model_xml(self) -> str:
+        """Return the model as robosuite's files hold it."""
+        return self._env.sim.model.get_xml()
+
+    @property
+    def controller(self) -> dict[str, Any]:
+        """Settings of robosuite's arm controller."""
+        return load_controller_config(default_controller=CONTROLLER)
+
+    @property
+    def problem(self) -> dict[str, str]:
+        """LIBERO's ``get_problem_info``, and the name of the environment's class."""
+        parsed = self._env.parsed_problem
+        return {
+            "env_name": type(self._env).__name__,
+            "problem_name": parsed["problem_name"],
+            "domain_name": "robosuite",
+            "language_instruction": " ".join(parsed["language_instruction"]),
+        }
+
+    @property
+    def model(self) -> mujoco.MjModel:
+        """MuJoCo's model; like all that follows for scripted experts, not for policies."""
+        return self._model
+
+    @property
+    def data(self) -> mujoco.MjData:
+        """MuJoCo's moment; to be read, not written."""
+        return self._data
+
+    @property
+    def goal(self) -> list[list[str]]:
+        """What makes the task solved: predicates and their objects or places, all of which hold."""
+        return self._env.parsed_problem["goal_state"]
+
+    @property
+    def gripper_site(self) -> int:
+        """Number of the site between the fingertips."""
+        return self._robot.eef_site_id
+
+    def gripper_position(self) -> Floats:
+        """Return the point between the fingertips, [3] m."""
+        return np.array(self._data.site_xpos[self._robot.eef_site_id])
+
+    def gripper_rotation(self) -> Floats:
+        """Return a rotation matrix [3, 3]: the fingers move along x, the hand points along z."""
+        return np.array(self._data.site_xmat[self._robot.eef_site_id]).reshape(3, 3)
+
+    def body(self, name: str) -> int:
+        """Return the number of the body of an object or fixture of the task."""
+        return self._env.obj_body_id[name]
+
+    def has_site(self, name: str) -> bool:
+        """Say whether a place of the task is a site."""
+        return name in self._env.object_sites_dict
+
+    def object_position(self, name: str) -> Floats:
+        """Return where an object of the task is, [3] m."""
+        return np.array(self._data.xpos[self.body(name)])
+
+    def close(self) -> None:
+        """Free the renderer and the model."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+        self._env.close()
+
+    def _see(self) -> Seen:
+        alpha = np.array(self._model.site_rgba[:, 3])
+        return Seen(np.array(self._data.qpos), self._fingers(), self._arm_joints(), alpha)
+
+    def _show(self) -> None:
+        self._model.site_rgba[:, 3] = self._seen.site_alpha
+        self._shown.qpos[:] = self._seen.qpos
+        mujoco.mj_kinematics(self._model, self._shown)
+        mujoco.mj_comPos(self._model, self._shown)  # cameras and lights that follow a body
+        mujoco.mj_camlight(self._model, self._shown)
+
+    def _fingers(self) -> Floats:
+        return self._data.qpos[self._finger_index]
+
+    def _arm_joints(self) -> Floats:
+        return self._data.qpos[self._arm_index]
+
+    def _physics(self) -> Floats:
+        state = np.empty(mujoco.mj_stateSize(self._model, PHYSICS_STATE))
+        mujoco.mj_getState(self._model, self._data, state, PHYSICS_STATE)
+        return state

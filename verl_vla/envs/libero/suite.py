@@ -1,0 +1,274 @@
+"""LIBERO's suites and the embedded one: tasks, recorded init states and step limits.
+
+Reading this needs no simulator. A suite's task ids, instructions and init states are those of the
+published evaluations: LIBERO's task list in its own order, the instruction spelt by the task's
+name, the ``.pruned_init`` files.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.text import nearest
+from verl_vla.envs.base import Env, EnvConfig, Split, StepLimit, Suite
+from verl_vla.envs.libero.asset_files import require_models
+from verl_vla.envs.libero.assets import find_assets, libero_root
+from verl_vla.envs.libero.env import LiberoEnv
+from verl_vla.envs.libero.init_states import read_states
+from verl_vla.envs.libero.mujoco_version import require_libero_physics
+from verl_vla.envs.libero.plus_suites import PLUS_SUITES, plus_tasks
+from verl_vla.envs.libero.pro_suites import PRO_SUITES, pro_objects, pro_tasks
+from verl_vla.envs.libero.task import ACTION_DIM, CAMERAS, MAX_DRAWN, PROPRIO_DIM, LiberoTask
+from verl_vla.envs.libero.task_packages import DISTRIBUTIONS, PLUS, PRO
+
+SIMULATION = ("mujoco", "robosuite", "hf-libero")
+"""Packages whose versions decide what a simulator answers."""
+SUITES = ("mini", "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+"""Names that `libero_suite` knows, besides the perturbed ones in `PERTURBED`."""
+PERTURBED = (*PRO_SUITES, *PLUS_SUITES)
+"""Suites made from LIBERO's by one change, from packages of their own; docs/perturbed-suites.md."""
+PUBLISHED_STEPS = {
+    "libero_spatial": 220,
+    "libero_object": 280,
+    "libero_goal": 300,
+    "libero_10": 520,
+    "libero_90": 400,
+}
+"""openvla-oft ``experiments/robot/libero/run_libero_eval.py:63``: a little more than the longest
+demonstration of the suite."""
+SIMPLEVLA_STEPS = 512
+"""SimpleVLA-RL ``verl/workers/rollout/rob_rollout.py:429``, for every LIBERO suite."""
+MINI_STEPS = {
+    "push_the_red_cube_onto_the_green_marker": 48,
+    "lift_the_red_cube": 64,
+    "put_the_red_cube_on_the_white_plate": 80,
+    "stack_the_red_cube_on_the_blue_cube": 96,
+    "lift_the_can": 64,
+    "lift_the_milk_carton": 64,
+    "push_the_blue_cube_onto_the_green_marker": 48,
+}
+"""Tasks of the mini suite: six in order of difficulty, and the first one again with another object.
+Each with its limit: about twice the scripted expert's steps, so that a policy fails for want of
+skill, not of pace."""
+FIRST_OBJECT = 10
+"""Place in an init state where the first object's pose begins: after time, arm and two fingers."""
+POSE = 7
+"""Values of a pose: a position and a quaternion."""
+LIBERO_INIT_STATES = 50
+MINI_INIT_STATES = 100
+TRAINED_DRAWN = 40
+"""Of these, how many a task with a single recorded state is trained on: as many as LIBERO's tasks
+have for training."""
+_MINI = Path(__file__).resolve().parents[1] / "mini"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiberoSuite(Suite):
+    """A LIBERO benchmark, or the embedded one."""
+
+    name: str
+    tasks: tuple[LiberoTask, ...]  # pyright: ignore[reportIncompatibleVariableOverride] -- frozen
+    num_init_states: int
+    cameras: tuple[str, ...] = CAMERAS
+    action_dim: int = ACTION_DIM
+    proprio_dim: int = PROPRIO_DIM
+    grippers: tuple[int, ...] = (ACTION_DIM - 1,)
+    package: str | None = None
+    """Package of the perturbed tasks; see `verl_vla.envs.libero.task_packages`."""
+
+    @property
+    def needs_assets(self) -> bool:
+        """Whether LIBERO's meshes and textures are needed to simulate it."""
+        return self.name != "mini"
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """See `Suite.versions`."""
+        tasks = () if self.package is None else (DISTRIBUTIONS[self.package][0],)
+        return {name: metadata.version(name) for name in (*SIMULATION, *tasks)}
+
+    @property
+    def refusals(self) -> dict[int, str]:
+        """See `Suite.refusals`."""
+        return {i: task.refused for i, task in enumerate(self.tasks) if task.refused is not None}
+
+    def require_simulator(self) -> None:
+        """Check MuJoCo's version and find LIBERO's assets; the mini suite brings its own.
+
+        A suite with objects of LIBERO-PRO needs their models among the assets too.
+        """
+        require_libero_physics()
+        if not self.needs_assets:
+            return
+        assets = find_assets()
+        if self.package == PRO:
+            sound = [task for task in self.tasks if task.refused is None]
+            require_models(assets, self.name, pro_objects(sound))
+
+    def make_env(self, config: EnvConfig) -> Env:
+        """See `Suite.make_env`."""
+        return LiberoEnv(self, config)
+
+    def task(self, task_id: int) -> LiberoTask:
+        """See `Suite.task`."""
+        super().task(task_id)
+        return self.tasks[task_id]
+
+    def step_limit(self, limit: StepLimit, task_id: int) -> int:
+        """See `Suite.step_limit`; SimpleVLA-RL has one limit for all LIBERO suites."""
+        if limit == "simplevla" and self.needs_assets:
+            return SIMPLEVLA_STEPS
+        return super().step_limit(limit, task_id)
+
+    def held_out_ids(self) -> list[int]:
+        """Of LIBERO's 50 states every fifth (4, 9, .., 49), of the mini suite's its last 50.
+
+        Published numbers use all 50 for both; a number on the 10 is not one on the 50.
+        """
+        if self.needs_assets:
+            return super().held_out_ids()
+        return list(range(self.num_init_states // 2, self.num_init_states))
+
+    def drawn_ids(self) -> list[int]:
+        """Those that an environment draws from the task's regions."""
+        return list(range(self.num_init_states, self.num_init_states + MAX_DRAWN))
+
+    def num_recorded(self, task_id: int) -> int:
+        """Recorded init states of a task."""
+        number = self.task(task_id).num_init_states
+        return self.num_init_states if number is None else number
+
+    def init_state_ids(self, task_id: int, split: Split) -> list[int]:
+        """See `Suite.init_state_ids`; a single recorded state is kept for evaluation.
+
+        Such a task is trained on starts drawn from its regions, the last of those that can be.
+        """
+        number = self.task(task_id).num_init_states
+        if number is None or split == "drawn":
+            return super().init_state_ids(task_id, split)
+        if split == "train":
+            return self.drawn_ids()[-TRAINED_DRAWN:]
+        return list(range(number))
+
+    def load_init_states(self, task_id: int) -> npt.NDArray[np.float64]:
+        """Read the starts of a task, [num_init_states, 1 + nq + nv] (time, positions, velocities).
+
+        Raises:
+            ConfigError: the file is missing, or holds another number of states.
+        """
+        task = self.task(task_id)
+        file, number = task.init_states_file, self.num_recorded(task_id)
+        if not file.is_file():
+            raise ConfigError(f"{file} is missing; reinstall the package it belongs to")
+        states = read_states(file)
+        if len(states) != number:
+            raise ConfigError(f"{file} holds {len(states)} states, not {number}")
+        for i in range(task.num_objects):
+            first = FIRST_OBJECT + POSE * i
+            states[:, first : first + 3] += task.state_shift_m
+        return states
+
+
+def libero_suite(name: str) -> LiberoSuite:
+    """Return one of `SUITES` or `PERTURBED`, whose tasks have files.
+
+    Raises:
+        ConfigError: the name is unknown (with the nearest known one), or LIBERO is not installed.
+    """
+    if name in PERTURBED:
+        return _perturbed_suite(name)
+    if name not in SUITES:
+        raise ConfigError(
+            f"suite is {name!r}, which is unknown; {nearest(name, SUITES, PERTURBED)}, and "
+            "perturbed ones such as libero_spatial_swap or libero_plus; one of your own is "
+            "path/to/file.py:ClassName, which can be trained and evaluated in, but has neither "
+            "demonstrations nor videos here"
+        )
+    return _mini_suite() if name == "mini" else _libero_suite(name)
+
+
+def instruction_of(task_name: str) -> str:
+    """Spell a task's name as a sentence, without the scene that LIBERO-100 puts before it.
+
+    LIBERO ``benchmark/__init__.py``, `grab_language_from_filename`: what the demonstrations and
+    the published evaluations use, where a BDDL file's own sentence sometimes differs.
+
+    >>> instruction_of("KITCHEN_SCENE10_close_the_top_drawer")
+    'close the top drawer'
+    """
+    words = task_name.split("_")
+    if words[0].isupper():
+        words = words[next(i for i, word in enumerate(words) if word.startswith("SCENE")) + 1 :]
+    return " ".join(words)
+
+
+@cache
+def _mini_suite() -> LiberoSuite:
+    tasks = [
+        LiberoTask(
+            name=name,
+            instruction=instruction_of(name),
+            bddl_file=_MINI / "bddl" / f"{name}.bddl",
+            init_states_file=_MINI / "init_states" / f"{name}.npz",
+            published_steps=steps,
+        )
+        for name, steps in MINI_STEPS.items()
+    ]
+    return LiberoSuite(name="mini", tasks=tuple(tasks), num_init_states=MINI_INIT_STATES)
+
+
+@cache
+def _libero_suite(name: str) -> LiberoSuite:
+    root = libero_root()
+    tasks = [
+        LiberoTask(
+            name=task,
+            instruction=instruction_of(task),
+            bddl_file=root / "bddl_files" / name / f"{task}.bddl",
+            init_states_file=root / "init_files" / name / f"{task}.pruned_init",
+            published_steps=PUBLISHED_STEPS[name],
+        )
+        for task in _libero_task_names(root)[name]
+    ]
+    return LiberoSuite(name=name, tasks=tuple(tasks), num_init_states=LIBERO_INIT_STATES)
+
+
+@cache
+def _perturbed_suite(name: str) -> LiberoSuite:
+    if name in PRO_SUITES:
+        package, tasks = PRO, pro_tasks(name, _libero_suite(PRO_SUITES[name][0]).tasks)
+    else:
+        package, tasks = PLUS, plus_tasks(name, lambda base: _libero_suite(base).tasks)
+    return LiberoSuite(
+        name=name, tasks=tuple(tasks), num_init_states=LIBERO_INIT_STATES, package=package
+    )
+
+
+def _libero_task_names(root: Path) -> dict[str, list[str]]:
+    # run as a file: importing it as a module would import all of LIBERO, which asks on stdin
+    file = root / "benchmark" / "libero_suite_task_map.py"
+    spec = importlib.util.spec_from_file_location("libero_suite_task_map", file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{file} cannot be read; reinstall hf-libero==0.1.4")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.libero_task_map
+
+
+def make_libero_env(config: EnvConfig) -> LiberoEnv:
+    """Build an environment of one of LIBERO's suites or of the embedded one.
+
+    ``functools.partial(make_libero_env, config)`` is its picklable factory.
+
+    Raises:
+        ConfigError: LIBERO, its assets or a GL library are missing.
+    """
+    return LiberoEnv(libero_suite(config.suite), config)

@@ -1,0 +1,70 @@
+"""A suite of the user's own, from a file that belongs to no package."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.files import PROJECT_FOLDER
+from verl_vla.core.plugins import import_file
+from verl_vla.core.text import nearest
+from verl_vla.envs.base import Suite
+
+ATTRIBUTES = (
+    "name",
+    "tasks",
+    "num_init_states",
+    "cameras",
+    "action_dim",
+    "proprio_dim",
+    "grippers",
+)
+
+
+@cache
+def load_own_suite(name: str) -> Suite:
+    """Make the suite that ``path/to/file.py:ClassName`` names; every process reads the file once.
+
+    Args:
+        name: a relative path starts in the working directory, or else at the project's root.
+
+    Raises:
+        ConfigError: no such file or class, one that cannot be made, or that lacks something.
+    """
+    path, class_name = _locate(name)
+    own: dict[str, type[Any]] = {
+        name: cls
+        for name, cls in inspect.getmembers(import_file(path), inspect.isclass)
+        if issubclass(cls, Suite)
+    }
+    if class_name not in own:
+        raise ConfigError(
+            f"{path} has no suite {class_name!r}; {nearest(class_name, list(own))}; a suite "
+            "extends verl_vla.envs.base.Suite"
+        )
+    try:
+        suite = own[class_name]()
+    except Exception as error:
+        raise ConfigError(f"suite {name!r} could not be made: {error!r}; correct it") from error
+    missing = [attribute for attribute in ATTRIBUTES if attribute not in dir(suite)]
+    if missing:
+        raise ConfigError(
+            f"suite {name!r} lacks {', '.join(missing)}; see Suite in verl_vla/envs/base.py"
+        )
+    return suite
+
+
+def locate_own_suite(name: str) -> str:
+    """Name the same suite by a path that starts at the root."""
+    path, class_name = _locate(name)
+    return f"{path}:{class_name}"
+
+
+def _locate(name: str) -> tuple[Path, str]:
+    given, class_name = name.rsplit(":", 1)
+    folders = (Path.cwd(), PROJECT_FOLDER)
+    found = next((f / given for f in folders if (f / given).is_file()), Path(given))
+    return found.resolve(), class_name

@@ -1,0 +1,1 @@
+"""Simulator processes, and the slots that episodes occupy in them."""

@@ -1,0 +1,251 @@
+"""Hands requests to simulator processes and replaces those that fail.
+
+A thread of its own does this, so simulators never idle while the caller decides. It knows
+processes and requests but nothing of episodes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import selectors
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Protocol, TypeVar
+
+from verl_vla.core.errors import ConfigError, EpisodeCrashed
+from verl_vla.envs.pool.messages import Failed, Ready, Reply, Request, Result, Started, Stepped
+from verl_vla.envs.pool.worker_process import WorkerProcess
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILED_STARTS = 3
+"""Workers in a row that may end before they are of any use."""
+
+LEAVE_S = 5.0
+"""How long a worker whose simulator raised may take to exit."""
+
+PATIENCE_S = 2.0
+"""How long workers may take to follow each of: a polite word, SIGTERM, SIGKILL."""
+
+
+class Experienced(Protocol):
+    """What the choice of a worker depends on."""
+
+    tasks: dict[int, float]
+    """When it last served each task, in seconds of any one clock."""
+
+
+Worker = TypeVar("Worker", bound=Experienced)
+
+Launch = Callable[[float], WorkerProcess]
+"""Starts a process that must be ready by the deadline given, on `time.monotonic`'s clock."""
+
+
+class Dispatcher:
+    """A queue of requests and the processes that serve it.
+
+    Args:
+        launch: starts a worker.
+        num_workers: how many live at the same time.
+        timeout_s: for one request.
+        start_timeout_s: for a worker to become ready.
+        deliver: called once for every request, from this dispatcher's thread.
+        fail: called at most once, when no request will be served any more.
+    """
+
+    def __init__(
+        self,
+        launch: Launch,
+        *,
+        num_workers: int,
+        timeout_s: float,
+        start_timeout_s: float,
+        deliver: Callable[[Request, Result], None],
+        fail: Callable[[Exception], None],
+    ) -> None:
+        self._launch = launch
+        self._num_workers = num_workers
+        self._timeout_s = timeout_s
+        self._start_timeout_s = start_timeout_s
+        self._deliver = deliver
+        self._fail = fail
+        self._inbox: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        self._waiting: list[Request] = []
+        self._workers: list[WorkerProcess] = []
+        self._num_launches = 0
+        self._failed_starts = 0
+        self._has_served = False
+        self._is_closing = False
+        self._bell = os.eventfd(0)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._bell, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, name="env-pool", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_restarts(self) -> int:
+        """Workers started in place of one that had ended."""
+        return max(0, self._num_launches - self._num_workers)
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids of the workers that live."""
+        return tuple(worker.pid for worker in self._workers)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; does not wait. Any thread may call this."""
+        self._inbox.put(request)
+        os.eventfd_write(self._bell, 1)
+
+    def close(self) -> None:
+        """End the thread and every worker; requests under way are never delivered."""
+        self._is_closing = True
+        os.eventfd_write(self._bell, 1)
+        self._thread.join()
+        self._selector.close()
+        os.close(self._bell)
+        alive = list(self._workers)
+        for insist in (WorkerProcess.ask_to_stop, WorkerProcess.terminate, WorkerProcess.kill):
+            for worker in alive:
+                insist(worker)
+            deadline = time.monotonic() + PATIENCE_S
+            alive = [worker for worker in alive if not worker.has_ended(before=deadline)]
+        for worker in self._workers:
+            worker.bury()
+        self._workers.clear()
+
+    def _run(self) -> None:
+        try:
+            for _ in range(self._num_workers):
+                self._add_worker()
+            while not self._is_closing:
+                self._hand_out()
+                for key, _ in self._selector.select(self._seconds_to_next_deadline()):
+                    if isinstance(key.fileobj, WorkerProcess):
+                        self._listen(key.fileobj)
+                    else:
+                        os.eventfd_read(self._bell)
+                self._end_overdue()
+        except Exception as error:  # noqa: BLE001 -- end of a thread: the caller must learn why
+            self._fail(error)
+
+    def _add_worker(self) -> None:
+        worker = self._launch(time.monotonic() + self._start_timeout_s)
+        self._num_launches += 1
+        self._workers.append(worker)
+        self._selector.register(worker, selectors.EVENT_READ)
+
+    def _hand_out(self) -> None:
+        """Give waiting requests to idle workers, and start workers where some are missing."""
+        with suppress(queue.Empty):
+            while True:
+                self._waiting.append(self._inbox.get_nowait())
+        idle = [worker for worker in self._workers if worker.state == "idle"]
+        while idle and self._waiting:
+            worker, request = best_pair(self._workers, idle, self._waiting)
+            idle.remove(worker)
+            self._give(worker, request)
+        coming = sum(worker.state == "starting" for worker in self._workers)
+        missing = self._num_workers - len(self._workers)
+        for _ in range(min(missing, len(self._waiting) - coming)):
+            self._add_worker()
+
+    def _give(self, worker: WorkerProcess, request: Request) -> None:
+        try:
+            worker.give(request, deadline=time.monotonic() + self._timeout_s)
+        except OSError:  # it died while idle, so the request is not lost
+            self._remove(worker)
+        else:
+            self._waiting.remove(request)
+
+    def _listen(self, worker: WorkerProcess) -> None:
+        try:
+            reply = worker.receive()
+        except EOFError:
+            self._lose(worker, "its process ended")
+            return
+        request, worker.request = worker.request, None
+        if isinstance(reply, Failed) and isinstance(reply.error, EpisodeCrashed):
+            worker.state, worker.deadline = "leaving", time.monotonic() + LEAVE_S
+            self._count_failed_start(reply.error, is_start=request is None)
+        else:
+            worker.state = "idle"
+        self._take(request, reply)
+
+    def _take(self, request: Request | None, reply: Reply) -> None:
+        if isinstance(reply, Started | Stepped):
+            self._has_served, self._failed_starts = True, 0
+        if request is not None and not isinstance(reply, Ready):
+            self._deliver(request, reply)
+        elif isinstance(reply, Failed) and isinstance(reply.error, ConfigError):
+            raise reply.error
+
+    def _end_overdue(self) -> None:
+        at = time.monotonic()
+        for worker in list(self._workers):
+            if worker.state != "idle" and worker.deadline <= at:
+                worker.kill_and_tell()
+                limit = self._start_timeout_s if worker.state == "starting" else self._timeout_s
+                self._lose(worker, f"no answer within {limit:g} s, so its process was killed")
+
+    def _lose(self, worker: WorkerProcess, what: str) -> None:
+        """Write off a dead worker and, if it was busy, the one episode it was serving."""
+        ending = self._remove(worker)
+        if worker.state in ("starting", "idle"):  # nobody else hears of these
+            logger.warning("%s simulator process: %s (%s)", worker.state, what, ending)
+        if worker.state in ("starting", "busy"):
+            error = EpisodeCrashed(f"{worker.request or 'start'}: {what} ({ending})")
+            self._count_failed_start(error, is_start=worker.state == "starting")
+            if worker.request is not None:
+                self._deliver(worker.request, Failed(error=error))
+
+    def _remove(self, worker: WorkerProcess) -> str:
+        self._selector.unregister(worker)
+        self._workers.remove(worker)
+        return worker.bury()
+
+    def _count_failed_start(self, error: EpisodeCrashed, *, is_start: bool) -> None:
+        """Give up where every worker fails, be it at once or at its first request."""
+        if not is_start and self._has_served:
+            return
+        self._failed_starts += 1
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            raise RuntimeError(
+                f"{self._failed_starts} simulator processes in a row ended before they were of "
+                f"any use, so no more are started. The last one: {error}"
+            )
+
+    def _seconds_to_next_deadline(self) -> float | None:
+        deadlines = [w.deadline for w in self._workers if w.state != "idle"]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+
+def best_pair(
+    workers: Sequence[Worker], idle: Sequence[Worker], waiting: Sequence[Request]
+) -> tuple[Worker, Request]:
+    """Choose which idle worker does what next.
+
+    A worker that served a task lately is likely to hold a simulator for it, and building another
+    takes seconds. Where no idle worker knows any of the tasks, the one that holds least takes the
+    task that the fewest workers hold.
+    """
+    oldest = {request.task_id: request for request in reversed(waiting)}
+    known = [
+        (worker.tasks[task_id], worker, request)
+        for task_id, request in oldest.items()
+        for worker in idle
+        if task_id in worker.tasks
+    ]
+    if known:
+        _, worker, request = max(known, key=lambda pair: pair[0])
+        return worker, request
+    holders = Counter(task_id for worker in workers for task_id in worker.tasks)
+    return (
+        min(idle, key=lambda worker: len(worker.tasks)),
+        min(waiting, key=lambda request: holders[request.task_id]),
+    )

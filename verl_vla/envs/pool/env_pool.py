@@ -1,0 +1,225 @@
+"""Many episodes at a time, played by few simulator processes.
+
+A *slot* is a place for one episode. Its latest moment is kept here, as a snapshot, and travels to
+whichever process is free with each action chunk. So a few processes play any number of slots, no
+result depends on which process did what, and a process that raises, hangs or dies costs exactly
+the one episode it was busy with.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import pickle
+import threading
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from verl_vla.core.episode import EpisodeSpec
+from verl_vla.core.errors import ConfigError, ContractError
+from verl_vla.envs.base import EnvFactory
+from verl_vla.envs.pool.dispatcher import Dispatcher
+from verl_vla.envs.pool.messages import Request, Result, Setup, make_frames_file, map_frames
+from verl_vla.envs.pool.slots import Answer, PoolStats, Slots
+from verl_vla.envs.pool.worker_process import WorkerProcess
+
+
+class EnvPool:
+    """Slots for episodes and the processes that simulate them. Use it as a context manager.
+
+    One thread may call it. Processes start with the pool and are ready some seconds later; until
+    then requests wait in line.
+
+    Args:
+        factory: makes the environment of a process; picklable.
+        num_workers: processes, at most; no more are started than there are slots.
+        num_slots: episodes under way at the same time.
+        image_shape: (V, H, W, 3) of an observation's image.
+        timeout_s: a process that takes longer for one request is killed. The first request for a
+            task includes the building of its simulator.
+        worker_env: environment variables of the processes, on top of this process's own and of
+            `verl_vla.envs.pool.worker_process.ONE_THREAD`.
+        max_cached_starts: recorded starts that are remembered instead of simulated again.
+        start_timeout_s: a process that takes longer to start and make its environment is killed.
+
+    Raises:
+        ConfigError: a number that cannot be.
+        ContractError: ``factory`` cannot be sent to another process.
+    """
+
+    def __init__(
+        self,
+        factory: EnvFactory,
+        *,
+        num_workers: int,
+        num_slots: int,
+        image_shape: tuple[int, int, int, int],
+        timeout_s: float,
+        worker_env: Mapping[str, str],
+        max_cached_starts: int = 512,
+        start_timeout_s: float = 300.0,
+    ) -> None:
+        _check_positive(num_workers=num_workers, num_slots=num_slots)
+        _check_positive(timeout_s=timeout_s, start_timeout_s=start_timeout_s)
+        if max_cached_starts < 0:
+            raise ConfigError(f"max_cached_starts is {max_cached_starts}; set 0 to remember none")
+        setup = Setup(factory=_pack(factory), frames_shape=(num_slots, *image_shape))
+        self._frames_file = make_frames_file(setup.frames_shape)
+        self._slots = Slots(
+            map_frames(self._frames_file, setup.frames_shape), max_cached_starts=max_cached_starts
+        )
+        self._awaited: frozenset[int] = frozenset()
+        self._failure: Exception | None = None
+        self._changed = threading.Condition()
+        self._is_open = True
+        self._owner_pid = os.getpid()
+        self._dispatcher = Dispatcher(
+            lambda deadline: WorkerProcess(setup, self._frames_file, worker_env, deadline=deadline),
+            num_workers=min(num_workers, num_slots),
+            timeout_s=timeout_s,
+            start_timeout_s=start_timeout_s,
+            deliver=self._deliver,
+            fail=self._fail,
+        )
+        atexit.register(self.close)
+
+    @property
+    def num_slots(self) -> int:
+        """Episodes that can be under way at the same time."""
+        return len(self._slots)
+
+    @property
+    def stats(self) -> PoolStats:
+        """What was done so far."""
+        return replace(self._slots.stats, restarts=self._dispatcher.num_restarts)
+
+    @property
+    def worker_pids(self) -> tuple[int, ...]:
+        """Process ids of the simulators that live, for a look from outside."""
+        return self._dispatcher.pids
+
+    def reset(self, slots: Mapping[int, EpisodeSpec]) -> None:
+        """Start an episode in each of these slots, in place of what was there; does not wait.
+
+        Raises:
+            ContractError: a slot does not exist or still owes an answer.
+        """
+        with self._changed:
+            self._check_usable()
+            for slot in slots:
+                self._slots.check_free(slot)
+            for slot, spec in slots.items():
+                self._submit(self._slots.start(slot, spec))
+
+    def step(self, chunks: Mapping[int, npt.NDArray[np.float32]]) -> None:
+        """Run one action chunk [K, A] in each of these slots; does not wait.
+
+        Raises:
+            ContractError: a slot does not exist, plays no episode or still owes an answer, or
+                its chunk has a wrong shape or dtype.
+        """
+        with self._changed:
+            self._check_usable()
+            for slot, actions in chunks.items():
+                self._slots.check_free(slot)
+                self._slots.check_playing(slot)
+                _check_chunk(slot, actions)
+            for slot, actions in chunks.items():
+                self._submit(self._slots.step(slot, actions))
+
+    def wait(self, slots: Collection[int]) -> dict[int, Answer]:
+        """Wait until exactly these slots have answered; others may go on.
+
+        Returns:
+            The answer of each slot, in the order of ``slots``: an `Observation` to a reset, a
+            `ChunkResult` to a step, an `EpisodeCrashed` to either. After a crash, as after the
+            end of its episode, a slot is free for `reset`.
+
+        Raises:
+            ContractError: a slot was asked nothing, or an environment was given something wrong.
+            ConfigError: the environment cannot be made as asked, or knows no such start.
+            RuntimeError: no process survives its start.
+        """
+        began = time.perf_counter()
+        with self._changed:
+            self._check_usable()
+            for slot in slots:
+                self._slots.check_asked(slot)
+            self._awaited = frozenset(slots)
+            self._changed.wait_for(
+                lambda: self._failure is not None or self._slots.have_answered(self._awaited)
+            )
+            self._check_usable()
+            self._slots.stats += PoolStats(wait_s=time.perf_counter() - began)
+            return self._slots.take_answers(slots)
+
+    def close(self) -> None:
+        """End all processes; nothing can be asked afterwards. Called again, it does nothing."""
+        if not self._is_open or os.getpid() != self._owner_pid:
+            return  # a forked child may exit without ending what belongs to its parent
+        self._is_open = False
+        atexit.unregister(self.close)
+        self._dispatcher.close()
+        os.close(self._frames_file)
+        self._failure = ContractError("the pool is closed; make another one")
+
+    def __enter__(self) -> EnvPool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _submit(self, request: Request | None) -> None:
+        if request is not None:
+            self._dispatcher.submit(request)
+
+    def _deliver(self, request: Request, result: Result) -> None:
+        """Note what became of a request; the dispatcher's thread calls this."""
+        with self._changed:
+            self._submit(self._slots.note(request, result))
+            if self._slots.have_answered(self._awaited):
+                self._changed.notify_all()
+
+    def _fail(self, failure: Exception) -> None:
+        """Note that no request will be served any more; the dispatcher's thread calls this."""
+        with self._changed:
+            self._failure = failure
+            self._changed.notify_all()
+
+
+def _pack(factory: EnvFactory) -> bytes:
+    try:
+        return pickle.dumps(factory)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ContractError(
+            f"{factory!r} cannot be sent to another process ({error}); pass a functools.partial "
+            "of a function that can be imported"
+        ) from error
+
+
+def _check_positive(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if number <= 0:
+            raise ConfigError(f"{name} is {number}; a pool needs a positive number")
+
+
+def _check_chunk(slot: int, actions: npt.NDArray[np.float32]) -> None:
+    if actions.ndim != 2 or actions.dtype != np.float32:
+        raise ContractError(
+            f"slot {slot}: a chunk must be float32 [K, A], got {actions.dtype} "
+            f"{list(actions.shape)}"
+        )

@@ -1,0 +1,176 @@
+"""One simulator process, seen from the pool."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Literal
+
+from verl_vla.envs.pool.messages import STACK_SIGNAL, Reply, Request, Setup, Stop
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}
+"""Simulators run one per core; LP_NUM_THREADS is Mesa's software renderer."""
+
+OUTPUT_LIMIT = 1 << 20
+"""Bytes of a worker's output; with the next request, all but the last of it are forgotten."""
+
+OUTPUT_TAIL = 4000
+"""Bytes of a worker's output that are told when it dies."""
+
+STACK_S = 0.2
+"""How long a worker that hangs has to write down where."""
+
+LAST_BREATH_S = 1.0
+"""How long a process may take to end once its socket is closed."""
+
+State = Literal["starting", "idle", "busy", "leaving"]
+"""``leaving``: its simulator has raised and it was left to exit by itself."""
+
+
+class WorkerProcess:
+    """A `verl_vla.envs.pool.worker`, what it is doing, and until when it may.
+
+    Attributes:
+        state: what it is doing.
+        request: what it is busy with, else None.
+        deadline: when it must have answered or left, on `time.monotonic`'s clock.
+        tasks: when it last served each task, since a simulator for it is then at hand.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        frames_descriptor: int,
+        environment: Mapping[str, str],
+        *,
+        deadline: float,
+    ) -> None:
+        self.state: State = "starting"
+        self.request: Request | None = None
+        self.deadline = deadline
+        self.tasks: dict[int, float] = {}
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 -- closed by `bury`
+        append = fcntl.fcntl(self._output, fcntl.F_GETFL) | os.O_APPEND
+        fcntl.fcntl(self._output, fcntl.F_SETFL, append)  # so that it can be cut while in use
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = self._launch(theirs.fileno(), frames_descriptor, environment)
+        self._connection = Connection(ours.detach())
+        with suppress(OSError):  # one that is dead already is noticed when it is listened to
+            self._connection.send(setup)
+
+    def _launch(
+        self, socket_descriptor: int, frames_descriptor: int, environment: Mapping[str, str]
+    ) -> subprocess.Popen[bytes]:
+        """Start a fresh interpreter that imports from where this one does.
+
+        Not `multiprocessing`, which would import the caller's ``__main__``: it may be a Ray actor.
+        """
+        path = os.pathsep.join(p for p in sys.path if p)
+        descriptors = (socket_descriptor, frames_descriptor)
+        return subprocess.Popen(
+            [sys.executable, "-u", "-m", "verl_vla.envs.pool.worker", *map(str, descriptors)],
+            stdin=subprocess.DEVNULL,  # a question must fail rather than wait for an answer
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            pass_fds=descriptors,
+            env={**os.environ, "PYTHONPATH": path, **ONE_THREAD, **environment},
+        )
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    def fileno(self) -> int:
+        """The descriptor to watch for replies."""
+        return self._connection.fileno()
+
+    def give(self, request: Request, *, deadline: float) -> None:
+        """Hand a request to an idle worker.
+
+        Raises:
+            OSError: the worker died before it could take the request.
+        """
+        self._forget_old_output()
+        self._connection.send(request)
+        self.state, self.request, self.deadline = "busy", request, deadline
+        self.tasks[request.task_id] = time.monotonic()
+
+    def receive(self) -> Reply:
+        """Take a reply.
+
+        Raises:
+            EOFError: the worker is dead.
+        """
+        try:
+            return pickle.loads(self._connection.recv_bytes())
+        except OSError as error:
+            raise EOFError from error
+
+    def ask_to_stop(self) -> None:
+        """Tell the worker to exit after what it is doing."""
+        with suppress(OSError):
+            self._connection.send(Stop())
+
+    def terminate(self) -> None:
+        """Ask the system to end the worker."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """End the worker."""
+        self._process.kill()
+
+    def kill_and_tell(self) -> None:
+        """End a worker that hangs; the last lines of its output say where it was."""
+        self._process.send_signal(STACK_SIGNAL)
+        if not self.has_ended(before=time.monotonic() + STACK_S):
+            self._process.kill()
+
+    def has_ended(self, *, before: float) -> bool:
+        """Wait for the end until ``before``, on `time.monotonic`'s clock."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(0.0, before - time.monotonic()))
+            return True
+        return False
+
+    def bury(self) -> str:
+        """Free what a worker that was killed or is about to exit leaves behind.
+
+        Returns:
+            Its exit code or signal, and the last lines of its output.
+        """
+        if not self.has_ended(before=time.monotonic() + LAST_BREATH_S):
+            self._process.kill()
+        code = self._process.wait()
+        self._connection.close()
+        ending = f"exit code {code}" if code >= 0 else _describe_signal(-code)
+        with self._output:
+            text = self._last_output().decode(errors="replace").strip()
+        return f"{ending}; its last output:\n{text}" if text else f"{ending}; it wrote nothing"
+
+    def _forget_old_output(self) -> None:
+        file = self._output.fileno()
+        if os.fstat(file).st_size > OUTPUT_LIMIT:
+            kept = self._last_output()
+            os.ftruncate(file, 0)
+            os.write(file, kept)
+
+    def _last_output(self) -> bytes:
+        file = self._output.fileno()
+        return os.pread(file, OUTPUT_TAIL, max(0, os.fstat(file).st_size - OUTPUT_TAIL))
+
+
+def _describe_signal(number: int) -> str:
+    hint = ", by the kernel if memory ran out" if number == signal.SIGKILL else ""
+    return f"signal {number}: {signal.strsignal(number)}{hint}"

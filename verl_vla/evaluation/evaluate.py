@@ -1,0 +1,80 @@
+"""Success rate per task with its interval, on fixed held-out starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from verl_vla.config.grpo import EvaluationConfig
+from verl_vla.core.episode import EpisodeSpec, Start
+from verl_vla.core.success_rate import SuccessRate, count
+from verl_vla.core.tables import Trajectories
+from verl_vla.policies.base import Policy
+from verl_vla.rl.rollout import NoiseSource, RolloutTimes, Simulators, play
+
+EVALUATION_STREAM = 1
+"""Stream of the noise source; training plays from stream 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """The result of one evaluation."""
+
+    total: SuccessRate
+    per_task: dict[int, SuccessRate]
+    """Keyed by task id."""
+    trajectories: Trajectories
+    """What was played, in the order of the starts."""
+
+    def as_metrics(self, task_names: dict[int, str]) -> dict[str, float]:
+        """The numbers under the names of `verl_vla.runs.metrics`."""
+        low, high = self.total.ci95
+        pooled = {
+            "eval/success_rate": self.total.rate,
+            "eval/episodes": float(self.total.episodes),
+            "eval/ci_low": low,
+            "eval/ci_high": high,
+        }
+        tasks = {f"eval/task/{task_names[t]}": rate.rate for t, rate in self.per_task.items()}
+        return pooled | tasks
+
+
+def evaluate(
+    starts: Sequence[Start],
+    policy: Policy,
+    simulators: Simulators,
+    *,
+    config: EvaluationConfig,
+    seed: int,
+    times: RolloutTimes | None = None,
+) -> Evaluation:
+    """Play every start once and count.
+
+    Args:
+        starts: fixed held-out starts; the same list gives comparable numbers.
+        policy: what is judged.
+        simulators: a pool whose slots are all free.
+        config: greedy or sampled.
+        seed: of the noise, used where play is sampled.
+        times: if given, the seconds spent are added to it.
+    """
+    specs = [
+        EpisodeSpec(
+            task_id=start.task_id, init_state_id=start.init_state_id, group_id=i, episode_id=i
+        )
+        for i, start in enumerate(starts)
+    ]
+    trajectories = play(
+        specs,
+        policy,
+        simulators,
+        temperature=config.temperature,
+        noise=NoiseSource(seed=seed, stream=EVALUATION_STREAM),
+        times=times,
+    )
+    tasks = sorted({start.task_id for start in starts})
+    return Evaluation(
+        total=count(trajectories, tasks),
+        per_task={task: count(trajectories, [task]) for task in tasks},
+        trajectories=trajectories,
+    )

@@ -1,0 +1,233 @@
+"""The published LIBERO protocol, and what published policies reached under it.
+
+The numbers stand in ``published_rates.yaml``, each with its source. They are of whole suites, so a
+rate is compared with those of its own suite, and everything that differs is named beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.success_rate import SuccessRate
+from verl_vla.envs.base import StepLimit, Suite
+from verl_vla.policies.base import PolicyShape
+from verl_vla.rl.setup import PUBLISHED_RENDER_SIZE
+
+RATES_FILE = Path(__file__).with_name("published_rates.yaml")
+
+PROTOCOLS = ("published",)
+"""Values of ``eval --protocol``."""
+
+DEFAULTS: Mapping[str, Any] = {
+    "states": "held_out",
+    "sampling": "greedy",
+    "limit": "published",
+    "render_size": None,
+}
+"""Options of ``eval`` that a protocol decides, and their values without one."""
+
+ALLOWED: Mapping[str, tuple[Any, ...]] = {
+    "states": ("official",),
+    "sampling": ("greedy",),
+    "limit": ("published", "simplevla"),
+    "render_size": (PUBLISHED_RENDER_SIZE,),
+}
+"""What the published protocol has for them, the default first. Both step limits are published:
+openvla-oft's, and SimpleVLA-RL's and SRPO's 512."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedRow:
+    """One published policy (family): a row of a table, as ``published_rates.yaml`` spells it."""
+
+    name: str
+    source: str
+    """Key of `Published.sources`."""
+    rates: Mapping[str, float]
+    """Success rate in percent, by suite."""
+    mean: float
+    """Mean over the suites in percent, as published."""
+    cameras: int
+    proprio: bool
+    """Whether the policy reads the robot's own state."""
+    actions: Literal["tokens", "regression"]
+    limit: Literal["published", "simplevla"]
+    fixtures: Literal["still", "moving"] | None
+    """``moving``: elsewhere in each episode; None where it is not known."""
+    episodes: int
+    """Of one suite."""
+    notes: Sequence[str]
+
+    def rate(self, suite_name: str) -> SuccessRate:
+        """Return the rate in a suite with the counts that it was rounded from."""
+        successes = round(self.rates[suite_name] / 100 * self.episodes)
+        return SuccessRate(successes=successes, episodes=self.episodes, crashes=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """All of ``published_rates.yaml``."""
+
+    suites: Sequence[str]
+    common: Sequence[str]
+    """What holds for every row."""
+    sources: Mapping[str, str]
+    rows: Sequence[PublishedRow]
+
+
+@cache
+def published() -> Published:
+    """Read ``published_rates.yaml``."""
+    stored = yaml.safe_load(RATES_FILE.read_text())
+    suites = stored["suites"]
+    rows = [
+        PublishedRow(**row | {"rates": dict(zip(suites, row["rates"], strict=True))})
+        for row in stored["rows"]
+    ]
+    return Published(suites=suites, common=stored["common"], sources=stored["sources"], rows=rows)
+
+
+def complete(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of ``eval`` that a protocol decides, each with a value.
+
+    Args:
+        options: as given on the command line, None where not given; with ``suite``, ``protocol``.
+
+    Raises:
+        ConfigError: an option contradicts the protocol, or nothing was published of the suite.
+    """
+    given = {name: options[name] for name in DEFAULTS}
+    if options["protocol"] is None:
+        return {name: DEFAULTS[name] if value is None else value for name, value in given.items()}
+    if options["suite"] not in published().suites:
+        raise ConfigError(
+            f"--protocol is published, but there are no published rates of {options['suite']!r} to "
+            f"compare with; choose among {', '.join(published().suites)}, or write --states "
+            "official in its place, which plays all recorded init states"
+        )
+    for name, value in given.items():
+        if value is not None and value not in ALLOWED[name]:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is {value}, but published evaluations have "
+                f"{' or '.join(map(str, ALLOWED[name]))}; leave it out, or leave out --protocol"
+            )
+    return {name: ALLOWED[name][0] if value is None else value for name, value in given.items()}
+
+
+def compare_with_published(
+    chosen: Suite, ours: SuccessRate, shape: PolicyShape, limit: StepLimit, num_tasks: int
+) -> dict[str, Any]:
+    """Set a success rate beside the published ones of its suite, as JSON.
+
+    Args:
+        chosen: the suite, one of `Published.suites`.
+        ours: over everything that was played.
+        shape: of our policy.
+        limit: step limit that was played with.
+        num_tasks: how many tasks were played.
+
+    Returns:
+        ``ours``; ``left_out``, what of the protocol was not played; ``common``, what holds for all
+        rows; and ``rows``, each with its ``rate``, ``ci95`` and ``mean``, whether its interval and
+        ours overlap (``overlaps``, null where nothing of ours counts), and what ``differs``.
+    """
+    rows: list[dict[str, Any]] = []
+    for row in published().rows:
+        theirs = row.rate(chosen.name)
+        rows.append(
+            {
+                "name": row.name,
+                "source": published().sources[row.source],
+                "rate": row.rates[chosen.name] / 100,
+                "episodes": row.episodes,
+                "ci95": list(theirs.ci95),
+                "mean": row.mean / 100,
+                "overlaps": _overlap(ours.ci95, theirs.ci95) if ours.episodes else None,
+                "differs": _differences(row, chosen, shape, limit),
+            }
+        )
+    return {
+        "protocol": "published",
+        "ours": ours.as_json(),
+        "left_out": _left_out(chosen, ours, num_tasks),
+        "common": list(published().common),
+        "rows": rows,
+    }
+
+
+def published_table(suite_name: str, compared: Mapping[str, Any]) -> str:
+    """Lay out what `compare_with_published` returns: a line a policy, then what the marks mean."""
+    texts = list(dict.fromkeys(text for row in compared["rows"] for text in row["differs"]))
+    marks = {text: chr(ord("a") + i) for i, text in enumerate(texts)}
+    width = max(len(row["name"]) for row in compared["rows"])
+    head = f"{suite_name:<{width}}  {'rate':>6}  {'95% interval':>12}  {'episodes':>8}"
+    lines = [f"{head}  {'4 suites':>8}  overlap  differs", _line("this policy", width, compared)]
+    for row in compared["rows"]:
+        overlap = {True: "yes", False: "NO", None: "-"}[row["overlaps"]]
+        differs = " ".join(marks[text] for text in row["differs"])
+        lines.append(
+            f"{_line(row['name'], width, {'ours': row})}  {100 * row['mean']:7.1f}%  {overlap:>7}"
+            f"  {differs}".rstrip()
+        )
+    lines.append("")
+    lines += [f"{mark}  {text}" for text, mark in marks.items()]
+    lines.append(f"Published rows: {', '.join(compared['common'])}.")
+    if compared["left_out"]:
+        lines.append(
+            f"Not the whole protocol: {', '.join(compared['left_out'])} were evaluated; the "
+            "published rates are of all."
+        )
+    return "\n".join(lines)
+
+
+def _line(name: str, width: int, compared: Mapping[str, Any]) -> str:
+    rate = compared["ours"]
+    low, high = (100 * end for end in rate["ci95"])
+    share = "-" if rate["rate"] is None else f"{100 * rate['rate']:.1f}%"
+    return f"{name:<{width}}  {share:>6}  {f'{low:.1f}-{high:.1f}%':>12}  {rate['episodes']:8d}"
+
+
+def _overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one[0] <= other[1] and other[0] <= one[1]
+
+
+def _left_out(chosen: Suite, ours: SuccessRate, num_tasks: int) -> list[str]:
+    """What of all tasks and init states was not evaluated; empty where all of it was."""
+    per_task = (ours.episodes + ours.crashes) // num_tasks
+    counts = [
+        (num_tasks, len(chosen.tasks), "tasks"),
+        (per_task, chosen.num_init_states, "init states a task"),
+    ]
+    return [f"{n} of {total} {what}" for n, total, what in counts if n < total]
+
+
+def _differences(
+    row: PublishedRow, chosen: Suite, shape: PolicyShape, limit: StepLimit
+) -> list[str]:
+    """What is not the same in a published row and in an evaluation of ours, and its notes."""
+    theirs, ours = (chosen.step_limit(name, task_id=0) for name in (row.limit, limit))
+    found = [
+        (row.cameras != shape.num_views, f"cameras: {row.cameras}, here {shape.num_views}"),
+        (
+            row.proprio != bool(shape.proprio_dim),
+            f"proprioception: {_yes(row.proprio)}, here {_yes(bool(shape.proprio_dim))}",
+        ),
+        (row.actions != "tokens", f"actions: {row.actions}, here tokens"),
+        (theirs != ours, f"step limit: {theirs}, here {ours}"),
+        (
+            row.fixtures == "moving",
+            "fixtures: elsewhere in each episode, up to 2 cm apart; here as in its first",
+        ),
+    ]
+    return [text for differs, text in found if differs] + list(row.notes)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

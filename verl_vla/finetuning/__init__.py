@@ -1,1 +1,0 @@
-"""Supervised fine-tuning on LIBERO's demonstrations, up to the border to veRL."""

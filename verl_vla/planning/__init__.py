@@ -1,7 +1,0 @@
-"""What a recipe needs of a machine, told before one is rented."""
-
-from verl_vla.planning.gpus import GPUS, Gpu
-from verl_vla.planning.plan import Plan, make_plan
-from verl_vla.planning.remedies import find_remedy
-
-__all__ = ["GPUS", "Gpu", "Plan", "find_remedy", "make_plan"]

@@ -1,0 +1,81 @@
+"""The distribution of action bins: one categorical per action token, independent given the image.
+
+Sampling and scoring see the same logits at the same temperature, so a bin's log-probability at
+the rollout is the one that the update starts from. All logits are float32 [n, T, C]; they hold
+the action ids alone, as in SimpleVLA-RL (``dp_rob.py``), so nothing has to be masked with -inf.
+A logit that is -inf all the same, or so low that it overflows to it, counts as `LEAST_LOGIT`:
+0 x -inf would make the entropy and the gradient NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from verl_vla.core.errors import ConfigError
+
+LEAST_LOGIT = -1e4
+"""Below the largest one, after the temperature. Its probability is 0 in float64 too (which ends
+at exp(-745)), so no bin that can be drawn is changed."""
+
+
+def sample(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    """Choose one bin per token by inverting the cumulative distribution at ``noise``.
+
+    Done in float64, so that a float32 rounding error cannot pick a bin of probability zero, and
+    row by row, so that a row's bins do not depend on the batch that it is in.
+
+    Args:
+        logits: [n, T, C] float32.
+        noise: [n, T] float64 in [0, 1).
+        temperature: 0 takes the most likely bin and ignores ``noise``.
+
+    Returns:
+        [n, T] int64, on the device of ``logits``.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probability = _scale(logits.detach().double(), temperature).softmax(-1)
+    cumulative = probability.cumsum(-1)
+    target = noise.to(logits.device).unsqueeze(-1) * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+
+def log_prob(logits: Tensor, bins: Tensor, temperature: float) -> Tensor:
+    """Score ``bins``.
+
+    Args:
+        logits: [n, T, C] float32.
+        bins: [n, T] int64.
+        temperature: above 0.
+
+    Returns:
+        [n, T] float32, nats.
+    """
+    logp = _scale(logits, temperature).log_softmax(-1)
+    return logp.gather(-1, bins.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy(logits: Tensor, temperature: float) -> Tensor:
+    """Measure how undecided every token is.
+
+    Args:
+        logits: [n, T, C] float32.
+        temperature: above 0.
+
+    Returns:
+        [n, T] float32, nats, 0 .. log C.
+    """
+    logp = _scale(logits, temperature).log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1)
+
+
+def _scale(logits: Tensor, temperature: float) -> Tensor:
+    """Divide by the temperature, the largest logit at 0 and none below `LEAST_LOGIT`."""
+    if not temperature > 0:
+        raise ConfigError(
+            f"temperature is {temperature}; a categorical distribution needs one above 0 "
+            "(0 only chooses, greedily, and gives no probabilities)"
+        )
+    scaled = (logits - logits.detach().amax(-1, keepdim=True)) / temperature
+    return scaled.clamp(min=LEAST_LOGIT)

@@ -1,0 +1,206 @@
+"""The ranges that a policy's actions and proprio had in its fine-tuning data, and their file.
+
+Source of every rule and constant here: openvla-oft, ``prismatic/vla/datasets/rlds/utils/
+data_utils.py`` and ``prismatic/vla/constants.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from verl_vla.core.errors import ConfigError
+
+Array = npt.NDArray[np.float64]
+Normalization = Literal["bounds_q99", "bounds"]
+"""``ACTION_PROPRIO_NORMALIZATION_TYPE``: -1 and +1 stand for the 1% and the 99% quantile (LIBERO),
+or for the least and the greatest value (ALOHA, and with it RoboTwin)."""
+
+STATISTICS_FILE = "dataset_statistics.json"
+NO_NOOPS_SUFFIX = "_no_noops"
+"""Published LIBERO datasets are named for a suite with its idle steps filtered out."""
+RANGE_EPSILON = 1e-8
+"""Added to ``q99 - q01`` in fine-tuning, in dataset units."""
+COLUMNS: dict[Normalization, tuple[str, str]] = {
+    "bounds_q99": ("q01", "q99"),
+    "bounds": ("min", "max"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Ranges:
+    """The range of every one of some values in the fine-tuning data.
+
+    Args:
+        q01: [A] what -1 stands for, dataset units; under ``bounds`` the least value.
+        q99: [A] what +1 stands for; equal to ``q01`` where a value never moves.
+        mask: [A] true where a value is normalised.
+        key: the name that a checkpoint stores them under.
+        normalization: which columns of the file hold them.
+
+    Raises:
+        ConfigError: if the lengths differ, or a range is reversed or not finite.
+    """
+
+    q01: Array
+    q99: Array
+    mask: npt.NDArray[np.bool_]
+    key: str = "actions"
+    normalization: Normalization = "bounds_q99"
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("q01", np.float64), ("q99", np.float64), ("mask", np.bool_)):
+            values = np.array(self.__dict__[name], dtype=dtype)
+            values.setflags(write=False)
+            object.__setattr__(self, name, values)
+        if self.q01.ndim != 1 or not self.q01.shape == self.q99.shape == self.mask.shape:
+            raise ConfigError(
+                f"statistics '{self.key}' hold q01 {self.q01.shape}, q99 {self.q99.shape} and mask "
+                f"{self.mask.shape}; all three need one number per action value"
+            )
+        if not np.all(np.isfinite(self.q01) & np.isfinite(self.q99) & (self.q01 <= self.q99)):
+            raise ConfigError(
+                f"statistics '{self.key}' hold q01 {self.q01} and q99 {self.q99}; every range must "
+                "be finite and must not be reversed: compute them again from the demonstrations"
+            )
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    def unnormalize(self, normalised: npt.ArrayLike) -> Array:
+        """Map -1..1 to the ranges; put a value that never moves at its constant.
+
+        Args:
+            normalised: [..., A].
+
+        Returns:
+            [..., A] float64, dataset units; as they were where ``mask`` is false.
+        """
+        values = np.asarray(normalised, dtype=np.float64)
+        moved = 0.5 * (values + 1) * (self.q99 - self.q01 + RANGE_EPSILON) + self.q01
+        moved = np.where(self.q01 == self.q99, self.q01, moved)
+        return np.where(self.mask, moved, values)
+
+    def normalize(self, values: npt.ArrayLike) -> Array:
+        """Map the ranges to -1..1, clipped; put a value that never moves at 0.
+
+        Args:
+            values: [..., A], dataset units.
+
+        Returns:
+            [..., A] float64; as they were where ``mask`` is false.
+        """
+        given = np.asarray(values, dtype=np.float64)
+        scaled = 2 * (given - self.q01) / (self.q99 - self.q01 + RANGE_EPSILON) - 1
+        scaled = np.where(self.q01 == self.q99, 0.0, np.clip(scaled, -1.0, 1.0))
+        return np.where(self.mask, scaled, given)
+
+
+class ActionStatistics(Ranges):
+    """Of the action values; those with ``mask`` false are grippers, which are never normalised."""
+
+    @property
+    def grippers(self) -> tuple[int, ...]:
+        """Their places in an action; none where all values are normalised."""
+        return tuple(np.flatnonzero(~self.mask).tolist())
+
+
+def load_statistics(
+    folder: str | Path,
+    unnorm_key: str | None = None,
+    normalization: Normalization = "bounds_q99",
+) -> ActionStatistics:
+    """Read the action statistics that lie beside a checkpoint.
+
+    Args:
+        folder: of the checkpoint; its ``dataset_statistics.json`` maps a dataset's name to
+            ``{"action": {"q01", "q99", "mask"}}``.
+        unnorm_key: the dataset, or the suite that it was made from; may be left out where the
+            file holds one dataset.
+        normalization: of the fine-tuning; ``bounds`` reads ``min`` and ``max``.
+
+    Raises:
+        ConfigError: if the file or the dataset is missing, or several are there and none is named.
+    """
+    key, dataset = _read_dataset(folder, unnorm_key)
+    low, high, mask = _columns(folder, key, dataset["action"], (*COLUMNS[normalization], "mask"))
+    return ActionStatistics(low, high, mask, key, normalization)
+
+
+def load_proprio_ranges(
+    folder: str | Path,
+    unnorm_key: str | None = None,
+    normalization: Normalization = "bounds_q99",
+) -> Ranges:
+    """Read the ranges of proprio: the ``proprio`` beside the ``action`` of `load_statistics`.
+
+    Its values are all normalised; published files have no mask for them.
+
+    Raises:
+        ConfigError: if the file, the dataset or its ``proprio`` is missing.
+    """
+    key, dataset = _read_dataset(folder, unnorm_key)
+    (proprio,) = _columns(folder, key, dataset, ("proprio",))
+    low, high = _columns(folder, key, proprio, COLUMNS[normalization])
+    return Ranges(low, high, np.ones(len(low), dtype=np.bool_), key, normalization)
+
+
+def save_statistics(
+    folder: str | Path, statistics: ActionStatistics, proprio: Ranges | None = None
+) -> None:
+    """Write ``statistics`` so that `load_statistics` reads them back exactly, and ``proprio``."""
+    low, high = COLUMNS[statistics.normalization]
+    dataset = {
+        name: {low: r.q01.tolist(), high: r.q99.tolist(), "mask": r.mask.tolist()}
+        for name, r in (("action", statistics), ("proprio", proprio))
+        if r is not None
+    }
+    text = json.dumps({statistics.key: dataset}, indent=2)
+    (Path(folder) / STATISTICS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _read_dataset(folder: str | Path, unnorm_key: str | None) -> tuple[str, dict[str, Any]]:
+    path = Path(folder) / STATISTICS_FILE
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder} holds no {STATISTICS_FILE}; without the ranges of the fine-tuning data bins "
+            "cannot become motions: copy the file from the checkpoint that the weights came from"
+        )
+    by_dataset = json.loads(path.read_text(encoding="utf-8"))
+    key = _choose_key(list(by_dataset), unnorm_key, path)
+    return key, by_dataset[key]
+
+
+def _columns(
+    folder: str | Path, key: str, values: dict[str, Any], names: Sequence[str]
+) -> list[Any]:
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ConfigError(
+            f"{Path(folder) / STATISTICS_FILE}: '{key}' lacks {missing}; they must come with the "
+            "fine-tuning"
+        )
+    return [values[name] for name in names]
+
+
+def _choose_key(present: Sequence[str], wanted: str | None, path: Path) -> str:
+    """Name the one dataset that is meant."""
+    if wanted is None:
+        if len(present) == 1:
+            return present[0]
+        raise ConfigError(
+            f"{path} holds statistics of {len(present)} datasets and none was chosen; set "
+            f"unnorm_key to one of {sorted(present)}"
+        )
+    for key in (wanted, wanted + NO_NOOPS_SUFFIX):
+        if key in present:
+            return key
+    raise ConfigError(
+        f"unnorm_key is '{wanted}', which {path} does not hold; choose one of {sorted(present)}"
+    )

@@ -1,0 +1,156 @@
+"""The one place that knows which architectures there are; ``config.json`` says which is meant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.text import nearest
+from verl_vla.policies.base import Processor, TrainablePolicy
+from verl_vla.policies.checkpoint import CONFIG_FILE, read_model_type
+from verl_vla.policies.checks import Finding
+from verl_vla.policies.openvla_oft import (
+    OpenVLAOFTConfig,
+    OpenVLAOFTModel,
+    OpenVLAOFTPolicy,
+    OpenVLAOFTProcessor,
+)
+from verl_vla.policies.openvla_oft.checks import examine as examine_openvla_oft
+from verl_vla.policies.scratch_vla import (
+    ScratchVLAConfig,
+    ScratchVLAModel,
+    ScratchVLAPolicy,
+    ScratchVLAProcessor,
+)
+from verl_vla.policies.scratch_vla.checks import examine as examine_scratch_vla
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """How the folders of one ``model_type`` are read."""
+
+    load_policy: Callable[[str | Path, torch.dtype, str | None], TrainablePolicy]
+    load_processor: Callable[[str | Path, str | None], Processor]
+    model: type[PreTrainedModel]
+    examine: Callable[[str | Path, str | None], list[Finding]]
+
+
+ARCHITECTURES = {
+    OpenVLAOFTConfig.model_type: Architecture(
+        load_policy=OpenVLAOFTPolicy.from_pretrained,
+        load_processor=OpenVLAOFTProcessor.from_pretrained,
+        model=OpenVLAOFTModel,
+        examine=examine_openvla_oft,
+    ),
+    ScratchVLAConfig.model_type: Architecture(
+        load_policy=ScratchVLAPolicy.from_pretrained,
+        load_processor=ScratchVLAProcessor.from_pretrained,
+        model=ScratchVLAModel,
+        examine=examine_scratch_vla,
+    ),
+}
+"""By the ``model_type`` of ``config.json``. Importing this module also registers them with
+transformers' Auto classes."""
+
+
+def load_policy(
+    folder: str | Path, dtype: torch.dtype = torch.float32, unnorm_key: str | None = None
+) -> TrainablePolicy:
+    """Load a checkpoint folder, without a hub and without code from the folder.
+
+    Args:
+        folder: of the checkpoint.
+        dtype: of the weights; logits are float32 in any case.
+        unnorm_key: which of its action statistics to use; see `load_statistics`.
+
+    Raises:
+        ConfigError: names the file that is missing or does not fit.
+    """
+    return _architecture(folder).load_policy(folder, dtype, unnorm_key)
+
+
+def load_processor(folder: str | Path, unnorm_key: str | None = None) -> Processor:
+    """Read everything but the weights from a checkpoint folder; see `load_policy`."""
+    return _architecture(folder).load_processor(folder, unnorm_key)
+
+
+def load_config(folder: str | Path) -> OpenVLAOFTConfig | ScratchVLAConfig:
+    """Read the sizes of a checkpoint."""
+    config: Any = _architecture(folder).model.config_class
+    return config.from_pretrained(str(folder))
+
+
+def load_model(folder: str | Path, **options: Any) -> PreTrainedModel:
+    """Read the weights alone; ``options`` are those of `PreTrainedModel.from_pretrained`."""
+    model = _architecture(folder).model
+    return model.from_pretrained(str(folder), local_files_only=True, **options)
+
+
+def examine(folder: str | Path, unnorm_key: str | None = None) -> list[Finding]:
+    """Look at everything a checkpoint folder must hold, without loading its weights.
+
+    Returns:
+        One finding for each subject.
+    """
+    try:
+        architecture = _architecture(folder)
+    except ConfigError as error:
+        return [Finding(subject="architecture", says=str(error), is_fault=True)]
+    return architecture.examine(folder, unnorm_key)
+
+
+def require_sound(folder: str | Path, unnorm_key: str | None = None) -> None:
+    """Refuse a checkpoint with a fault.
+
+    Raises:
+        ConfigError: says the first fault, with value, reason and remedy.
+    """
+    for finding in examine(folder, unnorm_key):
+        if finding.is_fault:
+            raise ConfigError(finding.says)
+
+
+def check_adapters(folder: str | Path, lora_rank: int | None, *, has_kl: bool) -> None:
+    """Refuse adapters of a recipe that do not go with the checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        lora_rank: of new adapters, or None for none.
+        has_kl: whether the starting policy is asked as well, which is the learner without its
+            adapters.
+
+    Raises:
+        ConfigError: says what does not go together.
+    """
+    if lora_rank is None:
+        return
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if not isinstance(config, ScratchVLAConfig):
+        return
+    if config.lora_rank > 0:
+        raise ConfigError(
+            f"policy.lora_rank is {lora_rank}, but {folder} has adapters of rank "
+            f"{config.lora_rank} already, which are trained; set policy.lora_rank=null"
+        )
+    if has_kl:
+        raise ConfigError(
+            f"policy.lora_rank is {lora_rank} and loss.kl.coefficient is above 0, but {folder} is "
+            "a scratch VLA, which without its adapters is not the starting policy, since its "
+            "projector is trained too; set one of them to null or 0"
+        )
+
+
+def _architecture(folder: str | Path) -> Architecture:
+    model_type = read_model_type(folder)
+    if model_type not in ARCHITECTURES:
+        raise ConfigError(
+            f"{Path(folder) / CONFIG_FILE}: model_type is {model_type!r}, which cannot be trained "
+            f"here; {nearest(model_type, sorted(ARCHITECTURES))}"
+        )
+    return ARCHITECTURES[model_type]

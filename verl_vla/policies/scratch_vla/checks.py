@@ -1,0 +1,74 @@
+"""Is this folder of a scratch VLA sound? The weights are held against their headers alone."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from verl_vla.core.errors import ConfigError
+from verl_vla.policies.checks import Finding, describe_weights, look
+from verl_vla.policies.scratch_vla.checkpoint import read_config
+from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig
+from verl_vla.policies.scratch_vla.modelling import ScratchVLAModel
+from verl_vla.policies.scratch_vla.processor import ScratchVLAProcessor
+
+
+def examine(folder: str | Path, unnorm_key: str | None = None) -> list[Finding]:
+    """Look at everything a checkpoint folder must hold.
+
+    Args:
+        folder: of the checkpoint.
+        unnorm_key: which of its action statistics to use; see `load_statistics`.
+
+    Returns:
+        One finding for each subject. A folder whose ``config.json`` is wrong gets that one alone,
+        since nothing else can be judged.
+    """
+    try:
+        config = read_config(folder)
+        with torch.device("meta"):
+            model = ScratchVLAModel(config)
+    except ConfigError as error:
+        return [Finding(subject="architecture", says=str(error), is_fault=True)]
+    return [
+        look("architecture", partial(_architecture, model)),
+        look("action tokens", partial(_action_tokens, config)),
+        look("weights", partial(describe_weights, folder, model)),
+        look("processor", partial(_processor, folder, unnorm_key)),
+    ]
+
+
+def _architecture(model: ScratchVLAModel) -> str:
+    config = model.config
+    towers = " and ".join(
+        f"{tower.num_hidden_layers} blocks of {tower.hidden_size}" for tower in config.towers
+    )
+    language = config.language
+    weights = list(model.parameters())
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    return (
+        f"scratch VLA, {sum(weight.numel() for weight in weights) / 1e6:,.2f} M parameters, of "
+        f"which {trained / 1e6:,.2f} M are trained: vision {towers}, {language.model_type} "
+        f"{language.num_hidden_layers} layers of {language.hidden_size}; {config.decoding} "
+        f"decoding, {config.chunk_length} actions of {config.action_dim} values at a time"
+    )
+
+
+def _action_tokens(config: ScratchVLAConfig) -> str:
+    first = config.first_action_id
+    assert first is not None
+    return (
+        f"ids {first} to {first + config.n_action_bins - 1} of {config.language.vocab_size}, rows "
+        f"{config.action_rows}"
+    )
+
+
+def _processor(folder: str | Path, unnorm_key: str | None) -> str:
+    processor = ScratchVLAProcessor.from_pretrained(folder, unnorm_key)
+    return (
+        f"{len(processor.tokenizer)} pieces, padding {processor.tokenizer.pad_token_id}; "
+        f"{processor.shape.num_views} images of {processor.shape.image_size} px; statistics "
+        f"'{processor.codec.statistics.key}'"
+    )

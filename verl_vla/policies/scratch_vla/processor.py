@@ -1,0 +1,79 @@
+"""What lies between the tables and a scratch VLA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from verl_vla.core.errors import ConfigError
+from verl_vla.policies.checkpoint import read_render_size, read_tokenizer
+from verl_vla.policies.normalization import ActionStatistics, load_statistics
+from verl_vla.policies.preprocessing import PROMPT, ImageStatistics
+from verl_vla.policies.processor import TokenProcessor
+from verl_vla.policies.scratch_vla.checkpoint import read_config, read_image_statistics
+from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig
+
+
+class ScratchVLAProcessor(TokenProcessor):
+    """Turns observations into model inputs and bins into simulator commands.
+
+    Args:
+        config: of the model.
+        tokenizer: of its language model.
+        image_statistics: one per vision tower.
+        action_statistics: of the data that the model is fine-tuned on.
+        render_size: of the camera pictures that it was fine-tuned on, pixels; None if unknown.
+
+    Raises:
+        ConfigError: if the parts do not belong together.
+    """
+
+    def __init__(
+        self,
+        config: ScratchVLAConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        image_statistics: Sequence[ImageStatistics],
+        action_statistics: ActionStatistics,
+        render_size: int | None = None,
+    ) -> None:
+        if len(tokenizer) > config.language.vocab_size:
+            raise ConfigError(
+                f"the tokenizer knows {len(tokenizer)} pieces, the language model has "
+                f"{config.language.vocab_size} rows for them; take both from one folder"
+            )
+        super().__init__(config.shape, tokenizer, image_statistics, action_statistics, render_size)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, unnorm_key: str | None = None
+    ) -> ScratchVLAProcessor:
+        """Read everything but the weights from a checkpoint folder.
+
+        Args:
+            folder: of the checkpoint.
+            unnorm_key: which of its action statistics to use; see `load_statistics`.
+
+        Raises:
+            ConfigError: names the file that is missing or does not fit.
+        """
+        config = read_config(folder)
+        return cls(
+            config,
+            read_tokenizer(folder),
+            read_image_statistics(folder, len(config.towers)),
+            load_statistics(folder, unnorm_key),
+            read_render_size(folder),
+        )
+
+    def _tokenize(self, instruction: str) -> list[int]:
+        """Return OpenVLA's prompt with the special pieces that the tokenizer itself adds."""
+        ids = list(self.tokenizer.encode(PROMPT.format(instruction=instruction.lower())))
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and unknown in ids:
+            raise ConfigError(
+                f"the tokenizer does not know every word of '{instruction}', so the policy could "
+                "not tell it from another task; build the tokenizer with this instruction"
+            )
+        return ids

@@ -1,0 +1,60 @@
+"""What a reward plug-in must look like, how one is found, and how it is asked."""
+
+from verl_vla.core.plugins import import_file
+from verl_vla.rewards.base import (
+    FeatureExtractor,
+    Need,
+    RewardResult,
+    Rows,
+    Split,
+    StatelessReward,
+    TrajectoryBatch,
+    TrajectoryReward,
+)
+from verl_vla.rewards.features import (
+    Floats,
+    align,
+    center_on_start,
+    is_sound,
+    last_rows,
+    normalised_time,
+)
+from verl_vla.rewards.goal_progress import goal_progress, smallest_reach
+from verl_vla.rewards.loading import REWARDS_FOLDER, load_reward
+from verl_vla.rewards.progress_head import HeadConfig, ProgressHead
+from verl_vla.rewards.reference_memory import Reference, ReferenceMemory
+from verl_vla.rewards.reference_reward import ReferenceReward
+from verl_vla.rewards.scoring import complete, judge, learn, looks_at_pictures, make_batch, score
+
+__all__ = [
+    "REWARDS_FOLDER",
+    "FeatureExtractor",
+    "Floats",
+    "HeadConfig",
+    "Need",
+    "ProgressHead",
+    "Reference",
+    "ReferenceMemory",
+    "ReferenceReward",
+    "RewardResult",
+    "Rows",
+    "Split",
+    "StatelessReward",
+    "TrajectoryBatch",
+    "TrajectoryReward",
+    "align",
+    "center_on_start",
+    "complete",
+    "goal_progress",
+    "import_file",
+    "is_sound",
+    "judge",
+    "last_rows",
+    "learn",
+    "load_reward",
+    "looks_at_pictures",
+    "make_batch",
+    "normalised_time",
+    "score",
+    "smallest_reach",
+]

@@ -1,0 +1,233 @@
+"""Let rewards learn from one half of the starts, and judge them on the other."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from verl_vla.core.errors import ConfigError
+from verl_vla.rewards import (
+    Floats,
+    RewardResult,
+    StatelessReward,
+    TrajectoryBatch,
+    TrajectoryReward,
+    judge,
+    learn,
+    looks_at_pictures,
+)
+from verl_vla.rewards.benchmark.contestants import Contestant
+from verl_vla.rewards.benchmark.curves import JUDGED, LEARNED, FeatureShelf, follow
+from verl_vla.rewards.benchmark.paper import PaperNumbers, paper_numbers
+from verl_vla.rewards.benchmark.samples import Sample, take
+from verl_vla.rewards.benchmark.statistics import Estimate, Ranking, estimate, number, rank_failures
+from verl_vla.rl.advantage import group_advantage
+
+SAME_ADVANTAGE = 1e-4
+"""Advantages that differ by less are the same: GRPO adds 1e-6 to a standard deviation, which moves
+an advantage by about that much when rewards are scaled."""
+SHUFFLED = ", shuffled"
+"""Ends the label of a reward that saw the frames of failures out of order."""
+_SHUFFLED_PART = "shuffled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchConfig:
+    """How rewards learn and are judged."""
+
+    seed: int = 0
+    """Of what rewards draw, of the shuffling and of the intervals."""
+    groups_per_update: int = 8
+    """Groups that a reward learns from at a time, as in a training step."""
+    curve_groups: int = 16
+    """Judged groups whose progress is followed along the episode; 0 for none. Rewards that encode
+    frames themselves take most of their time here."""
+    curve_points: int = 8
+    """Moments of an episode at which progress is asked for."""
+    resamples: int = 1000
+    """Of the groups, for the intervals."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("groups_per_update", 1),
+            ("curve_groups", 0),
+            ("curve_points", 2),
+            ("resamples", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; set at least {least}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readings:
+    """What a reward said of the judged episodes."""
+
+    progress: Floats
+    """[B]"""
+    score: Floats
+    """[B]"""
+    curves: tuple[Floats, ...]
+    """Of the first episodes, along each: progress at `prefix_lengths`, the outcome kept secret."""
+    end_features: Floats | None
+    """[B, D], the last row of each; None without an encoder."""
+    feature_space: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchRow:
+    """One line of the table."""
+
+    label: str
+    is_control: bool
+    by_progress: Ranking
+    by_score: Ranking
+    changes_advantage: Estimate
+    """Share of groups; counts groups."""
+    largest_change: float
+    """Of an advantage, from that of the outcome."""
+    paper: PaperNumbers | None
+    statuses: dict[str, int]
+    seconds: float
+    """Of encoding and scoring, for one episode."""
+    feature_bytes: float
+    """Of one episode; NaN where the reward keeps its features to itself or has none."""
+    readings: Readings
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the readings."""
+        return {
+            "is_control": self.is_control,
+            "by_progress": self.by_progress.as_json(),
+            "by_score": self.by_score.as_json(),
+            "changes_advantage": self.changes_advantage.as_json(),
+            "largest_change": number(self.largest_change),
+            "paper": None if self.paper is None else self.paper.as_json(),
+            "statuses": self.statuses,
+            "seconds_per_episode": self.seconds,
+            "feature_bytes_per_episode": number(self.feature_bytes),
+        }
+
+
+def measure(
+    contestants: Sequence[Contestant], learned: Sample, judged: Sample, config: BenchConfig
+) -> list[BenchRow]:
+    """Let every reward learn and judge it; a reward that looks at frames has a second line.
+
+    Args:
+        contestants: fresh rewards; they are changed.
+        learned: what they may learn from.
+        judged: on other starts, split ``held_out``.
+        config: see there.
+
+    Returns:
+        The rows, in the order of the contestants.
+    """
+    shelf = FeatureShelf()
+    shuffled = judged.shuffle_failures(config.seed)
+    rows: list[BenchRow] = []
+    for contestant in contestants:
+        reward = contestant.reward
+        _let_learn(reward, shelf.fill(reward, LEARNED, learned.batch)[0], config)
+        curves = follow(
+            reward,
+            shelf,
+            learned,
+            judged,
+            num_groups=config.curve_groups,
+            num_points=config.curve_points,
+        )
+        rows.append(_row(contestant, contestant.label, shelf, JUDGED, judged, curves, config))
+        if looks_at_pictures(reward):
+            label = contestant.label + SHUFFLED
+            row = _row(contestant, label, shelf, _SHUFFLED_PART, shuffled, (), config)
+            rows.append(replace(row, is_control=True))
+    return rows
+
+
+def _let_learn(reward: TrajectoryReward, batch: TrajectoryBatch, config: BenchConfig) -> None:
+    """As in training: groups in the order in which they were played, some at a time."""
+    if isinstance(reward, StatelessReward):
+        return
+    groups = np.unique(batch.group_id)
+    for first in range(0, len(groups), config.groups_per_update):
+        chosen = groups[first : first + config.groups_per_update]
+        step = take(batch, np.flatnonzero(np.isin(batch.group_id, chosen)))
+        judge(reward, step)
+        learn(reward, step)
+
+
+def _row(
+    contestant: Contestant,
+    label: str,
+    shelf: FeatureShelf,
+    part: str,
+    sample: Sample,
+    curves: tuple[Floats, ...],
+    config: BenchConfig,
+) -> BenchRow:
+    batch, encoding_s = shelf.fill(contestant.reward, part, sample.batch)
+    began = time.perf_counter()
+    result = judge(contestant.reward, batch)
+    seconds = encoding_s + time.perf_counter() - began
+    task = np.unique(batch.task_key, return_inverse=True)[1]
+    failed = np.flatnonzero(~batch.success)
+    progress, score = result.progress.astype(np.float64), result.score.astype(np.float64)
+    by_progress, by_score = (
+        rank_failures(
+            reading[failed],
+            sample.truth[failed],
+            task=task[failed],
+            group=batch.group_id[failed],
+            seed=config.seed,
+            resamples=config.resamples,
+        )
+        for reading in (progress, score)
+    )
+    changes = advantage_changes(batch, result)
+    features = batch.features
+    return BenchRow(
+        label=label,
+        is_control=contestant.is_control,
+        by_progress=by_progress,
+        by_score=by_score,
+        changes_advantage=estimate(
+            lambda rows: float((changes[rows] > SAME_ADVANTAGE).mean()),
+            np.arange(len(changes)),
+            seed=config.seed,
+            resamples=config.resamples,
+        ),
+        largest_change=float(changes.max()),
+        paper=paper_numbers(curves, batch.success[: len(curves)], task[: len(curves)])
+        if curves
+        else None,
+        statuses=dict(sorted(Counter(result.status).items())),
+        seconds=seconds / len(batch),
+        feature_bytes=math.nan
+        if features is None
+        else float(np.mean([rows.nbytes for rows in features])),
+        readings=Readings(
+            progress=progress,
+            score=score,
+            curves=curves,
+            end_features=None
+            if features is None
+            else np.stack([rows[-1] for rows in features]).astype(np.float64),
+            feature_space=batch.feature_space,
+        ),
+    )
+
+
+def advantage_changes(batch: TrajectoryBatch, result: RewardResult) -> Floats:
+    """[groups], the largest difference of an advantage of the group from that of the outcome."""
+    group = torch.from_numpy(batch.group_id)
+    outcome = group_advantage(torch.from_numpy(batch.success.astype(np.float32)), group)
+    shaped = group_advantage(torch.from_numpy(result.score), group)
+    difference = (shaped - outcome).abs().double().numpy()
+    return np.array([difference[batch.group_id == g].max() for g in np.unique(batch.group_id)])

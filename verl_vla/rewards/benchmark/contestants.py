@@ -1,0 +1,146 @@
+"""Which rewards are measured: read from words or a file, checked, and made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.schema import parse
+from verl_vla.core.text import nearest
+from verl_vla.rewards import TrajectoryReward, load_reward
+from verl_vla.rewards.benchmark.controls import ClockReward, RandomReward
+
+CLOCK, RANDOM, ORACLE = "clock", "random", "oracle"
+CONTROLS = (CLOCK, RANDOM, ORACLE)
+"""Labels that are always measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardSpec:
+    """A reward as a recipe would name it."""
+
+    reward: str
+    """A file of ``rewards/``, an entry point, or ``path/to/file.py:ClassName``."""
+    reward_args: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contestant:
+    """One line of the table."""
+
+    label: str
+    reward: TrajectoryReward
+    is_control: bool
+
+
+def read_rewards(words: str, arguments: Sequence[str]) -> dict[str, RewardSpec]:
+    """Read which rewards are wanted, by label.
+
+    Args:
+        words: ``name,label=name,...``, a name being its own label where none is given; or a YAML
+            file of ``label: {reward: name, reward_args: {...}}``.
+        arguments: ``label.key=value``, deeper keys joined by dots, values as in YAML. They are
+            added to those of the file.
+
+    Raises:
+        ConfigError: a file that is no such mapping, a label that stands twice or belongs to a
+            control, or an argument of a reward that is not there.
+    """
+    specs = _read_file(Path(words)) if words.endswith((".yaml", ".yml")) else _read_words(words)
+    for label in specs:
+        if label in CONTROLS:
+            raise ConfigError(
+                f"{label!r} is always measured, as a control; leave it out, or label it otherwise "
+                f"(mine={label})"
+            )
+    for word in arguments:
+        name, equals, value = word.partition("=")
+        label, _, key = name.partition(".")
+        if not equals or not key:
+            raise ConfigError(f"{word!r} is no argument; write LABEL.KEY=VALUE")
+        if label not in specs:
+            raise ConfigError(f"there is no reward {label!r}; {nearest(label, list(specs))}")
+        _put(specs[label].reward_args, key, value)
+    return specs
+
+
+def make_contestants(specs: Mapping[str, RewardSpec], seed: int) -> list[Contestant]:
+    """Make the rewards, and the controls after them.
+
+    Args:
+        specs: by label.
+        seed: of what rewards draw at random.
+
+    Raises:
+        ConfigError: names the label, and what is wrong.
+    """
+    made = [
+        Contestant(label=label, reward=_make(label, spec, seed), is_control=False)
+        for label, spec in specs.items()
+    ]
+    controls = {
+        CLOCK: ClockReward(),
+        RANDOM: RandomReward(seed),
+        ORACLE: load_reward(ORACLE, {}),
+    }
+    return made + [
+        Contestant(label=label, reward=reward, is_control=True)
+        for label, reward in controls.items()
+    ]
+
+
+def _make(label: str, spec: RewardSpec, seed: int) -> TrajectoryReward:
+    try:
+        return load_reward(spec.reward, spec.reward_args, seed=seed)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{label}: {error} (here an argument is written --reward-args {label}.KEY=VALUE)"
+        ) from error
+
+
+def _read_words(words: str) -> dict[str, RewardSpec]:
+    specs: dict[str, RewardSpec] = {}
+    for word in words.split(","):
+        label, equals, name = word.partition("=")
+        if not label or (equals and not name):
+            raise ConfigError(f"--rewards is {words!r}; write NAME,LABEL=NAME,... or a .yaml file")
+        if label in specs:
+            raise ConfigError(
+                f"{label!r} stands twice in --rewards; give each its own label, as in "
+                f"a={name or label},b={name or label}"
+            )
+        specs[label] = RewardSpec(reward=name if equals else label)
+    return specs
+
+
+def _read_file(file: Path) -> dict[str, RewardSpec]:
+    if not file.is_file():
+        raise ConfigError(f"--rewards is {str(file)!r}, but there is no such file; check the path")
+    try:
+        content: object = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is no YAML: {error}") from error
+    if not isinstance(content, dict) or not content:
+        raise ConfigError(f"{file} must hold a mapping of LABEL: {{reward: NAME}}")
+    specs: dict[str, RewardSpec] = {}
+    for label, values in cast("dict[object, object]", content).items():
+        if not isinstance(values, dict):
+            raise ConfigError(f"{file}: {label} is {values!r}; write {{reward: NAME}}")
+        specs[str(label)] = parse(RewardSpec, cast("dict[str, Any]", values), str(label))
+    return specs
+
+
+def _put(arguments: dict[str, Any], key: str, value: str) -> None:
+    """Set a nested key."""
+    *path, last = key.split(".")
+    for part in path:
+        inner = arguments.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{key} is set, but {part} is {inner!r}, which has no keys")
+        arguments = cast("dict[str, Any]", inner)
+    arguments[last] = yaml.safe_load(value)

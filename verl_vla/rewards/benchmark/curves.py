@@ -1,0 +1,109 @@
+"""Progress along an episode, and the features that it is read from."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import cast
+
+import numpy as np
+
+from verl_vla.rewards import Floats, Rows, TrajectoryBatch, TrajectoryReward, complete, judge
+from verl_vla.rewards.base import HasEncoder
+from verl_vla.rewards.benchmark.samples import Indices, Sample, join, prefix_lengths, take
+from verl_vla.rewards.encoders.base import ImageEncoder
+
+LEARNED, JUDGED = "learned", "judged"
+"""The two halves of the episodes, as parts of the shelf."""
+
+
+class FeatureShelf:
+    """Features of each part of the episodes, made once for all rewards of one feature space."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, str], tuple[tuple[Rows, ...], float]] = {}
+
+    def fill(
+        self, reward: TrajectoryReward, part: str, batch: TrajectoryBatch
+    ) -> tuple[TrajectoryBatch, float]:
+        """Return what `complete` does, and the seconds that encoding takes."""
+        if "features" not in reward.requires:
+            return complete(reward, batch), 0.0
+        space = cast("HasEncoder", reward).encoder.feature_space
+        if (space, part) not in self._made:
+            began = time.perf_counter()
+            features = complete(reward, batch).features
+            assert features is not None
+            self._made[space, part] = features, time.perf_counter() - began
+        features, seconds = self._made[space, part]
+        return complete(reward, replace(batch, features=features, feature_space=space)), seconds
+
+
+def follow(
+    reward: TrajectoryReward,
+    shelf: FeatureShelf,
+    learned: Sample,
+    judged: Sample,
+    *,
+    num_groups: int,
+    num_points: int,
+) -> tuple[Floats, ...]:
+    """Ask for progress along the episodes of the first judged groups, as if each had ended there.
+
+    No outcome is told. References are the successes that the reward learned from.
+
+    Args:
+        reward: has learned.
+        shelf: of the features of both halves.
+        learned: the half that the reward learned from.
+        judged: the other.
+        num_groups: of the judged ones, how many are followed.
+        num_points: moments of an episode, at most.
+
+    Returns:
+        For the first episodes of ``judged``, progress at their `prefix_lengths`.
+    """
+    groups = np.unique(judged.batch.group_id)[:num_groups]
+    followed = np.flatnonzero(np.isin(judged.batch.group_id, groups))
+    if not len(followed):
+        return ()
+    assert followed[-1] == len(followed) - 1, "groups stand in the order of their ids"
+    sample = judged.take(followed)
+    solved = np.flatnonzero(learned.batch.success)
+    references = take(shelf.fill(reward, LEARNED, learned.batch)[0], solved)
+    lengths = [prefix_lengths(len(e), num_points) for e in sample.executed]
+    values: list[list[float]] = [[] for _ in lengths]
+    for point in range(max(map(len, lengths))):
+        cut_at = np.array([ends[min(point, len(ends) - 1)] for ends in lengths])
+        batch = _encode_cut(reward, shelf, judged, sample, cut_at, point)
+        progress = judge(reward, join(batch, references)).progress[: len(batch)]
+        for row, ends in enumerate(lengths):
+            if point < len(ends):
+                values[row].append(float(progress[row]))
+    return tuple(np.array(curve) for curve in values)
+
+
+def _encode_cut(
+    reward: TrajectoryReward,
+    shelf: FeatureShelf,
+    judged: Sample,
+    sample: Sample,
+    cut_at: Indices,
+    point: int,
+) -> TrajectoryBatch:
+    """Complete the first decisions of episodes.
+
+    An encoder that looks at one picture at a time makes the same of a part as of the whole; one of
+    clips is asked again.
+    """
+    batch = sample.cut(cut_at).batch
+    if "features" not in reward.requires:
+        return complete(reward, batch)
+    encoder = cast("HasEncoder", reward).encoder
+    if not isinstance(encoder, ImageEncoder):
+        return shelf.fill(reward, f"point {point}", batch)[0]
+    whole = shelf.fill(reward, JUDGED, judged.batch)[0].features
+    assert whole is not None
+    features = tuple(rows[: length + 1] for rows, length in zip(whole, cut_at, strict=False))
+    space = encoder.feature_space
+    return complete(reward, replace(batch, features=features, feature_space=space))

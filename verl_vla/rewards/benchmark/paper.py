@@ -1,0 +1,143 @@
+"""The five numbers by which SRPO (arXiv:2511.15605) compares rewards, for the record.
+
+They do not say what a reward adds to the outcome. A clock has perfect SC and Mono, since both look
+at successes alone, and an outcome classifier the best MMD, JS and SMD, since these tell successes
+from failures. The paper gives neither kernel nor bins, so values compare within this project.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from verl_vla.rewards import Floats
+from verl_vla.rewards.benchmark.statistics import Indices, mean_over, number, pearson
+
+JS_BINS = 20
+"""Equal bins over the range of both classes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaperNumbers:
+    """Each per task, mean over tasks."""
+
+    sc: float
+    """Correlation of progress with the frame's index, mean over successes."""
+    mono: float
+    """Share of the steps on which progress rises, mean over successes."""
+    mmd2: float
+    """Squared maximum mean discrepancy of final progress, successes against failures."""
+    js: float
+    """Jensen-Shannon divergence of the same, nats, at most ln 2."""
+    smd: float
+    """Standardised mean difference of the same, in pooled standard deviations."""
+    num_successes: int
+    num_failures: int
+
+    def as_json(self) -> dict[str, float | int | None]:
+        """By name; null where unknown."""
+        return {name: number(value) for name, value in asdict(self).items()}
+
+
+def paper_numbers(
+    curves: Sequence[Floats], success: npt.NDArray[np.bool_], task: Indices
+) -> PaperNumbers:
+    """Compute all five.
+
+    Args:
+        curves: B arrays of progress along an episode, ragged; the last value is the final one.
+            The outcome must not have been told to whoever made them.
+        success: [B]
+        task: [B]
+    """
+    solved = np.flatnonzero(success)
+    final = np.array([curve[-1] for curve in curves])
+
+    def along(measure: Callable[[Floats], float]) -> float:
+        def of_task(rows: Indices) -> float:
+            values = np.array([measure(curves[i]) for i in solved[rows].tolist()])
+            known = values[~np.isnan(values)]
+            return float(known.mean()) if len(known) else math.nan
+
+        return mean_over(task[solved], of_task)
+
+    def between(measure: Callable[[Floats, Floats], float]) -> float:
+        def of_task(rows: Indices) -> float:
+            known = rows[~np.isnan(final[rows])]
+            good, bad = final[known[success[known]]], final[known[~success[known]]]
+            return measure(good, bad) if min(len(good), len(bad)) > 1 else math.nan
+
+        return mean_over(task, of_task)
+
+    return PaperNumbers(
+        sc=along(index_correlation),
+        mono=along(rising_share),
+        mmd2=between(mmd2),
+        js=between(jensen_shannon),
+        smd=between(standardised_difference),
+        num_successes=len(solved),
+        num_failures=len(success) - len(solved),
+    )
+
+
+def index_correlation(curve: Floats) -> float:
+    """Pearson correlation with the index; NaN for a constant or unknown curve."""
+    return (
+        math.nan
+        if np.isnan(curve).any()
+        else pearson(curve, np.arange(len(curve), dtype=np.float64))
+    )
+
+
+def rising_share(curve: Floats) -> float:
+    """Share of the steps that rise; NaN for a curve of one point or an unknown one.
+
+    >>> rising_share(np.array([0.0, 0.5, 0.5, 1.0]))
+    0.666...
+    """
+    if len(curve) < 2 or np.isnan(curve).any():
+        return math.nan
+    return float((np.diff(curve) > 0).mean())
+
+
+def mmd2(a: Floats, b: Floats) -> float:
+    """Squared MMD with a Gaussian kernel (Gretton et al. 2012, biased estimate).
+
+    The bandwidth is the median distance of all pairs; NaN where all values are the same.
+    """
+    both = np.concatenate([a, b])
+    distance = np.abs(both[:, None] - both[None, :])
+    apart = distance[np.triu_indices(len(both), 1)]
+    bandwidth = float(np.median(apart[apart > 0])) if (apart > 0).any() else math.nan
+    kernel = np.exp(-np.square(distance / bandwidth) / 2)
+    n = len(a)
+    return float(kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean())
+
+
+def jensen_shannon(a: Floats, b: Floats) -> float:
+    """Jensen-Shannon divergence of two histograms, nats: 0 for equal ones, ln 2 for disjoint ones.
+
+    NaN where all values are the same.
+    """
+    both = np.concatenate([a, b])
+    if not np.ptp(both):
+        return math.nan
+    edges = np.histogram_bin_edges(both, JS_BINS)
+    p, q = (np.histogram(x, edges)[0] / len(x) for x in (a, b))
+    return _entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2
+
+
+def standardised_difference(a: Floats, b: Floats) -> float:
+    """Difference of the means in pooled standard deviations (Cohen's d); NaN without spread."""
+    degrees = len(a) + len(b) - 2
+    squares = float(np.square(a - a.mean()).sum() + np.square(b - b.mean()).sum())
+    return float(a.mean() - b.mean()) / math.sqrt(squares / degrees) if squares else math.nan
+
+
+def _entropy(p: Floats) -> float:
+    kept = p[p > 0]
+    return float(-(kept * np.log(kept)).sum())

@@ -1,0 +1,132 @@
+"""Pictures of a measurement: progress along episodes, against the truth, and the features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
+
+from verl_vla.rewards import Floats
+from verl_vla.rewards.benchmark.bench import BenchRow
+
+COLUMNS = 4
+PANEL_INCHES = (2.9, 2.5)
+DPI = 120
+TITLE_SIZE = "x-small"
+SOLVED, FAILED = "#2a7f4f", "#c03020"
+PERPLEXITY = 30.0
+"""Neighbours that t-SNE keeps near, its authors' usual choice; fewer of few episodes."""
+MOMENTS = 21
+"""Shares of an episode at which curves of different lengths are averaged."""
+
+mpl.use("Agg")
+
+
+def draw_progress(path: Path, rows: Sequence[BenchRow], success: npt.NDArray[np.bool_]) -> None:
+    """Draw the mean progress along successes and failures, a panel for each reward.
+
+    Args:
+        path: of the picture.
+        rows: those without curves are left out.
+        success: [B], of the judged episodes.
+    """
+    followed = [row for row in rows if row.readings.curves]
+    figure, panels = _panels(len(followed))
+    share = np.linspace(0, 1, MOMENTS)
+    for axes, row in zip(panels, followed, strict=False):
+        curves = [
+            np.interp(share, np.linspace(0, 1, len(curve)), curve) for curve in row.readings.curves
+        ]
+        solved = success[: len(curves)]
+        for chosen, colour, name in ((solved, SOLVED, "success"), (~solved, FAILED, "failure")):
+            mine = [curves[i] for i in np.flatnonzero(chosen) if not np.isnan(curves[i]).any()]
+            if mine:
+                axes.plot(share, np.mean(mine, axis=0), color=colour, label=f"{name} ({len(mine)})")
+        axes.set_title(row.label, fontsize=TITLE_SIZE)
+        axes.set(xlabel="share of the episode", ylabel="progress")
+        if axes.lines:
+            axes.legend(frameon=False, fontsize="x-small")
+    figure.suptitle("mean progress along an episode, its outcome kept secret", fontsize="small")
+    figure.savefig(path)
+
+
+def draw_reliability(
+    path: Path, rows: Sequence[BenchRow], truth: Floats, success: npt.NDArray[np.bool_]
+) -> None:
+    """Draw every failure's progress over what the simulator knows, a panel for each reward."""
+    figure, panels = _panels(len(rows))
+    for axes, row in zip(panels, rows, strict=False):
+        axes.scatter(truth[~success], row.readings.progress[~success], s=6, color=FAILED, alpha=0.6)
+        value = row.by_progress.spearman.value
+        says = f"\nSpearman {value:.2f}" if math.isfinite(value) else ""
+        axes.set_title(row.label + says, fontsize=TITLE_SIZE)
+        axes.set(
+            xlabel="true progress",
+            ylabel="progress",
+            xlim=(-0.02, 1.02),
+        )
+    figure.suptitle("failures on starts that were not learned from", fontsize="small")
+    figure.savefig(path)
+
+
+def draw_features(
+    path: Path, rows: Sequence[BenchRow], truth: Floats, success: npt.NDArray[np.bool_]
+) -> bool:
+    """Draw the last features of every episode in two dimensions, a panel for each feature space.
+
+    Only nearness means anything in it: neither axes nor gaps have a scale.
+
+    Returns:
+        Whether any reward had features to draw; nothing is written where none had.
+    """
+    spaces = {
+        row.readings.feature_space: row
+        for row in reversed(rows)
+        if row.readings.end_features is not None
+    }
+    if not spaces:
+        return False
+    figure, panels = _panels(len(spaces))
+    for axes, row in zip(panels, reversed(spaces.values()), strict=False):
+        features = row.readings.end_features
+        assert features is not None
+        x, y = in_two_dimensions(features).T
+        axes.scatter(x[success], y[success], s=14, marker="*", color=SOLVED, label="success")
+        dots = axes.scatter(
+            x[~success], y[~success], s=7, c=truth[~success], cmap="plasma", vmin=0, vmax=1
+        )
+        figure.colorbar(dots, ax=axes, label="true progress of failures")
+        axes.set_title(f"{row.label}\n{row.readings.feature_space}", fontsize=TITLE_SIZE)
+        axes.set(xticks=[], yticks=[])
+        axes.legend(frameon=False, fontsize="x-small")
+    figure.suptitle("last features of each episode, t-SNE", fontsize="small")
+    figure.savefig(path)
+    return True
+
+
+def in_two_dimensions(features: Floats) -> Floats:
+    """Map [B, D] to [B, 2] by t-SNE (van der Maaten and Hinton 2008), the same each time."""
+    perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
+    return TSNE(perplexity=perplexity, init="random", random_state=0).fit_transform(features)
+
+
+def _panels(num: int) -> tuple[Figure, Sequence[Axes]]:
+    """At least ``num`` panels; those left over are hidden."""
+    columns = min(COLUMNS, max(num, 1))
+    lines = max(1, -(-num // columns))
+    size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * lines + 0.4)
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
+    panels: list[Axes] = list(grid.ravel())
+    for axes in panels:
+        axes.tick_params(labelsize="x-small")
+    for axes in panels[num:]:
+        axes.set_visible(False)
+    return figure, panels

@@ -1,0 +1,167 @@
+"""Episodes cut in the ways that a measurement needs: by start, by length, out of order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.tables import Trajectories
+from verl_vla.rewards import Floats, TrajectoryBatch, goal_progress, make_batch
+from verl_vla.rewards.base import Split
+
+Indices = npt.NDArray[np.int64]
+Item = TypeVar("Item")
+
+RAGGED = ("frames", "proprio", "goals", "features")
+"""Fields of a batch that hold one array an episode, or nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Episodes without crashes, with everything that a reward may ask for but features."""
+
+    batch: TrajectoryBatch
+    executed: tuple[Indices, ...]
+    """B arrays [decisions], steps that each chunk ran."""
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    @property
+    def truth(self) -> Floats:
+        """[B], 0 to 1: how far the simulator says the goals were reached at the end."""
+        assert self.batch.goals is not None
+        return np.array([goal_progress(readings)[-1] for readings in self.batch.goals])
+
+    def take(self, rows: Indices) -> Sample:
+        """Keep some episodes, in this order."""
+        return Sample(take(self.batch, rows), tuple(self.executed[row] for row in rows))
+
+    def cut(self, num_decisions: Indices) -> Sample:
+        """Keep the first decisions of every episode, and its outcome a secret.
+
+        Args:
+            num_decisions: [B], at least 1 each and at most those that there are.
+        """
+        batch = self.batch
+        assert batch.goals is not None
+        return Sample(
+            replace(
+                batch,
+                success=np.zeros(len(batch), dtype=np.bool_),
+                num_steps=np.array(
+                    [e[:n].sum() for e, n in zip(self.executed, num_decisions, strict=True)],
+                    dtype=np.int64,
+                ),
+                frames=_cut(batch.frames, num_decisions + 1),
+                proprio=_cut(batch.proprio, num_decisions),
+                goals=_cut(batch.goals, num_decisions + 1),
+            ),
+            tuple(e[:n] for e, n in zip(self.executed, num_decisions, strict=True)),
+        )
+
+    def shuffle_failures(self, seed: int) -> Sample:
+        """Put the frames of every failure in random order, the first excepted.
+
+        The first frame is the layout of the scene, which rewards subtract; it tells nothing of
+        time. Successes stay as they are: they are what failures are held against.
+        """
+        batch = self.batch
+        assert batch.frames is not None
+        frames = list(batch.frames)
+        for row in np.flatnonzero(~batch.success):
+            rng = np.random.default_rng([seed, int(batch.episode_id[row])])
+            order = np.concatenate([[0], 1 + rng.permutation(len(frames[row]) - 1)])
+            frames[row] = frames[row][order]
+        return replace(self, batch=replace(batch, frames=tuple(frames)))
+
+
+def make_sample(trajectories: Trajectories, *, suite: str, split: Split) -> Sample:
+    """Arrange trajectories, of which the crashed ones are left out."""
+    alive = trajectories.select(~trajectories.episodes.crashed)
+    episode, executed = alive.decisions.episode.numpy(), alive.decisions.executed.numpy()
+    return Sample(
+        make_batch(alive, suite=suite, split=split),
+        tuple(executed[episode == row] for row in range(len(alive.episodes))),
+    )
+
+
+def halve(sample: Sample) -> tuple[Sample, Sample]:
+    """Split by start: of every task one half to learn from, the other to be judged on.
+
+    The half to learn from takes the starts with the lower ids, and the odd one.
+
+    Raises:
+        ConfigError: a task has one start only.
+    """
+    batch = sample.batch
+    learns = np.zeros(len(batch), dtype=np.bool_)
+    tasks = np.array(batch.task_key)
+    for task in np.unique(tasks):
+        ids = np.unique(batch.init_state_id[tasks == task])
+        if len(ids) < 2:
+            raise ConfigError(
+                f"task {task} has episodes of {len(ids)} start; two are needed, one to learn from "
+                "and one to be judged on: play more groups"
+            )
+        learns |= (tasks == task) & np.isin(batch.init_state_id, ids[: -(-len(ids) // 2)])
+    first, second = sample.take(np.flatnonzero(learns)), sample.take(np.flatnonzero(~learns))
+    return first, replace(second, batch=replace(second.batch, split="held_out"))
+
+
+def take(batch: TrajectoryBatch, rows: Indices) -> TrajectoryBatch:
+    """Keep some episodes, in this order."""
+    ragged: dict[str, Any] = {name: _pick(getattr(batch, name), rows) for name in RAGGED}
+    return replace(
+        batch,
+        episode_id=batch.episode_id[rows],
+        group_id=batch.group_id[rows],
+        task_key=tuple(batch.task_key[row] for row in rows),
+        init_state_id=batch.init_state_id[rows],
+        success=batch.success[rows],
+        num_steps=batch.num_steps[rows],
+        **ragged,
+    )
+
+
+def join(first: TrajectoryBatch, second: TrajectoryBatch) -> TrajectoryBatch:
+    """Put two batches of the same kind one after the other; split and space are the first's."""
+    ragged: dict[str, Any] = {}
+    for name in RAGGED:
+        a, b = getattr(first, name), getattr(second, name)
+        ragged[name] = None if a is None or b is None else a + b
+    return replace(
+        first,
+        episode_id=np.concatenate([first.episode_id, second.episode_id]),
+        group_id=np.concatenate([first.group_id, second.group_id]),
+        task_key=first.task_key + second.task_key,
+        init_state_id=np.concatenate([first.init_state_id, second.init_state_id]),
+        success=np.concatenate([first.success, second.success]),
+        num_steps=np.concatenate([first.num_steps, second.num_steps]),
+        **ragged,
+    )
+
+
+def prefix_lengths(num_decisions: int, max_points: int) -> list[int]:
+    """Lengths at which an episode is looked at, evenly spread, from its first decision to all.
+
+    >>> prefix_lengths(4, 8), prefix_lengths(9, 3)
+    ([1, 2, 3, 4], [1, 5, 9])
+    """
+    points = np.linspace(1, num_decisions, min(num_decisions, max_points)).round()
+    return [int(point) for point in points]
+
+
+def _cut(arrays: tuple[npt.NDArray[Any], ...] | None, lengths: Indices) -> Any:
+    if arrays is None:
+        return None
+    return tuple(array[:length] for array, length in zip(arrays, lengths, strict=True))
+
+
+def _pick(items: Sequence[Item] | None, rows: Indices) -> tuple[Item, ...] | None:
+    return None if items is None else tuple(items[row] for row in rows)

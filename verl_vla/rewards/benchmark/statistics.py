@@ -1,0 +1,211 @@
+"""The numbers that rewards are judged by. What cannot be computed is NaN, never 0.
+
+Ranks are compared within a task and averaged over tasks: rewards need not have one unit for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import rankdata
+
+from verl_vla.rewards import Floats
+
+Indices = npt.NDArray[np.int64]
+
+MIN_RANKED = 3
+"""Episodes of a task that can be ranked: two are always in perfect order or its reverse."""
+PAIR_GAP = 0.1
+"""Pairs of failures whose true progress differs by less are not asked about."""
+NEAR_MISS, WHIFF = 0.7, 0.3
+"""True progress from which a failure almost succeeded, and up to which it got nowhere."""
+MIN_GROUPS = 5
+"""Groups below which resampling them tells nothing of how their kind varies."""
+MIN_DEFINED = 0.5
+"""Share of the resamples that must have a value for their quantiles to be an interval."""
+LEVEL = (2.5, 97.5)
+"""Percentiles of a 95% interval."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number that never travels without its interval and count."""
+
+    value: float
+    low: float
+    high: float
+    """Ends of the bootstrap interval, 95%."""
+    count: int
+    """Of what the number was computed from; the one who asks for it says which."""
+
+    def as_json(self) -> dict[str, Any]:
+        """NaN becomes null."""
+        ends = [number(self.low), number(self.high)]
+        return {"value": number(self.value), "ci95": ends, "count": self.count}
+
+
+def number(value: float) -> float | None:
+    """JSON has no NaN: an unknown value is null."""
+    return float(value) if math.isfinite(value) else None
+
+
+def estimate(
+    statistic: Callable[[Indices], float],
+    group: Indices,
+    *,
+    seed: int,
+    resamples: int,
+    count: int | None = None,
+) -> Estimate:
+    """Compute a number and its interval by resampling groups (Efron 1979, percentile method).
+
+    Episodes of a group share a start and are not independent, so whole groups are drawn.
+
+    Args:
+        statistic: from row indices to a number; a row may stand there several times.
+        group: [n], of each row.
+        seed: of the resampling.
+        resamples: how often; 1000 give an end of the interval to about a tenth of its width.
+        count: what to report as the count; rows where not given.
+    """
+    value = statistic(np.arange(len(group)))
+    known = np.unique(group)
+    num = len(group) if count is None else count
+    if math.isnan(value) or len(known) < MIN_GROUPS:
+        return Estimate(value, math.nan, math.nan, num)
+    members = [np.flatnonzero(group == g) for g in known]
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(len(known), size=(resamples, len(known)))
+    values = np.array([statistic(np.concatenate([members[i] for i in row])) for row in drawn])
+    defined = values[~np.isnan(values)]
+    if len(defined) < MIN_DEFINED * resamples:
+        return Estimate(value, math.nan, math.nan, num)
+    low, high = np.percentile(defined, LEVEL)
+    return Estimate(value, float(low), float(high), num)
+
+
+def spearman(a: Floats, b: Floats) -> float:
+    """Rank correlation with mean ranks for ties; NaN where one is constant or few are known.
+
+    >>> spearman(np.array([1.0, 2.0, 9.0]), np.array([0.1, 0.2, 0.3]))
+    1.0
+    """
+    if len(a) < MIN_RANKED:
+        return math.nan
+    return pearson(rankdata(a), rankdata(b))
+
+
+def pearson(a: Floats, b: Floats) -> float:
+    """Correlation; NaN where one is constant or there are fewer than two."""
+    if len(a) < 2 or not np.ptp(a) or not np.ptp(b):
+        return math.nan
+    x, y = a - a.mean(), b - b.mean()
+    return float(np.clip((x @ y) / math.sqrt((x @ x) * (y @ y)), -1, 1))
+
+
+def auroc(positive: Floats, negative: Floats) -> float:
+    """How often a positive lies above a negative, ties by half; NaN where there is none of one.
+
+    >>> auroc(np.array([0.8, 0.5]), np.array([0.5, 0.1]))
+    0.875
+    """
+    if not len(positive) or not len(negative):
+        return math.nan
+    ranks = rankdata(np.concatenate([positive, negative]))
+    num = len(positive)
+    above = ranks[:num].sum() - num * (num + 1) / 2
+    return float(above / (num * len(negative)))
+
+
+def mean_over(labels: Indices, statistic: Callable[[Indices], float]) -> float:
+    """Mean of a statistic over the classes of rows where it is known; NaN where it never is.
+
+    Args:
+        labels: [n], the class of each row.
+        statistic: from the rows of one class to a number.
+    """
+    values = [statistic(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """How one reading of a reward orders the failures of a sample."""
+
+    spearman: Estimate
+    """With true progress, per task, mean over tasks; counts failures."""
+    pair_accuracy: Estimate
+    """Within groups, ties by half; counts pairs."""
+    near_miss_auroc: Estimate
+    """Near-misses against whiffs, per task, mean over tasks; counts both."""
+
+    def as_json(self) -> dict[str, Any]:
+        """All three, by name."""
+        return {
+            "spearman": self.spearman.as_json(),
+            "pair_accuracy": self.pair_accuracy.as_json(),
+            "near_miss_auroc": self.near_miss_auroc.as_json(),
+        }
+
+
+def rank_failures(
+    reading: Floats,
+    truth: Floats,
+    *,
+    task: Indices,
+    group: Indices,
+    seed: int,
+    resamples: int,
+) -> Ranking:
+    """Compare a reading of failures with what the simulator knows of them.
+
+    Args:
+        reading: [n]; NaN where the reward does not know, which leaves the failure out.
+        truth: [n], 0 to 1.
+        task: [n]
+        group: [n]
+        seed: of the intervals.
+        resamples: see `estimate`.
+    """
+
+    def interval(
+        statistic: Callable[[Indices], float], of: Indices, count: int | None = None
+    ) -> Estimate:
+        return estimate(statistic, of, seed=seed, resamples=resamples, count=count)
+
+    known = ~np.isnan(reading)
+    reading, truth, task, group = reading[known], truth[known], task[known], group[known]
+
+    def correlation(rows: Indices) -> float:
+        return mean_over(task[rows], lambda i: spearman(reading[rows[i]], truth[rows[i]]))
+
+    def near_against_whiff(rows: Indices) -> float:
+        def of_task(i: Indices) -> float:
+            value, true = reading[rows[i]], truth[rows[i]]
+            return auroc(value[true >= NEAR_MISS], value[true <= WHIFF])
+
+        return mean_over(task[rows], of_task)
+
+    better, worse = _pairs(truth, group)
+    right = (reading[better] > reading[worse]) + 0.5 * (reading[better] == reading[worse])
+    extreme = np.flatnonzero((truth >= NEAR_MISS) | (truth <= WHIFF))
+    return Ranking(
+        spearman=interval(correlation, group),
+        pair_accuracy=interval(
+            lambda rows: float(right[rows].mean()) if len(rows) else math.nan, group[better]
+        ),
+        near_miss_auroc=interval(near_against_whiff, group, len(extreme)),
+    )
+
+
+def _pairs(truth: Floats, group: Indices) -> tuple[Indices, Indices]:
+    """Rows of one group that differ in truth: those that came farther, and those that did not."""
+    gap = truth[:, None] - truth[None, :]
+    better, worse = np.nonzero((gap > PAIR_GAP) & (group[:, None] == group[None, :]))
+    return better, worse

@@ -1,0 +1,118 @@
+"""A measurement as a table for the console and as plain values for JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from verl_vla.rewards.benchmark.bench import BenchRow
+from verl_vla.rewards.benchmark.contestants import CLOCK
+from verl_vla.rewards.benchmark.samples import Sample
+from verl_vla.rewards.benchmark.statistics import NEAR_MISS, WHIFF, Estimate, number
+from verl_vla.rewards.benchmark.verdict import Verdict, decide
+
+UNKNOWN = "-"
+WORDS = {True: "yes", False: "no", None: UNKNOWN}
+
+
+def verdicts(rows: Sequence[BenchRow]) -> dict[str, Verdict]:
+    """Apply the rule to every row, by label."""
+    clock = next(row for row in rows if row.label == CLOCK).by_progress.spearman
+    return {row.label: decide(row.by_progress.spearman, clock) for row in rows}
+
+
+def table_as_json(rows: Sequence[BenchRow], found: Mapping[str, Verdict]) -> dict[str, Any]:
+    """Every row by its label, with its verdict."""
+    return {row.label: row.as_json() | {"verdict": asdict(found[row.label])} for row in rows}
+
+
+def describe(judged: Sample) -> dict[str, Any]:
+    """What there is to rank: without failures that differ, no number means anything."""
+    truth = judged.truth[~judged.batch.success]
+    return {
+        "groups": len(np.unique(judged.batch.group_id)),
+        "successes": int(judged.batch.success.sum()),
+        "failures": len(truth),
+        "near_misses": int((truth >= NEAR_MISS).sum()),
+        "whiffs": int((truth <= WHIFF).sum()),
+        "true_progress_quartiles": [
+            number(q) for q in (np.percentile(truth, (0, 25, 50, 75, 100)) if len(truth) else ())
+        ],
+    }
+
+
+def ranking_table(rows: Sequence[BenchRow], found: Mapping[str, Verdict]) -> str:
+    """What the rewards are judged by."""
+    head = [
+        "reward",
+        "Spearman (95%)",
+        "of score",
+        "pairs (95%)",
+        "near/whiff",
+        "changes A",
+        "largest",
+        "ms/episode",
+        "bytes",
+        "ranks",
+        "> clock",
+    ]
+    lines = [
+        [
+            row.label,
+            _interval(row.by_progress.spearman),
+            _plain(row.by_score.spearman.value),
+            _interval(row.by_progress.pair_accuracy),
+            _plain(row.by_progress.near_miss_auroc.value),
+            _share(row.changes_advantage.value),
+            _plain(row.largest_change),
+            _plain(1000 * row.seconds, digits=1),
+            _plain(row.feature_bytes, digits=0),
+            WORDS[found[row.label].ranks_failures],
+            WORDS[found[row.label].beats_the_clock],
+        ]
+        for row in rows
+    ]
+    return _align([head, *lines])
+
+
+def paper_table(rows: Sequence[BenchRow]) -> str:
+    """The five numbers of the paper, of the rewards whose progress was followed."""
+    head = ["reward", "SC", "Mono", "MMD2", "JS", "SMD"]
+    lines = [
+        [
+            row.label,
+            *(_plain(value, digits=3) for value in (p.sc, p.mono, p.mmd2, p.js, p.smd)),
+        ]
+        for row in rows
+        if (p := row.paper) is not None
+    ]
+    return _align([head, *lines])
+
+
+def _interval(found: Estimate) -> str:
+    if math.isnan(found.low):
+        return _plain(found.value)
+    return f"{found.value:+.2f} ({found.low:+.2f}, {found.high:+.2f})"
+
+
+def _plain(value: float, digits: int = 2) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else UNKNOWN
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.0f}%" if math.isfinite(value) else UNKNOWN
+
+
+def _align(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )

@@ -1,0 +1,200 @@
+"""What every encoder of pictures does alike: batches, dtype, device, and a name for its numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from torch.nn import functional
+
+from verl_vla.core.errors import ConfigError, ContractError
+from verl_vla.policies.preprocessing import ImageStatistics, normalize_image
+
+Pictures = npt.NDArray[np.uint8]
+"""[T, H, W, 3], one view of one episode, in the order of its decisions."""
+Features = npt.NDArray[np.float32]
+"""[T, D]"""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+"""Owner and model, as the hub writes them."""
+SAMPLED_WEIGHTS = 1024
+"""Numbers of every weight that enter the feature space's name: fine-tuning moves all of them, and
+reading a thousand takes no time."""
+
+
+class ImageEncoder(ABC):
+    """Encodes each picture by itself, so what an episode gives cannot depend on its neighbours."""
+
+    def __init__(self, *, batch_size: int, feature_space: str) -> None:
+        """Make one.
+
+        Args:
+            batch_size: pictures computed at once.
+            feature_space: see `name_space`.
+
+        Raises:
+            ConfigError: ``batch_size`` is below 1.
+        """
+        check_positive(batch_size=batch_size)
+        self._batch_size = batch_size
+        self._feature_space = feature_space
+
+    @property
+    def feature_space(self) -> str:
+        """Names weights, layer and preprocessing; features of two spaces are never compared."""
+        return self._feature_space
+
+    def encode(self, frames: Sequence[Pictures]) -> list[Features]:
+        """Map episodes [T, H, W, 3], ragged in T, to [T, D].
+
+        Raises:
+            ContractError: pictures that are not uint8 [T, H, W, 3].
+        """
+        check_pictures(frames)
+        lengths = [len(episode) for episode in frames]
+        filled = [episode for episode in frames if len(episode)]
+        if not filled:
+            return [np.zeros((0, 0), dtype=np.float32) for _ in frames]
+        pictures = np.concatenate(filled)
+        parts = [
+            self.embed(pictures[start : start + self._batch_size])
+            for start in range(0, len(pictures), self._batch_size)
+        ]
+        rows = np.concatenate(parts).astype(np.float32)
+        return np.split(rows, np.cumsum(lengths)[:-1])
+
+    @abstractmethod
+    def embed(self, pictures: Pictures) -> Features:
+        """Map n pictures [n, H, W, 3] to [n, D]."""
+
+
+class Network:
+    """A frozen network on its device, and what its pictures must look like."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        image_size: int,
+        statistics: Sequence[ImageStatistics],
+        dtype: str,
+        device: str,
+    ) -> None:
+        """Freeze ``module`` and move it.
+
+        Args:
+            module: of the encoder; nothing trains it any more.
+            image_size: height and width it takes, pixels.
+            statistics: how each of its towers wants its pixels.
+            dtype: that it computes in, a key of `DTYPES`.
+            device: as torch spells it.
+
+        Raises:
+            ConfigError: the dtype or the device is unknown.
+        """
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+        try:
+            self.device = torch.device(device)
+            self.module = module.eval().requires_grad_(False).to(self.device, DTYPES[dtype])
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(f"device is {device!r}, which cannot be used: {error}") from error
+        self._image_size = image_size
+        self._statistics = tuple(statistics)
+        self._dtype = DTYPES[dtype]
+
+    def pixels(self, pictures: Pictures) -> Tensor:
+        """Resize, without a crop, and normalise; [n, H, W, 3] to [n, 3 x towers, size, size]."""
+        image = torch.from_numpy(np.ascontiguousarray(pictures)).to(self.device)
+        size = self._image_size
+        if image.shape[1:3] != (size, size):
+            resized = functional.interpolate(
+                image.movedim(-1, 1).float(),
+                (size, size),
+                mode="bilinear",
+                antialias=True,
+                align_corners=False,
+            )
+            image = resized.round().clamp(0, 255).to(torch.uint8).movedim(1, -1)
+        return normalize_image(image, self._statistics).to(self._dtype)
+
+
+def check_positive(**values: int) -> None:
+    """Refuse sizes below 1.
+
+    Raises:
+        ConfigError: names the value.
+    """
+    for name, value in values.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; set at least 1")
+
+
+def check_pictures(frames: Sequence[Pictures]) -> None:
+    """Refuse what is not uint8 [T, H, W, 3].
+
+    Raises:
+        ContractError: names the episode's place.
+    """
+    for index, episode in enumerate(frames):
+        if episode.dtype != np.uint8 or episode.ndim != 4 or episode.shape[3] != 3:
+            raise ContractError(
+                f"pictures of episode {index} must be uint8 [T, H, W, 3], got {episode.dtype} "
+                f"{list(episode.shape)}"
+            )
+
+
+def require_folder(path: str, purpose: str) -> Path:
+    """Return the folder of a model's weights: a local one, or a copy of the hub's, fetched once.
+
+    Args:
+        path: of a local folder as save_pretrained writes it, or a name on the Hugging Face hub.
+        purpose: what the weights are of, for messages.
+
+    Raises:
+        ConfigError: there is no such folder, and none of this name can be fetched.
+    """
+    folder = Path(path).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists() or not HUB_NAME.fullmatch(path):
+        raise ConfigError(
+            f"{path} holds no config.json; point encoder_args.path at a local folder with the "
+            f"weights of {purpose}, as save_pretrained writes it, or name one on the hub"
+        )
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # the network fails in too many ways to name
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"{path} is no folder here, and cannot be fetched from the hub "
+            f"({type(error).__name__}: {reason}); point encoder_args.path at a local folder with "
+            f"the weights of {purpose}"
+        ) from error
+
+
+def name_space(kind: str, description: Mapping[str, Any], module: nn.Module | None = None) -> str:
+    """Name a feature space: two encoders that differ in anything have different names.
+
+    Args:
+        kind: of encoder, readable.
+        description: layer, preprocessing, dtype; plain values.
+        module: whose weights are part of the name.
+    """
+    digest = hashlib.sha256(json.dumps(dict(description), sort_keys=True).encode())
+    for name, weight in module.state_dict().items() if module is not None else ():
+        stride = max(1, weight.numel() // SAMPLED_WEIGHTS)
+        sample = weight.detach().flatten()[::stride].float().cpu().numpy()
+        digest.update(f"{name} {list(weight.shape)}".encode() + sample.tobytes())
+    return f"{kind}:{digest.hexdigest()[:16]}"

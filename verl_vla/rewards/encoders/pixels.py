@@ -1,0 +1,56 @@
+"""Pixels: the picture itself, small. No weights, so it is the control for every encoder."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from verl_vla.core.errors import ContractError
+from verl_vla.rewards.encoders.base import (
+    Features,
+    ImageEncoder,
+    Pictures,
+    check_positive,
+    name_space,
+)
+
+FULL_SCALE = 255.0
+
+
+class PixelEncoder(ImageEncoder):
+    """Mean brightness, or colour, of each cell of a grid."""
+
+    def __init__(self, grid: int = 16, *, colour: bool = False, batch_size: int = 256) -> None:
+        """Make one.
+
+        Args:
+            grid: cells in each direction.
+            colour: keep the three channels instead of their mean.
+            batch_size: pictures computed at once.
+        """
+        check_positive(grid=grid)
+        self._grid = grid
+        self._colour = colour
+        space = name_space("pixels", {"grid": grid, "colour": colour})
+        super().__init__(batch_size=batch_size, feature_space=space)
+
+    def embed(self, pictures: Pictures) -> Features:
+        """Map [n, H, W, 3] to [n, grid x grid (x 3)], 0 to 1.
+
+        Raises:
+            ContractError: the pictures are smaller than the grid.
+        """
+        height, width = pictures.shape[1:3]
+        if min(height, width) < self._grid:
+            raise ContractError(
+                f"pictures of {height} x {width} px have no {self._grid} x {self._grid} cells; "
+                "lower encoder_args.grid"
+            )
+        rows = np.arange(self._grid) * height // self._grid
+        columns = np.arange(self._grid) * width // self._grid
+        sums = np.add.reduceat(pictures.astype(np.float32), rows, axis=1)
+        sums = np.add.reduceat(sums, columns, axis=2)
+        heights = np.diff([*rows, height])[:, None]
+        widths = np.diff([*columns, width])[None, :]
+        mean = sums / (heights * widths * FULL_SCALE)[None, :, :, None]
+        cells = mean if self._colour else mean.mean(axis=3)
+        return cells.reshape(len(pictures), -1).astype(np.float32)

@@ -1,0 +1,111 @@
+"""The policy's own vision towers, as they stood in a checkpoint folder.
+
+They are a frozen copy: the towers that train along with the policy would move under the
+references, which is why their weights are part of the feature space's name.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from verl_vla.core.errors import ConfigError
+from verl_vla.policies.checkpoint import weight_files
+from verl_vla.policies.openvla_oft.checkpoint import read_config, read_image_statistics
+from verl_vla.policies.openvla_oft.vision import FusedVisionBackbone
+from verl_vla.rewards.encoders.base import (
+    Features,
+    ImageEncoder,
+    Network,
+    Pictures,
+    name_space,
+    require_folder,
+)
+
+VISION_PREFIX = "vision_backbone."
+"""Of the towers' weights in a checkpoint."""
+Tower = Literal["all", "first", "last"]
+
+
+class PolicyTowersEncoder(ImageEncoder):
+    """Mean over the patch tokens that the policy itself is given."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        tower: Tower = "all",
+        scramble_seed: int | None = None,
+        dtype: str = "bfloat16",
+        device: str = "cpu",
+        batch_size: int = 32,
+    ) -> None:
+        """Load the towers, and nothing else, of a checkpoint.
+
+        Args:
+            path: folder of an OpenVLA-OFT checkpoint.
+            tower: whose features: ``first`` is DINOv2 and ``last`` SigLIP in published
+                checkpoints; ``all`` puts them side by side.
+            scramble_seed: if given, the numbers of each weight are put in random order: a tower of
+                the same scale that has learned nothing, the control for one that has.
+            dtype: that the towers compute in.
+            device: as torch spells it.
+            batch_size: pictures computed at once.
+
+        Raises:
+            ConfigError: no such folder, or weights that do not fit its ``config.json``.
+        """
+        if tower not in ("all", "first", "last"):
+            raise ConfigError(f"tower is {tower!r}; choose 'all', 'first' or 'last'")
+        folder = require_folder(path, "an OpenVLA-OFT policy")
+        config = read_config(folder)
+        backbone = FusedVisionBackbone(config)
+        weights: dict[str, torch.Tensor] = {}
+        for file in weight_files(folder):
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118 -- not a mapping
+                    if name.startswith(VISION_PREFIX):
+                        weights[name.removeprefix(VISION_PREFIX)] = stored.get_tensor(name)
+        if scramble_seed is not None:
+            weights = _scramble(weights, scramble_seed)
+        try:
+            backbone.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ConfigError(f"the vision towers in {path} do not fit its config: {error}") from (
+                error
+            )
+        description = {"tower": tower, "dtype": dtype, "layer": "last block but one, patch mean"}
+        self._backbone = backbone
+        self._network = Network(
+            backbone,
+            image_size=config.image_size,
+            statistics=read_image_statistics(folder, backbone.num_towers),
+            dtype=dtype,
+            device=device,
+        )
+        widths = [t.hidden_size for t in config.towers]
+        ends = np.cumsum(widths)
+        self._columns = {
+            "all": slice(0, int(ends[-1])),
+            "first": slice(0, widths[0]),
+            "last": slice(int(ends[-1]) - widths[-1], int(ends[-1])),
+        }[tower]
+        space = name_space("policy_towers", description, backbone)
+        super().__init__(batch_size=batch_size, feature_space=space)
+
+    @torch.inference_mode()
+    def embed(self, pictures: Pictures) -> Features:
+        """Map [n, H, W, 3] to [n, D]."""
+        patches = self._backbone(self._network.pixels(pictures))
+        return patches[..., self._columns].float().mean(dim=1).cpu().numpy()
+
+
+def _scramble(weights: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return {
+        name: weight.flatten()[torch.randperm(weight.numel(), generator=random)].view(weight.shape)
+        for name, weight in weights.items()
+    }

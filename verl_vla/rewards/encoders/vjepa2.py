@@ -1,0 +1,142 @@
+"""V-JEPA 2 as transformers has it: an encoder of clips, whose tokens know what came before.
+
+Attention spans a whole clip, so padding would reach into every token. Episodes of equal length
+share a forward pass and others do not: a short and a long episode of one batch give, each, what
+they give alone. A clip is never repeated to fill a length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import VJEPA2Model
+from transformers.models.auto.configuration_auto import AutoConfig
+
+from verl_vla.core.errors import ConfigError, ContractError
+from verl_vla.rewards.encoders.base import (
+    Features,
+    Network,
+    Pictures,
+    check_pictures,
+    check_positive,
+    name_space,
+    require_folder,
+)
+from verl_vla.rewards.encoders.transformer import IMAGENET_STATISTICS
+
+MODEL_TYPE = "vjepa2"
+
+
+class Vjepa2Encoder:
+    """Mean over the patch tokens of each tubelet: one row for every two frames."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        max_frames: int = 64,
+        dtype: str = "bfloat16",
+        device: str = "cpu",
+        batch_size: int = 4,
+    ) -> None:
+        """Load the encoder; the predictor is never run.
+
+        Args:
+            path: a local folder, or a name on the hub such as ``facebook/vjepa2-vitl-fpc64-256``.
+            max_frames: of one clip; longer episodes are thinned by `pick_by_content`.
+            dtype: that the network computes in.
+            device: as torch spells it.
+            batch_size: clips computed at once.
+
+        Raises:
+            ConfigError: no such weights, or another kind of model.
+        """
+        check_positive(batch_size=batch_size, max_frames=max_frames)
+        folder = require_folder(path, "V-JEPA 2")
+        config: Any = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        if config.model_type != MODEL_TYPE:
+            raise ConfigError(f"{path} holds a {config.model_type}; encoder vjepa2 needs V-JEPA 2")
+        model: Any = VJEPA2Model.from_pretrained(folder, local_files_only=True)
+        self._size = int(config.crop_size)
+        self._tubelet = int(config.tubelet_size)
+        self._patches = (self._size // int(config.patch_size)) ** 2
+        self._width = int(config.hidden_size)
+        self._max_frames = max_frames
+        self._batch_size = batch_size
+        description = {"image_size": self._size, "dtype": dtype, "max_frames": max_frames}
+        self._network = Network(
+            model,
+            image_size=self._size,
+            statistics=[IMAGENET_STATISTICS],
+            dtype=dtype,
+            device=device,
+        )
+        self._feature_space = name_space("vjepa2", description, model)
+
+    @property
+    def feature_space(self) -> str:
+        """Names weights, layer and preprocessing; features of two spaces are never compared."""
+        return self._feature_space
+
+    def encode(self, frames: Sequence[Pictures]) -> list[Features]:
+        """Map episodes [T, H, W, 3], ragged in T, to [ceil(T / tubelet), D]."""
+        check_pictures(frames)
+        clips = [self._clip(episode) for episode in frames]
+        rows = [np.zeros((0, self._width), dtype=np.float32) for _ in frames]
+        by_length: dict[int, list[int]] = {}
+        for index, clip in enumerate(clips):
+            if len(clip):
+                by_length.setdefault(len(clip), []).append(index)
+        for indices in by_length.values():
+            for start in range(0, len(indices), self._batch_size):
+                together = indices[start : start + self._batch_size]
+                made = self._embed(np.stack([clips[index] for index in together]))
+                for index, features in zip(together, made, strict=True):
+                    rows[index] = features
+        return rows
+
+    def _clip(self, episode: Pictures) -> Pictures:
+        """Thin a long episode; complete the last tubelet with its own last frame."""
+        kept = episode[pick_by_content(episode, self._max_frames)]
+        missing = -len(kept) % self._tubelet
+        return np.concatenate([kept, np.repeat(kept[-1:], missing, axis=0)]) if missing else kept
+
+    @torch.inference_mode()
+    def _embed(self, clips: npt.NDArray[np.uint8]) -> Features:
+        num, length = clips.shape[:2]
+        pixels = self._network.pixels(clips.reshape(num * length, *clips.shape[2:]))
+        video = pixels.view(num, length, *pixels.shape[1:])
+        tokens = self._network.module.get_vision_features(video)  # pyright: ignore[reportCallIssue]
+        # the grid of positions comes from the config, so another size would run and be wrong
+        expected = (num, length // self._tubelet * self._patches, self._width)
+        if tuple(tokens.shape) != expected:
+            raise ContractError(f"V-JEPA 2 gave {list(tokens.shape)}, not {list(expected)}")
+        tubelets = tokens.view(num, length // self._tubelet, self._patches, self._width)
+        return tubelets.float().mean(dim=2).cpu().numpy()
+
+
+def pick_by_content(episode: Pictures, num_frames: int) -> npt.NDArray[np.int64]:
+    """Choose frames at equal steps of how much the picture changes, not of time.
+
+    An episode that ends in idling keeps its action; the first and last frame are always kept.
+
+    Args:
+        episode: [T, H, W, 3].
+        num_frames: at most so many are chosen.
+
+    Returns:
+        Indices in order, each once: all where there are not more.
+    """
+    if len(episode) <= num_frames:
+        return np.arange(len(episode))
+    change = np.abs(np.diff(episode.astype(np.int16), axis=0)).mean(axis=(1, 2, 3))
+    # a little time in it, so that a picture that never changes is still thinned evenly
+    position = np.cumsum(np.concatenate([[0.0], change + 1e-6 * max(float(change.max()), 1.0)]))
+    wanted = np.linspace(0, position[-1], num_frames)
+    return np.unique(np.abs(position[None, :] - wanted[:, None]).argmin(axis=1))

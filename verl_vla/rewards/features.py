@@ -1,0 +1,86 @@
+"""What rewards ask of an episode's features [T, D]: are they sound, when do they stand still."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from verl_vla.rewards.base import Rows
+
+Floats = npt.NDArray[np.float64]
+
+IDLE_SHARE = 0.05
+"""Rows that move less than this share of their episode's median movement are idle. A median and
+not a threshold in units of the encoder, so that every feature space has the same rule."""
+
+
+def is_sound(features: Rows) -> bool:
+    """Whether an episode can be judged: it has rows, all finite, and not all zero.
+
+    A picture that could not be read gives NaN or zeros, which no distance may be computed from.
+    """
+    return bool(len(features) and np.isfinite(features).all() and np.any(features))
+
+
+def center_on_start(features: Rows) -> Rows:
+    """Subtract the first row, which takes the layout of the scene out of the comparison."""
+    return features - features[:1]
+
+
+def is_moving(features: Rows) -> npt.NDArray[np.bool_]:
+    """[T], false where the features stay where they were; the first row always counts as moving.
+
+    >>> is_moving(np.array([[0.0], [1.0], [1.0], [2.0]], dtype=np.float32)).tolist()
+    [True, True, False, True]
+    """
+    movement = np.linalg.norm(np.diff(features.astype(np.float64), axis=0), axis=1)
+    moved = movement[movement > 0]
+    threshold = IDLE_SHARE * float(np.median(moved)) if len(moved) else 0.0
+    return np.concatenate([[True], movement > threshold])
+
+
+def normalised_time(features: Rows) -> Floats:
+    """[T], how much of a success lies behind each row, 0 to 1, flat while nothing moves.
+
+    Idle rows would otherwise teach that waiting is progress. The last row of a success is its
+    last decision, and counts as the end.
+
+    >>> normalised_time(np.array([[0.0], [1.0], [1.0], [2.0]], dtype=np.float32)).tolist()
+    [0.0, 0.5, 0.5, 1.0]
+    """
+    steps = np.cumsum(is_moving(features)) - 1
+    return steps / steps[-1] if steps[-1] else np.ones(len(features))
+
+
+def idle_share(features: Rows) -> float:
+    """Share of the rows that stand still."""
+    return float(1 - is_moving(features).mean())
+
+
+def last_rows(num_rows: int, share: float) -> slice:
+    """The rows that an episode's final state is read from: a share of them, one at least.
+
+    >>> last_rows(40, 0.1)
+    slice(36, 40, None)
+    """
+    return slice(num_rows - max(1, round(share * num_rows)), num_rows)
+
+
+def align(features: Rows, successes: Sequence[Rows], num_neighbours: int) -> Floats:
+    """[T], where along the successes each row is: how much of theirs lay behind its neighbours.
+
+    Args:
+        features: [T, D] of the episode to be placed.
+        successes: arrays [T', D], at least one.
+        num_neighbours: rows, over all successes, that vote on one row of ``features``.
+    """
+    known = np.concatenate([center_on_start(s) for s in successes]).astype(np.float64)
+    time = np.concatenate([normalised_time(s) for s in successes])
+    asked = center_on_start(features).astype(np.float64)
+    # |a - b|^2 without |a|^2, which is the same for every neighbour of a row
+    distance = np.square(known).sum(1)[None, :] - 2 * asked @ known.T
+    num = min(num_neighbours, len(known))
+    nearest = np.argsort(distance, axis=1, kind="stable")[:, :num]
+    return time[nearest].mean(axis=1)

@@ -1,0 +1,150 @@
+"""Find, check and make the reward that a recipe names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast, get_args
+
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.files import PROJECT_FOLDER
+from verl_vla.core.plugins import import_file
+from verl_vla.core.text import nearest
+from verl_vla.rewards.base import HasEncoder, Need, TrajectoryReward
+
+REWARDS_FOLDER = PROJECT_FOLDER / "rewards"
+"""Where rewards with a plain name live."""
+ENTRY_POINTS = "verl_vla.rewards"
+"""The group under which installed packages offer rewards: ``name = "package.module:Class"``."""
+SEED = "seed"
+"""A constructor argument of this name is given the run's seed unless the recipe sets it."""
+
+
+def load_reward(
+    name: str, arguments: Mapping[str, Any], *, seed: int | None = None
+) -> TrajectoryReward:
+    """Make the reward that a recipe names.
+
+    Args:
+        name: a file of `rewards/` without its ending (its only public class is taken), a name
+            that an installed package offers under `ENTRY_POINTS`, or ``path/to/file.py:ClassName``.
+        arguments: passed to the constructor by keyword; checked against its signature.
+        seed: of the run; passed as `SEED` to a constructor that has this argument.
+
+    Raises:
+        ConfigError: no such file or class, an argument the constructor does not know or misses,
+            a file or constructor that raises, or a class that does not follow `TrajectoryReward`.
+    """
+    cls = _find_class(name)
+    named, takes_any = _parameters(cls)
+    given = dict(arguments)
+    if seed is not None and SEED in named and SEED not in given:
+        given[SEED] = seed
+    _check_arguments(name, given, named, takes_any=takes_any)
+    try:
+        reward = cls(**given)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"reward {name!r} could not be made with {given}: {error!r}; correct reward_args or "
+            "the constructor"
+        ) from error
+    _check_protocol(reward, name)
+    return cast("TrajectoryReward", reward)
+
+
+def _find_class(name: str) -> type[Any]:
+    if ".py:" in name:
+        file, class_name = name.rsplit(":", 1)
+        return _pick_class(import_file(Path(file)), Path(file), class_name)
+    files = {p.stem: p for p in REWARDS_FOLDER.glob("*.py") if not p.stem.startswith("_")}
+    if name in files:
+        return _pick_class(import_file(files[name]), files[name], None)
+    offered = {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}
+    if name in offered:
+        return _load_entry_point(offered[name])
+    raise ConfigError(
+        f"reward is {name!r}, which is no file of rewards/ and no entry point of "
+        f"{ENTRY_POINTS}; {nearest(name, sorted(files | offered))}; "
+        "a reward of your own is path/to/file.py:ClassName"
+    )
+
+
+def _load_entry_point(point: metadata.EntryPoint) -> type[Any]:
+    try:
+        cls = point.load()
+    except Exception as error:
+        raise ConfigError(
+            f"reward {point.name!r} is offered as {point.value}, which cannot be imported: "
+            f"{error!r}; reinstall the package that offers it"
+        ) from error
+    if not inspect.isclass(cls):
+        raise ConfigError(f"reward {point.name!r} is offered as {point.value}, which is no class")
+    return cls
+
+
+def _pick_class(module: ModuleType, path: Path, class_name: str | None) -> type[Any]:
+    own = {
+        name: cls
+        for name, cls in inspect.getmembers(module, inspect.isclass)
+        if cls.__module__ == module.__name__ and not name.startswith("_")
+    }
+    if class_name is None:
+        if len(own) != 1:
+            raise ConfigError(
+                f"{path.name} has {len(own)} public classes; name one as {path}:ClassName"
+            )
+        return next(iter(own.values()))
+    if class_name not in own:
+        raise ConfigError(f"{path} has no class {class_name!r}; {nearest(class_name, list(own))}")
+    return own[class_name]
+
+
+def _parameters(cls: type[Any]) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The constructor's arguments by name, and whether it takes others as well."""
+    found = inspect.signature(cls).parameters.values()
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in found)
+    return {p.name: p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}, takes_any
+
+
+def _check_arguments(
+    name: str,
+    arguments: Mapping[str, Any],
+    named: Mapping[str, inspect.Parameter],
+    *,
+    takes_any: bool,
+) -> None:
+    for key in arguments:
+        if key not in named and not takes_any:
+            raise ConfigError(
+                f"reward {name!r} has no argument {key!r}; {nearest(key, list(named))}"
+            )
+    for key, parameter in named.items():
+        if parameter.default is inspect.Parameter.empty and key not in arguments:
+            raise ConfigError(f"reward {name!r} needs {key!r}; set reward_args.{key}")
+
+
+def _check_protocol(reward: object, name: str) -> None:
+    wanted: Sequence[str] = ("requires", "__call__", "update", "state_dict", "load_state_dict")
+    present = set(dir(reward))
+    missing = [member for member in wanted if member not in present]
+    if missing:
+        raise ConfigError(
+            f"reward {name!r} lacks {', '.join(missing)}; "
+            "see TrajectoryReward in verl_vla/rewards/base.py"
+        )
+    needs = cast("TrajectoryReward", reward).requires
+    unknown = sorted(set(needs) - set(get_args(Need)))
+    if unknown:
+        raise ConfigError(
+            f"reward {name!r} requires {unknown[0]!r}; {nearest(unknown[0], get_args(Need))}"
+        )
+    if "features" in needs and not isinstance(reward, HasEncoder):
+        raise ConfigError(
+            f"reward {name!r} requires features but has no encoder to make them; give it an "
+            "attribute `encoder`, see verl_vla/encoders"
+        )

@@ -1,0 +1,192 @@
+"""A small causal network that learns, from successes alone, how far along an episode is.
+
+Its objective follows what published progress rewards have in common: regression of normalised
+time with rewound, stalled and spliced episodes as counter-examples (ReWiND, arXiv:2505.10911), and
+a ranking of moments (Video-Language Critic, arXiv:2405.19988). It sees no absolute time: failures
+last to the step limit, so a clock would give the outcome away. Failures are never shown to it:
+a preference for successes over failures destroys the ranking among failures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from verl_vla.rewards.base import Rows
+from verl_vla.rewards.features import Floats, center_on_start, normalised_time
+
+MAX_ROWS = 32
+"""Rows of one training example."""
+REWIND, STALL, SPLICE = 0.35, 0.20, 0.10
+"""Shares of the examples that are rewound, stalled, or spliced with another task."""
+RANK_WEIGHT, RANK_SCALE = 0.5, 2.0
+MIN_RANK_GAP = 0.05
+"""Moments closer in progress are not ranked."""
+EMA_DECAY = 0.95
+"""Of the weights that score: an average over about 20 optimizer steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadConfig:
+    """How the head is built and trained."""
+
+    width: int = 64
+    steps: int = 50
+    """Optimizer steps in one update."""
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-2
+
+
+class ProgressNetwork(nn.Module):
+    """Maps [x_t, x_t - x_0] to a logit of progress; row t sees rows 0 to t."""
+
+    def __init__(self, feature_size: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(2 * feature_size)
+        self.embed = nn.Linear(2 * feature_size, width)
+        self.recurrent = nn.GRU(width, width, batch_first=True)
+        self.logit = nn.Linear(width, 1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map [n, T, 2 D] to logits [n, T]."""
+        hidden = functional.gelu(self.embed(self.norm(inputs)))
+        return self.logit(self.recurrent(hidden)[0]).squeeze(-1)
+
+
+class ProgressHead:
+    """The network, its optimizer, and the averaged weights that score."""
+
+    def __init__(self, feature_size: int, config: HeadConfig, seed: int) -> None:
+        """Make an untrained one; the process's own random state is left as it was."""
+        self._feature_size = feature_size
+        self._config = config
+        self._seed = seed
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.network = ProgressNetwork(feature_size, config.width)
+            self._average = ProgressNetwork(feature_size, config.width)
+        self._average.load_state_dict(self.network.state_dict())
+        self._average.requires_grad_(False)
+        self._optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self._num_updates = 0
+
+    @torch.no_grad()
+    def progress(self, features: Rows) -> Floats:
+        """[T], 0 to 1, by the averaged weights."""
+        return self._average(inputs_of(features)[None])[0].sigmoid().double().numpy()
+
+    def train(self, successes: Mapping[str, Sequence[Rows]]) -> dict[str, float]:
+        """Take `HeadConfig.steps` optimizer steps on successes, by task.
+
+        Returns:
+            ``head_loss``, the mean over the last quarter of the steps.
+        """
+        rng = np.random.default_rng([self._seed, self._num_updates])
+        losses: list[float] = []
+        for _ in range(self._config.steps):
+            examples = [make_example(successes, rng) for _ in range(self._config.batch_size)]
+            loss = self.loss(examples)
+            self._optimizer.zero_grad()
+            loss.backward()
+            self._optimizer.step()
+            self._follow()
+            losses.append(float(loss.detach()))
+        self._num_updates += 1
+        return {"head_loss": float(np.mean(losses[-max(1, len(losses) // 4) :]))}
+
+    def loss(self, examples: Sequence[tuple[Rows, Floats]]) -> Tensor:
+        """Binary cross entropy of progress plus a ranking of all moments of the batch.
+
+        Args:
+            examples: features [T, D] and progress [T], 0 to 1, ragged in T.
+        """
+        logits, labels = [], []
+        for features, progress in examples:
+            logits.append(self.network(inputs_of(features)[None])[0])
+            labels.append(torch.from_numpy(progress.astype(np.float32)))
+        logit, label = torch.cat(logits), torch.cat(labels)
+        regression = functional.binary_cross_entropy_with_logits(logit, label)
+        gap = label[:, None] - label[None, :]
+        ranked = gap > MIN_RANK_GAP
+        wrong = functional.softplus(-RANK_SCALE * (logit[:, None] - logit[None, :]))
+        ranking = (wrong * ranked).sum() / ranked.sum().clamp(min=1)
+        return regression + RANK_WEIGHT * ranking
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both sets of weights, the optimizer, and how often it was trained."""
+        return {
+            "feature_size": self._feature_size,
+            "network": _copy(self.network.state_dict()),
+            "average": _copy(self._average.state_dict()),
+            "optimizer": self._optimizer.state_dict(),
+            "num_updates": self._num_updates,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.network.load_state_dict(state["network"])
+        self._average.load_state_dict(state["average"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._num_updates = state["num_updates"]
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        pairs = zip(self._average.parameters(), self.network.parameters(), strict=True)
+        for averaged, newest in pairs:
+            averaged.lerp_(newest, 1 - EMA_DECAY)
+
+
+def inputs_of(features: Rows) -> Tensor:
+    """[T, 2 D]: every row, and what changed since the first."""
+    rows = np.concatenate([features, center_on_start(features)], axis=1)
+    return torch.from_numpy(rows.astype(np.float32))
+
+
+def make_example(
+    successes: Mapping[str, Sequence[Rows]], rng: np.random.Generator
+) -> tuple[Rows, Floats]:
+    """Cut a success and, at times, spoil it.
+
+    Returns:
+        Features [T, D] and their progress [T]: played backwards it falls, standing still it stays,
+        and what belongs to another task has none.
+    """
+    tasks = sorted(successes)
+    task = tasks[int(rng.integers(len(tasks)))]
+    whole = successes[task][int(rng.integers(len(successes[task])))]
+    progress = normalised_time(whole)
+    # it begins at the start, as every episode does that is scored, and may end early
+    end = int(rng.integers(min(2, len(whole)), len(whole) + 1))
+    kept = np.unique(np.linspace(0, end - 1, min(end, MAX_ROWS)).round().astype(int))
+    rows, labels = whole[kept], progress[kept]
+    draw = rng.random()
+    if draw < REWIND:
+        back = slice(None, -1 - int(rng.integers(1, max(2, len(rows)))), -1)
+        return np.concatenate([rows, rows[back][1:]]), np.concatenate([labels, labels[back][1:]])
+    if draw < REWIND + STALL:
+        at, times = int(rng.integers(len(rows))), int(rng.integers(1, MAX_ROWS // 2))
+        index = np.concatenate([np.arange(at + 1), np.full(times, at)])
+        return rows[index], labels[index]
+    others = [key for key in tasks if key != task]
+    if draw < REWIND + STALL + SPLICE and others:
+        other = others[int(rng.integers(len(others)))]
+        stranger = successes[other][int(rng.integers(len(successes[other])))][-MAX_ROWS:]
+        cut = int(rng.integers(1, len(rows) + 1))
+        return (
+            np.concatenate([rows[:cut], stranger]),
+            np.concatenate([labels[:cut], np.zeros(len(stranger))]),
+        )
+    return rows, labels
+
+
+def _copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight.clone() for name, weight in weights.items()}

@@ -1,0 +1,1 @@
+"""GRPO without a framework: rollout, groups, advantage, loss."""

@@ -1,0 +1,140 @@
+"""Where episodes start, and dynamic sampling: play until enough groups disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from verl_vla.config.grpo import SamplingConfig
+from verl_vla.core.episode import EpisodeSpec, Start
+from verl_vla.core.errors import SolvedError, StarvedError
+
+
+class StartSampler:
+    """Walks through all starts in a new random order each time round.
+
+    The n-th group of a run is a pure function of the seed and n, so the only state is how many
+    groups were handed out.
+    """
+
+    def __init__(self, starts: Sequence[Start], *, seed: int, group_size: int) -> None:
+        self._starts = tuple(starts)
+        self._seed = seed
+        self._group_size = group_size
+        self.num_drawn = 0
+        """Groups handed out since the run began; checkpointed with the run."""
+
+    def draw(self, num_groups: int) -> list[list[EpisodeSpec]]:
+        """Return the episodes of the next ``num_groups`` groups."""
+        first = self.num_drawn
+        self.num_drawn += num_groups
+        return [self._group(first + i) for i in range(num_groups)]
+
+    def _group(self, group_id: int) -> list[EpisodeSpec]:
+        lap, place = divmod(group_id, len(self._starts))
+        order = np.random.default_rng([self._seed, lap]).permutation(len(self._starts))
+        start = self._starts[order[place]]
+        return [
+            EpisodeSpec(
+                task_id=start.task_id,
+                init_state_id=start.init_state_id,
+                group_id=group_id,
+                episode_id=group_id * self._group_size + member,
+            )
+            for member in range(self._group_size)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupResult:
+    """What is known of a group once all its episodes have ended."""
+
+    group_id: int
+    task_id: int
+    num_solved: int
+    num_failed: int
+    num_crashed: int
+    score_spread: float
+    """The largest score of the surviving episodes, less the smallest."""
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether at least two episodes survived."""
+        return self.num_solved + self.num_failed >= 2
+
+
+@dataclass(slots=True, kw_only=True)
+class GroupLedger:
+    """The account of one training step: what was played, what is kept, what is missing."""
+
+    config: SamplingConfig
+    played: list[GroupResult] = field(default_factory=list[GroupResult])
+    kept: list[int] = field(default_factory=list[int])
+    num_rounds: int = 0
+
+    def add_round(self, groups: Sequence[GroupResult]) -> list[int]:
+        """Enter one round of groups and return the ids of those to be dropped."""
+        self.num_rounds += 1
+        self.played.extend(groups)
+        keep = [g.group_id for g in groups if self._is_wanted(g)]
+        self.kept.extend(keep)
+        return [g.group_id for g in groups if g.group_id not in set(keep)]
+
+    @property
+    def num_to_refill(self) -> int:
+        """How many groups the next round must play: exactly the missing ones, 0 when done."""
+        if self.num_rounds >= self.config.max_rounds:
+            return 0
+        return max(0, self.config.groups_per_step - len(self.kept))
+
+    def check_not_starved(self) -> None:
+        """Refuse to train on nothing.
+
+        Raises:
+            StarvedError: says what was played, how it ended, and what to change; a `SolvedError`
+                where nothing failed.
+        """
+        if self.kept:
+            return
+        solved = sum(g.num_solved for g in self.played)
+        failed = sum(g.num_failed for g in self.played)
+        crashed = sum(g.num_crashed for g in self.played)
+        is_comparable = any(g.is_comparable for g in self.played)
+        if not is_comparable:
+            remedy = (
+                "simulators were lost until no group had two episodes left; "
+                "see the reason of each crash above and repair that first"
+            )
+        else:
+            remedy = (
+                f"{self._why_groups_agree(solved, failed)}, "
+                f"or raise sampling.max_rounds (= {self.config.max_rounds})"
+            )
+        kind = SolvedError if is_comparable and not failed else StarvedError
+        raise kind(
+            f"no group taught anything: {len(self.played)} groups "
+            f"({solved + failed + crashed} episodes) were played in {self.num_rounds} rounds, "
+            f"{solved} episodes solved, {failed} failed, {crashed} crashed; {remedy}"
+        )
+
+    @staticmethod
+    def _why_groups_agree(solved: int, failed: int) -> str:
+        if solved == 0:
+            return (
+                "the tasks are too hard for this policy: start from easier tasks, "
+                "or from a base that was fine-tuned on demonstrations"
+            )
+        if failed == 0:
+            return "the tasks are solved: choose harder ones"
+        return "groups agree inside: raise sampling.group_size or sampling.temperature"
+
+    def _is_wanted(self, group: GroupResult) -> bool:
+        if not group.is_comparable:
+            return False
+        if not self.config.dynamic:
+            return True
+        if self.config.filter_on == "reward":
+            return group.score_spread > 0
+        return group.num_solved > 0 and group.num_failed > 0

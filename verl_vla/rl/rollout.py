@@ -1,0 +1,280 @@
+"""Play episodes with the current policy and write down what happened.
+
+Slots are split into two halves that take turns: while the simulators of one half move, the
+policy decides for the other. A slot whose episode has ended takes the next one at once. The
+order of decisions is fixed by the list of episodes alone, never by which simulator was faster,
+so the same run gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from verl_vla.core.episode import EpisodeSpec, GoalReadings, Observation, Outcome, Reading
+from verl_vla.core.errors import EpisodeCrashed
+from verl_vla.core.tables import ActionChunk, Decisions, Episodes, Trajectories
+from verl_vla.envs.base import ChunkResult
+from verl_vla.policies.base import Policy
+
+logger = logging.getLogger(__name__)
+
+Answer = Observation | ChunkResult | EpisodeCrashed
+
+
+class Simulators(Protocol):
+    """What a rollout needs of a pool; see `verl_vla.envs.pool.env_pool.EnvPool`."""
+
+    @property
+    def num_slots(self) -> int:
+        """Episodes that can be under way at the same time."""
+        ...
+
+    def reset(self, slots: Mapping[int, EpisodeSpec]) -> None:
+        """Start episodes; does not wait."""
+        ...
+
+    def step(self, chunks: Mapping[int, npt.NDArray[np.float32]]) -> None:
+        """Run one action chunk in each of these slots; does not wait."""
+        ...
+
+    def wait(self, slots: Collection[int]) -> dict[int, Answer]:
+        """Wait until exactly these slots have answered."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseSource:
+    """The randomness of a rollout, as a pure function of who asks.
+
+    ``stream`` keeps training and evaluation apart under one seed.
+    """
+
+    seed: int
+    stream: int
+
+    def uniform(self, episode_id: int, decision: int, num_tokens: int) -> npt.NDArray[np.float64]:
+        """[T] uniform in [0, 1), the same for the same arguments on every machine."""
+        rng = np.random.default_rng([self.seed, self.stream, episode_id, decision])
+        return rng.random(num_tokens)
+
+
+@dataclass(slots=True)
+class RolloutTimes:
+    """Where the time of a rollout went, seconds of the process that drives it; and for nothing."""
+
+    policy_s: float = 0.0
+    """Deciding."""
+    wait_s: float = 0.0
+    """Waiting for simulators."""
+    total_s: float = 0.0
+    decisions_for_ended: int = 0
+    """Decisions for episodes that had already ended; always 0, or the loop is wrong."""
+
+
+def play(
+    specs: Sequence[EpisodeSpec],
+    policy: Policy,
+    simulators: Simulators,
+    *,
+    temperature: float,
+    noise: NoiseSource,
+    times: RolloutTimes | None = None,
+    ended: Callable[[Trajectories], None] | None = None,
+    num_parts: int = 2,
+) -> Trajectories:
+    """Play every spec to its end, as many at a time as there are slots.
+
+    Args:
+        specs: the episodes; rows of the result are in this order.
+        policy: decides for a batch of observations at a time.
+        simulators: a pool whose slots are all free.
+        temperature: of the action tokens; 0 plays greedily.
+        noise: gives the random numbers of each decision.
+        times: if given, the seconds spent are added to it.
+        ended: if given, told of each episode as it ends, by a table of that episode alone.
+        num_parts: 2 lets the halves of the slots take turns; 1 has simulators and policy wait for
+            each other, as other projects do, and is there to be measured.
+    """
+    started = time.perf_counter()
+    records = [_Record(spec) for spec in specs]
+    queue = deque(records)
+    num_slots = min(simulators.num_slots, len(records))
+    middle = -(-num_slots // num_parts)
+    game = _Game(policy, simulators, temperature, noise, queue, times or RolloutTimes(), ended)
+    halves = [_Half(range(middle)), _Half(range(middle, num_slots))]
+    for half in halves:
+        game.start_free_slots(half)
+    while any(half.playing for half in halves):
+        for half in halves:
+            game.turn(half)
+    game.times.total_s += time.perf_counter() - started
+    for record in records:
+        if record.crash is not None:
+            logger.warning("episode %d lost: %s", record.spec.episode_id, record.crash)
+    return _tabulate(records, policy)
+
+
+@dataclass(slots=True)
+class _Record:
+    """Everything recorded about one episode, in order."""
+
+    spec: EpisodeSpec
+    observations: list[Observation] = field(default_factory=list[Observation])
+    bins: list[Tensor] = field(default_factory=list[Tensor])
+    logp: list[Tensor] = field(default_factory=list[Tensor])
+    prompt_ids: list[Tensor] = field(default_factory=list[Tensor])
+    executed: list[int] = field(default_factory=list[int])
+    goals: list[GoalReadings] = field(default_factory=list[GoalReadings])
+    ending: npt.NDArray[np.uint8] | None = None
+    outcome: Outcome | None = None
+    crash: EpisodeCrashed | None = None
+
+
+class _Half:
+    """Half of the slots: their episodes move together."""
+
+    def __init__(self, slots: range) -> None:
+        self.slots = slots
+        self.playing: dict[int, _Record] = {}
+
+
+@dataclass(slots=True)
+class _Game:
+    policy: Policy
+    simulators: Simulators
+    temperature: float
+    noise: NoiseSource
+    queue: deque[_Record]
+    times: RolloutTimes
+    ended: Callable[[Trajectories], None] | None
+
+    def start_free_slots(self, half: _Half) -> None:
+        """Give every free slot of ``half`` the next episode of the queue."""
+        starting: dict[int, EpisodeSpec] = {}
+        for slot in half.slots:
+            if slot not in half.playing and self.queue:
+                half.playing[slot] = self.queue.popleft()
+                starting[slot] = half.playing[slot].spec
+        if starting:
+            self.simulators.reset(starting)
+
+    def turn(self, half: _Half) -> None:
+        """Take what the simulators of ``half`` answered and decide what they do next."""
+        if not half.playing:
+            return
+        began = time.perf_counter()
+        answers = self.simulators.wait(list(half.playing))
+        self.times.wait_s += time.perf_counter() - began
+        seen: dict[int, Observation] = {}
+        for slot in sorted(answers):
+            observation = _note_answer(half.playing[slot], answers[slot])
+            if observation is None:
+                record = half.playing.pop(slot)
+                if self.ended is not None:
+                    self.ended(_tabulate([record], self.policy))
+            else:
+                seen[slot] = observation
+        self.start_free_slots(half)
+        if seen:
+            self._decide(half, seen)
+
+    def _decide(self, half: _Half, seen: dict[int, Observation]) -> None:
+        began = time.perf_counter()
+        records = [half.playing[slot] for slot in seen]
+        self.times.decisions_for_ended += sum(r.outcome is not None for r in records)
+        num_tokens = self.policy.shape.num_tokens
+        noise = np.stack(
+            [
+                self.noise.uniform(r.spec.episode_id, len(r.observations), num_tokens)
+                for r in records
+            ]
+        )
+        observations = list(seen.values())
+        chunk = self.policy.act(observations, torch.from_numpy(noise), temperature=self.temperature)
+        for row, (record, observation) in enumerate(zip(records, observations, strict=True)):
+            _note_decision(record, observation, chunk, row)
+        self.simulators.step({slot: chunk.actions[row] for row, slot in enumerate(seen)})
+        self.times.policy_s += time.perf_counter() - began
+
+
+def _note_decision(record: _Record, seen: Observation, chunk: ActionChunk, row: int) -> None:
+    record.observations.append(seen)
+    record.bins.append(chunk.bins[row])
+    record.logp.append(chunk.logp[row])
+    record.prompt_ids.append(chunk.prompt_ids[row])
+
+
+def _note_answer(record: _Record, answer: Answer) -> Observation | None:
+    """Write the answer down; return what the policy sees next, None when the episode is over."""
+    if isinstance(answer, EpisodeCrashed):
+        record.outcome, record.crash = Outcome.CRASH, answer
+        return None
+    if isinstance(answer, Observation):
+        return answer
+    record.executed.append(answer.executed)
+    record.goals.append(answer.goals)
+    record.ending = answer.ending
+    record.outcome = answer.outcome
+    return answer.observation
+
+
+def _tabulate(records: list[_Record], policy: Policy) -> Trajectories:
+    """Make the two tables. The decision a simulator died on has no outcome and is left out."""
+    rows = [(b, i) for b, record in enumerate(records) for i in range(len(record.executed))]
+    outcomes = [record.outcome for record in records]
+    assert None not in outcomes, "an episode was left unfinished"
+    return Trajectories(
+        episodes=Episodes(
+            task_id=torch.tensor([r.spec.task_id for r in records], dtype=torch.int64),
+            init_state_id=torch.tensor([r.spec.init_state_id for r in records], dtype=torch.int64),
+            group_id=torch.tensor([r.spec.group_id for r in records], dtype=torch.int64),
+            episode_id=torch.tensor([r.spec.episode_id for r in records], dtype=torch.int64),
+            outcome=torch.tensor([int(o) for o in outcomes if o is not None], dtype=torch.int64),
+            num_steps=torch.tensor([sum(r.executed) for r in records], dtype=torch.int64),
+        ),
+        decisions=_decisions(records, rows, policy),
+        prompt_ids=tuple(records[b].prompt_ids[i] for b, i in rows),
+        goals=tuple(_goals(record) for record in records),
+        endings=tuple(record.ending for record in records),
+        crashes={r.spec.episode_id: str(r.crash) for r in records if r.crash is not None},
+    )
+
+
+def _goals(record: _Record) -> GoalReadings:
+    """[decisions + 1, G, 3]; what holds after one chunk holds before the next."""
+    if not record.goals:  # its simulator was lost before it answered
+        return np.zeros((0, 0, len(Reading)), dtype=np.float32)
+    return np.concatenate([record.goals[0][:1], *(after[1:] for after in record.goals)])
+
+
+def _decisions(records: list[_Record], rows: list[tuple[int, int]], policy: Policy) -> Decisions:
+    shape = policy.shape
+    if not rows:
+        size = shape.image_size
+        return Decisions(
+            episode=torch.zeros(0, dtype=torch.int64),
+            image=torch.zeros(0, shape.num_views, size, size, 3, dtype=torch.uint8),
+            proprio=torch.zeros(0, 0),
+            bins=torch.zeros(0, shape.num_tokens, dtype=torch.int64),
+            logp=torch.zeros(0, shape.num_tokens),
+            executed=torch.zeros(0, dtype=torch.int64),
+        )
+    seen = [records[b].observations[i] for b, i in rows]
+    return Decisions(
+        episode=torch.tensor([b for b, _ in rows], dtype=torch.int64),
+        image=torch.from_numpy(np.stack([o.image for o in seen])),
+        proprio=torch.from_numpy(np.stack([o.proprio for o in seen])),
+        bins=torch.stack([records[b].bins[i] for b, i in rows]),
+        logp=torch.stack([records[b].logp[i] for b, i in rows]),
+        executed=torch.tensor([records[b].executed[i] for b, i in rows], dtype=torch.int64),
+    )

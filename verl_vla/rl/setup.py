@@ -1,0 +1,182 @@
+"""From a recipe to the parts of a run: the one place that chooses classes.
+
+Everything that can be wrong with a recipe is found here, before a process is started.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from verl_vla.config.grpo import EnvironmentConfig
+from verl_vla.core.episode import Start
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.files import PROJECT_FOLDER
+from verl_vla.envs.base import EnvConfig, Split, Suite, simulators_per_process
+from verl_vla.envs.libero.suite import LiberoSuite
+from verl_vla.envs.pool.env_pool import EnvPool
+from verl_vla.envs.registry import absolute_name, make_env, suite
+from verl_vla.policies.base import PolicyShape, Processor
+
+logger = logging.getLogger(__name__)
+
+
+PUBLISHED_RENDER_SIZE = 256
+"""Pixels; openvla-oft ``experiments/robot/libero/run_libero_eval.py``, ``env_img_res``."""
+
+
+@contextmanager
+def open_simulators(
+    env: EnvironmentConfig, config: EnvConfig, shape: PolicyShape
+) -> Generator[EnvPool]:
+    """A pool of simulators that is closed whatever happens."""
+    with EnvPool(
+        partial(make_env, config),
+        num_workers=env.num_workers,
+        num_slots=env.num_slots,
+        image_shape=shape.image_shape,
+        timeout_s=env.timeout_s,
+        worker_env={},
+    ) as pool:
+        yield pool
+
+
+def find_policy(path: str) -> Path:
+    """The folder of a checkpoint: as given, or relative to the project's root."""
+    for folder in (Path(path), PROJECT_FOLDER / path):
+        if (folder / "config.json").is_file():
+            return folder.resolve()
+    raise ConfigError(
+        f"policy.path is {path!r}, but there is no config.json in {Path(path).resolve()}; "
+        "name the folder of a checkpoint"
+    )
+
+
+def task_ids(chosen: Suite, wanted: Sequence[int] | None) -> tuple[int, ...]:
+    """The tasks to play, checked against the suite; all that can be built where none are given."""
+    known = range(len(chosen.tasks))
+    if wanted is None:
+        return _buildable(chosen)
+    if not wanted:
+        raise ConfigError("environment.tasks is empty; name at least one task, or null for all")
+    for task in wanted:
+        if task not in known:
+            raise ConfigError(
+                f"environment.tasks has {task}, but suite {chosen.name!r} has tasks "
+                f"0 to {len(known) - 1}; choose among those"
+            )
+        if task in chosen.refusals:
+            raise ConfigError(
+                f"environment.tasks has {task}, which cannot be built: {chosen.refusals[task]}; "
+                "choose others, or null for all that can be"
+            )
+    if len(set(wanted)) != len(wanted):
+        raise ConfigError(f"environment.tasks is {list(wanted)}; name each task once")
+    return tuple(wanted)
+
+
+def _buildable(chosen: Suite) -> tuple[int, ...]:
+    """Every task of a suite that can be built; the others are told, by reason."""
+    for reason, number in Counter(chosen.refusals.values()).items():
+        logger.warning(
+            "%d of %d tasks of %s are left out: %s",
+            number,
+            len(chosen.tasks),
+            chosen.name,
+            reason,
+        )
+    tasks = tuple(task for task in range(len(chosen.tasks)) if task not in chosen.refusals)
+    if not tasks:
+        raise ConfigError(f"no task of suite {chosen.name!r} can be built here; choose another one")
+    return tasks
+
+
+def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:
+    """What a simulator process needs to know."""
+    chosen, shape, known = suite(env.suite), processor.shape, processor.render_size
+    render_size = next(s for s in (env.render_size, known, PUBLISHED_RENDER_SIZE) if s is not None)
+    if known is not None and render_size != known:
+        logger.warning(
+            "environment.render_size is %d, but the policy was fine-tuned on pictures of %d px; "
+            "what it sees will look different, and its success rate can be another",
+            render_size,
+            known,
+        )
+    if render_size < shape.image_size:
+        raise ConfigError(
+            f"environment.render_size is {render_size}, but the policy sees images of "
+            f"{shape.image_size} px; render at least that large (openvla-oft: 256 for 224)"
+        )
+    _check_robot(processor, chosen)
+    chosen.step_limit(env.step_limit, task_id=0)
+    return EnvConfig(
+        suite=absolute_name(env.suite),
+        step_limit=env.step_limit,
+        render_size=render_size,
+        image_size=shape.image_size,
+        cameras=chosen.cameras[: shape.num_views],
+        max_simulators=simulators_per_process(
+            len(chosen.tasks) if env.tasks is None else len(env.tasks), env.num_workers
+        ),
+    )
+
+
+def _check_robot(processor: Processor, chosen: Suite) -> None:
+    """Make sure that a policy's sizes are those of the robot that it is to move."""
+    shape, cameras = processor.shape, chosen.cameras
+    if shape.num_views > len(cameras):
+        raise ConfigError(
+            f"the policy takes {shape.num_views} images, but the environments have "
+            f"{len(cameras)} cameras, {' and '.join(cameras)}; use a policy of fewer views"
+        )
+    if shape.action_dim != chosen.action_dim:
+        raise ConfigError(
+            f"an action of the policy has {shape.action_dim} values, and one of suite "
+            f"{chosen.name!r} has {chosen.action_dim}; use a policy for this robot"
+        )
+    if shape.proprio_dim not in (0, chosen.proprio_dim):
+        raise ConfigError(
+            f"the policy reads {shape.proprio_dim} proprio values, and suite {chosen.name!r} has "
+            f"{chosen.proprio_dim}; use a policy for this robot"
+        )
+    statistics = processor.codec.statistics
+    if statistics.grippers != chosen.grippers:
+        raise ConfigError(
+            f"statistics '{statistics.key}' leave the values {list(statistics.grippers)} of an "
+            f"action as they are, and the grippers of suite {chosen.name!r} are at "
+            f"{list(chosen.grippers)}: the mask must be false there and nowhere else"
+        )
+
+
+def starts(
+    chosen: Suite,
+    tasks: Sequence[int],
+    split: Split,
+    *,
+    per_task: int | None = None,
+) -> tuple[Start, ...]:
+    """All starts of a split, or the first ``per_task`` of each task.
+
+    A task that records fewer init states than the others of its suite has all of its own.
+    """
+    if split == "drawn" and per_task is None:
+        raise ConfigError(
+            "starts shall be drawn, and nothing says how many a task; set "
+            "evaluation.episodes_per_task, or --episodes of eval, e.g. to 100"
+        )
+    found: list[Start] = []
+    for task in tasks:
+        states = chosen.init_state_ids(task, split)
+        own = isinstance(chosen, LiberoSuite) and chosen.tasks[task].num_init_states is not None
+        has_fewer = own and split != "drawn"
+        if per_task is not None and per_task > len(states) and not has_fewer:
+            raise ConfigError(
+                f"evaluation.episodes_per_task is {per_task}, but task {task} of "
+                f"{chosen.name!r} has {len(states)} {split} init states; set at most that"
+            )
+        found += [Start(task_id=task, init_state_id=s) for s in states[:per_task]]
+    return tuple(found)

@@ -1,0 +1,107 @@
+"""What a person at the console sees while a run goes on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from verl_vla.core.episode import Outcome
+from verl_vla.core.success_rate import SuccessRate
+from verl_vla.core.text import format_seconds
+
+logger = logging.getLogger(__name__)
+
+SMOOTHING = 0.7
+"""Weight of the past in the running mean of a step's seconds, for the time left."""
+
+
+EVALUATION_LINES_EVERY_S = 10.0
+"""Seconds between two lines of an evaluation."""
+
+
+class Progress:
+    """One line for each training step and each evaluation."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total_steps = total_steps
+        self._seconds_per_step: float | None = None
+
+    def show_step(self, step: int, values: Mapping[str, float]) -> None:
+        """Report a training step by its most telling numbers."""
+        logger.info(
+            "step %*d/%d  success %5.1f%% of %d  groups %d/%d in %d round%s  "
+            "entropy %.2f  clip %.1f/%.1f%%  ratio %.4f  %.1f s  left %s",
+            len(str(self._total_steps)),
+            step,
+            self._total_steps,
+            100 * values["rollout/success_rate"],
+            values["rollout/episodes"],
+            values["groups/kept"],
+            values["groups/played"],
+            values["groups/rounds"],
+            "" if values["groups/rounds"] == 1 else "s",
+            values["actor/entropy"],
+            100 * values["actor/clip_low"],
+            100 * values["actor/clip_high"],
+            values["actor/ratio_first"],
+            values["time/step_s"],
+            format_seconds(self._time_left_s(step, values["time/step_s"])),
+        )
+
+    def show_evaluation(self, step: int, rate: SuccessRate) -> None:
+        """Report an evaluation with its interval and its counts."""
+        low, high = rate.ci95
+        logger.info(
+            "held-out after step %d: %.1f%% of %d episodes (95%% interval %.1f-%.1f%%)%s",
+            step,
+            100 * rate.rate,
+            rate.episodes,
+            100 * low,
+            100 * high,
+            f", {rate.crashes} crashed" if rate.crashes else "",
+        )
+
+    def _time_left_s(self, step: int, seconds: float) -> float:
+        past = seconds if self._seconds_per_step is None else self._seconds_per_step
+        self._seconds_per_step = SMOOTHING * past + (1 - SMOOTHING) * seconds
+        return self._seconds_per_step * (self._total_steps - step)
+
+
+class EvaluationProgress:
+    """A line now and then while the episodes of one evaluation end.
+
+    Args:
+        total: episodes to be played in all.
+        found: lines of the episodes that an earlier process played.
+    """
+
+    def __init__(self, total: int, found: Sequence[Mapping[str, Any]]) -> None:
+        self._total = total
+        self._outcomes = [line["outcome"] for line in found]
+        self._found = self._played
+        self._began = self._shown = time.perf_counter()
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        """Take note of an episode that ended, and report where it is time to or it was the last."""
+        self._outcomes.append(line["outcome"])
+        now, played = time.perf_counter(), self._played
+        if now - self._shown < EVALUATION_LINES_EVERY_S and played < self._total:
+            return
+        self._shown = now
+        spent, fresh = now - self._began, max(1, played - self._found)
+        logger.info(
+            "%*d/%d played  success %5.1f%%  simulators lost %d  %s  left %s",
+            len(str(self._total)),
+            played,
+            self._total,
+            100 * self._outcomes.count(Outcome.SUCCESS) / max(1, played),
+            self._outcomes.count(Outcome.CRASH),
+            format_seconds(spent),
+            format_seconds(spent / fresh * (self._total - played)),
+        )
+
+    @property
+    def _played(self) -> int:
+        return len(self._outcomes) - self._outcomes.count(Outcome.CRASH)

@@ -1,0 +1,154 @@
+"""``episodes.jsonl``: every episode that was played, a line each, written as soon as it has ended.
+
+The first line says what is played. A line is on the disk before the next one is begun, so a process
+that is killed loses what was under way and nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.files import write_whole
+from verl_vla.core.success_rate import episode_entries
+from verl_vla.core.tables import Trajectories
+from verl_vla.core.text import differences
+from verl_vla.policies.action_codec import ActionCodec
+from verl_vla.rewards.goal_progress import goal_progress
+
+JOURNAL_FILE = "episodes.jsonl"
+
+
+class Journal:
+    """The journal of one folder.
+
+    Args:
+        folder: made where it is missing.
+        header: plain values; what must be equal for the file to be gone on with.
+
+    Raises:
+        ConfigError: the file belongs to something else; the differences are named.
+    """
+
+    def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / JOURNAL_FILE
+        wanted = json.loads(json.dumps(header))
+        if self._path.exists():
+            _drop_torn_line(self._path)
+        if self._path.exists() and self._path.stat().st_size:
+            _check_same(self._path, read_header(folder), wanted)
+        else:
+            self._write([{"header": wanted}])
+
+    def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write lines and wait until they are on the disk."""
+        self._write(lines)
+
+    def rewind(self, last_step: int) -> None:
+        """Drop what was played after a training step; it is played again when a run resumes."""
+        header, *lines = self._path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= last_step]
+        write_whole(self._path, "".join([header, *kept]))
+
+    def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        with self._path.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """What the journal of ``folder`` says is played.
+
+    Raises:
+        ConfigError: there is no journal.
+    """
+    path = folder / JOURNAL_FILE
+    if not path.exists():
+        raise ConfigError(f"{folder} holds no {JOURNAL_FILE}; name the folder of a run or of eval")
+    with path.open() as file:
+        return json.loads(file.readline())["header"]
+
+
+def read_episodes(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal, in the order in which the episodes ended.
+
+    A last line that is still being written is left out; none where there is no journal.
+    """
+    path = folder / JOURNAL_FILE
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)[1:]
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def episode_lines(
+    trajectories: Trajectories, codec: ActionCodec, with_actions: bool
+) -> list[dict[str, Any]]:
+    """Lines of a journal: how each episode began and ended, how far it came, and what was done.
+
+    ``progress`` is the true progress before the first decision and after each. ``actions``, float32
+    [decisions, K, A] in simulator units, and ``executed`` play the episode again; None if not kept.
+    """
+    decisions = trajectories.decisions
+    lines: list[dict[str, Any]] = []
+    for row, entry in enumerate(episode_entries(trajectories)):
+        of_episode = decisions.episode == row
+        readings = trajectories.goals[row]
+        line = entry | {
+            "progress": [round(float(p), 4) for p in goal_progress(readings)]
+            if len(readings)
+            else [],
+            "actions": None,
+            "executed": None,
+        }
+        if with_actions:
+            actions = codec.to_simulator(decisions.bins[of_episode])
+            line["actions"] = {
+                "shape": list(actions.shape),
+                "base64": base64.b64encode(actions.tobytes()).decode(),
+            }
+            line["executed"] = decisions.executed[of_episode].tolist()
+        lines.append(line)
+    return lines
+
+
+def actions_of(line: Mapping[str, Any]) -> npt.NDArray[np.float32]:
+    """The actions of a journal's line, [decisions, K, A] in simulator units.
+
+    Raises:
+        ConfigError: they were not kept.
+    """
+    if line["actions"] is None:
+        raise ConfigError(
+            f"the actions of episode {line['episode']} were not kept; a training run keeps those "
+            "of trainer.keep_groups groups a step"
+        )
+    kept = line["actions"]
+    return np.frombuffer(base64.b64decode(kept["base64"]), np.float32).reshape(kept["shape"])
+
+
+def _check_same(path: Path, before: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    changed = differences(before, wanted)
+    if changed:
+        raise ConfigError(
+            f"{path} holds episodes of something else ({'; '.join(changed)}); choose another "
+            "folder, or ask for the same again to go on"
+        )
+
+
+def _drop_torn_line(path: Path) -> None:
+    """A process that is killed may leave half a line at the end."""
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)

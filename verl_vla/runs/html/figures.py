@@ -1,0 +1,293 @@
+"""The figures of a run, as SVG that stands inside a page. matplotlib draws them."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from verl_vla.core.episode import Outcome
+from verl_vla.core.success_rate import SuccessRate, count_entries
+from verl_vla.runs.html.reader import Line, RunView, kind_of
+
+INK, GRID = "#30363d", "#d8dee4"
+COLORS = ("#2563eb", "#d97706", "#059669", "#c026d3", "#dc2626", "#0891b2", "#65a30d", "#7c3aed")
+"""Told apart at a glance; tasks and runs beyond them begin again."""
+PARTS = {
+    "time/rollout_s": "playing",
+    "time/reward_s": "scoring",
+    "time/transfer_s": "transfer",
+    "time/update_s": "update",
+    "time/checkpoint_s": "checkpoint",
+    "time/evaluation_s": "evaluation",
+}
+KINDS = {
+    "mixed": "#2563eb",
+    "all solved": "#86d0a8",
+    "all failed": "#d0d7de",
+    "all crashed": "#dc2626",
+}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "verl_vla",
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+LONG_LABEL = 26
+"""Characters of a label beyond which a legend has one label a line."""
+SIZE = (5.6, 3.0)
+"""Inches; a page scales it."""
+
+
+def success(view: RunView) -> str:
+    """Training success with its interval, and each held-out evaluation with its own."""
+
+    def draw(axes: Axes) -> None:
+        _training_curve(axes, view, "#8b98a5", "training, sampled, 95% interval")
+        _held_out_curve(axes, view, "#c2410c", "held out, 95% interval")
+        _share_axis(axes, "success, %")
+
+    return _svg(draw)
+
+
+def success_by_task(view: RunView) -> str:
+    """Training success of each task."""
+
+    def draw(axes: Axes) -> None:
+        for i, (task, name) in enumerate(view.task_names.items()):
+            points = {
+                step: count_entries([e for group in of_step for e in group], {task})
+                for step, of_step in view.groups.items()
+            }
+            known = {step: rate.rate for step, rate in points.items() if rate.episodes}
+            axes.plot(
+                list(known),
+                [100 * rate for rate in known.values()],
+                marker=".",
+                color=COLORS[i % len(COLORS)],
+                label=name.replace("_", " "),
+            )
+        _share_axis(axes, "training success, %")
+
+    return _svg(draw)
+
+
+def groups(view: RunView) -> str:
+    """How many groups of each kind were played in a step; mixed ones are kept."""
+
+    def draw(axes: Axes) -> None:
+        steps = list(view.groups)
+        floor = np.zeros(len(steps))
+        for kind, color in KINDS.items():
+            counts = np.array([[kind_of(g) for g in view.groups[s]].count(kind) for s in steps])
+            if counts.any():
+                axes.bar(steps, counts, bottom=floor, color=color, label=kind, width=0.8)
+                floor += counts
+        _from_zero(axes)
+        _step_axis(axes, "groups played")
+
+    return _svg(draw)
+
+
+def failures(view: RunView) -> str:
+    """How far the failures came, by the simulator and, where it tells them apart, by the reward."""
+
+    def draw(axes: Axes) -> None:
+        far = {
+            step: [e["progress"][-1] for group in of_step for e in group if _failed(e)]
+            for step, of_step in view.groups.items()
+        }
+        _band(axes, far, "#2563eb", "true progress")
+        worth = {
+            step: [e["score"] for group in of_step for e in group if _failed(e)]
+            for step, of_step in view.groups.items()
+        }
+        if any(score for scores in worth.values() for score in scores):
+            _band(axes, worth, "#d97706", "reward")
+        _from_zero(axes)
+        _step_axis(axes, "failures: median and 10-90%")
+
+    return _svg(draw)
+
+
+def time_by_part(view: RunView) -> str:
+    """Where the seconds of each training step went."""
+
+    def draw(axes: Axes) -> None:
+        lines = view.trained
+        steps = [line["step"] for line in lines]
+        floor = np.zeros(len(lines))
+        for i, (name, label) in enumerate(PARTS.items()):
+            seconds = np.array([line[name] if name in line else 0.0 for line in lines])
+            if seconds.any():
+                axes.bar(steps, seconds, bottom=floor, color=COLORS[i], label=label, width=0.8)
+                floor += seconds
+        _from_zero(axes)
+        _step_axis(axes, "seconds")
+
+    return _svg(draw)
+
+
+def waits(view: RunView) -> str:
+    """What share of the rollout's seconds was spent on whom."""
+    shares = {
+        "rollout/env_wait_share": "waiting for simulators",
+        "rollout/policy_share": "policy deciding",
+    }
+
+    def draw(axes: Axes) -> None:
+        for i, (name, label) in enumerate(shares.items()):
+            points = [(line["step"], 100 * line[name]) for line in view.trained]
+            axes.plot(*zip(*points, strict=True), marker=".", color=COLORS[i], label=label)
+        _share_axis(axes, "of the rollout, %")
+
+    return _svg(draw)
+
+
+def memory(view: RunView) -> str:
+    """Peak memory of a learner process, and of its device where there is one."""
+    kinds = {"memory/process_peak": "process", "memory/device_peak": "device"}
+
+    def draw(axes: Axes) -> None:
+        for i, (name, label) in enumerate(kinds.items()):
+            points = [(line["step"], line[name]) for line in view.trained]
+            if any(value for _, value in points):
+                axes.plot(*zip(*points, strict=True), marker=".", color=COLORS[i], label=label)
+        _from_zero(axes)
+        _step_axis(axes, "peak memory, GiB")
+
+    return _svg(draw)
+
+
+def learning(view: RunView) -> str:
+    """Entropy, and how many tokens the bounds of the loss stopped."""
+
+    def draw(axes: Axes) -> None:
+        steps = [line["step"] for line in view.trained]
+        axes.plot(steps, [line["actor/entropy"] for line in view.trained], marker=".", color=INK)
+        _from_zero(axes)
+        right = axes.twinx()
+        right.spines["right"].set_visible(True)
+        for name, color in (("clip_low", COLORS[0]), ("clip_high", COLORS[1])):
+            share = [100 * line[f"actor/{name}"] for line in view.trained]
+            right.plot(steps, share, marker=".", color=color)
+            axes.plot([], [], marker=".", color=color, label=name.replace("_", " "))
+        _from_zero(right)
+        right.grid(visible=False)
+        axes.plot([], [], marker=".", color=INK, label="entropy")
+        right.set_ylabel("clipped tokens, %")
+        _step_axis(axes, "entropy, nats per token")
+
+    return _svg(draw)
+
+
+def compared(views: Mapping[str, RunView]) -> str:
+    """Held-out success of several runs; of one without evaluations its training success."""
+
+    def draw(axes: Axes) -> None:
+        for i, (name, view) in enumerate(views.items()):
+            color = COLORS[i % len(COLORS)]
+            if view.judged:
+                _held_out_curve(axes, view, color, name)
+            elif view.trained:
+                _training_curve(axes, view, color, f"{name} (training)")
+        _share_axis(axes, "held-out success, %")
+
+    return _svg(draw, (8.6, 3.6))
+
+
+def _training_curve(axes: Axes, view: RunView, color: str, label: str) -> None:
+    rates = [
+        _counted(line["rollout/success_rate"], line["rollout/episodes"] - line["rollout/crashes"])
+        for line in view.trained
+    ]
+    steps = [line["step"] for line in view.trained]
+    low, high = (np.array([100 * rate.ci95[end] for rate in rates]) for end in (0, 1))
+    axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+    axes.plot(steps, [100 * rate.rate for rate in rates], marker=".", color=color, label=label)
+
+
+def _held_out_curve(axes: Axes, view: RunView, color: str, label: str) -> None:
+    if not view.judged:
+        return
+    rate = np.array([100 * line["eval/success_rate"] for line in view.judged])
+    low = rate - [100 * line["eval/ci_low"] for line in view.judged]
+    high = np.array([100 * line["eval/ci_high"] for line in view.judged]) - rate
+    axes.errorbar(
+        [line["step"] for line in view.judged],
+        rate,
+        yerr=[low, high],
+        fmt="o-",
+        markersize=4,
+        capsize=3,
+        color=color,
+        label=label,
+    )
+
+
+def _band(axes: Axes, values: Mapping[int, Sequence[float]], color: str, label: str) -> None:
+    known = {step: v for step, v in values.items() if v}
+    steps = list(known)
+    low, middle, high = (
+        [float(np.percentile(v, share)) for v in known.values()] for share in (10, 50, 90)
+    )
+    axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+    axes.plot(steps, middle, marker=".", color=color, label=label)
+
+
+def _share_axis(axes: Axes, label: str) -> None:
+    axes.set_ylim(-2, 102)
+    _step_axis(axes, label)
+
+
+def _step_axis(axes: Axes, label: str) -> None:
+    axes.set_xlabel("training step")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    labels = axes.get_legend_handles_labels()[1]
+    if labels:
+        columns = 3 if max(map(len, labels)) <= LONG_LABEL else 1
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=columns, borderaxespad=0)
+
+
+def _from_zero(axes: Axes) -> None:
+    axes.set_ylim(0, max(1e-3, 1.12 * axes.dataLim.y1))
+
+
+def _failed(episode: Line) -> bool:
+    return episode["outcome"] == Outcome.TIMEOUT
+
+
+def _counted(rate: float, episodes: float) -> SuccessRate:
+    successes = round(rate * episodes) if episodes else 0
+    return SuccessRate(successes=successes, episodes=round(episodes), crashes=0)
+
+
+def _svg(draw: Callable[[Axes], None], size: tuple[float, float] = SIZE) -> str:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots())
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"', r"\1", text[text.index("<svg") :])

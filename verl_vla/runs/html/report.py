@@ -1,0 +1,216 @@
+"""A run as a page: ``report.html``, which stands alone, and the parts that the dashboard shows."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from verl_vla.core.episode import Outcome
+from verl_vla.core.files import write_whole
+from verl_vla.core.text import format_seconds
+from verl_vla.runs.episode_recorder import film_path
+from verl_vla.runs.html import figures
+from verl_vla.runs.html.reader import Line, RunView, kind_of, read_run
+
+REPORT_FILE = "report.html"
+TEMPLATES = Path(__file__).parent / "templates"
+GROUPS_SHOWN = 3
+"""Of those whose films were kept, the newest."""
+TELLING_GROUPS = 5
+"""Among the episodes of so many groups the best, the median and the worst are chosen."""
+GOING_S = 300.0
+"""A run that has not ended and wrote nothing for so long is called silent: stopped, or in a step
+that takes longer."""
+
+REFRESH_EVERY_S = 300.0
+"""Seconds between two reports of a run that is going; less than 1% of its time."""
+
+WORDS = {Outcome.SUCCESS: "solved", Outcome.TIMEOUT: "not solved", Outcome.CRASH: "simulator lost"}
+
+FilmSource = Callable[[int], str]
+"""From an episode's id to the address of its film."""
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` of a run as it is now, whole or not at all; return its path.
+
+    Raises:
+        ConfigError: the folder is not that of a run.
+    """
+    view = read_run(folder)
+    body = run_body(view, lambda episode: _embedded(film_path(folder, episode)))
+    page = render("page.html", title=folder.name, body=body, live=False)
+    file = folder / REPORT_FILE
+    write_whole(file, page)
+    return file
+
+
+class LiveReport:
+    """Writes the report of a run that is going, now and then: it takes a second or two."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._written_at = time.monotonic()
+
+    def refresh(self) -> None:
+        """Write it, if that was not done lately."""
+        if time.monotonic() - self._written_at >= REFRESH_EVERY_S:
+            write_report(self._folder)
+            self._written_at = time.monotonic()
+
+
+def run_body(view: RunView, film: FilmSource) -> str:
+    """All that is shown of one run, as HTML."""
+    return render(
+        "run.html",
+        view=view,
+        status=status(view),
+        facts=_facts(view),
+        tasks=_task_rows(view),
+        charts=_charts(view) if view.trained else [],
+        telling=[(title, _card(e, film)) for title, e in _telling(view)],
+        groups=[_shown_group(view, group, film) for group in view.filmed_groups[:GROUPS_SHOWN]],
+        versions=_versions(view),
+    )
+
+
+def status(view: RunView) -> str:
+    """Where a run stands, in words."""
+    if view.has_ended:
+        why = ", all solved" if view.last_step == view.solved_after else ""
+        return f"ended after {view.last_step} training steps{why}"
+    going = "going" if view.quiet_s < GOING_S else "silent"
+    ago = format_seconds(view.quiet_s)
+    return f"{view.last_step} of {view.total_steps} training steps, {going}, last written {ago} ago"
+
+
+def share_with_counts(rate: Mapping[str, Any] | None) -> str:
+    """A success rate with its counts and its interval, as it stands in tables."""
+    if rate is None:
+        return "\N{EM DASH}"
+    if rate["rate"] is None:
+        return "every simulator was lost"
+    low, high = (100 * end for end in rate["ci95"])
+    return (
+        f"{100 * rate['rate']:.1f}% "
+        f"({rate['successes']}/{rate['episodes']}, {low:.0f}\N{EN DASH}{high:.0f}%)"
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a template; every value is escaped but what is marked safe there."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def _charts(view: RunView) -> list[tuple[str, str]]:
+    charts = [("Success", figures.success(view))]
+    if view.episodes:
+        charts += [
+            ("Training success by task", figures.success_by_task(view)),
+            ("Groups: mixed ones teach", figures.groups(view)),
+            ("How far failures came", figures.failures(view)),
+        ]
+    return [
+        *charts,
+        ("Time of a training step", figures.time_by_part(view)),
+        ("Who waits for whom", figures.waits(view)),
+        ("Entropy and clipping", figures.learning(view)),
+        ("Memory", figures.memory(view)),
+    ]
+
+
+def _facts(view: RunView) -> list[tuple[str, str]]:
+    recipe, sampling = view.recipe, view.recipe["sampling"]
+    played = len(view.episodes)
+    crashed = sum(episode["outcome"] == Outcome.CRASH for episode in view.episodes)
+    first, last = _ends(view)
+    return [
+        ("suite", recipe["environment"]["suite"]),
+        ("policy", recipe["policy"]["path"]),
+        ("reward", recipe["reward"]),
+        ("seed", str(recipe["seed"])),
+        ("a step", f"{sampling['groups_per_step']} groups of {sampling['group_size']}"),
+        ("episodes played", f"{played}, {crashed} lost with their simulator"),
+        ("held out, first", share_with_counts(first and first["total"])),
+        ("held out, last", share_with_counts(last and last["total"])),
+    ]
+
+
+def _task_rows(view: RunView) -> list[tuple[str, str, str, str]]:
+    """Name, first and last held-out rate, step limit."""
+    first, last = _ends(view)
+    if first is None or last is None:
+        return []
+    return [
+        (
+            name.replace("_", " "),
+            share_with_counts(first["tasks"][name]),
+            share_with_counts(rate),
+            str(last["step_limits"][name]),
+        )
+        for name, rate in last["tasks"].items()
+    ]
+
+
+def _ends(view: RunView) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+    records = list(view.evaluations.values())
+    return (records[0], records[-1]) if records else (None, None)
+
+
+def _telling(view: RunView) -> list[tuple[str, Line]]:
+    """The best, the median and the worst of the newest filmed episodes."""
+    filmed = [
+        episode
+        for group in view.filmed_groups[:TELLING_GROUPS]
+        for episode in group
+        if film_path(view.folder, episode["episode"]).exists() and episode["score"] is not None
+    ]
+    ranked = sorted(filmed, key=lambda e: (-e["score"], -e["progress"][-1], e["steps"]))
+    if len(ranked) < 3:
+        return []
+    return [("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])]
+
+
+def _shown_group(view: RunView, group: Sequence[Line], film: FilmSource) -> dict[str, Any]:
+    return {
+        "step": group[0]["step"],
+        "task": view.task_names[group[0]["task"]].replace("_", " "),
+        "init_state": group[0]["init_state"],
+        "kind": kind_of(group),
+        "cards": [_card(e, film) for e in group if film_path(view.folder, e["episode"]).exists()],
+    }
+
+
+def _card(episode: Line, film: FilmSource) -> dict[str, Any]:
+    outcome = Outcome(episode["outcome"])
+    return {
+        "film": film(episode["episode"]),
+        "is_solved": outcome is Outcome.SUCCESS,
+        "episode": episode["episode"],
+        "says": f"{WORDS[outcome]}, {episode['steps']} steps",
+        "reward": "none" if episode["score"] is None else f"{episode['score']:.2f}",
+        "progress": f"{100 * episode['progress'][-1]:.0f}%" if episode["progress"] else "unknown",
+    }
+
+
+def _versions(view: RunView) -> list[tuple[str, str]]:
+    _, last = _ends(view)
+    if last is None:
+        return []
+    return [("renderer", last["renderer"]), *last["versions"].items()]
+
+
+def _embedded(film: Path) -> str:
+    return f"data:image/webp;base64,{base64.b64encode(film.read_bytes()).decode()}"

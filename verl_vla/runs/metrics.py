@@ -1,0 +1,195 @@
+"""Every number a training step reports, declared once; and where it goes.
+
+A metric that is logged but not declared stops the run, so the table in the documentation, the
+file and the console can never disagree.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from verl_vla.core.errors import ContractError
+from verl_vla.core.files import write_whole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """One declared number."""
+
+    unit: str
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    "rollout/success_rate": Metric(
+        unit="share", meaning="solved / (played - crashed), all groups of the step, sampled"
+    ),
+    "rollout/reward": Metric(unit="score", meaning="mean reward of the episodes played"),
+    "rollout/episodes": Metric(unit="count", meaning="episodes played, crashed ones included"),
+    "rollout/crashes": Metric(unit="count", meaning="episodes lost with their simulator"),
+    "rollout/steps": Metric(unit="count", meaning="simulator steps the policy chose"),
+    "rollout/decisions": Metric(unit="count", meaning="policy calls with an answer"),
+    "rollout/decisions_per_s": Metric(unit="1/s", meaning="decisions / seconds of rollout"),
+    "rollout/decisions_for_ended": Metric(
+        unit="count", meaning="policy calls for episodes that had ended; always 0"
+    ),
+    "rollout/env_wait_share": Metric(
+        unit="share", meaning="of the rollout's seconds spent waiting for simulators"
+    ),
+    "rollout/policy_share": Metric(unit="share", meaning="of the rollout's seconds spent deciding"),
+    "groups/played": Metric(unit="count", meaning="groups played in the step"),
+    "groups/kept": Metric(unit="count", meaning="groups trained on"),
+    "groups/rounds": Metric(unit="count", meaning="rounds of rollout, the first included"),
+    "actor/loss": Metric(unit="1", meaning="clipped loss, mean over the optimizer steps"),
+    "actor/grad_norm": Metric(unit="1", meaning="before clipping, mean of those that were finite"),
+    "actor/skipped": Metric(
+        unit="count",
+        meaning="optimizer steps left out: the loss or the gradient was not finite, or, where "
+        "actor/rows is 0, no decision of the training step had a gradient",
+    ),
+    "actor/lr": Metric(unit="1", meaning="learning rate after the step"),
+    "actor/entropy": Metric(
+        unit="nats", meaning="mean per executed token, at the sampling temperature"
+    ),
+    "actor/ratio_first": Metric(
+        unit="1", meaning="mean ratio of the first mini-batch; 1 unless rollout and update differ"
+    ),
+    "actor/ratio_first_deviation": Metric(
+        unit="1", meaning="largest distance of a token's ratio from 1 in the first mini-batch"
+    ),
+    "actor/clip_low": Metric(unit="share", meaning="executed tokens stopped by the lower bound"),
+    "actor/clip_high": Metric(unit="share", meaning="executed tokens stopped by the upper bound"),
+    "actor/kl": Metric(
+        unit="nats",
+        meaning="mean divergence from the starting policy per executed token; with loss.kl only",
+    ),
+    "actor/rows": Metric(unit="count", meaning="decisions trained on, all ranks"),
+    "actor/rows_of_padding": Metric(
+        unit="count",
+        meaning="rows without content, so that ranks and optimizer steps get equally many; fewer "
+        "than ranks x optimizer steps",
+    ),
+    "actor/rows_left_out": Metric(
+        unit="count",
+        meaning="decisions whose advantage was 0, kept from the update; 0 with loss.kl, which "
+        "moves them",
+    ),
+    "actor/rows_without_gradient": Metric(
+        unit="count", meaning="decisions trained on that no term of the loss moves; always 0"
+    ),
+    "memory/process_peak": Metric(unit="GiB", meaning="peak resident memory of a learner process"),
+    "memory/device_peak": Metric(
+        unit="GiB", meaning="peak device memory allocated since the last report; 0 on a CPU"
+    ),
+    "memory/device_reserved_peak": Metric(
+        unit="GiB", meaning="the same, with what torch keeps for later"
+    ),
+    "time/step_s": Metric(unit="s", meaning="the whole training step"),
+    "time/rollout_s": Metric(unit="s", meaning="playing episodes"),
+    "time/reward_s": Metric(unit="s", meaning="scoring trajectories"),
+    "time/transfer_s": Metric(unit="s", meaning="moving rows to the learner's store"),
+    "time/update_s": Metric(unit="s", meaning="log-probs, advantages and optimizer steps"),
+    "time/checkpoint_s": Metric(
+        unit="s", meaning="writing the checkpoint before this step; 0 if there was none"
+    ),
+    "time/evaluation_s": Metric(unit="s", meaning="held-out evaluation"),
+    "eval/success_rate": Metric(unit="share", meaning="held-out, greedy, all tasks pooled"),
+    "eval/episodes": Metric(unit="count", meaning="held-out episodes behind that rate"),
+    "eval/ci_low": Metric(unit="share", meaning="lower end of the Wilson 95% interval"),
+    "eval/ci_high": Metric(unit="share", meaning="upper end of the Wilson 95% interval"),
+}
+"""Name to declaration; besides these, ``eval/task/...`` and ``reward/...`` are open families."""
+
+OPEN_FAMILIES = ("eval/task/", "reward/")
+
+TIMING_FAMILY = (
+    "time/",
+    "memory/",
+    "rollout/decisions_per_s",
+    "rollout/env_wait",
+    "rollout/policy",
+)
+"""Prefixes of what may differ between two equal runs."""
+
+
+def is_reproducible(name: str) -> bool:
+    """Whether two equal runs must report the same number, digit for digit, on a CPU.
+
+    >>> is_reproducible("actor/loss"), is_reproducible("time/step_s")
+    (True, False)
+    """
+    return not name.startswith(TIMING_FAMILY)
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object per line, in the order of the steps.
+
+    A step that was logged by a process that died before its checkpoint is played again on
+    resume; its old line is removed then, so no step stands twice.
+    """
+
+    def __init__(self, path: Path, declared: Mapping[str, Metric] = METRICS) -> None:
+        self._path = path
+        self._declared = declared
+
+    def rewind(self, last_step: int) -> None:
+        """Drop the lines after ``last_step``, and a half-written last line."""
+        if not self._path.exists():
+            return
+        lines = self._path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and _step(line) <= last_step]
+        write_whole(self._path, "".join(kept))
+
+    def append(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one line.
+
+        Raises:
+            ContractError: a name that is not declared.
+        """
+        check_declared(values, self._declared)
+        record = {"step": step} | {name: _plain(value) for name, value in values.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def add_to_last(self, values: Mapping[str, float]) -> None:
+        """Add what was measured later to the line of the last step, whole or not at all."""
+        check_declared(values, self._declared)
+        *before, last = self._path.read_text().splitlines(keepends=True)
+        record = json.loads(last) | {name: _plain(value) for name, value in values.items()}
+        write_whole(self._path, "".join([*before, json.dumps(record) + "\n"]))
+
+
+def check_declared(values: Mapping[str, float], declared: Mapping[str, Metric] = METRICS) -> None:
+    """Refuse names that no reader can look up."""
+    for name in values:
+        if name not in declared and not name.startswith(OPEN_FAMILIES):
+            raise ContractError(
+                f"metric {name!r} is not declared; add it to METRICS in verl_vla/runs/metrics.py"
+            )
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a ``metrics.jsonl``, each a mapping that also holds ``step``.
+
+    A last line that is still being written is left out.
+    """
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = [json.loads(line) for line in whole]
+    return [
+        {name: math.nan if value is None else value for name, value in line.items()}
+        for line in lines
+    ]
+
+
+def _plain(value: float) -> float | None:
+    """JSON has no NaN: an unknown value is null."""
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _step(line: str) -> int:
+    return int(json.loads(line)["step"])

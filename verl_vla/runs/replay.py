@@ -1,0 +1,188 @@
+"""Videos of episodes that were played, from their actions in a journal.
+
+A simulator answers the same to the same actions (ADR-0005), so nothing of an episode but its start
+and its actions has to be kept. What comes out is held against the journal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as imageio
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from verl_vla.core.episode import Outcome
+from verl_vla.core.errors import ConfigError
+from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.libero.suite import libero_suite, make_libero_env
+from verl_vla.runs.episode_log import actions_of, read_episodes, read_header
+from verl_vla.runs.video import FRAMES_PER_S, HOLD_FRAMES, PICTURE_SIZE
+
+CAPTION_HEIGHT = 48
+CHUNK_HEIGHT = 92
+ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "grip")
+INK, QUIET, LINE, NOW, BAR = "#ffffff", "#9aa4af", "#3a424c", "#f59e0b", "#5b8def"
+
+Picture = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """What is drawn beside one picture of an episode."""
+
+    instruction: str
+    chunk: npt.NDArray[np.float32]
+    """[K, A], the actions of the decision under way, simulator units."""
+    place: int
+    """Of the action in the chunk that led to the picture; -1 before the first."""
+    step: int
+    progress: float | None
+    """True progress after the last whole decision; None where it was not written down."""
+    verdict: str
+
+
+def read_episode(folder: Path, episode: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The header of a journal and the line of one episode.
+
+    Raises:
+        ConfigError: there is no such episode, or its actions were not kept; names some that were.
+    """
+    header = read_header(folder)
+    lines = {line["episode"]: line for line in read_episodes(folder)}
+    kept = [key for key, line in lines.items() if line["actions"] is not None]
+    if episode not in kept:
+        why = "its actions were not kept" if episode in lines else "it was not played"
+        some = ", ".join(map(str, kept[-8:])) if kept else "none"
+        raise ConfigError(f"--episode is {episode}, but {why}; the last that can be: {some}")
+    return header, lines[episode]
+
+
+def replay(header: Mapping[str, Any], line: Mapping[str, Any]) -> list[Picture]:
+    """Play an episode again and draw every step of it.
+
+    Args:
+        header: of the journal, see `verl_vla.evaluation.conditions.played_in`.
+        line: of the episode, with its actions.
+
+    Returns:
+        Pictures [H, W, 3], the start first; the last one stays for a second.
+
+    Raises:
+        ConfigError: this machine plays the episode otherwise than it was written down.
+    """
+    config = env_of(header, line["task"])
+    env, camera = (
+        make_libero_env(config),
+        make_libero_env(replace(config, render_size=PICTURE_SIZE)),
+    )
+    actions = actions_of(line)
+    pictures: list[Picture] = []
+    outcome: Outcome | None = None
+    step = 0
+    try:
+        instruction = env.reset(line["task"], line["init_state"]).instruction
+
+        def draw(decision: int, place: int) -> None:
+            camera.restore(env.snapshot())
+            seen = camera.simulator(line["task"]).render(config.cameras[0])
+            scene = Scene(
+                instruction=instruction,
+                chunk=actions[decision],
+                place=place,
+                step=step,
+                progress=_progress(line, decision + (outcome is not None)),
+                verdict=_verdict(line) if outcome is not None else "",
+            )
+            pictures.append(compose(seen, scene))
+
+        draw(0, -1)
+        for decision, executed in enumerate(line["executed"]):
+            for place in range(executed):
+                outcome = env.step(actions[decision, place].astype(np.float64))
+                step += 1
+                draw(decision, place)
+    finally:
+        env.close()
+        camera.close()
+    if outcome != line["outcome"] or step != line["steps"]:
+        raise ConfigError(
+            f"episode {line['episode']} ended as {Outcome(line['outcome']).name} after "
+            f"{line['steps']} steps, and here as {outcome and outcome.name} after {step}; this "
+            "machine simulates otherwise: compare the versions of mujoco, robosuite and hf-libero"
+        )
+    return pictures + pictures[-1:] * HOLD_FRAMES
+
+
+def env_of(header: Mapping[str, Any], task: int) -> EnvConfig:
+    """The environment that a journal's episodes of one task were played in."""
+    name = libero_suite(header["suite"]).task(task).name
+    return EnvConfig(
+        suite=header["suite"],
+        step_limit=header["step_limits"][name],
+        render_size=header["render_size"],
+        image_size=header["image_size"],
+        settle_steps=header["settle_steps"],
+    )
+
+
+def compose(seen: Picture, scene: Scene) -> Picture:
+    """Put a picture between its caption and the action chunk under way."""
+    width, height = seen.shape[1], seen.shape[0]
+    sheet = Image.new("RGB", (width, CAPTION_HEIGHT + height + CHUNK_HEIGHT), "#12161b")
+    sheet.paste(Image.fromarray(seen), (0, CAPTION_HEIGHT))
+    draw = ImageDraw.Draw(sheet)
+    draw.text((8, 4), scene.instruction, fill=INK, font=ImageFont.load_default(size=15))
+    _draw_progress(draw, scene, width)
+    _draw_chunk(draw, scene, top=CAPTION_HEIGHT + height + 6, width=width)
+    return np.asarray(sheet)
+
+
+def write_video(path: Path, pictures: list[Picture]) -> None:
+    """Write an MP4 at the robot's own speed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = np.stack(pictures)
+    imageio.imwrite(path, frames, fps=FRAMES_PER_S, codec="libx264", macro_block_size=4)
+
+
+def _progress(line: Mapping[str, Any], decisions: int) -> float | None:
+    return line["progress"][decisions] if line["progress"] else None
+
+
+def _verdict(line: Mapping[str, Any]) -> str:
+    how = "solved" if line["outcome"] == Outcome.SUCCESS else "not solved"
+    has_score = "score" in line and line["score"] is not None
+    return f"{how}, reward {line['score']:.2f}" if has_score else how
+
+
+def _draw_progress(draw: ImageDraw.ImageDraw, scene: Scene, width: int) -> None:
+    font = ImageFont.load_default(size=12)
+    says = f"step {scene.step}" + (f", {scene.verdict}" if scene.verdict else "")
+    draw.text((8, 25), says, fill=QUIET, font=font)
+    if scene.progress is not None:
+        left, right = width - 150, width - 8
+        draw.text((left - 92, 25), f"progress {100 * scene.progress:3.0f}%", fill=QUIET, font=font)
+        draw.rectangle((left, 30, right, 37), outline=LINE)
+        draw.rectangle((left, 30, left + round((right - left) * scene.progress), 37), fill=BAR)
+
+
+def _draw_chunk(draw: ImageDraw.ImageDraw, scene: Scene, *, top: int, width: int) -> None:
+    """One column a value, one bar an action, from -1 below the line to +1 above it."""
+    font = ImageFont.load_default(size=11)
+    num_actions, num_values = scene.chunk.shape
+    column = (width - 16) / num_values
+    middle, reach = top + 32, 28
+    bar = (column - 8) / num_actions
+    for value in range(num_values):
+        left = 8 + value * column
+        draw.text((left, top + 66), ACTION_NAMES[value], fill=QUIET, font=font)
+        draw.line((left, middle, left + column - 8, middle), fill=LINE)
+        for action in range(num_actions):
+            height = float(np.clip(scene.chunk[action, value], -1, 1)) * reach
+            x = left + action * bar
+            box = (x, min(middle, middle - height), x + bar - 1, max(middle, middle - height))
+            draw.rectangle(box, fill=NOW if action == scene.place else BAR)

@@ -1,0 +1,108 @@
+"""What a run's folder says about the run: its recipe, and the records of its evaluations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.files import LOCK, folder_lock, partial_file, write_whole, writing_to
+from verl_vla.core.success_rate import count_entries
+from verl_vla.core.text import differences
+
+SOLVED_FILE = "solved.json"
+
+
+def evaluation_record(
+    entries: Sequence[Mapping[str, Any]],
+    conditions: Mapping[str, Any],
+    task_names: Mapping[int, str],
+) -> dict[str, Any]:
+    """An evaluation as JSON, with what decides whether two of them compare.
+
+    Args:
+        entries: one an episode, as `verl_vla.core.success_rate.episode_entries` makes them.
+        conditions: see `verl_vla.evaluation.conditions`.
+        task_names: of the tasks that were played, by task id.
+    """
+    played = ("task", "init_state", "outcome", "steps")
+    return dict(conditions) | {
+        "total": count_entries(entries, task_names).as_json(),
+        "tasks": {
+            name: count_entries(entries, [task]).as_json() for task, name in task_names.items()
+        },
+        "episodes": [{name: entry[name] for name in played} for entry in entries],
+        "crashes": {
+            str(entry["episode"]): entry["crash"] for entry in entries if entry["crash"] is not None
+        },
+    }
+
+
+def evaluation_file(folder: Path, step: int) -> Path:
+    """Where the evaluation after a training step is kept."""
+    return folder / "evaluations" / f"step_{step}.json"
+
+
+def evaluated_steps(folder: Path) -> list[int]:
+    """Training steps after which an evaluation was kept, in rising order."""
+    files = evaluation_file(folder, 0).parent.glob("step_*.json")
+    return sorted(int(file.stem.removeprefix("step_")) for file in files)
+
+
+def keep_evaluation(folder: Path, step: int, record: Mapping[str, Any]) -> None:
+    """Write the evaluation after a training step into the run's folder, whole or not at all."""
+    file = evaluation_file(folder, step)
+    file.parent.mkdir(exist_ok=True)
+    write_whole(file, json.dumps(record, indent=1))
+
+
+def keep_solved(folder: Path, last_step: int) -> None:
+    """Note that the run ended after ``last_step``, since all was solved in the next."""
+    write_whole(folder / SOLVED_FILE, json.dumps({"last_step": last_step}))
+
+
+def solved_after(folder: Path) -> int | None:
+    """The step after which all was solved, of a run that ended so."""
+    file = folder / SOLVED_FILE
+    return json.loads(file.read_text())["last_step"] if file.exists() else None
+
+
+@contextmanager
+def claimed_folder(
+    folder: Path, recipe: Mapping[str, Any], may_change: Sequence[str]
+) -> Generator[None]:
+    """Make a run's folder and write ``recipe`` into it, or check that it holds the same run.
+
+    It is this process's alone until the context ends.
+
+    Raises:
+        ConfigError: the folder cannot be written, is in use, holds something that is no run, or a
+            run that differs in more than the parts that ``may_change`` names.
+    """
+    with folder_lock(folder):
+        with writing_to(folder):
+            _write_recipe(folder, json.loads(json.dumps(recipe)), may_change)
+        yield
+
+
+def _write_recipe(folder: Path, wanted: dict[str, Any], may_change: Sequence[str]) -> None:
+    file = folder / "recipe.yaml"
+    others = {path.name for path in folder.iterdir()} - {LOCK, partial_file(file).name}
+    if file.exists():
+        changed = differences(yaml.safe_load(file.read_text()), wanted, may_change)
+        if changed:
+            raise ConfigError(
+                f"{folder} holds a run with other settings ({'; '.join(changed)}); "
+                "choose another out=FOLDER, or use the same settings to resume it"
+            )
+    elif others:
+        raise ConfigError(
+            f"out is {folder}, which holds {min(others)!r} and no run; choose a new or an empty "
+            "folder"
+        )
+    write_whole(file, yaml.safe_dump(wanted, sort_keys=False))

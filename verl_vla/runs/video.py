@@ -1,0 +1,113 @@
+"""Videos of single episodes, played again step by step.
+
+Snapshots make this cheap to get right: the episode runs as it always does, and a second
+simulator is put into each of its moments to draw a larger picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from verl_vla.core.episode import Outcome, Start
+from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.libero.suite import make_libero_env
+from verl_vla.policies.base import Policy
+
+FRAMES_PER_S = 20
+"""LIBERO's control rate, so a video runs at real speed."""
+
+PICTURE_SIZE = 384
+"""Height and width of one picture, pixels."""
+
+CAPTION_HEIGHT = 44
+HOLD_FRAMES = 20
+"""The last picture stays for a second."""
+
+Frames = list[npt.NDArray[np.uint8]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Take:
+    """One filmed episode."""
+
+    frames: Frames
+    """One [PICTURE_SIZE, PICTURE_SIZE, 3] picture a step, the start included."""
+    outcome: Outcome
+    num_steps: int
+    instruction: str
+
+    @property
+    def verdict(self) -> str:
+        """How it ended, in words."""
+        how = "solved" if self.outcome is Outcome.SUCCESS else "not solved"
+        return f"{how} after {self.num_steps} steps"
+
+
+def film(policy: Policy, config: EnvConfig, start: Start) -> Take:
+    """Play one episode greedily and draw every step of it.
+
+    Args:
+        policy: decides as in an evaluation.
+        config: as in the evaluation; pictures are drawn larger beside it.
+        start: the recorded start.
+    """
+    env = make_libero_env(config)
+    camera = make_libero_env(replace(config, render_size=PICTURE_SIZE))
+    try:
+        seen = env.reset(start.task_id, start.init_state_id)
+        instruction = seen.instruction
+        frames: Frames = []
+        outcome: Outcome | None = None
+        num_steps = 0
+
+        def draw() -> None:
+            camera.restore(env.snapshot())
+            frames.append(camera.simulator(start.task_id).render(config.cameras[0]))
+
+        draw()
+        while outcome is None:
+            noise = torch.zeros(1, policy.shape.num_tokens, dtype=torch.float64)
+            for action in policy.act([seen], noise, temperature=0.0).actions[0]:
+                result = env.step_chunk(action[None])
+                num_steps += 1
+                draw()
+                outcome = result.outcome
+                if result.observation is None:
+                    break
+                seen = result.observation
+    finally:
+        env.close()
+        camera.close()
+    return Take(frames=frames, outcome=outcome, num_steps=num_steps, instruction=instruction)
+
+
+def write_side_by_side(path: Path, takes: Sequence[tuple[str, Take]]) -> None:
+    """Write takes of the same start beside each other, each under its caption."""
+    length = max(len(take.frames) for _, take in takes) + HOLD_FRAMES
+    columns = [_captioned(title, take, length) for title, take in takes]
+    video = [np.concatenate(pictures, axis=1) for pictures in zip(*columns, strict=True)]
+    imageio.imwrite(path, np.stack(video), fps=FRAMES_PER_S, codec="libx264", macro_block_size=4)
+
+
+def _captioned(title: str, take: Take, length: int) -> Frames:
+    font = ImageFont.load_default(size=15)
+    pictures: Frames = []
+    for i in range(length):
+        frame = take.frames[min(i, len(take.frames) - 1)]
+        is_over = i >= len(take.frames) - 1
+        sheet = Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE + CAPTION_HEIGHT), "black")
+        sheet.paste(Image.fromarray(frame), (0, CAPTION_HEIGHT))
+        draw = ImageDraw.Draw(sheet)
+        state = take.verdict if is_over else f"step {i}"
+        draw.text((8, 4), f"{title}: {state}", fill="white", font=font)
+        draw.text((8, 23), take.instruction, fill="#bbbbbb", font=font)
+        pictures.append(np.asarray(sheet))
+    return pictures

@@ -1,0 +1,1 @@
+"""The training engine: FSDP, optimizers, weights, and what happens when a loss is not finite."""

@@ -1,0 +1,300 @@
+"""veRL's FSDP engine around a vision-language-action policy.
+
+One row is one decision: a picture, a prompt and T action tokens. The engine runs the model's
+own ``forward``, so that FSDP2's hooks fire, and never builds logits of the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id, get_device_name
+from verl.utils.torch_dtypes import PrecisionType
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
+from verl.workers.engine.utils import detach_tree
+
+from verl_vla.policies.action_distribution import entropy, log_prob
+from verl_vla.policies.base import ActionLogits, Chooser
+from verl_vla.policies.lora import nf4, without_adapters
+from verl_vla.policies.registry import load_model, load_processor
+from verl_vla.trainer.engine.divergence_guard import FiniteGuard, all_finite, plain_rows
+from verl_vla.trainer.engine.exported_policy import write_policy
+from verl_vla.trainer.engine.fsdp import shard
+from verl_vla.trainer.engine.gathering import keep_gathered, shed_gathered
+from verl_vla.trainer.engine.optimizers import build_optimizer
+from verl_vla.trainer.engine.safe_loading import refuse_code
+from verl_vla.trainer.engine.weights import load_trained, save_trained, trained
+from verl_vla.trainer.grpo.rows import dense, pack_like_language_model, right_padded, stacked
+from verl_vla.trainer.verl_compat.process import MODEL_TYPE
+
+
+class VLAEngine(FSDPEngine):
+    """Builds, shards, runs, saves and exports the policy on one rank."""
+
+    num_optimizer_steps = 0
+    """Since the last rollout: 0 while the first mini-batch of an update runs."""
+    guard: FiniteGuard
+    """Set before the first update."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.losses: list[float] = []
+        """Of the micro-batches since the last optimizer step, this rank's."""
+        self._holds_all_weights = False
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights under adapters are held in 4 bits, on one rank and not sharded."""
+        return self.model_config.override_config["quantization"] == "nf4"
+
+    def _build_module(self) -> nn.Module:
+        folder = str(self.model_config.local_path)
+        self.processor = load_processor(folder, self.model_config.override_config["unnorm_key"])
+        module = load_model(
+            folder,
+            dtype=PrecisionType.to_dtype(self.engine_config.model_dtype),
+            attn_implementation=self.model_config.hf_config._attn_implementation,
+        )
+        if self.model_config.enable_gradient_checkpointing:
+            module.gradient_checkpointing_enable({"use_reentrant": False})
+        return module
+
+    def _build_lora_module(self, module: nn.Module) -> Any:
+        """Where the model says; veRL's way needs a language model's methods.
+
+        What is frozen keeps the type it was loaded in, what is trained is float32.
+        """
+        config, model = self.model_config, cast("Any", module)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.engine_config.seed)
+            model.add_adapters(
+                rank=config.lora_rank, alpha=config.lora_alpha, targets=config.target_modules
+            )
+        for weight in module.parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.float()
+        if self.is_quantized:
+            nf4().quantize_under_adapters(model.decoder, get_device_id())
+        return module
+
+    def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
+        """Shard it; 4-bit weights stay whole, since FSDP2 would lose what belongs to them."""
+        precision: dict[str, Any] = dict(self.engine_config.mixed_precision or {})
+        self._autocast_dtype = PrecisionType.to_dtype(precision["param_dtype"])
+        self.scaler = None
+        if self.is_quantized:
+            return module.to(get_device_id())
+        pin_memory = get_device_name() != "cpu"
+        offload = CPUOffloadPolicy(pin_memory) if self.engine_config.offload_policy else None
+        self._uses_fsdp2_cpu_offload_policy = offload is not None
+        return shard(module, self.device_mesh, self.engine_config, offload)
+
+    def _build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(trained(module), self.optimizer_config)
+
+    def optimizer_zero_grad(self) -> None:
+        """Forget the gradients of the weights; the optimizer may know only their shards."""
+        self.module.zero_grad()
+
+    def run_model(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        images: Tensor,
+        *,
+        bins: Tensor | None = None,
+        chooser: Chooser | None = None,
+        with_nll: bool = False,
+        proprio: Tensor | None = None,
+    ) -> ActionLogits:
+        """Score ``bins``, or let ``chooser`` choose some.
+
+        Args:
+            input_ids: [B, L] prompts, padded on the right.
+            attention_mask: [B, L], 1 where a prompt is.
+            images: [B, V, H, W, 3] uint8.
+            bins: [B, T] int64.
+            chooser: with the noise of B decisions.
+            with_nll: whether ``bins`` are demonstrated.
+            proprio: [B, P] float32 as observed; only a policy that reads it needs it.
+        """
+        # FSDP2 casts weights and inputs itself; without it, float32 adapters meet 16-bit weights
+        is_mixed = self.is_quantized and self._autocast_dtype != torch.float32
+        with torch.autocast(get_device_name(), self._autocast_dtype, enabled=is_mixed):
+            return self.module(
+                **self.processor.model_inputs(images, proprio),
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                bins=bins,
+                chooser=chooser,
+                with_nll=with_nll,
+            )
+
+    def choose(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        images: Tensor,
+        noise: Tensor,
+        temperature: float,
+        proprio: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Choose bins for a batch of observations, for a rollout.
+
+        Args:
+            input_ids: [n, L] prompts, padded on the right.
+            attention_mask: [n, L], 1 where a prompt is.
+            images: [n, V, H, W, 3] uint8.
+            noise: [n, T] float64, uniform in [0, 1).
+            temperature: 0 takes the most likely bin.
+            proprio: [n, P] float32, as of `run_model`.
+
+        Returns:
+            On the CPU, ``bins`` [n, T] int64 and ``logp`` [n, T] float32; zeros for greedy play.
+        """
+        device = get_device_id()
+        self._hold_all_weights()
+        with self.eval_mode(), torch.no_grad():
+            chooser = Chooser(noise.to(device), temperature)
+            output = self.run_model(
+                input_ids.to(device),
+                attention_mask.to(device),
+                images.to(device),
+                chooser=chooser,
+                proprio=proprio,
+            )
+            assert output.logits is not None and output.bins is not None
+            logp = chooser.log_prob(output.logits, output.bins)
+        return output.bins.cpu(), logp.cpu()
+
+    def _hold_all_weights(self) -> None:
+        """Gather them once for a rollout, not for every decision, where the recipe lets us."""
+        is_asked_for: bool = self.model_config.override_config["gather_once"]
+        may = is_asked_for and not self._uses_fsdp2_cpu_offload_policy
+        if may and torch.distributed.get_world_size() > 1 and not self._holds_all_weights:
+            keep_gathered(self.module)
+            self._holds_all_weights = True
+
+    def train_mode(self, **kwargs: Any) -> Any:
+        """As veRL does, with the shards alone."""
+        if self._holds_all_weights:
+            shed_gathered(self.module, self.engine_config.reshard_after_forward)
+            self._holds_all_weights = False
+        return super().train_mode(**kwargs)
+
+    def forward_step(
+        self,
+        micro_batch: TensorDict,
+        loss_function: Callable[..., Any] | None,
+        forward_only: bool,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Run one micro-batch; veRL calls ``backward`` on the loss."""
+        micro_batch = micro_batch.to(get_device_id())
+        temperature = float(tu.get_non_tensor_data(micro_batch, "temperature", None))
+        prompts, responses = micro_batch["prompts"], micro_batch["responses"]
+        ids, attention = right_padded(prompts)
+        shape = self.processor.shape
+        bins = dense(responses, shape.num_tokens).clamp(max=shape.num_bins - 1)
+        images, proprio = (stacked(micro_batch[name]) for name in ("images", "proprio"))
+        logits = self.run_model(ids, attention, images, bins=bins, proprio=proprio).logits
+        assert logits is not None
+        logp = log_prob(logits, bins, temperature)
+        with torch.no_grad():
+            spread = entropy(logits.detach(), temperature)
+        if loss_function is None:
+            output = {
+                "log_probs": pack_like_language_model(logp, prompts, responses),
+                "entropy": pack_like_language_model(spread, prompts, responses),
+            }
+            return logp.sum(), {"model_output": detach_tree(output), "loss": 0.0, "metrics": {}}
+        loss, metrics = loss_function(logp=logp, entropy=spread, data=micro_batch)
+        metrics["optimizer_step"] = self.num_optimizer_steps
+        self.losses.append(loss.detach().item())
+        return loss, {"model_output": {}, "loss": self.losses[-1], "metrics": metrics}
+
+    def train_batch(self, data: TensorDict, loss_function: Callable[..., Any]) -> Any:
+        """Learn from a mini-batch.
+
+        Raises:
+            DivergedError: too many optimizer steps in a row were left out.
+        """
+        output = super().train_batch(data, loss_function)
+        self.guard.count(output["metrics"]["grad_norm"], lambda: plain_rows(data), self.export)
+        return output
+
+    def optimizer_step(self) -> float:
+        """Clip, step, and count; a step is left out where a loss or the gradient is not finite.
+
+        Returns:
+            The gradient's norm before clipping; not finite where the step was left out.
+        """
+        if all_finite(self.losses):
+            norm = super().optimizer_step()  # which leaves out what has no finite norm
+        else:
+            self.optimizer_zero_grad()
+            norm = math.nan
+        self.losses.clear()
+        self.num_optimizer_steps += 1
+        return norm
+
+    def save_checkpoint(
+        self,
+        local_path: str,
+        hdfs_path: str | None = None,
+        global_step: int = 0,
+        max_ckpt_to_keep: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As veRL does; on a CPU there is nothing to move to a device first."""
+        if get_device_name() != "cpu":
+            super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
+        else:
+            self.checkpoint_manager.save_checkpoint(
+                local_path=local_path,
+                global_step=global_step,
+                max_ckpt_to_keep=max_ckpt_to_keep,  # pyright: ignore[reportArgumentType]
+            )
+        if self._is_lora:
+            save_trained(self.module, local_path)
+        torch.distributed.barrier()
+
+    def load_checkpoint(
+        self,
+        local_path: str,
+        hdfs_path: str | None = None,
+        del_local_after_load: Any = True,
+        **kwargs: Any,
+    ) -> None:
+        """As veRL does, and what is trained beside a frozen base."""
+        super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)
+        if self._is_lora:
+            load_trained(self.module, local_path)
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Answer as the starting policy, which the KL term asks for."""
+        return without_adapters(self.module)
+
+    def export(self, folder: Path) -> None:
+        """Write a checkpoint folder that `verl_vla eval` and transformers load.
+
+        Adapters are merged into the weights that they were trained on, 4-bit ones included.
+        """
+        write_policy(self.module, self.processor, folder, is_quantized=self.is_quantized)
+
+
+refuse_code()
+# not as a decorator, which would hide the type of the class from whoever extends it
+EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp2"], device=["cuda", "npu", "cpu"])(
+    VLAEngine
+)

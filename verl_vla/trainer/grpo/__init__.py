@@ -1,0 +1,1 @@
+"""GRPO under veRL's trainer."""

@@ -1,0 +1,68 @@
+"""The policy as a rollout sees it, when the model lives in a group of Ray workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from verl.utils import tensordict_utils as tu
+
+from verl_vla.core.episode import Observation
+from verl_vla.core.tables import ActionChunk
+from verl_vla.policies.base import PolicyShape, Processor, observed_proprio
+
+
+class ClusterPolicy:
+    """A `verl_vla.policies.base.Policy` whose forward pass runs on every rank at once.
+
+    Prompts are made and bins are decoded here; the ranks see token ids and raw images.
+    """
+
+    def __init__(self, workers: Any, processor: Processor, *, num_ranks: int) -> None:
+        self._workers = workers
+        self._processor = processor
+        self._num_ranks = num_ranks
+
+    @property
+    def shape(self) -> PolicyShape:
+        """Sizes of what goes in and what comes out."""
+        return self._processor.shape
+
+    def act(
+        self, observations: Sequence[Observation], noise: Tensor, *, temperature: float
+    ) -> ActionChunk:
+        """See `verl_vla.policies.base.Policy.act`."""
+        prompts = [self._processor.prompt(o.instruction) for o in observations]
+        images = torch.from_numpy(np.stack([o.image for o in observations]))
+        rows = padded_rows(len(observations), self._num_ranks)
+        input_ids, attention_mask = self._processor.collate([prompts[row] for row in rows])
+        request = tu.get_tensordict(
+            {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "images": images[rows],
+                "proprio": observed_proprio(observations)[rows],
+                "noise": noise[rows],
+            },
+            non_tensor_dict={"temperature": temperature},
+        )
+        answer = self._workers.generate_actions(request)
+        bins = answer["bins"][: len(observations)]
+        return ActionChunk(
+            bins=bins,
+            logp=answer["logp"][: len(observations)],
+            prompt_ids=prompts,
+            actions=self._processor.codec.to_simulator(bins),
+        )
+
+
+def padded_rows(count: int, multiple: int) -> list[int]:
+    """Row indices, the last one repeated until every rank gets as many as the others.
+
+    >>> padded_rows(3, 2)
+    [0, 1, 2, 2]
+    """
+    return [min(row, count - 1) for row in range(-(-count // multiple) * multiple)]

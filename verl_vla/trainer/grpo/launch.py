@@ -1,0 +1,176 @@
+"""Start Ray and TransferQueue, train, and end both whatever happens.
+
+Most of a start is waiting for other processes to import, so things that need not wait for each
+other do not: veRL's trainer is imported while Ray starts, the learner while TransferQueue does.
+
+The trainer runs in the process that was started, not in an actor: signals, the console and the
+simulators then belong to one process, and veRL is imported once less (ADR-0004).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import time
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import ray
+import transfer_queue as tq
+from omegaconf import DictConfig, OmegaConf
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+
+from verl_vla.config.grpo import ClusterConfig
+from verl_vla.core.errors import ConfigError, DivergedError, LearnerLostError
+from verl_vla.core.signals import stop_requests
+from verl_vla.envs.libero.assets import ASSETS_VARIABLE
+from verl_vla.trainer.checkpoint import complete_steps
+from verl_vla.trainer.grpo.env_nodes import open_env_nodes
+from verl_vla.trainer.grpo.run import Run
+from verl_vla.trainer.grpo.verl_config import to_verl
+from verl_vla.trainer.verl_compat.process import choose_device, divert_output, prepare_verl
+
+logger = logging.getLogger(__name__)
+
+OBJECT_STORE_BYTES = 256 * 1024**2
+"""Ray's shared memory on one machine. Only actor calls pass through it, a few MB each;
+images travel through TransferQueue."""
+
+RAY_ATTEMPTS = 3
+RAY_IS_LATE = "timed out during startup"
+"""Ray raises a plain ``Exception`` with these words after a fixed 30 s (``_private/node.py``); on
+a loaded machine its processes can need longer, and are faster the second time."""
+
+NODES_LIMIT_S = 600.0
+NODES_POLL_S = 1.0
+"""A Slurm job's nodes start within minutes of each other."""
+
+WORKER_NICENESS = 0
+"""Ray's own 15 would let the simulators, and whatever else runs on the machine, take the learner's
+turns."""
+
+LOGICAL_CPUS_BESIDE_RANKS = 3
+"""Ray slots, not cores: TransferQueue's controller, its storage, and one spare. Ray starts an
+idle Python process for every slot, so more would only cost start-up time."""
+
+
+def train(run: Run) -> None:
+    """Train to the last step of ``run``'s recipe, from its newest checkpoint if it has one."""
+    prepare_verl(choose_device(run.recipe.cluster.device), knob="cluster.device")
+    config = to_verl(run)
+    with ExitStack() as stack:
+        os.environ["TENSORBOARD_DIR"] = str(run.folder / "tensorboard")
+        stack.enter_context(divert_output(run.folder))
+        beside = stack.enter_context(ThreadPoolExecutor(max_workers=2))
+        importing = beside.submit(importlib.import_module, "verl_vla.trainer.grpo.trainer")
+        stack.enter_context(_ray_cluster(run, config))
+        stack.enter_context(_own_errors(run))
+        queue = stack.enter_context(_transfer_queue(config, beside))
+        stop = stack.enter_context(stop_requests())  # after Ray, which has a handler of its own
+        logger.info("starting the learner (some 20 seconds on two cores)")
+        simulators = run.simulators or stack.enter_context(open_env_nodes(run))
+        trainer = importing.result().VLATrainer(config, run, simulators, stop)
+        trainer.init()
+        queue.result()
+        trainer.train()
+
+
+def wait_for_nodes(num_nodes: int, limit_s: float = NODES_LIMIT_S) -> None:
+    """Wait until the Ray cluster has as many nodes as hold ranks; they rarely start together.
+
+    Raises:
+        ConfigError: they did not join within ``limit_s``.
+    """
+    deadline = time.monotonic() + limit_s
+    while (there := sum(node["Alive"] for node in ray.nodes())) < num_nodes:
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"cluster.num_nodes is {num_nodes}, but {there} joined the Ray cluster within "
+                f"{limit_s:.0f} s; start Ray on the others, or set cluster.num_nodes={there}"
+            )
+        time.sleep(NODES_POLL_S)
+
+
+@contextmanager
+def _ray_cluster(run: Run, config: DictConfig) -> Generator[None]:
+    cluster = run.recipe.cluster
+    environment = OmegaConf.to_container(OmegaConf.create(get_ppo_ray_runtime_env(config)))
+    assert isinstance(environment, dict)
+    variables = {
+        "TRANSFER_QUEUE_ENABLE": "1",
+        "VERL_PLATFORM": os.environ["VERL_PLATFORM"],
+        "OMP_NUM_THREADS": "1",
+    }
+    if ASSETS_VARIABLE in os.environ:  # for nodes that simulate
+        variables[ASSETS_VARIABLE] = os.environ[ASSETS_VARIABLE]
+    environment["env_vars"] = {**environment["env_vars"], **variables}
+    if cluster.address is not None:
+        ray.init(address=cluster.address, runtime_env=environment, log_to_driver=False)
+        wait_for_nodes(cluster.num_nodes)
+    else:
+        _start_ray(cluster, environment)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_ray(cluster: ClusterConfig, environment: dict[Any, Any]) -> None:
+    """Start a Ray of our own, a second time where a busy machine took longer than Ray waits."""
+    for attempt in range(RAY_ATTEMPTS):
+        try:
+            ray.init(
+                address="local",
+                logging_level=logging.WARNING,
+                num_cpus=_logical_cpus(cluster),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                runtime_env=environment,
+                _system_config={"worker_niceness": WORKER_NICENESS},
+            )
+            return
+        except Exception as error:
+            if RAY_IS_LATE not in str(error) or attempt == RAY_ATTEMPTS - 1:
+                raise
+            logger.info("Ray did not start in time (load %.0f); trying again", os.getloadavg()[0])
+            ray.shutdown()
+
+
+def _logical_cpus(cluster: ClusterConfig) -> int | None:
+    """Slots for the embedded profile; on a GPU node Ray counts the cores itself."""
+    if choose_device(cluster.device) == "cuda":
+        return None
+    return LOGICAL_CPUS_BESIDE_RANKS + cluster.ranks_per_node
+
+
+@contextmanager
+def _own_errors(run: Run) -> Generator[None]:
+    """Say what happened in a rank as if it had happened here, and what a rank's death means."""
+    try:
+        yield
+    except RayTaskError as error:
+        if not isinstance(error.cause, ConfigError | DivergedError):
+            raise
+        raise error.cause from error
+    except (RayActorError, OutOfMemoryError) as error:
+        steps = complete_steps(run.checkpoints)
+        kept = f"checkpoint of step {steps[-1]}" if steps else "beginning: nothing was saved yet"
+        raise LearnerLostError(
+            f"a learner process died ({' '.join(str(error).split())}). The same command goes on "
+            f"from the {kept}"
+        ) from error
+
+
+@contextmanager
+def _transfer_queue(config: DictConfig, beside: ThreadPoolExecutor) -> Generator[Future[Any]]:
+    starting = beside.submit(tq.init, config.transfer_queue)
+    try:
+        yield starting
+    finally:
+        starting.exception()  # what is half started can neither be used nor ended
+        tq.close()

@@ -1,0 +1,75 @@
+"""Dynamic sampling at the border: drop groups that agree, refill exactly, stop at a cap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transfer_queue as tq
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+
+from verl_vla.config.grpo import SamplingConfig
+from verl_vla.rl.group_sampling import GroupLedger, GroupResult
+from verl_vla.trainer.grpo.rows import group_key, group_of
+
+
+class GroupReplayBuffer(ReplayBuffer):
+    """veRL's replay buffer with the rules of `verl_vla.rl.group_sampling.GroupLedger`.
+
+    veRL's own filter refills twice as many groups as it drops, throws the surplus away and has
+    no cap (``verl/trainer/ppo/v1/replay_buffer.py``, eviction matrix). Here the episode loop
+    blocks, so every group that was asked for is finished when `sample` looks.
+    """
+
+    def sample(
+        self, global_steps: int, partition_id: str, batch_size: int
+    ) -> tuple[KVBatchMeta, dict[str, Any]]:
+        """Return the rows of the groups to train on, in order of group, episode and decision.
+
+        Raises:
+            StarvedError: no group of any round taught anything.
+        """
+        assert self.refill_fn is not None, "the trainer hands it over"
+        knobs = {str(name): value for name, value in self.sampler_kwargs.items()}
+        ledger = GroupLedger(config=SamplingConfig(**knobs))
+        entered: set[str] = set()
+        while True:
+            self._sync_metadata_from_transfer_queue()
+            fresh = self._finished_groups(partition_id, entered)
+            entered |= {group_key(group.group_id) for group in fresh}
+            dropped = ledger.add_round(fresh)
+            self._clear_groups(partition_id, {group_key(group) for group in dropped})
+            if ledger.num_to_refill == 0:
+                break
+            self.refill_fn(ledger.num_to_refill)
+        ledger.check_not_starved()
+        metrics = {
+            "groups/played": len(ledger.played),
+            "groups/kept": len(ledger.kept),
+            "groups/rounds": ledger.num_rounds,
+        }
+        rows = dict(sorted(self.partitions[partition_id].items(), key=lambda item: _order(item[0])))
+        kept = [group_key(group) for group in ledger.kept]
+        return self._materialize_batch(partition_id, kept, rows), metrics
+
+    def _finished_groups(self, partition_id: str, entered: set[str]) -> list[GroupResult]:
+        """Groups that ended since the last look, by their prompt's tag."""
+        tags = tq.kv_list(partition_id)[partition_id]
+        fresh = sorted(self.finished_keys[partition_id] - entered, key=group_of)
+        return [
+            GroupResult(
+                group_id=group_of(key),
+                task_id=tags[key]["task_id"],
+                num_solved=tags[key]["num_solved"],
+                num_failed=tags[key]["num_failed"],
+                num_crashed=tags[key]["num_crashed"],
+                score_spread=tags[key]["score_spread"],
+            )
+            for key in fresh
+        ]
+
+
+def _order(key: str) -> tuple[int, int, int]:
+    """Group, member and place of a row."""
+    _, member, place = key.split("_")
+    return group_of(key), int(member), int(place)

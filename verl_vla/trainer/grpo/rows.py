@@ -1,0 +1,162 @@
+"""Trajectories to veRL's rows and back: the one place where names and shapes change.
+
+One decision is one row. veRL expects a language model's row: a prompt of P tokens, a response of
+T tokens, and per-token values as long as the response. The bins of the T action tokens are the
+response.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from verl_vla.core.tables import Trajectories
+from verl_vla.rl.loss import executed_mask
+
+Row = dict[str, Any]
+
+
+def group_key(group_id: int) -> str:
+    """Return veRL's ``uid``; it must hold no underscore."""
+    return f"g{group_id}"
+
+
+def group_of(key: str) -> int:
+    """The group that a row or prompt key belongs to.
+
+    >>> group_of("g12_3_0"), group_of("g12")
+    (12, 12)
+    """
+    return int(key.split("_")[0].removeprefix("g"))
+
+
+def is_padding(key: str) -> bool:
+    """Whether a row's key is one that veRL made for a row without content.
+
+    >>> is_padding("pad0f3c_1_0"), is_padding("g12_3_0")
+    (True, False)
+    """
+    return not key.startswith("g")
+
+
+def make_rows(
+    trajectories: Trajectories,
+    score: npt.NDArray[np.float32],
+    *,
+    chunk_length: int,
+    global_step: int,
+) -> tuple[list[str], list[Row], list[Row]]:
+    """Rows of scored trajectories: keys, fields and tags, as TransferQueue takes them.
+
+    Args:
+        trajectories: without crashed episodes.
+        score: [B], stands on the last executed token of each trajectory.
+        chunk_length: K.
+        global_step: the training step that plays.
+    """
+    keys: list[str] = []
+    fields: list[Row] = []
+    tags: list[Row] = []
+    members: dict[int, int] = {}
+    episodes, decisions = trajectories.episodes, trajectories.decisions
+    num_tokens = decisions.bins.shape[1]
+    mask = executed_mask(
+        decisions.executed, chunk_length=chunk_length, action_dim=num_tokens // chunk_length
+    ).long()
+    for b, group in enumerate(episodes.group_id.tolist()):
+        member = members[group] = members[group] + 1 if group in members else 0
+        rows = torch.nonzero(decisions.episode == b).flatten().tolist()
+        for place, row in enumerate(rows):
+            keys.append(f"{group_key(group)}_{member}_{place}")
+            is_last = place == len(rows) - 1
+            earned = float(score[b]) if is_last else 0.0
+            prompt = trajectories.prompt_ids[row]
+            fields.append(
+                {
+                    "uid": group_key(group),
+                    "prompts": prompt,
+                    "responses": decisions.bins[row],
+                    "input_ids": torch.cat([prompt, decisions.bins[row]]),
+                    "position_ids": torch.arange(len(prompt) + num_tokens),
+                    "response_mask": mask[row],
+                    "loss_mask": mask[row],
+                    "rm_scores": _on_last_token(earned, mask[row]),
+                    "rollout_log_probs": decisions.logp[row],
+                    "images": decisions.image[row],
+                    "proprio": decisions.proprio[row],
+                    "trajectory_steps": episodes.num_steps[b : b + 1],
+                }
+            )
+            tags.append(
+                {
+                    "status": "success",
+                    "prompt_len": len(prompt),
+                    "response_len": num_tokens,
+                    "seq_len": len(prompt) + num_tokens,
+                    "global_steps": global_step,
+                    "min_global_steps": global_step,
+                    "max_global_steps": global_step,
+                }
+            )
+    return keys, fields, tags
+
+
+def dense(nested: Tensor, width: int) -> Tensor:
+    """[B, width] from a jagged tensor, zeros on the right.
+
+    ``output_size`` is needed: after a trip through Ray, torch otherwise pads to the sum of the
+    lengths.
+    """
+    return torch.nested.to_padded_tensor(
+        nested, padding=0, output_size=(len(lengths(nested)), width)
+    )
+
+
+def right_padded(prompts: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, [B, longest L] int64 each, from jagged prompts."""
+    sizes = lengths(prompts)
+    ids = dense(prompts, int(sizes.max()))
+    mask = torch.arange(ids.shape[1], device=ids.device)[None] < sizes[:, None]
+    return ids, mask.long()
+
+
+def stacked(rows: Tensor) -> Tensor:
+    """[B, ...] from rows of one shape, which TransferQueue hands out as a jagged tensor."""
+    if not rows.is_nested:
+        return rows
+    return rows.values().view(len(lengths(rows)), -1, *rows.shape[2:])
+
+
+def pack_like_language_model(values: Tensor, prompts: Tensor, responses: Tensor) -> Tensor:
+    """Jagged [B, P + T]: where a language model would report the value of each response token.
+
+    Such a model reports token t at position t - 1, so the T values are shifted left by one and
+    everything else is zero.
+
+    Args:
+        values: [B, T], right-padded.
+        prompts: jagged [B, P].
+        responses: jagged [B, T].
+    """
+    before, length = lengths(prompts), lengths(responses)
+    offsets = torch.zeros(len(before) + 1, dtype=torch.long, device=values.device)
+    offsets[1:] = (before + length).cumsum(0)
+    parts: list[Tensor] = []
+    for row, (p, t) in enumerate(zip(before.tolist(), length.tolist(), strict=True)):
+        parts += [values.new_zeros(p - 1), values[row, :t], values.new_zeros(1)]
+    return torch.nested.nested_tensor_from_jagged(torch.cat(parts), offsets)
+
+
+def lengths(nested: Tensor) -> Tensor:
+    """[B] int64, how long each row of a jagged tensor is."""
+    return nested.offsets().diff()  # pyright: ignore[reportAttributeAccessIssue] -- jagged only
+
+
+def _on_last_token(score: float, mask: Tensor) -> Tensor:
+    values = torch.zeros(len(mask))
+    values[int(mask.sum()) - 1] = score
+    return values

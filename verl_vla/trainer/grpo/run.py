@@ -1,0 +1,133 @@
+"""A GRPO run: a checked recipe and the parts made from it, ready to train."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from verl_vla.config.grpo import Recipe
+from verl_vla.core.episode import Start
+from verl_vla.core.plugins import require_extras
+from verl_vla.core.success_rate import episode_entries
+from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.pool.env_pool import EnvPool
+from verl_vla.envs.registry import suite
+from verl_vla.evaluation.conditions import conditions, played_in
+from verl_vla.evaluation.evaluate import Evaluation
+from verl_vla.policies.base import Processor
+from verl_vla.policies.openvla_oft.attention import require_backend
+from verl_vla.policies.registry import check_adapters, load_processor, require_sound
+from verl_vla.rewards import TrajectoryReward, load_reward, looks_at_pictures
+from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, task_ids
+from verl_vla.runs.episode_recorder import Album
+from verl_vla.runs.run_dir import (
+    claimed_folder,
+    evaluated_steps,
+    evaluation_record,
+    keep_evaluation,
+)
+
+MAY_CHANGE = (
+    "out",
+    "trainer",
+    "evaluation",
+    "gate",
+    "cluster.address",
+    "cluster.env_nodes",
+    "environment.num_workers",
+    "environment.timeout_s",
+)
+"""Parts of a recipe that may differ when a run is resumed; anything else would make the second
+half of the curve another experiment."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A checked recipe and the parts made from it."""
+
+    recipe: Recipe
+    folder: Path
+    policy_folder: Path
+    processor: Processor
+    env_config: EnvConfig
+    """Of every simulator."""
+    simulators: EnvPool | None
+    """On this machine; None where nodes of a Ray cluster simulate."""
+    reward: TrajectoryReward
+    training_starts: tuple[Start, ...]
+    evaluation_starts: tuple[Start, ...]
+    task_names: dict[int, str]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are kept."""
+        return self.folder / "checkpoints"
+
+    def open_album(self) -> Album:
+        """What is kept of the training episodes."""
+        header = played_in(self.env_config, self.task_names)
+        return Album(self.folder, header, self.processor.codec, self.recipe.trainer.keep_groups)
+
+    def was_evaluated(self, step: int) -> bool:
+        """Whether the evaluation after a training step is kept."""
+        return step in evaluated_steps(self.folder)
+
+    def keep_evaluation(self, step: int, result: Evaluation) -> None:
+        """Write one evaluation of the run, with the outcome of each of its episodes."""
+        config = self.recipe.evaluation
+        given = conditions(
+            self.env_config,
+            self.task_names,
+            states=config.states,
+            temperature=config.temperature,
+            seed=self.recipe.seed,
+        )
+        entries = episode_entries(result.trajectories)
+        keep_evaluation(self.folder, step, evaluation_record(entries, given, self.task_names))
+
+
+@contextmanager
+def open_run(recipe: Recipe) -> Generator[Run]:
+    """Check ``recipe``, claim its folder, start the simulators, and end them afterwards.
+
+    Raises:
+        ConfigError: anything about the recipe that cannot work, before a process is started.
+    """
+    env = recipe.environment
+    chosen = suite(env.suite)
+    tasks = task_ids(chosen, env.tasks)
+    policy_folder = find_policy(recipe.policy.path)
+    require_backend(recipe.policy.attention)
+    require_sound(policy_folder, recipe.policy.unnorm_key)
+    check_adapters(policy_folder, recipe.policy.lora_rank, has_kl=recipe.loss.kl.is_on)
+    require_extras(
+        {"policy.quantization": recipe.policy.quantization, "optimizer.name": recipe.optimizer.name}
+    )
+    for logger_name in recipe.trainer.loggers:
+        require_extras({"trainer.loggers": logger_name})
+    processor = load_processor(policy_folder, recipe.policy.unnorm_key)
+    reward = load_reward(recipe.reward, recipe.reward_args, seed=recipe.seed)
+    config = replace(env_config(env, processor), draw_ending=looks_at_pictures(reward))
+    chosen.require_simulator()
+    training = starts(chosen, tasks, "train")
+    evaluated = starts(
+        chosen, tasks, recipe.evaluation.states, per_task=recipe.evaluation.episodes_per_task
+    )
+    folder = Path(recipe.out).expanduser().resolve()
+    is_elsewhere = recipe.cluster.env_nodes > 0
+    here = nullcontext() if is_elsewhere else open_simulators(env, config, processor.shape)
+    with claimed_folder(folder, recipe.as_dict(), MAY_CHANGE), here as simulators:
+        yield Run(
+            recipe=recipe,
+            folder=folder,
+            policy_folder=policy_folder,
+            processor=processor,
+            env_config=config,
+            simulators=simulators,
+            reward=reward,
+            training_starts=training,
+            evaluation_starts=evaluated,
+            task_names={task: chosen.tasks[task].name for task in tasks},
+        )

@@ -1,0 +1,299 @@
+"""veRL's synchronous trainer, told what a group, a step and an evaluation are here.
+
+The loop itself is veRL's ``PPOTrainer.fit``; this class answers its hooks.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import ray
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils import tensordict_utils as tu
+
+from verl_vla.core.episode import EpisodeSpec
+from verl_vla.core.errors import RewardError, SolvedError
+from verl_vla.core.signals import StopRequest
+from verl_vla.evaluation import cold_start
+from verl_vla.evaluation.evaluate import evaluate
+from verl_vla.rl.group_sampling import StartSampler
+from verl_vla.rl.rollout import Simulators
+from verl_vla.runs.console import Progress
+from verl_vla.runs.html.report import LiveReport
+from verl_vla.runs.metrics import MetricsFile
+from verl_vla.runs.run_dir import keep_solved
+from verl_vla.trainer import checkpoint
+from verl_vla.trainer.grpo.cluster_policy import ClusterPolicy
+from verl_vla.trainer.grpo.env_loop import EpisodeLoop
+from verl_vla.trainer.grpo.rows import group_key
+from verl_vla.trainer.grpo.run import Run
+from verl_vla.trainer.grpo.unscored_episodes import RefusedEpisodes
+from verl_vla.trainer.grpo.update import update
+from verl_vla.trainer.grpo.worker import VLAWorker, memory_metrics
+from verl_vla.trainer.verl_compat.placement import CorePoolManager
+
+logger = logging.getLogger(__name__)
+
+
+class VLATrainer(PPOTrainerSync):
+    """Groups of episodes instead of prompts, decisions instead of sequences."""
+
+    def __init__(self, config: Any, run: Run, simulators: Simulators, stop: StopRequest) -> None:
+        super().__init__(config)
+        recipe = run.recipe
+        self.run = run
+        self.simulators = simulators
+        self.stop = stop
+        self.recipe = recipe
+        self.starts = StartSampler(
+            run.training_starts, seed=recipe.seed, group_size=recipe.sampling.group_size
+        )
+        self.metrics_file = MetricsFile(run.folder / "metrics.jsonl")
+        self.album = run.open_album()
+        self.report = LiveReport(run.folder)
+        self.progress = Progress(recipe.trainer.total_training_steps)
+        self._specs: dict[int, list[EpisodeSpec]] = {}
+        self._evaluation_s = 0.0
+        self._checkpoint_s = 0.0
+        self._save_is_due = False
+        self._last_saved = 0
+        self._greedy_before: cold_start.Rates | None = None
+        self._state_before: dict[str, Any] = {}
+
+    def init(self) -> None:
+        """Start the workers, load the newest whole checkpoint, and make the episode loop."""
+        super().init()
+        cluster = self.recipe.cluster
+        self.policy = ClusterPolicy(
+            self.actor_rollout_wg,
+            self.run.processor,
+            num_ranks=cluster.num_nodes * cluster.ranks_per_node,
+        )
+        self.loop = EpisodeLoop(
+            self.policy,
+            self.simulators,
+            self.run.reward,
+            suite=self.recipe.environment.suite,
+            temperature=self.recipe.sampling.temperature,
+            seed=self.recipe.seed,
+            specs_of=self._specs.__getitem__,
+            album=self.album,
+            refused=RefusedEpisodes(self.run.folder, first_step=self.global_steps + 1),
+        )
+        self.actor_rollout_wg.set_policy_loss(self.recipe.loss, self.run.processor.shape.action_dim)
+        self.actor_rollout_wg.guard_updates(
+            str(self.run.folder / "diverged"), self.recipe.optimizer.max_skipped_in_a_row
+        )
+        if self.global_steps > 0:
+            self.config.trainer.val_before_train = False
+        last_step = self.global_steps if self.global_steps else -1
+        self.metrics_file.rewind(last_step)
+        self.album.rewind(last_step)
+
+    def train(self) -> None:
+        """Run veRL's loop to the last step, or to the one after which nothing fails any more.
+
+        Raises:
+            SolvedError: nothing failed in the very first step, so nothing was learned.
+            RewardError: the reward was refused. The steps before are saved and the episodes of
+                this one are kept, so that the same command goes on with a corrected reward.
+        """
+        try:
+            self.fit(self.loop)  # pyright: ignore[reportArgumentType] -- needs generate_sequences only
+        except SolvedError:
+            if self.global_steps == 1:
+                raise
+            self._end_solved()
+        except RewardError as error:
+            step = self.global_steps
+            saved = self._save_steps_before(step)
+            raise RewardError(
+                f"{error}. {saved}; the episodes of step {step} are kept. Start the same command "
+                "again with a corrected reward"
+            ) from error
+
+    def _end_solved(self) -> None:
+        """End a run as its last step would have: saved, and evaluated once."""
+        step, wanted = self.global_steps, self.recipe.trainer.total_training_steps
+        saved = self._save_steps_before(step)
+        self.global_steps = step - 1
+        logger.info("every episode of step %d of %d was solved. %s", step, wanted, saved)
+        if self.recipe.trainer.eval_every and not self.run.was_evaluated(self.global_steps):
+            values = self._validate()
+            self.metrics_file.add_to_last(values | {"time/evaluation_s": self._evaluation_s})
+        keep_solved(self.run.folder, self.global_steps)
+
+    def on_train_begin(self) -> None:
+        """Before the first update of a run, after its evaluation, ask the cold-start gate.
+
+        Raises:
+            ColdStartError: the policy succeeds too seldom to be trained.
+        """
+        super().on_train_begin()
+        config, folder = self.recipe.gate, self.run.folder
+        is_first = self.global_steps == 1
+        if config.mode == "off" or not is_first or cold_start.was_passed(folder):
+            return
+        found = cold_start.probe(
+            cold_start.probe_starts(self.run.training_starts, config.episodes),
+            self.policy,
+            self.simulators,
+            temperature=self.recipe.sampling.temperature,
+            seed=self.recipe.seed,
+            greedy=self._greedy_before,
+        )
+        cold_start.keep(folder, found.as_json(config, self.run.task_names))
+        found.require(config.threshold, self.run.task_names)
+        logger.info("gate: %s", found.summary())
+
+    def on_step_begin(self) -> None:
+        """Forget the groups of the last step and open a new account.
+
+        Raises:
+            Interrupted: somebody asked for the end, and all that was learned is kept.
+        """
+        if self.stop.is_made and self._last_saved == self.global_steps - 1:
+            self.stop.carry_out(self._last_saved)
+        self._specs.clear()
+        self.loop.begin_step()
+        self._state_before = self._run_state()
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        played = (Role.ActorRollout, Role.ActorRolloutRef)
+        self.role_worker_mapping = {
+            role: ray.remote(VLAWorker) if role in played else worker
+            for role, worker in self.role_worker_mapping.items()
+        }
+        if self.config.trainer.device == "cpu":
+            self.resource_pool_manager = CorePoolManager(
+                resource_pool_spec=self.resource_pool_manager.resource_pool_spec,
+                mapping=self.mapping,
+            )
+
+    def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
+        wanted = self.recipe.sampling.groups_per_step if num_prompts is None else num_prompts
+        groups = self.starts.draw(wanted)
+        self._specs.update({group[0].group_id: group for group in groups})
+        batch = tu.get_tensordict({"uid": [group_key(group[0].group_id) for group in groups]})
+        tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
+        return batch
+
+    def _get_required_batch_multiple(self, dp_size: int) -> int:
+        return dp_size * self.recipe.optimizer.num_mini_batches
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        batch, values = update(
+            batch, self.actor_rollout_wg, self.recipe, partial(self._balance_batch, metrics={})
+        )
+        metrics.update(values)
+        return batch
+
+    def _validate(self) -> dict[str, float]:
+        began = time.perf_counter()
+        result = evaluate(
+            self.run.evaluation_starts,
+            self.policy,
+            self.simulators,
+            config=self.recipe.evaluation,
+            seed=self.recipe.seed,
+        )
+        self._evaluation_s = time.perf_counter() - began
+        values = result.as_metrics(self.run.task_names)
+        self.progress.show_evaluation(self.global_steps, result.total)
+        self.run.keep_evaluation(self.global_steps, result)
+        if self.global_steps == 0:
+            self.metrics_file.append(0, values | {"time/evaluation_s": self._evaluation_s})
+            played = self.recipe.evaluation
+            if played.temperature == 0:
+                self._greedy_before = cold_start.Rates.of(result, played.states)
+        return values
+
+    def _compute_metrics(
+        self,
+        batch: KVBatchMeta,
+        metrics: dict[str, Any],
+        timing_raw: dict[str, float],
+        global_steps: int,
+        epoch: int,
+    ) -> None:
+        """Replace what veRL collected by the declared metrics of the step, and report them."""
+        declared = ("groups/", "actor/", "eval/")
+        values = {k: float(v) for k, v in metrics.items() if k.startswith(declared)}
+        values |= self.loop.account.as_metrics()
+        values |= memory_metrics(self.actor_rollout_wg.peak_memory())
+        parts = {"old_log_prob", "ref", "adv", "update_actor"}
+        values |= {
+            "time/step_s": timing_raw["step"],
+            "time/update_s": sum(timing_raw[part] for part in parts & timing_raw.keys()),
+            "time/checkpoint_s": self._checkpoint_s,
+        }
+        if "testing" in timing_raw:
+            values["time/evaluation_s"] = self._evaluation_s
+        metrics.clear()
+        metrics.update(values)
+        self.metrics_file.append(global_steps, values)
+        self.progress.show_step(global_steps, values)
+        if self._save_is_due or self.stop.is_made:
+            self._write_checkpoint(self._run_state())
+        self.report.refresh()
+
+    def _save_checkpoint(self) -> None:
+        """Only note it: veRL saves before it evaluates and reports.
+
+        Saving last, a checkpoint of step N means that the metrics of step N are on disk.
+        """
+        self._save_is_due = True
+
+    def _run_state(self) -> dict[str, Any]:
+        """What veRL does not save, as it stands now."""
+        reward = deepcopy(self.run.reward.state_dict())
+        return {"num_drawn": self.starts.num_drawn, "reward": reward}
+
+    def _save_steps_before(self, step: int) -> str:
+        """Write the checkpoint that ``step``, cut short before its update, began from.
+
+        Returns:
+            What became of the steps before.
+        """
+        last = step - 1
+        if last == 0 or last in checkpoint.complete_steps(self.run.checkpoints):
+            return "No training step is lost"
+        if not self.recipe.trainer.save_every:
+            return "The training steps before are lost, since trainer.save_every is 0"
+        self.global_steps = last
+        self._write_checkpoint(self._state_before)
+        return f"Training step {last} was saved"
+
+    def _write_checkpoint(self, state: dict[str, Any]) -> None:
+        began = time.perf_counter()
+        with checkpoint.writing(self.run.checkpoints, self.global_steps) as folder:
+            super()._save_checkpoint()  # to that folder, see `to_verl`
+            self.actor_rollout_wg.export_policy(str(folder / "policy"))
+            checkpoint.save_run_state(folder, state)
+        checkpoint.remove_old(self.run.checkpoints, self.recipe.trainer.keep_checkpoints)
+        self._save_is_due, self._last_saved = False, self.global_steps
+        self._checkpoint_s = time.perf_counter() - began
+
+    def _load_checkpoint(self) -> None:
+        step = checkpoint.newest_sound(self.run.checkpoints)
+        if step is None:
+            self.config.trainer.resume_mode = "disable"
+            super()._load_checkpoint()
+            return
+        folder = checkpoint.step_folder(self.run.checkpoints, step)
+        self.config.trainer.resume_mode = "resume_path"
+        self.config.trainer.resume_from_path = str(folder)
+        super()._load_checkpoint()
+        state = checkpoint.load_run_state(folder)
+        self.starts.num_drawn = state["num_drawn"]
+        self.run.reward.load_state_dict(state["reward"])
+        self._last_saved = step
+        logger.info("resumed after training step %d", self.global_steps)

@@ -1,0 +1,76 @@
+"""From what the ranks report of an update to the declared metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def summarise_update(
+    reported: Mapping[str, Any], num_padding: int, num_left_out: int
+) -> dict[str, float]:
+    """Add up the sums of all micro-batches and ranks.
+
+    Args:
+        reported: lists with one entry per micro-batch (in the same order under every name), made
+            by `verl_vla.trainer.grpo.worker`, and ``grad_norm`` and ``lr`` per optimizer step;
+            a norm that is not finite stands for a step that was left out. ``kl_sum`` is among them
+            where the loss has a KL term.
+        num_padding: rows without content among them, from veRL.
+        num_left_out: rows that never reached a rank.
+    """
+    tokens = _array(reported["num_tokens"])
+    first = _array(reported["optimizer_step"]) == 0
+    first_tokens = max(float(tokens[first].sum()), 1.0)
+    total = max(float(tokens.sum()), 1.0)
+    steps = len(np.unique(_array(reported["optimizer_step"])))
+    norm = _array(reported["grad_norm"])
+    taken = norm[np.isfinite(norm)]
+    values = {
+        "actor/loss": float(_array(reported["loss_sum"]).sum()) / steps,
+        "actor/grad_norm": float(taken.mean()) if len(taken) else math.nan,
+        "actor/skipped": float(steps * (1 - len(taken) / len(norm))),
+        "actor/lr": float(_array(reported["lr"])[-1]),
+        "actor/entropy": float(_array(reported["entropy_sum"]).sum()) / total,
+        "actor/ratio_first": float(_array(reported["ratio_sum"])[first].sum()) / first_tokens,
+        "actor/ratio_first_deviation": float(_array(reported["ratio_deviation"])[first].max()),
+        "actor/clip_low": float(_array(reported["num_clipped_low"]).sum()) / total,
+        "actor/clip_high": float(_array(reported["num_clipped_high"]).sum()) / total,
+        "actor/rows": float(_array(reported["num_rows"]).sum()) - num_padding,
+        "actor/rows_of_padding": float(num_padding),
+        "actor/rows_left_out": float(num_left_out),
+        "actor/rows_without_gradient": float(_array(reported["num_rows_idle"]).sum()) - num_padding,
+    }
+    if "kl_sum" in reported:
+        values["actor/kl"] = float(_array(reported["kl_sum"]).sum()) / total
+    return values
+
+
+def summarise_no_update(num_left_out: int, num_mini_batches: int, lr: float) -> dict[str, float]:
+    """The same metrics where no row had a gradient; what an update alone would tell is NaN."""
+    unknown = ("loss", "grad_norm", "entropy", "ratio_first", "ratio_first_deviation")
+    values = {f"actor/{name}": math.nan for name in (*unknown, "clip_low", "clip_high")}
+    return values | {
+        "actor/skipped": float(num_mini_batches),
+        "actor/lr": lr,
+        "actor/rows": 0.0,
+        "actor/rows_of_padding": 0.0,
+        "actor/rows_left_out": float(num_left_out),
+        "actor/rows_without_gradient": 0.0,
+    }
+
+
+def _array(values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Flatten the lists of lists that veRL makes of micro-batches, mini-batches and ranks."""
+    flat: list[float] = []
+    pending: list[Any] = [values]
+    while pending:
+        value = pending.pop(0)
+        if isinstance(value, Sequence):
+            pending = [*value, *pending]
+        else:
+            flat.append(float(value))
+    return np.asarray(flat, dtype=np.float64)

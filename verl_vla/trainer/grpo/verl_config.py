@@ -1,0 +1,224 @@
+"""A recipe in veRL's words: the only list of veRL's knobs that we set, each with its reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import verl
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from verl_vla.core.errors import ConfigError
+from verl_vla.trainer.checkpoint import UNFINISHED
+from verl_vla.trainer.engine.weights import checkpoint_contents
+from verl_vla.trainer.grpo.run import Run
+from verl_vla.trainer.verl_compat.process import MODEL_TYPE, ROLLOUT_NAME, choose_device
+
+MAX_PROMPT_TOKENS = 64
+"""Bound on a prompt's length in the token budget of a micro-batch; LIBERO's are 20 to 38
+(measured on all 130 instructions with the published tokenizer)."""
+
+PRECISION = {"float32": "fp32", "bfloat16": "bf16"}
+
+Knobs = dict[str, Any]
+
+
+def to_verl(run: Run) -> DictConfig:
+    """veRL's configuration for ``run``, complete and resolved.
+
+    Raises:
+        ConfigError: the recipe's ``verl`` section names a knob that veRL does not have.
+    """
+    folder = os.path.join(os.path.dirname(verl.__file__), "trainer", "config")
+    with initialize_config_dir(folder, version_base=None):
+        config = compose("ppo_trainer")
+    knobs = _algorithm(run) | _model(run) | _actor(run) | _rollout(run) | _run(run)
+    for name, value in knobs.items():
+        OmegaConf.update(config, name, value, force_add=True)
+    refuse_what_is_decided(run.recipe.verl, run.folder, knobs)
+    OmegaConf.set_struct(config, True)
+    try:
+        config = OmegaConf.merge(config, run.recipe.verl)
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"the recipe's verl section does not fit veRL {verl.__version__}: {error}"
+        ) from error
+    assert isinstance(config, DictConfig)
+    OmegaConf.resolve(config)
+    return config
+
+
+def refuse_what_is_decided(section: Mapping[str, Any], folder: Path, knobs: Knobs) -> None:
+    """Keep a recipe's ``verl`` section to what is free, and what veRL writes to the run's folder.
+
+    Args:
+        section: nested knobs.
+        folder: of the run.
+        knobs: that the project sets, under their dotted names.
+
+    Raises:
+        ConfigError: it names a knob of `to_verl`, code to trust, or a folder elsewhere.
+    """
+    for key, value in _flat(section).items():
+        if key in knobs or key.endswith("trust_remote_code"):
+            raise ConfigError(
+                f"verl.{key} is {value!r}, but the project decides this knob; leave it out"
+            )
+        is_folder = key.endswith(("_dir", "_folder")) and isinstance(value, str)
+        if is_folder and not Path(value).resolve().is_relative_to(folder):
+            raise ConfigError(
+                f"verl.{key} is {value!r}, which is not in the run's folder; name a folder in "
+                f"{folder}"
+            )
+
+
+def _flat(values: Mapping[str, Any], path: str = "") -> Knobs:
+    """Nested knobs under their dotted names."""
+    found: Knobs = {}
+    for name, value in values.items():
+        key = f"{path}{name}"
+        found |= _flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+    return found
+
+
+def _algorithm(run: Run) -> Knobs:
+    sampling = run.recipe.sampling
+    return {
+        "algorithm.adv_estimator": "grpo",
+        "algorithm.use_kl_in_reward": False,
+        # Our replay buffer filters and refills; veRL's own filter has no cap.
+        "algorithm.filter_groups.enable": False,
+        "algorithm.rollout_correction.bypass_mode": not run.recipe.loss.recompute_logp,
+        "critic.enable": False,
+        "reward.num_workers": 0,
+        "trainer.v1.sampler.custom_sampler.path": "pkg://verl_vla.trainer.grpo.replay_buffer",
+        "trainer.v1.sampler.custom_sampler.name": "GroupReplayBuffer",
+        "trainer.v1.sampler.sampler_kwargs": {
+            "groups_per_step": sampling.groups_per_step,
+            "group_size": sampling.group_size,
+            "temperature": sampling.temperature,
+            "dynamic": sampling.dynamic,
+            "filter_on": sampling.filter_on,
+            "max_rounds": sampling.max_rounds,
+        },
+    }
+
+
+def _model(run: Run) -> Knobs:
+    policy = run.recipe.policy
+    model = "actor_rollout_ref.model"
+    return {
+        f"{model}.path": str(run.policy_folder),
+        f"{model}.model_type": MODEL_TYPE,
+        # Importing it registers the engine and the model, in every process that reads this.
+        f"{model}.external_lib": "verl_vla.trainer.engine.engine",
+        f"{model}.trust_remote_code": False,
+        f"{model}.use_remove_padding": False,
+        f"{model}.enable_gradient_checkpointing": policy.gradient_checkpointing,
+        f"{model}.override_config.attn_implementation": policy.attention,
+        f"{model}.override_config.unnorm_key": run.processor.codec.statistics.key,
+        f"{model}.override_config.quantization": policy.quantization,
+        f"{model}.override_config.gather_once": run.recipe.cluster.gather_once,
+        f"{model}.lora_rank": policy.lora_rank or 0,
+        f"{model}.lora_alpha": policy.lora_alpha,
+        f"{model}.target_modules": policy.lora_targets,
+    }
+
+
+def _actor(run: Run) -> Knobs:
+    recipe, actor = run.recipe, "actor_rollout_ref.actor"
+    tokens = MAX_PROMPT_TOKENS + run.processor.shape.num_tokens
+    budget = recipe.optimizer.micro_batch_size * tokens
+    optim = f"{actor}.optim"
+    has_adapters = recipe.policy.lora_rank is not None
+    return {
+        f"{actor}.strategy": "fsdp2",
+        # Of veRL's KL machinery only the reference worker is used; the term is in our loss.
+        f"{actor}.use_kl_loss": recipe.loss.kl.is_on,
+        f"{actor}.use_torch_compile": False,
+        # Micro-batches by token budget: rows need not divide, ranks run equally many.
+        f"{actor}.use_dynamic_bsz": True,
+        f"{actor}.ppo_max_token_len_per_gpu": budget,
+        f"{actor}.ppo_mini_batch_size": recipe.sampling.groups_per_step,
+        "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz": True,
+        "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": budget,
+        **_fsdp(f"{actor}.fsdp_config", run),
+        # The starting policy computes as the learner does, so that they begin equal to the bit.
+        **_fsdp("actor_rollout_ref.ref.fsdp_config", run),
+        f"{actor}.checkpoint.save_contents": checkpoint_contents(has_adapters=has_adapters),
+        f"{optim}.optimizer": recipe.optimizer.name,
+        f"{optim}.lr": recipe.optimizer.lr,
+        f"{optim}.lr_warmup_steps": recipe.optimizer.warmup_steps,
+        f"{optim}.weight_decay": recipe.optimizer.weight_decay,
+        f"{optim}.betas": list(recipe.optimizer.betas),
+        f"{optim}.clip_grad": recipe.optimizer.clip_grad,
+    }
+
+
+def _fsdp(section: str, run: Run) -> Knobs:
+    policy = run.recipe.policy
+    precision = PRECISION[policy.dtype]
+    return {
+        f"{section}.strategy": "fsdp2",
+        f"{section}.use_torch_compile": False,
+        f"{section}.seed": run.recipe.seed,
+        # What is trained stays float32 for the optimizer; FSDP casts it for the arithmetic.
+        f"{section}.model_dtype": "fp32" if policy.lora_rank is None else precision,
+        f"{section}.offload_policy": run.recipe.optimizer.name == "deepspeed_cpu_adam",
+        f"{section}.mixed_precision": {
+            "param_dtype": precision,
+            "reduce_dtype": "fp32",
+            "buffer_dtype": "fp32",
+        },
+    }
+
+
+def _rollout(run: Run) -> Knobs:
+    rollout = "actor_rollout_ref.rollout"
+    return {
+        f"{rollout}.name": ROLLOUT_NAME,
+        f"{rollout}.n": run.recipe.sampling.group_size,
+        f"{rollout}.temperature": run.recipe.sampling.temperature,
+        f"{rollout}.tensor_model_parallel_size": 1,
+        f"{rollout}.free_cache_engine": False,
+        f"{rollout}.calculate_log_probs": True,
+        f"{rollout}.n_gpus_per_node": run.recipe.cluster.ranks_per_node,
+        f"{rollout}.router_config_path": str(Path(__file__).parent / "no_router.yaml"),
+    }
+
+
+def _run(run: Run) -> Knobs:
+    recipe = run.recipe
+    groups, steps = recipe.sampling.groups_per_step, recipe.trainer.total_training_steps
+    never = -1
+    save, evaluate = recipe.trainer.save_every, recipe.trainer.eval_every
+    return {
+        "data.train_batch_size": groups,
+        "data.val_batch_size": groups,
+        "data.dataloader_num_workers": 0,
+        "data.seed": recipe.seed,
+        "data.train_files": "unused",
+        "data.val_files": "unused",
+        "data.custom_cls.path": "pkg://verl_vla.trainer.verl_compat.placement",
+        "data.custom_cls.name": "NoDataset",
+        "transfer_queue.enable": True,
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units": recipe.cluster.num_nodes,
+        # Not on nodes that only simulate, which are started with no CPU for Ray to give away.
+        "transfer_queue.backend.SimpleStorage.required_node_resource": "CPU",
+        "trainer.device": choose_device(recipe.cluster.device),
+        "trainer.nnodes": recipe.cluster.num_nodes,
+        "trainer.n_gpus_per_node": recipe.cluster.ranks_per_node,
+        "trainer.logger": list(recipe.trainer.loggers),
+        "trainer.project_name": recipe.trainer.project,
+        "trainer.experiment_name": run.folder.name,
+        "trainer.total_training_steps": steps,
+        "trainer.total_epochs": steps + 1,
+        "trainer.save_freq": save if save else never,
+        "trainer.test_freq": evaluate if evaluate else never,
+        "trainer.val_before_train": recipe.trainer.eval_before,
+        "trainer.default_local_dir": str(run.checkpoints / UNFINISHED),
+    }

@@ -1,0 +1,185 @@
+"""One rank of a fine-tuning run: veRL's FSDP engine, fed with demonstrations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from verl.trainer.config import CheckpointConfig
+from verl.utils.device import get_device_id
+from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+
+from verl_vla.config.sft import ScheduleConfig
+from verl_vla.datasets.sft_dataset import SampleBatch
+from verl_vla.trainer.engine.divergence_guard import FiniteGuard
+from verl_vla.trainer.engine.engine import VLAEngine
+from verl_vla.trainer.engine.exported_policy import write_policy
+from verl_vla.trainer.engine.weights import checkpoint_contents
+from verl_vla.trainer.grpo.verl_config import PRECISION
+from verl_vla.trainer.sft.run import SFTRun
+from verl_vla.trainer.verl_compat.process import MODEL_TYPE
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LOSS, ACCURACY = range(2)
+"""Columns of the sums that ranks add up."""
+
+
+class SFTEngine(VLAEngine):
+    """Learns to choose the demonstrated bins, and to stop behind them."""
+
+    def __init__(self, run: SFTRun) -> None:
+        """Describe the engine in veRL's words; `initialize` builds it."""
+        self._run = run
+        policy, schedule = run.recipe.policy, run.recipe.optimizer
+        self.guard = FiniteGuard(
+            folder=run.folder / "diverged", max_in_a_row=schedule.max_skipped_in_a_row
+        )
+        contents = checkpoint_contents(has_adapters=policy.lora_rank is not None)
+        first, second = schedule.betas
+        super().__init__(
+            HFModelConfig(
+                path=str(run.policy_folder),
+                model_type=MODEL_TYPE,
+                trust_remote_code=False,
+                use_remove_padding=False,
+                enable_gradient_checkpointing=policy.gradient_checkpointing,
+                override_config={
+                    "attn_implementation": policy.attention,
+                    "unnorm_key": None,
+                    "quantization": "none",
+                    "gather_once": True,
+                },
+                lora_rank=policy.lora_rank or 0,
+                lora_alpha=policy.lora_alpha,
+                target_modules="all-linear",
+            ),
+            FSDPEngineConfig(
+                strategy="fsdp2",
+                use_torch_compile=False,
+                seed=run.recipe.seed,
+                # Weights stay float32 for the optimizer; FSDP casts them for the arithmetic.
+                model_dtype="fp32",
+                mixed_precision={
+                    "param_dtype": PRECISION[policy.dtype],
+                    "reduce_dtype": "fp32",
+                    "buffer_dtype": "fp32",
+                },
+            ),
+            FSDPOptimizerConfig(
+                optimizer="adamw",
+                lr=schedule.lr,
+                weight_decay=schedule.weight_decay,
+                betas=(first, second),
+                # an infinite bound measures the norm and clips nothing
+                clip_grad=math.inf if schedule.clip_grad is None else schedule.clip_grad,
+                lr_warmup_steps=schedule.warmup_steps,
+                total_training_steps=run.recipe.trainer.total_steps,
+            ),
+            CheckpointConfig(save_contents=contents, load_contents=contents),
+        )
+
+    def _build_module(self) -> nn.Module:
+        module = super()._build_module()
+        self.processor = self._run.load_processor()
+        return module
+
+    def _build_lr_scheduler(
+        self, optimizer: torch.optim.Optimizer
+    ) -> torch.optim.lr_scheduler.LambdaLR:
+        schedule: ScheduleConfig = self._run.recipe.optimizer
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.lr_factor)
+
+    def learn(self, batch: SampleBatch) -> dict[str, float]:
+        """Take one optimizer step on this rank's part of a step's batch.
+
+        Returns:
+            ``sft/loss``, ``sft/accuracy``, ``sft/grad_norm``, ``sft/skipped`` and ``sft/lr``, of
+            all ranks together.
+
+        Raises:
+            DivergedError: too many steps in a row were left out.
+        """
+        size = self._run.recipe.optimizer.micro_batch_size
+        starts = range(0, len(batch.bins), size)
+        sums = torch.zeros(2, dtype=torch.float64)
+        with self.train_mode():
+            self.optimizer_zero_grad()
+            for start in starts:
+                with self._gradient_sync_context(is_last_micro_batch=start == starts[-1]):
+                    loss, accuracy = self._imitate(batch, slice(start, start + size))
+                    # FSDP averages over ranks, each of which has as many samples
+                    (loss.sum() / len(batch.bins)).backward()
+                sums += torch.stack([loss.detach(), accuracy]).double().sum(1).cpu()
+            self.losses.append(float(sums[LOSS]))
+            norm = self.optimizer_step()
+            assert self.optimizer is not None
+            rate = float(self.optimizer.param_groups[0]["lr"])
+            self.lr_scheduler_step()
+        self.guard.count(norm, lambda: asdict(batch), self.export)
+        total = self._add_up(sums)
+        num_samples = self._run.recipe.optimizer.batch_size
+        return {
+            "sft/loss": total[LOSS] / num_samples,
+            "sft/accuracy": total[ACCURACY] / num_samples,
+            "sft/grad_norm": norm,
+            "sft/skipped": float(not math.isfinite(norm)),
+            "sft/lr": rate,
+        }
+
+    @torch.no_grad()
+    def test(self, batches: Sequence[tuple[SampleBatch, Tensor]], num_samples: int) -> list[float]:
+        """Measure loss and accuracy without learning.
+
+        Args:
+            batches: this rank's part, as many on every rank; with each the weights [n] of its
+                samples, 0 for one that only fills the batch.
+            num_samples: weights of all ranks together.
+
+        Returns:
+            Mean loss per label (nats) and share of tokens whose likeliest bin is demonstrated.
+        """
+        sums = torch.zeros(2, dtype=torch.float64)
+        with self.eval_mode():
+            for batch, weights in batches:
+                per_sample = torch.stack(self._imitate(batch, slice(None))).double().cpu()
+                sums += per_sample @ weights.double()
+        return [total / num_samples for total in self._add_up(sums)]
+
+    def export(self, folder: Path) -> None:
+        """As training does, with the weights in the recipe's type."""
+        dtype = DTYPES[self._run.recipe.policy.dtype]
+        write_policy(self.module, self.processor, folder, is_quantized=False, dtype=dtype)
+
+    def _imitate(self, batch: SampleBatch, rows: slice) -> tuple[Tensor, Tensor]:
+        """Score a micro-batch.
+
+        Returns:
+            [n] each: mean loss of a sample's labels (nats), and share of its tokens whose
+            likeliest bin is demonstrated.
+        """
+        device = get_device_id()
+        prompts = [self.processor.prompt(text) for text in batch.instructions[rows]]
+        ids, mask = self.processor.collate(prompts)
+        bins = batch.bins[rows].to(device)
+        output = self.run_model(
+            ids.to(device),
+            mask.to(device),
+            batch.images[rows].to(device),
+            bins=bins,
+            with_nll=True,
+        )
+        assert output.logits is not None
+        assert output.nll is not None
+        is_right = output.logits.detach().argmax(-1) == bins
+        return output.nll.mean(1), is_right.float().mean(1)
+
+    def _add_up(self, sums: Tensor) -> list[float]:
+        """Sum over the ranks."""
+        on_device = sums.to(get_device_id())
+        torch.distributed.all_reduce(on_device)
+        return on_device.tolist()

@@ -1,0 +1,98 @@
+"""Start the ranks of a fine-tuning run, one process each, and end them whatever happens."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from multiprocessing.process import BaseProcess
+
+import torch
+import torch.distributed
+
+from verl_vla.config.sft import RanksConfig
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.processes import end_with_parent
+from verl_vla.core.signals import leave_signals_to_parent, stop_requests
+from verl_vla.trainer.sft.engine import SFTEngine
+from verl_vla.trainer.sft.run import SFTRun
+from verl_vla.trainer.sft.trainer import SFTLoop
+from verl_vla.trainer.verl_compat.process import choose_device, divert_output, prepare_verl
+
+
+def train(run: SFTRun) -> None:
+    """Fine-tune to the last step of ``run``'s recipe; this process is the first rank."""
+    device = _device(run.recipe.ranks)
+    num_ranks = run.recipe.ranks.num_ranks
+    with ExitStack() as stack:
+        store = stack.enter_context(tempfile.TemporaryDirectory(prefix="verl_vla_sft_"))
+        address = f"file://{store}/store"
+        stack.enter_context(_other_ranks(run, num_ranks, device, address))
+        stack.enter_context(_process_group(0, num_ranks, device, address))
+        stack.enter_context(divert_output(run.folder))
+        engine = SFTEngine(run)
+        engine.initialize()
+        plays = run.recipe.trainer.play_every > 0
+        simulators = stack.enter_context(run.open_simulators(engine.processor)) if plays else None
+        stop = stack.enter_context(stop_requests())
+        SFTLoop(run, engine, simulators, stop).play()
+
+
+def _other_rank(rank: int, run: SFTRun, num_ranks: int, device: str, address: str) -> None:
+    end_with_parent()
+    leave_signals_to_parent()
+    with _process_group(rank, num_ranks, device, address), divert_output(run.folder):
+        engine = SFTEngine(run)
+        engine.initialize()
+        SFTLoop(run, engine, None, None).play()
+
+
+@contextmanager
+def _other_ranks(
+    run: SFTRun, num_ranks: int, device: str, address: str
+) -> Generator[list[BaseProcess]]:
+    context = multiprocessing.get_context("spawn")
+    processes: list[BaseProcess] = [
+        context.Process(target=_other_rank, args=(rank, run, num_ranks, device, address))
+        for rank in range(1, num_ranks)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        yield processes
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@contextmanager
+def _process_group(rank: int, num_ranks: int, device: str, address: str) -> Generator[None]:
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        init_method=address,
+        rank=rank,
+        world_size=num_ranks,
+    )
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _device(ranks: RanksConfig) -> str:
+    device = choose_device(ranks.device)
+    available = torch.cuda.device_count()
+    if device == "cuda" and available < ranks.num_ranks:
+        raise ConfigError(
+            f"ranks.num_ranks is {ranks.num_ranks}, but this machine has {available} GPUs; "
+            "set at most that, or ranks.device=cpu"
+        )
+    prepare_verl(device, knob="ranks.device")
+    return device

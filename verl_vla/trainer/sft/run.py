@@ -1,0 +1,237 @@
+"""From a fine-tuning recipe to the parts of a run, checked before a process is started."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from verl_vla.config.sft import SFTRecipe
+from verl_vla.core.episode import Start
+from verl_vla.core.errors import ConfigError
+from verl_vla.datasets.action_targets import measure_statistics
+from verl_vla.datasets.libero_reader import Demo, read_demos
+from verl_vla.datasets.rerender import Rerendering, rerender
+from verl_vla.datasets.sft_dataset import DemoSamples
+from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.libero.suite import SUITES, libero_suite
+from verl_vla.envs.libero.task import CAMERAS
+from verl_vla.envs.pool.env_pool import EnvPool
+from verl_vla.policies.base import Processor
+from verl_vla.policies.normalization import (
+    NO_NOOPS_SUFFIX,
+    STATISTICS_FILE,
+    ActionStatistics,
+    load_statistics,
+    save_statistics,
+)
+from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
+from verl_vla.policies.registry import check_adapters, load_processor, require_sound
+from verl_vla.rl.setup import (
+    PUBLISHED_RENDER_SIZE,
+    env_config,
+    find_policy,
+    open_simulators,
+    starts,
+    task_ids,
+)
+from verl_vla.runs.run_dir import claimed_folder
+
+logger = logging.getLogger(__name__)
+
+MAY_CHANGE = (
+    "out",
+    "trainer",
+    "evaluation",
+    "demos.num_loaders",
+    "environment.num_workers",
+    "environment.num_slots",
+    "environment.timeout_s",
+)
+"""Parts of a recipe that may differ when a run is resumed; anything else would make the second
+half of the curve another experiment."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SFTRun:
+    """A checked recipe and the parts made from it; every rank has a copy."""
+
+    recipe: SFTRecipe
+    folder: Path
+    policy_folder: Path
+    """The policy that the run starts from, with the statistics of the demonstrations."""
+    render_size: int
+    """Of the pictures that are learned from, pixels."""
+    env_config: EnvConfig
+    """Of every simulator."""
+    learned: tuple[Demo, ...]
+    held_out: tuple[Demo, ...]
+    starts: tuple[Start, ...]
+    """Held-out starts of the closed-loop evaluations."""
+    task_names: dict[int, str]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are kept."""
+        return self.folder / "checkpoints"
+
+    def load_processor(self) -> Processor:
+        """What lies between the demonstrations and the policy."""
+        return _load_processor(self.policy_folder, self.render_size)
+
+    def samples(self, processor: Processor) -> DemoSamples:
+        """What is learned."""
+        recipe = self.recipe
+        return _samples(self.learned, processor, recipe.seed if recipe.demos.augment else None)
+
+    def held_out_samples(self, processor: Processor) -> DemoSamples:
+        """What is tested open loop."""
+        return _samples(self.held_out, processor, None)
+
+    @contextmanager
+    def open_simulators(self, processor: Processor) -> Generator[EnvPool]:
+        """The simulators of the closed-loop evaluations."""
+        with open_simulators(self.recipe.environment, self.env_config, processor.shape) as pool:
+            yield pool
+
+
+@contextmanager
+def open_sft_run(recipe: SFTRecipe) -> Generator[SFTRun]:
+    """Check ``recipe``, claim its folder, read the demonstrations and lay down the first policy.
+
+    Raises:
+        ConfigError: anything about the recipe or the demonstrations that cannot work.
+    """
+    env, choice = recipe.environment, recipe.demos.choice
+    chosen = libero_suite(env.suite)
+    tasks = task_ids(chosen, env.tasks)
+    source = Path(recipe.demos.folder).expanduser().resolve()
+    held_out_starts = (
+        starts(
+            chosen, tasks, recipe.evaluation.states, per_task=recipe.evaluation.episodes_per_task
+        )
+        if recipe.trainer.play_every
+        else ()
+    )
+    learned, held_out = read_demos(source, chosen, tasks, choice)
+    if recipe.policy.path is not None:
+        find_policy(recipe.policy.path)
+    if recipe.demos.pictures == "rerendered" or recipe.trainer.play_every:
+        chosen.require_simulator()
+    folder = Path(recipe.out).expanduser().resolve()
+    with claimed_folder(folder, recipe.as_dict(), MAY_CHANGE):
+        statistics = measure_statistics(
+            [demo.actions for demo in learned],
+            key=env.suite + (NO_NOOPS_SUFFIX if choice.filter_noops else ""),
+        )
+        policy_folder = _first_policy(recipe, folder / "first_policy", statistics)
+        require_sound(policy_folder)
+        check_adapters(policy_folder, recipe.policy.lora_rank, has_kl=False)
+        render_size = learned[0].render_size
+        if recipe.demos.pictures == "rerendered":
+            render_size = PUBLISHED_RENDER_SIZE if env.render_size is None else env.render_size
+            work = Rerendering(
+                source=source,
+                target=folder / f"demos_{render_size}px",
+                env=EnvConfig(
+                    suite=env.suite,
+                    render_size=render_size,
+                    cameras=CAMERAS[: load_processor(policy_folder).shape.num_views],
+                    max_simulators=1,
+                ),
+            )
+            rerender(work, tasks, workers=env.num_workers)
+            learned, held_out = read_demos(work.target, chosen, tasks, choice)
+        run = SFTRun(
+            recipe=recipe,
+            folder=folder,
+            policy_folder=policy_folder,
+            render_size=render_size,
+            env_config=env_config(env, _load_processor(policy_folder, render_size)),
+            learned=tuple(learned),
+            held_out=tuple(held_out),
+            starts=held_out_starts,
+            task_names={task: chosen.tasks[task].name for task in tasks},
+        )
+        _check_samples(run)
+        yield run
+
+
+def _first_policy(recipe: SFTRecipe, folder: Path, statistics: ActionStatistics) -> Path:
+    """Make the folder of the policy that the run starts from, or check the one that is there."""
+    if folder.exists():
+        before = load_statistics(folder, statistics.key)
+        same = all(
+            np.array_equal(getattr(before, name), getattr(statistics, name))
+            for name in ("q01", "q99", "mask")
+        )
+        if not same:
+            raise ConfigError(
+                f"{folder} was made for other demonstrations than {recipe.demos.folder} holds now; "
+                "restore them to resume, or choose another out=FOLDER"
+            )
+        return folder
+    partial = folder.with_suffix(".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    if recipe.policy.path is None:
+        # the words of every suite, so that any of them can be played with these weights
+        words = [task.instruction for name in SUITES for task in libero_suite(name).tasks]
+        build_tiny_policy(words, statistics, seed=recipe.seed).save_pretrained(partial)
+    else:
+        partial.mkdir()
+        for path in find_policy(recipe.policy.path).iterdir():
+            if path.is_file() and path.name != STATISTICS_FILE:
+                (partial / path.name).symlink_to(path)  # gigabytes that nobody changes
+        save_statistics(partial, statistics)
+    partial.replace(folder)
+    return folder
+
+
+def _samples(
+    demos: tuple[Demo, ...], processor: Processor, augment_seed: int | None
+) -> DemoSamples:
+    return DemoSamples(
+        demos,
+        processor.codec,
+        image_size=processor.shape.image_size,
+        num_views=processor.shape.num_views,
+        augment_seed=augment_seed,
+    )
+
+
+def _load_processor(folder: Path, render_size: int) -> Processor:
+    processor = load_processor(folder)
+    processor.render_size = render_size
+    return processor
+
+
+def _check_samples(run: SFTRun) -> None:
+    """Find what would stop a rank, as long as nothing has been started."""
+    processor = run.load_processor()
+    samples = run.samples(processor)
+    batch = run.recipe.optimizer.batch_size
+    if len(samples) < batch:
+        raise ConfigError(
+            f"the demonstrations make {len(samples)} samples, fewer than optimizer.batch_size, "
+            f"{batch}; set a smaller batch or learn more episodes"
+        )
+    num_views = processor.shape.num_views
+    for demo in run.learned + run.held_out:
+        processor.prompt(demo.instruction)
+        if len(demo.cameras) < num_views:
+            raise ConfigError(
+                f"the policy takes {num_views} images, but {demo.name} of {demo.file} has pictures "
+                f"of {' and '.join(demo.cameras)} alone; set demos.pictures=rerendered"
+            )
+    logger.info(
+        "%d episodes, %d samples to learn; %d episodes held out",
+        len(run.learned),
+        len(samples),
+        len(run.held_out),
+    )

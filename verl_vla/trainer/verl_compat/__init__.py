@@ -1,0 +1,1 @@
+"""What veRL needs to run on this machine: device, process settings, placement."""
