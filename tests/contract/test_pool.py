@@ -23,8 +23,9 @@ import pytest
 
 from verl_vla.core.episode import EpisodeSpec, Observation, Outcome
 from verl_vla.core.errors import ConfigError, ContractError, EpisodeCrashed
-from verl_vla.envs.base import ChunkResult, EnvFactory
+from verl_vla.envs.base import ChunkResult, EnvConfig, EnvFactory
 from verl_vla.envs.fake import FakeEnv, FakeEnvConfig
+from verl_vla.envs.libero.suite import make_libero_env
 from verl_vla.envs.pool.env_pool import EnvPool
 
 FAKE = partial(FakeEnv, FakeEnvConfig(image_size=16))
@@ -112,15 +113,14 @@ def case_fake() -> Case:
 
 
 def case_mini() -> Case:
-    libero = importlib.import_module("verl_vla.envs.libero.env")
-    config = libero.EnvConfig(
+    config = EnvConfig(
         suite="mini", step_limit=20, render_size=128, image_size=112, draw_ending=True
     )
     specs = [
         EpisodeSpec(task_id=i % 2, init_state_id=i // 4, group_id=i // 2, episode_id=i)
         for i in range(6)
     ]
-    return Case(partial(libero.make_env, config), (1, 112, 112, 3), specs, scale=0.5)
+    return Case(partial(make_libero_env, config), (1, 112, 112, 3), specs, scale=0.5)
 
 
 CASES = {"fake": case_fake, "mini": case_mini}

@@ -2,7 +2,8 @@
 
 The memory of fine-tuning Qwen2.5-3B with SigLIP-so400m at 384 px: two cameras, batch 8, LoRA of
 rank 32, trained action rows, gradient checkpointing. Weights are counted on the meta device by
-``tests/unit/policies/test_scratch_vla_assembly.py``, the rest is arithmetic; nothing was measured on a GPU.
+``tests/unit/policies/test_scratch_vla_assembly.py``, the rest is arithmetic; nothing was measured
+on a GPU.
 A sequence has 2 x 729 patches, about 40 words and 55 action tokens: 1,553 places. GB are 1e9 bytes.
 
     language model, frozen, bfloat16        3,085,938,688 weights                    6.17 GB
