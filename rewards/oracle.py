@@ -1,4 +1,4 @@
-"""Progress as the simulator itself knows it: the upper bound for rewards that look at pictures.
+"""Progress as the simulator itself knows it: the upper bound for rewards that look at images.
 
 For benchmarks and experiments. A policy trained with it has learned from what no robot can see.
 """

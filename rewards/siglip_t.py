@@ -68,8 +68,8 @@ class SiglipTReward(ReferenceReward):
             temporal: ``none``, ``additive`` or ``causal``.
             pooling: what of an episode's rows counts: their ``mean``, the ``last_k``, or, without
                 a head, where they ``align`` with successes.
-            last_k: rows; a row is a decision. The publication pooled 20 frames, which at 8 steps
-                a decision are 3 rows.
+            last_k: rows; a row is a policy step. The publication pooled 20 frames, which at 8 steps
+                a policy step are 3 rows.
             alpha: what the best conceivable failure is worth, in (0, 1).
             anneal: see `ReferenceReward`.
             head_width: of the causal head.

@@ -27,7 +27,7 @@ from verl_vla.core.errors import ConfigError, RewardError
 from verl_vla.rewards import RewardResult, StatelessReward, TrajectoryBatch
 
 QUESTION = (
-    "A robot was told: {instruction}. These {count} pictures, in the order of time, show what it "
+    "A robot was told: {instruction}. These {count} images, in the order of time, show what it "
     "did; it did not finish. How far did it come, from 0 (nothing of it was done) to 100 (all but "
     "done)?"
 )
@@ -74,7 +74,7 @@ class VlmJudgeReward(StatelessReward):
             instructions: what the robot was told, by ``suite/task_id``.
             url: of the server, up to and with its version.
             alpha: what the best conceivable failure is worth, above 0 and below 1.
-            num_frames: pictures of an episode, evenly spaced, the last one among them.
+            num_frames: images of an episode, evenly spaced, the last one among them.
             num_requests: episodes that are judged at the same time.
             timeout_s: for one answer.
             max_lost_share: of failures that may stay without an answer; they score 0.
@@ -131,10 +131,10 @@ class VlmJudgeReward(StatelessReward):
     def _judge(self, frames: npt.NDArray[np.uint8], task_key: str) -> float:
         """0 to 1, or NaN where the server gave no answer."""
         rows = np.linspace(0, len(frames) - 1, min(self._num_frames, len(frames))).round()
-        pictures = [frames[int(row), 0] for row in rows]
-        question = QUESTION.format(instruction=self._instructions[task_key], count=len(pictures))
+        images = [frames[int(row), 0] for row in rows]
+        question = QUESTION.format(instruction=self._instructions[task_key], count=len(images))
         content: list[dict[str, Any]] = [{"type": "text", "text": question}]
-        content += [{"type": "image_url", "image_url": {"url": _as_url(p)}} for p in pictures]
+        content += [{"type": "image_url", "image_url": {"url": _as_url(p)}} for p in images]
         body = {
             "model": self._model,
             "messages": [{"role": "user", "content": content}],
@@ -173,6 +173,6 @@ class VlmJudgeReward(StatelessReward):
             return json.load(answer)
 
 
-def _as_url(picture: npt.NDArray[np.uint8]) -> str:
-    data = simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=JPEG_QUALITY)
+def _as_url(image: npt.NDArray[np.uint8]) -> str:
+    data = simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"

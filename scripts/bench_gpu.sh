@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Decisions, updates and simulators on one GPU, with random weights: no hub, no Ray, no data set.
+# PolicySteps, updates and simulators on one GPU, with random weights: no hub, no Ray, no data set.
 # Needs python with torch, transformers, peft, mujoco and hf-libero; PYTHON names another one.
 #   ./scripts/bench_gpu.sh [FOLDER]      records go to FOLDER, default docs/benchmarks
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of this node; words choose and override knobs.
+# Trains on the GPUs of this node; words choose and override options.
 #   train_8gpu.sh suite=spatial reward=srpo policy.path=FOLDER
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"

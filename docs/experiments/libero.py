@@ -1,6 +1,6 @@
-"""Read the runs of docs/experiments/libero.md: a small record, a picture and a table.
+"""Read the runs of docs/experiments/libero.md: a small record, an image and a table.
 
-python docs/experiments/libero.py FOLDER RECORD PICTURE
+python docs/experiments/libero.py FOLDER RECORD IMAGE
 
 The folder holds what scripts/reproduce_libero.sh makes: the run `binary`, which played the starts
 greedily before training and after it, and the evaluations `before` and `after` of the same policies
@@ -153,8 +153,8 @@ def _colour(policy: str, colours: dict[str, str]) -> str:
     return colours[run] if run in colours else "black"
 
 
-def main(folder: Path, record: Path, picture: Path) -> str:
-    """Write record and picture, and return the table."""
+def main(folder: Path, record: Path, image: Path) -> str:
+    """Write record and image, and return the table."""
     recipe = yaml.safe_load((folder / MAIN / "recipe.yaml").read_text())
     names = sorted(
         (path.parent.name for path in folder.glob("*/recipe.yaml")), key=lambda n: (n != MAIN, n)
@@ -169,7 +169,7 @@ def main(folder: Path, record: Path, picture: Path) -> str:
     sampled = {name: _evaluation(own / RESULT) for name, own in played.items()}
     content = {"recipe": recipe, "runs": runs, "sampled": sampled}
     record.write_text(json.dumps(content, indent=1) + "\n")
-    draw(picture, runs, sampled)
+    draw(image, runs, sampled)
     return table(runs, sampled)
 
 

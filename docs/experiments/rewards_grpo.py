@@ -1,6 +1,6 @@
 """Read what rewards_grpo.sh has trained: a table, and docs/images/rewards_grpo.png.
 
-python docs/experiments/rewards_grpo.py FOLDER PICTURE
+python docs/experiments/rewards_grpo.py FOLDER IMAGE
 """
 
 from __future__ import annotations
@@ -140,13 +140,13 @@ def draw(path: Path, arms: dict[str, Arm]) -> None:
     figure.savefig(path)
 
 
-def main(folder: Path, picture: Path) -> str:
+def main(folder: Path, image: Path) -> str:
     """Check, draw and return the table."""
     names = sorted(path.name for path in folder.iterdir() if any(path.glob("seed*")))
     names.sort(key=lambda name: name != BASELINE)
     arms = {name: read_arm(folder / name) for name in names}
     check_equal(arms)
-    draw(picture, arms)
+    draw(image, arms)
     return table(arms)
 
 

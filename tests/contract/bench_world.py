@@ -1,4 +1,4 @@
-"""Trajectories of a world in which pictures show true progress, for the reward benchmark."""
+"""Trajectories of a world in which images show true progress, for the reward benchmark."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import numpy as np
 import torch
 
 from verl_vla.core.episode import Outcome
-from verl_vla.core.tables import Decisions, Episodes, Trajectories
+from verl_vla.core.tables import Episodes, PolicySteps, Trajectories
 
 NUM_GROUPS, SIZE, TASKS = 16, 6, 2
 PIXELS = 16
 CHUNK = 8
 
 
-def picture(progress: float, task: int, layout: int) -> np.ndarray:
+def image(progress: float, task: int, layout: int) -> np.ndarray:
     """[1, H, W, 3]: a bar that grows from the left, on a ground that tells the layout."""
     image = np.full((PIXELS, PIXELS), 20 + 4 * (layout % 8), dtype=np.float64)
     reach = progress * (PIXELS - 4)
@@ -24,9 +24,9 @@ def picture(progress: float, task: int, layout: int) -> np.ndarray:
 
 
 def episode(reached: float, num: int, task: int, layout: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures [num + 1, 1, H, W, 3] before each decision and at the end; readings as many."""
+    """Images [num + 1, 1, H, W, 3] before each policy step and at the end; readings as many."""
     progress = reached * np.linspace(0, 1, num + 1)
-    frames = np.stack([picture(p, task, layout) for p in progress])
+    frames = np.stack([image(p, task, layout) for p in progress])
     left = 1 - progress
     goals = np.stack([left, left, progress >= 1], axis=1)[:, None].astype(np.float32)
     return frames, goals
@@ -40,7 +40,7 @@ def make_trajectories(seed: int = 0, *, crash_last: bool = False) -> Trajectorie
         name: []
         for name in ("task_id", "init_state_id", "group_id", "episode_id", "outcome", "num_steps")
     }
-    goals, endings = [], []
+    goals, final_images = [], []
     for index in range(NUM_GROUPS * SIZE):
         group = index // SIZE
         task = group % TASKS
@@ -53,7 +53,7 @@ def make_trajectories(seed: int = 0, *, crash_last: bool = False) -> Trajectorie
         rows["episode"] += [index] * num
         rows["executed"] += [CHUNK] * (num - 1) + [last]
         lost = crash_last and index == NUM_GROUPS * SIZE - 1
-        endings.append(None if lost else frames[-1])
+        final_images.append(None if lost else frames[-1])
         outcome = Outcome.SUCCESS if solved else Outcome.TIMEOUT
         values = (group % TASKS, group // TASKS, group, index)
         for name, value in zip(table, values, strict=False):
@@ -63,16 +63,16 @@ def make_trajectories(seed: int = 0, *, crash_last: bool = False) -> Trajectorie
     num_rows = len(rows["episode"])
     return Trajectories(
         episodes=Episodes(**{name: torch.tensor(column) for name, column in table.items()}),
-        decisions=Decisions(
+        policy_steps=PolicySteps(
             episode=torch.tensor(rows["episode"]),
             image=torch.from_numpy(np.concatenate(rows["image"])),
             proprio=torch.from_numpy(rng.normal(size=(num_rows, 8)).astype(np.float32)),
-            bins=torch.zeros((num_rows, 4), dtype=torch.int64),
-            logp=torch.zeros((num_rows, 4)),
+            action_tokens=torch.zeros((num_rows, 4), dtype=torch.int64),
+            log_probs=torch.zeros((num_rows, 4)),
             executed=torch.tensor(rows["executed"]),
         ),
         prompt_ids=tuple(torch.arange(1 + row % 3) for row in range(num_rows)),
         goals=tuple(goals),
-        endings=tuple(endings),
+        final_images=tuple(final_images),
         crashes={NUM_GROUPS * SIZE - 1: "killed"} if crash_last else {},
     )

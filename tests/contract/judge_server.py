@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's protocol and judges an episode by the light of its last picture."""
+"""A server that speaks OpenAI's protocol and judges an episode by the light of its last image."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def url_of(server: ThreadingHTTPServer) -> str:
 
 
 class Stub(BaseHTTPRequestHandler):
-    """Progress is the brightness of the last picture, percent; black is answered by nonsense."""
+    """Progress is the brightness of the last image, percent; black is answered by nonsense."""
 
     def do_GET(self):
         assert self.path == "/v1/models"

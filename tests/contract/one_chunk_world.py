@@ -69,8 +69,8 @@ class NotingPolicy:
         self.noises += list(noise)
         count = len(observations)
         return ActionChunk(
-            bins=torch.zeros(count, 2, dtype=torch.int64),
-            logp=torch.zeros(count, 2),
+            action_tokens=torch.zeros(count, 2, dtype=torch.int64),
+            log_probs=torch.zeros(count, 2),
             prompt_ids=[torch.tensor([1])] * count,
             actions=np.zeros((count, 2, 1), dtype=np.float32),
         )

@@ -10,8 +10,8 @@ import yaml
 
 from verl_vla.core.episode import Outcome
 from verl_vla.evaluation.conditions import DECIDES
-from verl_vla.runs.episode_log import Journal
-from verl_vla.runs.episode_recorder import film_path, write_film
+from verl_vla.runs.episode_log import EpisodeLog
+from verl_vla.runs.episode_recorder import video_path, write_video
 from verl_vla.runs.metrics import METRICS, MetricsFile
 from verl_vla.runs.run_dir import evaluation_record, keep_evaluation
 
@@ -41,7 +41,7 @@ def make_run(folder: Path, *, steps: int = 3, total: int = 5, name: str = "mini"
 
 def add_step(folder: Path, step: int) -> None:
     """What one more training step leaves behind: a mixed group and one that failed."""
-    journal, lines = Journal(folder, {"suite": "mini"}), []
+    episode_log, lines = EpisodeLog(folder, {"suite": "mini"}), []
     for group, outcomes in enumerate(([0, 1, 1], [1, 1, 2])):
         for member, outcome in enumerate(outcomes):
             episode = 100 * step + 10 * group + member
@@ -55,9 +55,9 @@ def add_step(folder: Path, step: int) -> None:
             }
             lines.append(line)
             if group == 0:
-                pictures = np.full((2, 8, 8, 3), 40 * member, dtype=np.uint8)
-                write_film(film_path(folder, episode), pictures, [8, 8])
-    journal.append(lines)
+                images = np.full((2, 8, 8, 3), 40 * member, dtype=np.uint8)
+                write_video(video_path(folder, episode), images, [8, 8])
+    episode_log.append(lines)
     values = {name: 0.5 for name in METRICS if not name.startswith("eval/")}
     MetricsFile(folder / "metrics.jsonl").append(
         step, values | {"rollout/success_rate": 0.2, "rollout/episodes": 6, "rollout/crashes": 1}

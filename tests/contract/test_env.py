@@ -32,9 +32,9 @@ class Case:
     proprio_dim: int = 8
 
 
-FAKE = FakeEnvConfig(image_size=256, step_limit=STEP_LIMIT, stride=0.02, draw_ending=True)
+FAKE = FakeEnvConfig(image_size=256, step_limit=STEP_LIMIT, stride=0.02, render_final=True)
 MINI = EnvConfig(
-    suite="mini", step_limit=STEP_LIMIT, render_size=64, image_size=56, draw_ending=True
+    suite="mini", step_limit=STEP_LIMIT, render_size=64, image_size=56, render_final=True
 )
 TWO_ARMS = replace(FAKE, action_dim=14, proprio_dim=14)
 CASES = {
@@ -117,14 +117,14 @@ def test_the_end_of_an_episode_is_drawn_for_whoever_wants_to_see_it(env: Env, ca
     first = env.reset(0, 0).image
     straight_on = np.full((CHUNK, case.action_dim), case.scale, dtype=np.float32)
     *before, last = (env.step_chunk(straight_on) for _ in range(6))
-    assert all(result.ending is None for result in before)
-    assert last.ending is not None
-    assert (last.ending.dtype, last.ending.shape) == (np.uint8, first.shape)
+    assert all(result.final_image is None for result in before)
+    assert last.final_image is not None
+    assert (last.final_image.dtype, last.final_image.shape) == (np.uint8, first.shape)
     latest = before[-1].observation
     assert latest is not None
-    assert not np.array_equal(last.ending, latest.image)
-    change = np.abs(last.ending.astype(int) - latest.image).mean()
-    assert change <= np.abs(last.ending.astype(int) - first).mean()
+    assert not np.array_equal(last.final_image, latest.image)
+    change = np.abs(last.final_image.astype(int) - latest.image).mean()
+    assert change <= np.abs(last.final_image.astype(int) - first).mean()
 
 
 def test_goals_are_read_before_and_after_every_chunk(env: Env, case: Case) -> None:

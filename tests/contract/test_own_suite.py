@@ -162,9 +162,9 @@ def test_a_rate_stands_beside_the_suites_own_versions(run: Run) -> None:
 
 def test_episodes_are_played_in_chunks_of_25_by_14(played: Trajectories) -> None:
     assert not played.crashes
-    assert played.decisions.bins.shape[1] == CHUNK * JOINTS
-    assert played.decisions.proprio.shape[1] == JOINTS
-    assert len(played.decisions) <= len(played.episodes) * 2, "50 steps are two chunks"
+    assert played.policy_steps.action_tokens.shape[1] == CHUNK * JOINTS
+    assert played.policy_steps.proprio.shape[1] == JOINTS
+    assert len(played.policy_steps) <= len(played.episodes) * 2, "50 steps are two chunks"
     assert int(played.episodes.num_steps.max()) <= 50
 
 
@@ -172,13 +172,13 @@ def test_one_training_step_raises_what_did_better(
     run: Run, played: Trajectories, folder: Path
 ) -> None:
     """GRPO's own parts on the episodes of real workers; the reward is how far the dot got."""
-    policy, rows = load_policy(folder), played.decisions
+    policy, rows = load_policy(folder), played.policy_steps
 
-    def logp() -> torch.Tensor:
-        seen = (rows.image, played.prompt_ids, rows.bins)
+    def log_probs() -> torch.Tensor:
+        seen = (rows.image, played.prompt_ids, rows.action_tokens)
         return policy.log_prob(*seen, temperature=TEMPERATURE, proprio=rows.proprio)
 
-    assert torch.allclose(logp(), rows.logp, atol=1e-4), "rollout and update see the same"
+    assert torch.allclose(log_probs(), rows.log_probs, atol=1e-4), "rollout and update see the same"
     reward = torch.tensor([float(goals[-1, 0, 1]) for goals in played.goals]).neg()
     advantage = group_advantage(reward, played.episodes.group_id)[rows.episode]
     mask = executed_mask(rows.executed, chunk_length=CHUNK, action_dim=JOINTS)
@@ -186,7 +186,7 @@ def test_one_training_step_raises_what_did_better(
     weight = trajectory_weight(steps, action_dim=JOINTS, num_trajectories=len(played.episodes))
 
     def loss() -> torch.Tensor:
-        return policy_loss(logp(), rows.logp, advantage, mask, weight, ClipRange()).loss
+        return policy_loss(log_probs(), rows.log_probs, advantage, mask, weight, ClipRange()).loss
 
     before = loss()
     assert before.isfinite()
@@ -201,17 +201,17 @@ def test_one_training_step_raises_what_did_better(
 
 
 def test_what_the_joints_report_decides(played: Trajectories, folder: Path) -> None:
-    policy, rows = load_policy(folder), played.decisions
+    policy, rows = load_policy(folder), played.policy_steps
     inputs = (rows.image[:3], played.prompt_ids[:3])
-    seen = policy.logits(*inputs, rows.bins[:3], proprio=rows.proprio[:3])
-    moved = policy.logits(*inputs, rows.bins[:3], proprio=rows.proprio[:3] + 0.5)
+    seen = policy.logits(*inputs, rows.action_tokens[:3], proprio=rows.proprio[:3])
+    moved = policy.logits(*inputs, rows.action_tokens[:3], proprio=rows.proprio[:3] + 0.5)
     assert not torch.allclose(seen, moved, atol=1e-3)
-    far = policy.logits(*inputs, rows.bins[:3], proprio=torch.full((3, JOINTS), 9.0))
-    edge = policy.logits(*inputs, rows.bins[:3], proprio=torch.ones(3, JOINTS))
+    far = policy.logits(*inputs, rows.action_tokens[:3], proprio=torch.full((3, JOINTS), 9.0))
+    edge = policy.logits(*inputs, rows.action_tokens[:3], proprio=torch.ones(3, JOINTS))
     assert torch.equal(far, edge), "beyond the data's range it is cut off"
     for missing, found in ((None, "None"), (rows.proprio[:3, :8], r"\[3, 8\]")):
         with pytest.raises(ContractError, match=rf"proprio must be \[3, 14\], got {found}"):
-            policy.logits(*inputs, rows.bins[:3], proprio=missing)
+            policy.logits(*inputs, rows.action_tokens[:3], proprio=missing)
 
 
 def test_every_file_that_the_page_names_exists() -> None:

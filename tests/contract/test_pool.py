@@ -33,7 +33,7 @@ TIMEOUT_S = 10.0
 NOT_MOVING = np.zeros((8, 7), dtype=np.float32)
 
 
-def make_pool(factory: EnvFactory = FAKE, **knobs) -> EnvPool:
+def make_pool(factory: EnvFactory = FAKE, **options) -> EnvPool:
     defaults = {
         "num_workers": 1,
         "num_slots": 4,
@@ -41,7 +41,7 @@ def make_pool(factory: EnvFactory = FAKE, **knobs) -> EnvPool:
         "timeout_s": 60.0,
         "worker_env": {},
     }
-    return EnvPool(factory, **(defaults | knobs))
+    return EnvPool(factory, **(defaults | options))
 
 
 def spec(task_id: int, init_state_id: int = 0) -> EpisodeSpec:
@@ -98,8 +98,8 @@ class Case:
     specs: list[EpisodeSpec]
     scale: float
 
-    def chunk(self, episode: EpisodeSpec, decision: int) -> np.ndarray:
-        rng = np.random.default_rng([episode.episode_id, decision])
+    def chunk(self, episode: EpisodeSpec, policy_step: int) -> np.ndarray:
+        rng = np.random.default_rng([episode.episode_id, policy_step])
         return rng.uniform(-self.scale, self.scale, (8, 7)).astype(np.float32)
 
 
@@ -108,13 +108,13 @@ def case_fake() -> Case:
         EpisodeSpec(task_id=i % 4, init_state_id=i // 8, group_id=i // 4, episode_id=i)
         for i in range(16)
     ]
-    config = FakeEnvConfig(image_size=32, num_views=2, draw_ending=True)
+    config = FakeEnvConfig(image_size=32, num_views=2, render_final=True)
     return Case(partial(FakeEnv, config), (2, 32, 32, 3), specs, scale=1.0)
 
 
 def case_mini() -> Case:
     config = EnvConfig(
-        suite="mini", step_limit=20, render_size=128, image_size=112, draw_ending=True
+        suite="mini", step_limit=20, render_size=128, image_size=112, render_final=True
     )
     specs = [
         EpisodeSpec(task_id=i % 2, init_state_id=i // 4, group_id=i // 2, episode_id=i)
@@ -190,10 +190,10 @@ def assert_same_answers(got: dict[int, list], expected: dict[int, list]) -> None
             assert (mine.executed, mine.outcome) == (theirs.executed, theirs.outcome)
             if theirs.observation is None:
                 assert mine.observation is None
-                np.testing.assert_array_equal(mine.ending, theirs.ending)
-                assert theirs.ending is not None
+                np.testing.assert_array_equal(mine.final_image, theirs.final_image)
+                assert theirs.final_image is not None
             else:
-                assert mine.ending is theirs.ending is None
+                assert mine.final_image is theirs.final_image is None
                 assert_same_observation(mine.observation, theirs.observation)
 
 
@@ -214,9 +214,9 @@ def test_a_pool_gives_what_one_environment_gives(case, num_workers, num_slots, m
         got = play_in_pool(pool, case)
         stats = pool.stats
     assert_same_answers(got, expected)
-    decisions = [a for answers in expected.values() for a in answers[1:]]
-    assert stats.decisions == len(decisions)
-    assert stats.steps == sum(a.executed for a in decisions)
+    policy_steps = [a for answers in expected.values() for a in answers[1:]]
+    assert stats.policy_steps == len(policy_steps)
+    assert stats.steps == sum(a.executed for a in policy_steps)
     assert stats.resets_simulated + stats.resets_served == len(case.specs)
     assert (stats.crashes, stats.restarts) == (0, 0)
     assert stats.busy_s > 0
@@ -238,10 +238,10 @@ def test_a_start_is_simulated_once_and_served_afterwards(shared_pool):
 
 def test_requests_are_served_while_the_caller_is_busy(shared_pool):
     start(shared_pool, dict.fromkeys(range(8), 0))
-    before = shared_pool.stats.decisions
+    before = shared_pool.stats.policy_steps
     shared_pool.step(dict.fromkeys(range(8), NOT_MOVING))
     # two processes, eight requests, and nobody waits
-    assert eventually(lambda: shared_pool.stats.decisions == before + 8)
+    assert eventually(lambda: shared_pool.stats.policy_steps == before + 8)
     assert list(shared_pool.wait([3, 1])) == [3, 1]
     assert list(shared_pool.wait([0, 2, 4, 5, 6, 7])) == [0, 2, 4, 5, 6, 7]
 
@@ -415,12 +415,12 @@ def test_a_request_that_is_refused_asks_nothing(shared_pool):
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"num_workers": 0}, {"num_slots": 0}, {"timeout_s": 0}, {"max_cached_starts": -1}]
+    "options", [{"num_workers": 0}, {"num_slots": 0}, {"timeout_s": 0}, {"max_cached_starts": -1}]
 )
-def test_impossible_numbers_are_refused(knobs):
-    ((name, value),) = knobs.items()
+def test_impossible_numbers_are_refused(options):
+    ((name, value),) = options.items()
     with pytest.raises(ConfigError, match=f"{name} is {value}"):
-        make_pool(**knobs)
+        make_pool(**options)
 
 
 def test_a_factory_that_cannot_travel_is_refused():

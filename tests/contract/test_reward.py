@@ -64,16 +64,16 @@ SOLVED = (0, 3, 5)
 """Rows of the batch."""
 
 
-def goals_of(rng: np.random.Generator, decisions: int, is_solved: bool) -> np.ndarray:
+def goals_of(rng: np.random.Generator, policy_steps: int, is_solved: bool) -> np.ndarray:
     """Distances at random; the goals hold where the episode has solved its task."""
-    readings = rng.random((decisions + 1, 2, 3)).astype(np.float32)
+    readings = rng.random((policy_steps + 1, 2, 3)).astype(np.float32)
     readings[..., Reading.HOLDS] = 0
     readings[-1, :, Reading.HOLDS] = is_solved
     return readings
 
 
 def make_batch(seed: int = 0, split: str = "train") -> TrajectoryBatch:
-    """Two groups of four on two tasks; pictures and readings are noise."""
+    """Two groups of four on two tasks; images and readings are noise."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 4, 8)
     return TrajectoryBatch(

@@ -15,7 +15,7 @@ from verl_vla.cli.main import EXIT_USAGE, main
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.tables import ActionChunk
-from verl_vla.diagnostics.faulty_env import make_fragile
+from verl_vla.diagnostics.faulty_env import make_crashing
 from verl_vla.diagnostics.soak import BOUNDS, Sample, excesses, growth, measure, soak
 from verl_vla.envs.fake import FakeEnv, FakeEnvConfig
 from verl_vla.envs.pool.env_pool import EnvPool
@@ -26,7 +26,7 @@ SHAPE = PolicyShape(num_views=1, image_size=16, chunk_length=8, action_dim=7, nu
 
 
 class RandomPolicy:
-    """Moves at random; ``leak`` is called at every decision."""
+    """Moves at random; ``leak`` is called at every policy step."""
 
     shape = SHAPE
 
@@ -35,12 +35,12 @@ class RandomPolicy:
 
     def act(self, observations, noise, *, temperature):
         self._leak()
-        bins = (noise * SHAPE.num_bins).long()
-        actions = (bins.float() - 1).reshape(-1, SHAPE.chunk_length, SHAPE.action_dim)
+        action_tokens = (noise * SHAPE.num_bins).long()
+        actions = (action_tokens.float() - 1).reshape(-1, SHAPE.chunk_length, SHAPE.action_dim)
         return ActionChunk(
-            bins=bins,
-            logp=torch.zeros(bins.shape),
-            prompt_ids=[torch.zeros(3, dtype=torch.long)] * len(bins),
+            action_tokens=action_tokens,
+            log_probs=torch.zeros(action_tokens.shape),
+            prompt_ids=[torch.zeros(3, dtype=torch.long)] * len(action_tokens),
             actions=actions.numpy(),
         )
 
@@ -48,7 +48,7 @@ class RandomPolicy:
 def run(leak=lambda: None, *, blocks: int = 8, crash_share: float = 0.05) -> list[Sample]:
     starts = [Start(task_id=i % 4, init_state_id=i // 4) for i in range(40)]
     with EnvPool(
-        partial(make_fragile, partial(FakeEnv, FakeEnvConfig(image_size=16)), crash_share),
+        partial(make_crashing, partial(FakeEnv, FakeEnvConfig(image_size=16)), crash_share),
         num_workers=1,
         num_slots=8,
         image_shape=(1, 16, 16, 3),

@@ -125,8 +125,10 @@ def test_decoded_actions(
         model.action_logits(outputs["pixel_values"][row : row + 1], prompt.unsqueeze(0))
         first = model.config.num_patches + len(prompt) - 1
         all_ids = model.language_model.lm_head(hidden[row][:, first : first + 56]).argmax(-1)
-        bins = (all_ids - model.config.first_action_id).clamp(min=0)
-        assert np.array_equal(codec.unnormalize(codec.decode(bins))[0], outputs[f"actions_{row}"])
+        action_tokens = (all_ids - model.config.first_action_id).clamp(min=0)
+        assert np.array_equal(
+            codec.unnormalize(codec.decode(action_tokens))[0], outputs[f"actions_{row}"]
+        )
     hook.remove()
 
 

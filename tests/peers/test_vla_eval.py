@@ -33,7 +33,7 @@ TASKS = {
 INIT_STATES = (0, 17)
 STEPS = 30
 STOVE = ("libero_goal", 7)
-"""Turn on the stove: solved wherever its knob is on."""
+"""Turn on the stove: solved wherever its option is on."""
 KNOB_ON_RAD = 1.0
 IMAGE_SIZE, IMAGE_EVERY = 128, 10
 """Those of vla_eval_libero.py."""
@@ -66,8 +66,8 @@ def open_env(suite: str) -> LiberoEnv:
 
 def stove_on(env: LiberoEnv) -> np.ndarray:
     state = env.suite.load_init_states(STOVE[1])[0].copy()
-    knob = env.simulator(STOVE[1]).model.joint("flat_stove_1_button").qposadr[0]
-    state[1 + knob] = KNOB_ON_RAD  # before the positions stands the time
+    option = env.simulator(STOVE[1]).model.joint("flat_stove_1_button").qposadr[0]
+    state[1 + option] = KNOB_ON_RAD  # before the positions stands the time
     return state
 
 

@@ -78,7 +78,7 @@ def run_episode(benchmark: Any, episode: dict[str, Any]) -> dict[str, Any]:
     if benchmark._env is not None:
         # Each reset places the fixtures anew, up to 17 mm apart, and an init state does not hold
         # them. Ours stand where the first reset after the seed puts them, in every episode. (Where
-        # a drawer or knob is to start elsewhere, a rebuilt model draws more numbers: not here.)
+        # a drawer or option is to start elsewhere, a rebuilt model draws more numbers: not here.)
         benchmark._env.seed(benchmark.env_seed)
     with asset_folder(find_assets()):  # a reset builds the model anew
         views, done = [benchmark.make_obs(benchmark.reset(task), task)], [False]

@@ -1,7 +1,7 @@
 """Play LIBERO's own environment as the published evaluations do, and write down all of it.
 
 ``python stock.py SUITE TASK FOLDER``: reads ``question.npz`` (init_state, moves), writes
-``answer.npz`` (qpos, qvel, solved, proprio, arm and the pictures, after each move).
+``answer.npz`` (qpos, qvel, solved, proprio, arm and the images, after each move).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from verl_vla.envs.libero.suite import make_libero_env
 
 pytestmark = pytest.mark.sim
 
-CHUNK, DECISIONS = 8, 3
+CHUNK, POLICY_STEPS = 8, 3
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     count(simulator, "build_problem", "models built")
     count(rendering.Renderer, "__init__", "GL contexts")
-    count(rendering.Renderer, "draw", "pictures drawn")
+    count(rendering.Renderer, "draw", "images drawn")
     count(controller.ArmControl, "start", "control steps")
     count(controller, "read", "arm readings by Python")
     count(controller, "follow", "calls of the inner loop")
@@ -48,18 +48,18 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def test_an_episode_costs_what_it_shows_and_not_more(counts: Counter[str]) -> None:
-    env = make_libero_env(EnvConfig(step_limit=CHUNK * DECISIONS, render_size=64, image_size=56))
+    env = make_libero_env(EnvConfig(step_limit=CHUNK * POLICY_STEPS, render_size=64, image_size=56))
     still = np.zeros((CHUNK, 7), np.float32)
     settling = env.config.settle_steps
     for episode in range(1, 3):
         env.reset(0, 0)
-        results = [env.step_chunk(still) for _ in range(DECISIONS)]
+        results = [env.step_chunk(still) for _ in range(POLICY_STEPS)]
         assert results[-1].outcome is not None
-        steps = CHUNK * DECISIONS + settling
+        steps = CHUNK * POLICY_STEPS + settling
         assert counts == {
             "models built": 1,
             "GL contexts": 1,
-            "pictures drawn": episode * DECISIONS,
+            "images drawn": episode * POLICY_STEPS,
             "control steps": episode * steps,
             "arm readings by Python": episode * (steps - 1),
             "calls of the inner loop": episode * 3 * steps,

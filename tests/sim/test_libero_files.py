@@ -63,7 +63,7 @@ def test_the_instruction_is_the_tasks_or_the_files_own(mini_demos: Path) -> None
     assert demo.instruction == "please lift the red cube"
 
 
-def test_a_picture_is_turned_as_policies_see_it(mini_demos: Path) -> None:
+def test_a_image_is_turned_as_policies_see_it(mini_demos: Path) -> None:
     demo = read_all(mini_demos)[3]
     env = make_libero_env(EnvConfig(suite="mini", render_size=RENDER_SIZE, image_size=28))
     env.reset(LIFT, 0)
@@ -144,12 +144,12 @@ def _refuse_inherited(worker: int) -> None:
 def same(a: SampleBatch, b: SampleBatch) -> bool:
     return (
         torch.equal(a.images, b.images)
-        and torch.equal(a.bins, b.bins)
+        and torch.equal(a.action_tokens, b.action_tokens)
         and a.instructions == b.instructions
     )
 
 
-def test_a_sample_is_the_prepared_picture_and_the_next_actions(mini_demos: Path) -> None:
+def test_a_sample_is_the_prepared_image_and_the_next_actions(mini_demos: Path) -> None:
     demos = read_all(mini_demos)
     plain = make_samples(demos, augment_seed=None)
     assert len(plain) == sum(len(demo.actions) - 7 for demo in demos)
@@ -178,7 +178,7 @@ def test_a_policy_of_two_views_sees_the_wrist_camera_too(mini_demos: Path) -> No
     plain.close()
 
 
-def test_drawing_again_gives_the_recorded_pictures(mini_demos: Path, tmp_path) -> None:
+def test_drawing_again_gives_the_recorded_images(mini_demos: Path, tmp_path) -> None:
     work = Rerendering(
         source=mini_demos,
         target=tmp_path / "large",
@@ -196,7 +196,7 @@ def test_drawing_again_gives_the_recorded_pictures(mini_demos: Path, tmp_path) -
             assert after.shape == (128, 128, 3)
             halved = after.reshape(RENDER_SIZE, 2, RENDER_SIZE, 2, 3).mean(axis=(1, 3))
             own, other = (np.abs(halved - recorded[i]).mean() for i in (index, 1 - index))
-            # small pictures have jagged edges, and those of a moving arm are a little older
+            # small images have jagged edges, and those of a moving arm are a little older
             assert own < 6 < 10 < other
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "large").iterdir()}
     rerender(work, (PUSH, LIFT), workers=1)

@@ -112,7 +112,7 @@ def test_a_folder_gets_a_file_a_task_whatever_the_workers(written: Path, tmp_pat
             assert np.array_equal(one[f"data/demo_0/{name}"], two[f"data/demo_0/{name}"]), name
 
 
-def test_pictures_and_poses_are_those_before_the_action_upside_down(written: Path) -> None:
+def test_images_and_poses_are_those_before_the_action_upside_down(written: Path) -> None:
     env = make_libero_env(config("mini"))
     with h5py.File(written) as file:
         demo = file["data/demo_0"]

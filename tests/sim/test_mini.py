@@ -147,7 +147,7 @@ def test_objects_rest_on_the_table(env: LiberoEnv) -> None:
 
 
 @pytest.mark.parametrize("task_id", [PUSH, LIFT, PLACE, STACK])
-def test_the_picture_shows_where_the_cube_is(env: LiberoEnv, task_id: int) -> None:
+def test_the_image_shows_where_the_cube_is(env: LiberoEnv, task_id: int) -> None:
     """Enough red pixels to see, and they move with the cube: mirrored, far is up."""
     seen, places = [], []
     for init_state_id in range(12):

@@ -56,7 +56,7 @@ def no_simulators(*_: object) -> None:
     raise AssertionError("a simulator was started")
 
 
-def test_it_leaves_a_record_pictures_and_episodes(out: Path) -> None:
+def test_it_leaves_a_record_images_and_episodes(out: Path) -> None:
     found = result(out)
     assert {f.name for f in out.iterdir()} == {
         *("reward_bench.json", "episodes", "progress.png", "reliability.png", "features.png")

@@ -61,8 +61,8 @@ def test_every_step_is_that_of_the_stock_environment(
     simulator = env.simulator(task_id)
     init_state = env.suite.load_init_states(task_id)[3].copy()
     if (env.suite.name, task_id) == STOVE:
-        knob = simulator._model.joint("flat_stove_1_button").qposadr[0]
-        init_state[1 + knob] = 1.0  # rad: on, so the flame must be drawn
+        option = simulator._model.joint("flat_stove_1_button").qposadr[0]
+        init_state[1 + option] = 1.0  # rad: on, so the flame must be drawn
     # the stock environment draws two cameras at every step, which takes long in LIBERO's suites
     length = 40 if env.suite.needs_assets else 190
     moves = np.concatenate([[SETTLE_ACTION] * 10, actions(0, length)])

@@ -49,7 +49,7 @@ def small_words(base_of_two_datasets: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
-def whole_run(tmp_path_factory: pytest.TempPathFactory, small_words: list[str]) -> TrainingRun:
+def complete_run(tmp_path_factory: pytest.TempPathFactory, small_words: list[str]) -> TrainingRun:
     """That run, never interrupted."""
     run = TrainingRun(tmp_path_factory.mktemp("whole") / "run", small_words)
     run.finish()

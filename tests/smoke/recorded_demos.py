@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 
 from verl_vla.datasets.libero_reader import demo_file
-from verl_vla.datasets.libero_writer import PICTURES
+from verl_vla.datasets.libero_writer import IMAGES
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.env import SETTLE_ACTION, LiberoEnv
 from verl_vla.envs.libero.suite import make_libero_env
@@ -61,4 +61,4 @@ def _record_episode(env: LiberoEnv, task_id: int, index: int, group: h5py.Group)
     group["actions"] = np.stack(actions)
     group["states"] = np.stack(states)
     for camera, seen in frames.items():
-        group[PICTURES[camera]] = np.stack(seen)
+        group[IMAGES[camera]] = np.stack(seen)

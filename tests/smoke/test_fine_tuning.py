@@ -23,7 +23,7 @@ from verl_vla.core.errors import EXIT_SIGNAL
 from verl_vla.envs.registry import suite
 from verl_vla.policies.normalization import ActionStatistics
 from verl_vla.policies.openvla_oft import OpenVLAOFTModel
-from verl_vla.policies.registry import load_policy, load_processor, require_sound
+from verl_vla.policies.registry import load_policy, load_processor, require_valid
 from verl_vla.policies.scratch_vla import ScratchVLAModel, ScratchVLAPolicy
 from verl_vla.policies.scratch_vla.assembly import assemble
 from verl_vla.runs.metrics import is_reproducible, read_metrics
@@ -37,7 +37,7 @@ RANKS_DIFFER = 1e-5
 """How far two ranks' weights may be from one's: float32 sums in another order."""
 SMALL = (
     "recipe=sft_mini",
-    "demos.pictures=stored",
+    "demos.images=stored",
     "demos.num_loaders=0",
     "environment.tasks=[0,1]",
     "environment.num_workers=1",
@@ -54,7 +54,7 @@ SMALL = (
     "trainer.play_every=0",
     "trainer.keep_checkpoints=9",
 )
-DRAWN_AGAIN = "demos.pictures=rerendered"
+DRAWN_AGAIN = "demos.images=rerendered"
 PLAYED_AT_THE_END = "trainer.play_every=100"
 MORE_THAN_THERE_ARE = ("evaluation.episodes_per_task=99",)
 """No matter where nothing is played."""
@@ -81,7 +81,7 @@ class FineTuning(TrainingRun):
 
     @property
     def drawn(self) -> Path:
-        """The demonstrations with the pictures that this run has drawn again."""
+        """The demonstrations with the images that this run has drawn again."""
         return self.folder / "demos_112px"
 
 
@@ -132,7 +132,7 @@ def test_a_run_reports_every_declared_metric(whole: tuple[FineTuning, str]) -> N
 def test_what_it_leaves_behind_can_be_played_and_trained(whole: tuple[FineTuning, str]) -> None:
     run, said = whole
     assert str(run.policy(6)) in said
-    require_sound(run.policy(6), "mini")
+    require_valid(run.policy(6), "mini")
     policy = load_policy(run.policy(6), unnorm_key="mini")
     assert policy.processor.codec.statistics.key == "mini_no_noops"
     assert largest_difference(run.policy(6), run.policy(1)) > 1e-4
@@ -206,7 +206,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_too_many_end_the_run(
     mini_demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = FineTuning(tmp_path / "run", mini_demos, "trainer.test_every=0")
-    imitate, calls = SFTEngine._imitate, 0
+    imitate, calls = SFTEngine._sft_forward, 0
 
     def spoilt(engine: SFTEngine, batch: Any, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal calls
@@ -215,7 +215,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_too_many_end_the_run(
         step = math.ceil(calls / 2)  # of two micro-batches
         return loss * (math.nan if step in (2, 4, 5, 6) else 1), accuracy
 
-    monkeypatch.setattr(SFTEngine, "_imitate", spoilt)
+    monkeypatch.setattr(SFTEngine, "_sft_forward", spoilt)
     assert main(run.words) == EXIT_DIVERGED
     lines = read_metrics(run.folder / "metrics.jsonl")
     assert [line["sft/skipped"] for line in lines] == [0, 1, 0, 1, 1]
@@ -223,7 +223,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_too_many_end_the_run(
     assert 0 < largest_difference(run.policy(2), run.policy(4)) < math.inf
     kept = torch.load(run.folder / "diverged" / "batch_rank_0.pt", weights_only=True)
     assert kept["images"].dtype == torch.uint8
-    assert len(kept["images"]) == len(kept["bins"]) == len(kept["instructions"]) == 4
+    assert len(kept["images"]) == len(kept["action_tokens"]) == len(kept["instructions"]) == 4
     assert largest_difference(run.policy(4), run.folder / "diverged" / "policy") == 0
 
 
@@ -289,7 +289,7 @@ def test_adapters_are_not_put_on_adapters(
     assert "has adapters of rank 4 already" in capsys.readouterr().err
 
 
-def test_pictures_that_a_view_lacks_are_refused(
+def test_images_that_a_view_lacks_are_refused(
     whole: tuple[FineTuning, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A policy of one view has had none of the wrist camera drawn."""
@@ -298,7 +298,7 @@ def test_pictures_that_a_view_lacks_are_refused(
     assert main(FineTuning(tmp_path / "run", whole[0].drawn, path).words) == EXIT_USAGE
     said = capsys.readouterr().err
     assert "takes 2 images, but demo_0" in said
-    assert "pictures of agentview alone; set demos.pictures=rerendered" in said
+    assert "images of agentview alone; set demos.images=rerendered" in said
 
 
 def test_other_demonstrations_do_not_continue_a_run(

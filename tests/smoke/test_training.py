@@ -78,43 +78,45 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-def test_a_run_reports_every_declared_metric(whole_run: TrainingRun) -> None:
-    lines = read_metrics(whole_run.folder / "metrics.jsonl")
+def test_a_run_reports_every_declared_metric(complete_run: TrainingRun) -> None:
+    lines = read_metrics(complete_run.folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     seen = set().union(*lines) - {"step"}
     assert set(METRICS) <= seen
     assert all(name in METRICS or name.startswith(OPEN_FAMILIES) for name in seen)
-    assert (whole_run.folder / "curve.png").stat().st_size > 0
-    episodes = read_episodes(whole_run.folder)
+    assert (complete_run.folder / "curve.png").stat().st_size > 0
+    episodes = read_episodes(complete_run.folder)
     assert len(episodes) == sum(line["rollout/episodes"] for line in lines)
-    report = (whole_run.folder / "report.html").read_text()
+    report = (complete_run.folder / "report.html").read_text()
     assert "ended after 4 training steps" in report
     assert "data:image/webp;base64," in report
 
 
-def test_rollout_and_update_agree_on_the_log_probs(whole_run: TrainingRun) -> None:
-    for line in read_metrics(whole_run.folder / "metrics.jsonl"):
+def test_rollout_and_update_agree_on_the_log_probs(complete_run: TrainingRun) -> None:
+    for line in read_metrics(complete_run.folder / "metrics.jsonl"):
         assert abs(line["actor/ratio_first"] - 1) < RATIO_TOLERANCE
         assert line["actor/ratio_first_deviation"] < RATIO_TOLERANCE
 
 
-def test_nothing_is_decided_or_trained_on_in_vain(whole_run: TrainingRun) -> None:
-    for line in read_metrics(whole_run.folder / "metrics.jsonl"):
-        assert line["rollout/decisions_for_ended"] == 0
+def test_nothing_is_decided_or_trained_on_in_vain(complete_run: TrainingRun) -> None:
+    for line in read_metrics(complete_run.folder / "metrics.jsonl"):
+        assert line["rollout/policy_steps_for_ended"] == 0
         assert line["actor/rows_without_gradient"] == 0
         assert line["actor/rows_left_out"] == 0, "the KL term moves every row"
         assert line["actor/rows"] > 0
         assert line["actor/rows_of_padding"] == 0, "one rank, one optimizer step"
 
 
-def test_a_training_step_moves_the_weights(whole_run: TrainingRun) -> None:
+def test_a_training_step_moves_the_weights(complete_run: TrainingRun) -> None:
     base = load_file(PROJECT / "bases" / "mini" / "model.safetensors")
-    moved = weights(whole_run, 1)
+    moved = weights(complete_run, 1)
     assert largest_difference(base, moved) > EQUAL_UPDATE
 
 
-def test_the_learner_is_held_to_the_policy_that_it_began_as(whole_run: TrainingRun) -> None:
-    first, *later = (line["actor/kl"] for line in read_metrics(whole_run.folder / "metrics.jsonl"))
+def test_the_learner_is_held_to_the_policy_that_it_began_as(complete_run: TrainingRun) -> None:
+    first, *later = (
+        line["actor/kl"] for line in read_metrics(complete_run.folder / "metrics.jsonl")
+    )
     assert abs(first) < EQUAL_UPDATE
     assert min(later) > EQUAL_UPDATE
 
@@ -142,7 +144,7 @@ def ancestors(pid: int) -> list[int]:
 
 
 def test_a_run_that_ends_in_many_ways_goes_on_as_if_nothing_had_happened(
-    whole_run: TrainingRun, small_words: list[str], tmp_path: Path
+    complete_run: TrainingRun, small_words: list[str], tmp_path: Path
 ) -> None:
     """Stopped after its first step; then, saving nothing by itself, refused in its third."""
     reward = write_documented_reward(tmp_path)
@@ -157,7 +159,7 @@ def test_a_run_that_ends_in_many_ways_goes_on_as_if_nothing_had_happened(
     assert complete_steps(checkpoints) == [1]
 
     # the reward is refused
-    lines = read_metrics(whole_run.folder / "metrics.jsonl")
+    lines = read_metrics(complete_run.folder / "metrics.jsonl")
     episode = int(sum(line["rollout/episodes"] for line in lines[:2]))
     assert lines[2]["groups/rounds"] == 1, "or not all episodes of the third step are kept"
     file = tmp_path / "brisk.py"
@@ -180,13 +182,13 @@ def test_a_run_that_ends_in_many_ways_goes_on_as_if_nothing_had_happened(
     third = read_metrics(run.folder / "metrics.jsonl")[2]
     assert third["time/rollout_s"] == 0, "the episodes were played again"
     assert not list(run.folder.glob("refused*"))
-    assert reproducible(run.folder) == reproducible(whole_run.folder)
-    assert largest_difference(weights(run, 4), weights(whole_run, 4)) == 0
-    assert read_episodes(run.folder) == read_episodes(whole_run.folder)
+    assert reproducible(run.folder) == reproducible(complete_run.folder)
+    assert largest_difference(weights(run, 4), weights(complete_run, 4)) == 0
+    assert read_episodes(run.folder) == read_episodes(complete_run.folder)
 
 
-def test_a_run_writes_down_no_secret(whole_run: TrainingRun) -> None:
-    files = [path for path in whole_run.folder.rglob("*") if path.is_file()]
+def test_a_run_writes_down_no_secret(complete_run: TrainingRun) -> None:
+    files = [path for path in complete_run.folder.rglob("*") if path.is_file()]
     assert len(files) > 10
     for path in files:
         assert SECRET.encode() not in path.read_bytes(), path
@@ -205,7 +207,7 @@ def several_nodes() -> Iterator[SeveralNodes]:
 
 
 def test_several_nodes_train_as_one_and_a_lost_one_costs_its_episodes(
-    whole_run: TrainingRun, small_words: list[str], several_nodes: SeveralNodes, tmp_path: Path
+    complete_run: TrainingRun, small_words: list[str], several_nodes: SeveralNodes, tmp_path: Path
 ) -> None:
     words = [*several_nodes.words, "cluster.num_nodes=2", "environment.num_workers=1"]
     run = TrainingRun(
@@ -215,9 +217,9 @@ def test_several_nodes_train_as_one_and_a_lost_one_costs_its_episodes(
     run.disturb_when(
         lambda: complete_steps(run.folder / "checkpoints") == [1], several_nodes.kill_env_node
     )
-    assert largest_difference(weights(run, 1), weights(whole_run, 1)) < EQUAL_UPDATE
+    assert largest_difference(weights(run, 1), weights(complete_run, 1)) < EQUAL_UPDATE
     one, (two, after) = (
-        read_metrics(r.folder / "metrics.jsonl")[:n] for r, n in ((whole_run, 1), (run, 2))
+        read_metrics(r.folder / "metrics.jsonl")[:n] for r, n in ((complete_run, 1), (run, 2))
     )
     for name, value in one[0].items():
         if name.startswith(("rollout/", "groups/")) and is_reproducible(name):
@@ -269,7 +271,7 @@ def test_the_embedded_policy_learns(tmp_path: Path) -> None:
     assert first["step"] == 0
     for line in steps:
         assert "actor/kl" not in line
-        assert line["actor/rows_without_gradient"] == line["rollout/decisions_for_ended"] == 0
+        assert line["actor/rows_without_gradient"] == line["rollout/policy_steps_for_ended"] == 0
         assert line["actor/rows_of_padding"] < 4, "one rank, four optimizer steps"
     before, after = (
         json.loads((run.folder / "evaluations" / f"step_{step}.json").read_text())["total"]
@@ -326,7 +328,7 @@ def test_real_libero_spatial_is_learned_from_where_there_is_a_gradient(tmp_path:
         assert line["rollout/crashes"] == 0
         assert line["rollout/steps"] == 96
         assert line["actor/rows_without_gradient"] == 0
-        assert line["rollout/decisions_for_ended"] == 0
+        assert line["rollout/policy_steps_for_ended"] == 0
     assert none["actor/rows"] == 0
     assert none["actor/rows_left_out"] == 12
     assert none["actor/skipped"] == 4

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PARTS = {
-    "images": "prepare pictures for the policy, one thread",
+    "images": "prepare images for the policy, one thread",
     "env": "one simulator against the stock environment: a chunk, and a reset",
     "pool": "more simulator processes, and where they stop being faster",
     "rollout": "playing with and without the two halves that take turns",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.files import require_place, write_whole
+from verl_vla.core.files import atomic_write, require_place
 from verl_vla.diagnostics.suite_check import SMALL_PX, TaskCheck, check_tasks, count_faults
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.registry import absolute_name, suite
@@ -86,4 +86,4 @@ class _Progress:
         """Put the results so far into the file that was asked for."""
         if self._out is not None:
             rows = [check.as_json() for check in self._checks]
-            write_whole(self._out, json.dumps(rows, indent=1))
+            atomic_write(self._out, json.dumps(rows, indent=1))

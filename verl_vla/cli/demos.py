@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 ARCHIVE, ONE_TASK = ".npz", ".hdf5"
 ARCHIVE_ONLY = ("noise", "every", "height_error", "image_size")
-"""Options of pictures that a policy sees between disturbances; LIBERO's layout has neither."""
+"""Options of images that a policy sees between disturbances; LIBERO's layout has neither."""
 IMAGE_SIZE = 112
 MAX_SIMULATORS = 2
 """Recording goes task by task; only what replaces a failed attempt reaches back to another."""
@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--suite", default="mini", help=", ".join(SUITES_WITH_EXPERTS))
     add("--tasks", "--task", type=int, nargs="+", help="task ids; all if not given")
     add("--episodes", type=int, default=60, help="solved episodes per task")
-    add("--render-size", type=int, default=128, help="camera picture, pixels")
+    add("--render-size", type=int, default=128, help="camera image, pixels")
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=2, help="simulator processes")
     add("--out", required=True, help="file to write, .npz or .hdf5, or a folder")

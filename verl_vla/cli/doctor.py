@@ -23,7 +23,7 @@ from verl_vla.cli.eval_arguments import DTYPES
 from verl_vla.config.grpo import EnvironmentConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.files import require_place, write_whole
+from verl_vla.core.files import atomic_write, require_place
 from verl_vla.diagnostics.libero_check import as_rows, describe
 from verl_vla.diagnostics.libero_report import examine_libero
 from verl_vla.diagnostics.machine import examine_machine
@@ -97,7 +97,7 @@ def _examine_libero(options: argparse.Namespace) -> int:
     elif options.json == STDOUT:
         print(text)
     else:
-        write_whole(Path(options.json), text + "\n")
+        atomic_write(Path(options.json), text + "\n")
     return EXIT_FAULT if any(check.differs for check in checks) else 0
 
 

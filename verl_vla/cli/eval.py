@@ -22,7 +22,7 @@ from verl_vla.cli.eval_arguments import DTYPES, parser, step_limit, temperature
 from verl_vla.config.grpo import EnvironmentConfig, EvaluationConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.files import folder_lock, write_whole
+from verl_vla.core.files import atomic_write, folder_lock
 from verl_vla.core.success_rate import count_entries
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.suite import PERTURBED
@@ -45,7 +45,7 @@ from verl_vla.policies.checkpoint import fingerprint
 from verl_vla.policies.registry import load_policy, load_processor
 from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, task_ids
 from verl_vla.runs.console import EvaluationProgress
-from verl_vla.runs.episode_log import Journal, read_episodes
+from verl_vla.runs.episode_log import EpisodeLog, read_episodes
 from verl_vla.runs.run_dir import evaluation_record
 
 logger = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ def _evaluate(options: argparse.Namespace, part: _Part, out: Path) -> dict[str, 
     with ExitStack() as stack:
         stack.enter_context(folder_lock(out))
         played = [[s.task_id, s.init_state_id] for s in part.starts]
-        journal = Journal(out, {**part.given, "starts": played})
+        episode_log = EpisodeLog(out, {**part.given, "starts": played})
         found = read_episodes(out)
         if found:
             logger.info("%d episodes are in %s already; the others follow", len(found), out)
@@ -214,7 +214,7 @@ def _evaluate(options: argparse.Namespace, part: _Part, out: Path) -> dict[str, 
                     open_simulators(part.env, part.simulated, part.processor.shape)
                 ),
                 part.processor.codec,
-                journal,
+                episode_log,
                 found,
                 temperature=temperature(options.sampling),
                 seed=options.seed,
@@ -271,5 +271,5 @@ def _show(lines: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> None:
 
 
 def _write(file: Path, record: Mapping[str, Any]) -> None:
-    write_whole(file, json.dumps(record, indent=1))
+    atomic_write(file, json.dumps(record, indent=1))
     logger.info("written to %s", file)

@@ -47,7 +47,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     add("--sampling", help="greedy (default), or a temperature")
     add("--limit", help="step limit: published (default), simplevla, or a number")
-    add("--render-size", type=int, help="camera picture, px; the policy's own if not given")
+    add("--render-size", type=int, help="camera image, px; the policy's own if not given")
     add("--dtype", choices=sorted(DTYPES), default="float32")
     add("--unnorm-key", help="entry of dataset_statistics.json")
     add("--seed", type=int, default=0, help="of the noise of sampled play")

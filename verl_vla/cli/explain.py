@@ -1,4 +1,4 @@
-"""``explain recipe=NAME key=value ...``: every knob with its value, its origin and its meaning."""
+"""``explain recipe=NAME key=value ...``: every option with value, origin and meaning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH = 100
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print three lines or more a knob; needs neither the policy nor a simulator."""
+    """Print three lines or more an option; needs neither the policy nor a simulator."""
     composition = compose_recipe(arguments, RECIPES_FOLDER)
     recipe = parse(Recipe, composition.values)
     for group, file in composition.choices.items():
@@ -28,22 +28,22 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def explain(recipe: Recipe, composition: Composition) -> Iterator[tuple[str, Any, str, str]]:
-    """Each knob's name, value, origin and meaning, in the order of `Recipe`.
+    """Each option's name, value, origin and meaning, in the order of `Recipe`.
 
     The sections ``reward_args`` and ``verl`` hold what others define; each of their entries is
     named, and the meaning is the section's.
     """
     values = recipe.as_dict()
-    for knob, meaning in meanings(Recipe):
+    for option, meaning in meanings(Recipe):
         value: Any = values
-        for key in knob.split("."):
+        for key in option.split("."):
             value = value[key]
-        for name, entry in leaves(value, knob):
+        for name, entry in leaves(value, option):
             yield name, entry, _origin(name, composition), meaning
 
 
 def _origin(name: str, composition: Composition) -> str:
-    """Where the knob, or a section around it that was set as a whole, got its value."""
+    """Where the option, or a section around it that was set as a whole, got its value."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         key = ".".join(parts[:length])

@@ -45,7 +45,7 @@ VERBS = {
     "bench": "measure the speed of a part: bench env|pool|rollout|update|step|gpu|images ...",
     "recipes": "list the recipes that come with the project",
     "plan": "say whether a recipe fits and how long it takes: plan recipe=NAME --gpu a100-80 ...",
-    "explain": "say what every knob of a recipe is, and why: explain recipe=NAME key=value ...",
+    "explain": "say what every option of a recipe is, and why: explain recipe=NAME key=value ...",
 }
 """Verb to its one-line help; each is a module of `verl_vla.cli`."""
 

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--action-rows", choices=ACTION_ROWS, default=ACTION_ROWS[0])
     add("--lora-rank", type=int, default=LORA_RANK, help="0 trains the language model itself")
     add("--views", type=int, default=1, help="cameras, 1 or 2")
-    add("--chunk-length", type=int, default=8, help="actions of one decision")
+    add("--chunk-length", type=int, default=8, help="actions of one policy step")
     add("--dtype", choices=sorted(DTYPES), default="bfloat16")
     add("--seed", type=int, default=0, help="of projector and adapters")
     add("--out", required=True, help="checkpoint folder to write")

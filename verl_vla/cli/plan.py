@@ -71,7 +71,7 @@ def show(plan: Plan) -> None:
     print(
         f"weights: {trace.weights / 1e6:,.1f} M, {trace.trained / 1e6:,.1f} M of them trained\n"
         f"ranks: {cluster.num_nodes} x {cluster.ranks_per_node}\n"
-        f"one round: at most {plan.decisions:,} decisions\n"
+        f"one round: at most {plan.policy_steps:,} policy steps\n"
     )
     _table(
         "memory of the first rank, GB" if plan.gpu else "memory of a rank, GB", plan.device.lasting

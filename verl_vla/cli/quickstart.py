@@ -24,7 +24,7 @@ from verl_vla.policies.registry import load_policy
 from verl_vla.runs.metrics import read_metrics
 from verl_vla.runs.plots import success_table, text_curve
 from verl_vla.runs.run_dir import evaluated_steps, evaluation_file
-from verl_vla.runs.video import film, write_side_by_side
+from verl_vla.runs.video import record_video, write_side_by_side
 from verl_vla.trainer import checkpoint
 from verl_vla.trainer.grpo.run import Run, open_run
 
@@ -72,7 +72,7 @@ def _show(run: Run, wall_s: float) -> None:
     lines = read_metrics(run.folder / "metrics.jsonl")
     summary = _summary(run.recipe, steps, before, after, lines, _wall_s(run, wall_s))
     policies = run.policy_folder, checkpoint.step_folder(run.checkpoints, steps) / "policy"
-    summary["policy_parameters"] = _film_and_count(run, policies, before, after)
+    summary["policy_parameters"] = _record_and_count(run, policies, before, after)
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
     rates = [line["rollout/success_rate"] for line in lines if "rollout/success_rate" in line]
     logger.info("\n%s\n", success_table(before, after))
@@ -127,19 +127,19 @@ def _wall_s(run: Run, wall_s: float) -> float:
     return earlier + wall_s
 
 
-def _film_and_count(
+def _record_and_count(
     run: Run,
     folders: tuple[Path, Path],
     before: Mapping[str, Any],
     after: Mapping[str, Any],
 ) -> int:
-    """Film the most telling held-out start with both policies; return the parameter count."""
+    """Record the most telling held-out start with both policies; return the parameter count."""
     start = _telling_start(before["episodes"], after["episodes"])
     policies = [load_policy(folder) for folder in folders]
-    takes = [film(policy, run.env_config, start) for policy in policies]
+    clips = [record_video(policy, run.env_config, start) for policy in policies]
     write_side_by_side(
         run.folder / "before_after.mp4",
-        list(zip(("before training", "after training"), takes, strict=True)),
+        list(zip(("before training", "after training"), clips, strict=True)),
     )
     return sum(p.numel() for p in policies[0].model.parameters())
 

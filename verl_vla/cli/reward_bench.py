@@ -21,7 +21,7 @@ import torch
 from verl_vla.config.grpo import EnvironmentConfig
 from verl_vla.core.episode import EpisodeSpec
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.files import folder_lock, write_whole, writing_to
+from verl_vla.core.files import atomic_write, folder_lock, writing_to
 from verl_vla.core.provenance import provenance
 from verl_vla.core.schema import parse
 from verl_vla.core.success_rate import count
@@ -44,7 +44,7 @@ from verl_vla.rewards.benchmark import (
     draw_reliability,
     halve,
     is_complete,
-    make_contestants,
+    make_entries,
     make_sample,
     measure,
     paper_table,
@@ -82,7 +82,7 @@ PLAY_WORDS = (
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Play or read, measure, print tables, and write JSON and pictures."""
+    """Play or read, measure, print tables, and write JSON and images."""
     options = _parser().parse_args(arguments)
     began = time.perf_counter()
     torch.set_num_threads(1)
@@ -92,7 +92,7 @@ def run(arguments: Sequence[str]) -> int:
         groups_per_update=options.groups_per_update,
         curve_groups=options.curve_groups,
     )
-    contestants = make_contestants(specs, config.seed)
+    entries = make_entries(specs, config.seed)
     out = Path(options.out)
     folder, played, record = _find_episodes(options, out)
     result: dict[str, Any] = {
@@ -108,7 +108,7 @@ def run(arguments: Sequence[str]) -> int:
         _play(folder, played, _environment(played, options.workers))
     trajectories = read_rounds(folder, played.groups)
     learned, judged = halve(make_sample(trajectories, suite=played.suite, split="train"))
-    rows = measure(contestants, learned, judged, config)
+    rows = measure(entries, learned, judged, config)
     result |= {
         "outcomes": _outcomes(trajectories, played),
         "judged": describe(judged),
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     play("--group-size", type=int, help="episodes of a group")
     play("--temperature", type=float, help="of the action tokens")
     play("--limit", dest="step_limit", help="step limit: published, simplevla, or a number")
-    play("--render-size", type=int, help="camera picture, px; the policy's own if not given")
+    play("--render-size", type=int, help="camera image, px; the policy's own if not given")
     play("--dtype", choices=sorted(DTYPES))
     play("--unnorm-key", help="entry of dataset_statistics.json")
     play("--slots", type=int, help="episodes under way at the same time")
@@ -199,7 +199,7 @@ def _play(folder: Path, played: PlayConfig, env: EnvironmentConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_policy(find_policy(played.policy), DTYPES[played.dtype], played.unnorm_key)
     torch.nn.Module.to(policy.model, device)
-    simulated = replace(env_config(env, policy.processor), draw_ending=True)
+    simulated = replace(env_config(env, policy.processor), render_final=True)
     with folder_lock(folder), open_simulators(env, simulated, policy.shape) as simulators:
         play_missing(
             folder,
@@ -243,7 +243,7 @@ def _write(out: Path, result: dict[str, Any]) -> None:
     """Write the result, whole or not at all."""
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / RESULT_FILE, json.dumps(result, indent=1, allow_nan=False))
+        atomic_write(out / RESULT_FILE, json.dumps(result, indent=1, allow_nan=False))
 
 
 def _show(out: Path, rows: Sequence[BenchRow], judged: Sample, result: dict[str, Any]) -> None:
@@ -262,11 +262,11 @@ def _show(out: Path, rows: Sequence[BenchRow], judged: Sample, result: dict[str,
         )
     found = result["judged"]
     logger.info(
-        "judged: %d groups, %d failures, of which %d near-misses and %d whiffs\n",
+        "judged: %d groups, %d failures, of which %d near-misses and %d far misses\n",
         found["groups"],
         found["failures"],
         found["near_misses"],
-        found["whiffs"],
+        found["far misses"],
     )
     logger.info("%s\n", ranking_table(rows, verdicts(rows)))
     logger.info("%s\n", paper_table(rows))

@@ -81,7 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--demos", required=True, help="file that `demos` wrote")
     add("--architecture", choices=ARCHITECTURES, default=ARCHITECTURES[0])
     add("--decoding", choices=DECODINGS, help="of scratch_vla: parallel if not given")
-    add("--chunk-length", type=int, help="of scratch_vla: actions of one decision, 8 if not given")
+    add(
+        "--chunk-length",
+        type=int,
+        help="of scratch_vla: actions of one policy step, 8 if not given",
+    )
     add("--tasks", type=int, nargs="+", help="task ids to learn; all in the file if not given")
     add("--per-task", type=int, help="demonstrations of each task to use; all if not given")
     add("--steps", type=int, default=config.steps, help="optimizer steps")

@@ -20,7 +20,7 @@ import torch
 from verl_vla.config.grpo import EnvironmentConfig
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.provenance import provenance
-from verl_vla.diagnostics.faulty_env import make_fragile
+from verl_vla.diagnostics.faulty_env import make_crashing
 from verl_vla.diagnostics.soak import BOUNDS, Sample, excesses, growth, soak
 from verl_vla.envs.libero.suite import make_libero_env
 from verl_vla.envs.pool.env_pool import EnvPool
@@ -93,7 +93,7 @@ def _play(options: argparse.Namespace) -> list[Sample]:
     chosen = suite("mini")
     played = starts(chosen, task_ids(chosen, options.tasks), "train")
     with EnvPool(
-        partial(make_fragile, partial(make_libero_env, config), options.crash_share),
+        partial(make_crashing, partial(make_libero_env, config), options.crash_share),
         num_workers=options.workers,
         num_slots=options.slots,
         image_shape=shape.image_shape,

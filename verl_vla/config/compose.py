@@ -28,7 +28,7 @@ RECIPES_FOLDER = PROJECT_FOLDER / "recipes"
 """Where recipes with a plain name live; its folders are the groups that a recipe chooses from."""
 
 COMMAND_LINE = "command line"
-"""Where a knob's value came from, if not from a file."""
+"""Where an option's value came from, if not from a file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class Composition:
     values: dict[str, Any]
     """Nested, as `parse` wants them."""
     origins: dict[str, str]
-    """The file, or `COMMAND_LINE`, that had the last word on each knob that any of them sets."""
+    """The file, or `COMMAND_LINE`, that had the last word on each option that any of them sets."""
     choices: dict[str, str]
     """The file taken from each group."""
 
@@ -58,7 +58,7 @@ def compose_recipe(arguments: Sequence[str], folder: Path) -> Composition:
     """Let Hydra merge the recipe that ``arguments`` name, the files it builds on, and overrides.
 
     Where the recipe builds on a group, e.g. ``suite: spatial``, the override ``suite=object`` takes
-    another file of it. Any other override sets a knob, also one that no file mentions; `parse`
+    another file of it. Any other override sets an option, also one that no file mentions; `parse`
     refuses those that nobody knows. A recipe of the user's own may build on the project's recipes
     and groups.
 
@@ -79,14 +79,14 @@ def compose_recipe(arguments: Sequence[str], folder: Path) -> Composition:
     try:
         with initialize_config_dir(str(file.parent), version_base=None):
             parts = _parts(file.stem, search)
-            words, knobs = _split(overrides, _choices(parts), folder)
+            words, options = _split(overrides, _choices(parts), folder)
             if words:
                 parts = _parts(file.stem, [*words, *search])
             composed = compose(config_name=file.stem, overrides=[*words, *search])
         origins = dict(_origins(parts, (file.parent, folder)))
-        for knob in knobs:
-            OmegaConf.update(composed, knob.key_or_group, knob.value(), force_add=True)
-            origins |= {key: COMMAND_LINE for key, _ in leaves(knob.value(), knob.key_or_group)}
+        for option in options:
+            OmegaConf.update(composed, option.key_or_group, option.value(), force_add=True)
+            origins |= {key: COMMAND_LINE for key, _ in leaves(option.value(), option.key_or_group)}
         container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {file.stem!r} cannot be composed: {error}") from error
@@ -128,7 +128,7 @@ def find_recipe(name: str, folder: Path = RECIPES_FOLDER) -> Path:
 
 
 def _read_override(word: str) -> Override:
-    """Refuse what Hydra would not read, or would read as something else than a knob."""
+    """Refuse what Hydra would not read, or would read as something else than an option."""
     if "=" not in word or word.startswith("~"):
         raise ConfigError(f"{word!r} is no key=value; write e.g. seed=1")
     try:
@@ -139,7 +139,7 @@ def _read_override(word: str) -> Override:
             "characters needs quotes of its own, e.g. \"out='runs/a=b'\""
         ) from error
     if override.key_or_group.split(".")[0] == "hydra":
-        raise ConfigError(f"{word!r} is a knob of Hydra, which runs no job here; leave it out")
+        raise ConfigError(f"{word!r} is an option of Hydra, which runs no job here; leave it out")
     if override.is_sweep_override():
         raise ConfigError(f"{word!r} names several values; for a list use key=[value1,value2]")
     return override
@@ -148,23 +148,23 @@ def _read_override(word: str) -> Override:
 def _split(
     overrides: Sequence[Override], choices: Mapping[str, str], folder: Path
 ) -> tuple[list[str], list[Override]]:
-    """Words for Hydra that choose another file of a group, and the overrides that set knobs.
+    """Words for Hydra that choose another file of a group, and the overrides that set options.
 
-    A group may share its name with a knob, as ``reward`` does. Then a value that is no file of the
-    group is the knob's.
+    A group may share its name with an option, as ``reward`` does. Then a value that is no file of
+    the group is the option's.
     """
     words: list[str] = []
-    knobs: list[Override] = []
+    options: list[Override] = []
     for override in overrides:
         group, value = override.key_or_group, str(override.value())
-        options = group_options(group, folder) if group in choices else []
-        if value in options:
+        members = group_options(group, folder) if group in choices else []
+        if value in members:
             words.append(f"{group}='{value}'")
         elif group in choices and group not in Recipe.__dataclass_fields__:
-            raise ConfigError(f"{group} is {value!r}, which is unknown; {nearest(value, options)}")
+            raise ConfigError(f"{group} is {value!r}, which is unknown; {nearest(value, members)}")
         else:
-            knobs.append(override)
-    return words, knobs
+            options.append(override)
+    return words, options
 
 
 def _parts(name: str, words: list[str]) -> DefaultsList:
@@ -180,7 +180,7 @@ def _choices(parts: DefaultsList) -> dict[str, str]:
 
 
 def _origins(parts: DefaultsList, folders: Sequence[Path]) -> Iterator[tuple[str, str]]:
-    """Each knob and the file that sets it, in the order of merging."""
+    """Each option and the file that sets it, in the order of merging."""
     for part in parts.defaults:
         relative = f"{part.config_path}.yaml"
         for file in [f / relative for f in folders if (f / relative).is_file()][:1]:

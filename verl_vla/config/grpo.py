@@ -198,7 +198,7 @@ class EnvironmentConfig:
     """Steps after which an episode has failed: openvla-oft's table, SimpleVLA-RL's 512 for all,
     or a number."""
     render_size: int | None = None
-    """Height and width of a camera's picture before it is prepared for the policy, pixels; null
+    """Height and width of a camera's image before it is prepared for the policy, pixels; null
     takes what the policy was fine-tuned on, and openvla-oft's 256 where its folder does not say."""
     num_workers: int = 8
     """Simulator processes of each machine that simulates."""
@@ -240,7 +240,7 @@ class OptimizerConfig:
     num_mini_batches: int = 1
     """Optimizer steps per training step."""
     micro_batch_size: int = 16
-    """Decisions per forward and backward pass of one rank."""
+    """PolicySteps per forward and backward pass of one rank."""
     max_skipped_in_a_row: int = 3
     """Optimizer steps are left out where the loss or the gradient is not finite. One can be the
     fault of one batch; that many in a row are the fault of the weights, and end the run."""
@@ -268,7 +268,7 @@ class LossConfig:
 
     clip: ClipRange = field(default_factory=ClipRange)
     kl: KLConfig = field(default_factory=KLConfig)
-    recompute_logp: bool = False
+    recompute_log_probs: bool = False
     """Recompute the log-probs of the rollout with the learner before the update. Needed only
     where ``actor/ratio_first_deviation`` shows that the two differ."""
 
@@ -290,7 +290,7 @@ class TrainerConfig:
     eval_before: bool = True
     """Evaluate the policy before the first step."""
     keep_groups: int = 1
-    """Of how many groups a training step the actions and a film of every episode are kept, some
+    """Of how many groups a training step the actions and a video of every episode are kept, some
     20 kB each; ``replay`` plays them again. 0 keeps none."""
     loggers: tuple[str, ...] = ("tensorboard",)
     """Besides the console and ``metrics.jsonl``: any of veRL's tracking back ends."""
@@ -324,7 +324,7 @@ class ClusterConfig:
     """Data-parallel learner processes on each node, one GPU each."""
     gather_once: bool = True
     """Several ranks gather the weights once for a rollout and hold them all while they play, in
-    ``policy.dtype``; false gathers them for every decision and needs room for two layers. An
+    ``policy.dtype``; false gathers them for every policy step and needs room for two layers. An
     optimizer that keeps weights in host memory always does the latter."""
     address: str | None = None
     """Of a running Ray cluster; null starts one on this machine."""

@@ -1,4 +1,4 @@
-"""A fine-tuning run, as its author writes it: every knob, its default and its check."""
+"""A fine-tuning run, as its author writes it: every option, its default and its check."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ class DemosConfig:
     folder: str
     """Of LIBERO's files, one ``<task name>_demo.hdf5`` a task."""
     choice: DemoChoice = field(default_factory=DemoChoice)
-    pictures: Literal["rerendered", "stored"] = "rerendered"
+    images: Literal["rerendered", "stored"] = "rerendered"
     """``rerendered`` draws the recorded states at ``environment.render_size``, once for a run;
-    LIBERO's own pictures have 128 px."""
+    LIBERO's own images have 128 px."""
     augment: bool = True
     """Change images at random, as published; evaluations then crop the centre."""
     num_loaders: int = 2

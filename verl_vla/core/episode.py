@@ -51,7 +51,7 @@ class EpisodeSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """What the policy sees before one decision."""
+    """What the policy sees before one policy step."""
 
     image: npt.NDArray[np.uint8]
     """[V, H, W, 3] RGB, upright, through `verl_vla.core.image_preprocessing.prepare_image`."""

@@ -29,7 +29,7 @@ def require_place(file: Path, option: str) -> None:
         raise ConfigError(f"{option} is {file}, which is a folder; name a file in it")
 
 
-def write_whole(file: Path, text: str) -> None:
+def atomic_write(file: Path, text: str) -> None:
     """Write ``file``, or leave what was there."""
     partial = partial_file(file)
     partial.write_text(text)

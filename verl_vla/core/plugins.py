@@ -29,20 +29,20 @@ EXTRAS = {
     ("trainer.loggers", "mlflow"): Extra("mlflow", "tracking"),
     ("trainer.loggers", "swanlab"): Extra("swanlab", "tracking"),
 }
-"""By knob and value."""
+"""By option and value."""
 
 
-def require_extras(knobs: Mapping[str, str]) -> None:
-    """Refuse values of knobs whose package is not installed.
+def require_extras(options: Mapping[str, str]) -> None:
+    """Refuse values of options whose package is not installed.
 
     Raises:
         ConfigError: names the extra.
     """
-    for knob, value in knobs.items():
-        extra = EXTRAS.get((knob, value))
+    for option, value in options.items():
+        extra = EXTRAS.get((option, value))
         if extra is not None and find_spec(extra.package) is None:
             raise ConfigError(
-                f"{knob} is {value!r}, which needs the package {extra.package}; install it with "
+                f"{option} is {value!r}, which needs the package {extra.package}; install it with "
                 f"pip install 'verl-vla[{extra.name}]', or choose another value"
             )
 

@@ -1,8 +1,8 @@
-"""From a mapping to typed knobs.
+"""From a mapping to typed options.
 
 A recipe is a plain mapping, composed by Hydra from YAML files and command-line overrides;
 `parse` turns it into frozen dataclasses. The dataclasses own every default and every check, so
-a recipe holds only what differs, and a misspelt or impossible knob stops the run before a
+a recipe holds only what differs, and a misspelt or impossible option stops the run before a
 worker starts.
 """
 
@@ -53,7 +53,7 @@ def parse(schema: type[T], values: Mapping[str, Any], path: str = "") -> T:
 
 
 def meanings(schema: type[Any], path: str = "") -> Iterator[tuple[str, str]]:
-    """Name every knob of ``schema`` and of its sections, with the docstring below its field.
+    """Name every option of ``schema`` and of its sections, with the docstring below its field.
 
     The section's class must stand in a file: Python keeps no docstring of an attribute.
     """

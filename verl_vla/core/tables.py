@@ -1,14 +1,14 @@
 """The data that flows: two tables and one key.
 
-An *episode* is one attempt at a task. A *decision* is one call of the policy inside an
-episode; it yields one action chunk. Episodes differ in length, so decisions are stored flat,
-without padding, and ``Decisions.episode`` says which episode each one belongs to.
+An *episode* is one attempt at a task. A *policy step* is one call of the policy inside an
+episode; it yields one action chunk. Episodes differ in length, so policy steps are stored flat,
+without padding, and ``PolicySteps.episode`` says which episode each one belongs to.
 
 Dimensions, used in every shape in this package:
 
-    B  episodes in the batch            N  decisions in the batch, over all episodes
-    n  decisions taken at once          V  camera views
-    H, W  image height and width, px    L  prompt tokens of one decision
+    B  episodes in the batch            N  policy steps in the batch, over all episodes
+    n  policy steps taken at once          V  camera views
+    H, W  image height and width, px    L  prompt tokens of one policy step
     K  actions in one chunk             A  values in one action
     T  action tokens in one chunk, always K * A
     P  proprio values                   S  simulator steps of one episode
@@ -36,12 +36,12 @@ Table = TypeVar("Table")
 class ActionChunk:
     """What the policy answers to ``n`` observations."""
 
-    bins: Tensor
+    action_tokens: Tensor
     """[n, T] int64, index of the chosen class among the action ids."""
-    logp: Tensor
+    log_probs: Tensor
     """[n, T] float32, nats, at the temperature that was asked for; zeros when greedy."""
     prompt_ids: list[Tensor]
-    """n tensors [L] int64, the prompt each decision was conditioned on, unpadded."""
+    """n tensors [L] int64, the prompt each policy step was conditioned on, unpadded."""
     actions: npt.NDArray[np.float32]
     """[n, K, A], in simulator units, ready for `Env.step_chunk`."""
 
@@ -80,14 +80,14 @@ class Episodes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Decisions:
+class PolicySteps:
     """One row per policy call. Images stay raw bytes until the learner needs them."""
 
     episode: Tensor = column("N", dtype=torch.int64, doc="row of `Episodes`")
     image: Tensor = column("N", "V", "H", "W", "3", dtype=torch.uint8, doc="RGB, 0..255")
     proprio: Tensor = column("N", "P", dtype=torch.float32, doc="as in `Observation`")
-    bins: Tensor = column("N", "T", dtype=torch.int64, doc="class index, not a token id")
-    logp: Tensor = column("N", "T", dtype=torch.float32, doc="nats, at the rollout policy")
+    action_tokens: Tensor = column("N", "T", dtype=torch.int64, doc="class index, not a token id")
+    log_probs: Tensor = column("N", "T", dtype=torch.float32, doc="nats, at the rollout policy")
     executed: Tensor = column("N", dtype=torch.int64, doc="actions of the chunk run, 1..K")
 
     def __post_init__(self) -> None:
@@ -99,42 +99,44 @@ class Decisions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectories:
-    """What a rollout returns: episodes, their decisions in order, and their prompts.
+    """What a rollout returns: episodes, their policy steps in order, and their prompts.
 
     ``crashes`` holds the reason of every crashed episode, by ``episode_id``.
     """
 
     episodes: Episodes
-    decisions: Decisions
+    policy_steps: PolicySteps
     prompt_ids: tuple[Tensor, ...]
     """N tensors [L] int64; ragged, so not a column."""
     goals: tuple[GoalReadings, ...]
-    """B arrays [decisions + 1, G, 3]: before the first decision, and after each."""
+    """B arrays [policy steps + 1, G, 3]: before the first policy step, and after each."""
     crashes: dict[int, str] = field(default_factory=dict[int, str])
-    endings: tuple[npt.NDArray[np.uint8] | None, ...] = ()
-    """B pictures [V, H, W, 3] after the last step, None where none was drawn; empty where nobody
+    final_images: tuple[npt.NDArray[np.uint8] | None, ...] = ()
+    """B images [V, H, W, 3] after the last step, None where none was drawn; empty where nobody
     was asked to draw any."""
 
     def __post_init__(self) -> None:
-        if len(self.prompt_ids) != len(self.decisions):
+        if len(self.prompt_ids) != len(self.policy_steps):
             raise ContractError(
-                f"{len(self.prompt_ids)} prompts for {len(self.decisions)} decisions"
+                f"{len(self.prompt_ids)} prompts for {len(self.policy_steps)} policy steps"
             )
         if len(self.goals) != len(self.episodes):
             raise ContractError(
                 f"goal readings of {len(self.goals)} episodes for {len(self.episodes)}"
             )
-        if len(self.endings) not in (0, len(self.episodes)):
-            raise ContractError(f"endings of {len(self.endings)} episodes for {len(self.episodes)}")
-        for row in self.decisions.episode.aminmax() if len(self.decisions) else ():
+        if len(self.final_images) not in (0, len(self.episodes)):
+            raise ContractError(
+                f"endings of {len(self.final_images)} episodes for {len(self.episodes)}"
+            )
+        for row in self.policy_steps.episode.aminmax() if len(self.policy_steps) else ():
             if not 0 <= int(row) < len(self.episodes):
                 raise ContractError(
-                    f"Decisions.episode points at row {int(row)}, "
+                    f"PolicySteps.episode points at row {int(row)}, "
                     f"but there are {len(self.episodes)} episodes"
                 )
 
     def select(self, keep: Tensor) -> Trajectories:
-        """Keep the episodes where ``keep`` ([B] bool) is true, and their decisions.
+        """Keep the episodes where ``keep`` ([B] bool) is true, and their policy steps.
 
         Raises:
             ContractError: ``keep`` is not bool, or not as long as there are episodes.
@@ -144,17 +146,17 @@ class Trajectories:
                 f"keep must be bool [{len(self.episodes)}], got {keep.dtype} {list(keep.shape)}"
             )
         new_row = torch.cumsum(keep, 0) - 1
-        rows = keep[self.decisions.episode]
-        decisions = map_columns(self.decisions, lambda t: t[rows])
+        rows = keep[self.policy_steps.episode]
+        policy_steps = map_columns(self.policy_steps, lambda t: t[rows])
         episodes = map_columns(self.episodes, lambda t: t[keep])
         ids = set(episodes.episode_id.tolist())
         return Trajectories(
             episodes=episodes,
-            decisions=replace(decisions, episode=new_row[decisions.episode]),
+            policy_steps=replace(policy_steps, episode=new_row[policy_steps.episode]),
             prompt_ids=tuple(p for p, row in zip(self.prompt_ids, rows, strict=True) if row),
             goals=tuple(g for g, kept in zip(self.goals, keep, strict=True) if kept),
             crashes={key: why for key, why in self.crashes.items() if key in ids},
-            endings=tuple(compress(self.endings, keep)),
+            final_images=tuple(compress(self.final_images, keep)),
         )
 
     @staticmethod
@@ -162,18 +164,18 @@ class Trajectories:
         """Stack batches; rows of the key are shifted, group ids must already differ."""
         offsets = np.cumsum([0] + [len(p.episodes) for p in parts])[:-1]
         moved = [
-            replace(p.decisions, episode=p.decisions.episode + int(offset))
+            replace(p.policy_steps, episode=p.policy_steps.episode + int(offset))
             for p, offset in zip(parts, offsets, strict=True)
         ]
         # a part that lost every episode at its start knows no widths
-        with_rows = [decisions for decisions in moved if len(decisions)]
+        with_rows = [policy_steps for policy_steps in moved if len(policy_steps)]
         return Trajectories(
             episodes=concat_tables([p.episodes for p in parts]),
-            decisions=concat_tables(with_rows or moved[:1]),
+            policy_steps=concat_tables(with_rows or moved[:1]),
             prompt_ids=tuple(prompt for p in parts for prompt in p.prompt_ids),
             goals=tuple(readings for p in parts for readings in p.goals),
             crashes={key: why for p in parts for key, why in p.crashes.items()},
-            endings=tuple(ending for p in parts for ending in p.endings),
+            final_images=tuple(final_image for p in parts for final_image in p.final_images),
         )
 
 

@@ -13,21 +13,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from verl_vla.core.tables import Decisions, Episodes, Trajectories
+from verl_vla.core.tables import Episodes, PolicySteps, Trajectories
 
-NO_PICTURE = np.zeros((0, 0, 0, 3), dtype=np.uint8)
-"""Stands for an ending that nobody drew."""
+NO_IMAGE = np.zeros((0, 0, 0, 3), dtype=np.uint8)
+"""Stands for a final image that was not rendered."""
 
 
 def write_trajectories(file: Path, trajectories: Trajectories) -> None:
     """Write everything that was recorded of some episodes; the file is never seen half-written."""
     tables: dict[str, npt.NDArray[Any]] = {}
-    for table in (trajectories.episodes, trajectories.decisions):
+    for table in (trajectories.episodes, trajectories.policy_steps):
         for f in fields(table):
             tables[f"{type(table).__name__}.{f.name}"] = getattr(table, f.name).numpy()
     tables |= _pack("prompt_ids", [prompt.numpy() for prompt in trajectories.prompt_ids])
     tables |= _pack("goals", trajectories.goals)
-    tables |= _pack("endings", [NO_PICTURE if e is None else e for e in trajectories.endings])
+    tables |= _pack(
+        "final_images", [NO_IMAGE if e is None else e for e in trajectories.final_images]
+    )
     tables["crashes"] = np.array(json.dumps(trajectories.crashes))
     partial_file = file.with_suffix(".partial")
     with partial_file.open("wb") as stream:
@@ -46,10 +48,10 @@ def read_trajectories(file: Path) -> Trajectories:
         crashes: dict[str, str] = json.loads(str(tables["crashes"]))
         return Trajectories(
             episodes=Episodes(**columns(Episodes)),
-            decisions=Decisions(**columns(Decisions)),
+            policy_steps=PolicySteps(**columns(PolicySteps)),
             prompt_ids=tuple(torch.from_numpy(ids) for ids in _unpack("prompt_ids", tables)),
             goals=tuple(_unpack("goals", tables)),
-            endings=tuple(e if e.size else None for e in _unpack("endings", tables)),
+            final_images=tuple(e if e.size else None for e in _unpack("final_images", tables)),
             crashes={int(key): why for key, why in crashes.items()},
         )
 

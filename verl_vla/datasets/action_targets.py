@@ -106,7 +106,7 @@ def action_chunks(actions: Floats, length: int) -> Floats:
     return np.lib.stride_tricks.sliding_window_view(actions, length, axis=0).swapaxes(1, 2)
 
 
-def target_bins(actions: Floats, codec: ActionCodec) -> Tensor:
+def target_action_tokens(actions: Floats, codec: ActionCodec) -> Tensor:
     """Find the bins of every chunk of an episode.
 
     Args:

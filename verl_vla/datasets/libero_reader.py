@@ -2,7 +2,7 @@
 
 One HDF5 file a task, ``<task name>_demo.hdf5``: a group ``data`` with the attribute
 ``problem_info`` and, for each episode, ``demo_i/actions`` [T, 7], ``demo_i/states``
-[T, 1 + nq + nv] (time, positions, velocities) and, for each camera, the `PICTURES` [T, H, W, 3]
+[T, 1 + nq + nv] (time, positions, velocities) and, for each camera, the `IMAGES` [T, H, W, 3]
 uint8, stored bottom-up as OpenGL draws. Source: LIBERO ``scripts/create_dataset.py``.
 """
 
@@ -23,7 +23,7 @@ from verl_vla.config.sft import DemoChoice
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.image_preprocessing import Pixels
 from verl_vla.datasets.action_targets import moving_steps
-from verl_vla.datasets.libero_writer import FILE_SUFFIX, PICTURES, file_name
+from verl_vla.datasets.libero_writer import FILE_SUFFIX, IMAGES, file_name
 from verl_vla.envs.libero.suite import LiberoSuite
 from verl_vla.envs.libero.task import CAMERAS
 
@@ -33,7 +33,7 @@ Node = Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demo:
-    """One episode without its pictures; T steps, those without motion left out."""
+    """One episode without its images; T steps, those without motion left out."""
 
     file: Path
     name: str
@@ -45,9 +45,9 @@ class Demo:
     actions: npt.NDArray[np.float32]
     """[T, 7], simulator units; float32 as in openvla-oft's copy of the data."""
     render_size: int
-    """Height of its pictures, pixels."""
+    """Height of its images, pixels."""
     cameras: tuple[str, ...]
-    """Those of `CAMERAS` that it has pictures of, in their order."""
+    """Those of `CAMERAS` that it has images of, in their order."""
 
 
 def demo_file(folder: Path, task_name: str) -> Path:
@@ -58,7 +58,7 @@ def demo_file(folder: Path, task_name: str) -> Path:
 def read_demos(
     folder: Path, suite: LiberoSuite, tasks: Sequence[int], choice: DemoChoice
 ) -> tuple[list[Demo], list[Demo]]:
-    """Read the episodes to learn and those held out, without their pictures.
+    """Read the episodes to learn and those held out, without their images.
 
     Every file is closed again, so that no process forked later inherits it.
 
@@ -120,7 +120,7 @@ def read_sentence(file: Node) -> str:
 
 
 class FrameReader:
-    """Reads single pictures; every process opens its own files, at its first read.
+    """Reads single images; every process opens its own files, at its first read.
 
     A handle that was open when a process forked shares the parent's descriptor and the library's
     state of that moment, so it is closed in the child and opened anew. A pickled reader carries no
@@ -132,13 +132,13 @@ class FrameReader:
         self._process = os.getpid()
 
     def read(self, demo: Demo, index: int, camera: str = CAMERAS[0]) -> Pixels:
-        """Return the picture before ``demo.actions[index]``: [H, W, 3], upright.
+        """Return the image before ``demo.actions[index]``: [H, W, 3], upright.
 
         It is turned by 180 degrees, so that left and right are swapped, as openvla-oft does
         (``experiments/robot/libero/libero_utils.py:33``) and as `Renderer.draw` shows it.
         """
         file = self._file(demo.file)
-        stored = file[f"data/{demo.name}/{PICTURES[camera]}"][int(demo.steps[index])]
+        stored = file[f"data/{demo.name}/{IMAGES[camera]}"][int(demo.steps[index])]
         return np.ascontiguousarray(stored[::-1, ::-1])
 
     def close(self) -> None:
@@ -190,11 +190,11 @@ def _read_demo(
 ) -> Demo:
     episode = file[f"data/{name}"]
     actions = np.asarray(episode["actions"], dtype=np.float64)
-    num_frames, render_size = episode[PICTURES[CAMERAS[0]]].shape[:2]
+    num_frames, render_size = episode[IMAGES[CAMERAS[0]]].shape[:2]
     if actions.ndim != 2 or not 0 < len(actions) == num_frames:
         raise ConfigError(
-            f"{path}: {name} holds actions {list(actions.shape)} and {num_frames} pictures; each "
-            "action needs the picture before it: fetch or record the file again"
+            f"{path}: {name} holds actions {list(actions.shape)} and {num_frames} images; each "
+            "action needs the image before it: fetch or record the file again"
         )
     steps = moving_steps(actions) if choice.filter_noops else np.arange(len(actions))
     return Demo(
@@ -205,5 +205,5 @@ def _read_demo(
         steps=steps,
         actions=actions[steps].astype(np.float32),
         render_size=render_size,
-        cameras=tuple(camera for camera in CAMERAS if PICTURES[camera] in episode),
+        cameras=tuple(camera for camera in CAMERAS if IMAGES[camera] in episode),
     )

@@ -3,7 +3,7 @@
 Names, dtypes and attributes are those of LIBERO's ``scripts/create_dataset.py``, which follows
 robomimic: a group ``data`` and in it ``demo_0``, ``demo_1``, ... Two things to know:
 
-- Pictures are stored as LIBERO stores them, bottom row first, as OpenGL draws (the attribute
+- Images are stored as LIBERO stores them, bottom row first, as OpenGL draws (the attribute
   ``macros_image_convention``). Policies see them turned by 180 degrees.
 - Row t of ``obs`` was seen *before* action t, as in openvla's copy of the data
   (``experiments/robot/libero/regenerate_libero_dataset.py``). LIBERO's own script writes down what
@@ -27,10 +27,10 @@ import numpy.typing as npt
 
 from verl_vla.envs.libero.task import CAMERAS
 
-PICTURES: dict[str, str] = dict(
+IMAGES: dict[str, str] = dict(
     zip(CAMERAS, ("obs/agentview_rgb", "obs/eye_in_hand_rgb"), strict=True)
 )
-"""Where an episode keeps the pictures of each camera."""
+"""Where an episode keeps the images of each camera."""
 FILE_SUFFIX = "_demo.hdf5"
 """LIBERO ``libero/libero/benchmark/__init__.py``, ``get_task_demonstration``."""
 PARTIAL_SUFFIX = ".partial"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from verl_vla.datasets.libero_writer import PICTURES, LiberoEpisode
+from verl_vla.datasets.libero_writer import IMAGES, LiberoEpisode
 from verl_vla.datasets.record import env_of_process, first_kept
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.experts.choice import make_expert
@@ -90,10 +90,10 @@ def _draw_start(
 def _row(simulator: Simulator, action: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[Any]]:
     """What is there and what is seen before ``action``."""
     seen = simulator.seen_robot()
-    pictures = {
-        # `render` turns LIBERO's picture by 180 degrees; turned once more it is LIBERO's again
+    images = {
+        # `render` turns LIBERO's image by 180 degrees; turned once more it is LIBERO's again
         name: simulator.render(camera)[::-1, ::-1]
-        for camera, name in PICTURES.items()
+        for camera, name in IMAGES.items()
     }
     return {
         "actions": action,
@@ -104,7 +104,7 @@ def _row(simulator: Simulator, action: npt.NDArray[np.float64]) -> dict[str, npt
         "obs/ee_states": np.concatenate([seen.hand_m, seen.hand_rad]),
         "obs/gripper_states": seen.fingers_m,
         "obs/joint_states": seen.arm_rad,
-        **pictures,
+        **images,
     }
 
 

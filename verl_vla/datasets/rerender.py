@@ -1,9 +1,9 @@
-"""Pictures of recorded states at another size.
+"""Images of recorded states at another size.
 
-LIBERO's files hold pictures of 128 px; published policies were fine-tuned on 256. openvla plays the
+LIBERO's files hold images of 128 px; published policies were fine-tuned on 256. openvla plays the
 recorded actions again (``regenerate_libero_dataset.py``); here every recorded state is put into the
-simulator and drawn, so that no picture depends on how well a replay follows the recording. What
-is drawn is the state itself; a picture taken while stepping is up to two of robosuite's 25 physics
+simulator and drawn, so that no image depends on how well a replay follows the recording. What
+is drawn is the state itself; an image taken while stepping is up to two of robosuite's 25 physics
 steps older.
 """
 
@@ -24,7 +24,7 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.core.processes import end_with_parent
 from verl_vla.core.text import format_seconds
 from verl_vla.datasets.libero_reader import Node, demo_file
-from verl_vla.datasets.libero_writer import PARTIAL_SUFFIX, PICTURES
+from verl_vla.datasets.libero_writer import IMAGES, PARTIAL_SUFFIX
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.env import LiberoEnv
 from verl_vla.envs.libero.suite import libero_suite, make_libero_env
@@ -41,7 +41,7 @@ class Rerendering:
     source: Path
     """Folder of LIBERO's files."""
     target: Path
-    """Folder of the same files with other pictures; they hold nothing but what is learned from."""
+    """Folder of the same files with other images; they hold nothing but what is learned from."""
     env: EnvConfig
     """Its ``cameras`` are drawn, at its ``render_size``."""
 
@@ -65,7 +65,7 @@ def rerender(work: Rerendering, tasks: Sequence[int], *, workers: int) -> None:
             num_frames = future.result()
             spent = time.perf_counter() - began
             logger.info(
-                "drawn again: %d/%d  %s  %d pictures  left %s",
+                "drawn again: %d/%d  %s  %d images  left %s",
                 done,
                 len(missing),
                 chosen.task(task).name,
@@ -75,7 +75,7 @@ def rerender(work: Rerendering, tasks: Sequence[int], *, workers: int) -> None:
 
 
 def rerender_task(work: Rerendering, task_id: int) -> int:
-    """Draw one file; it appears when it is whole. Returns how many pictures it has.
+    """Draw one file; it appears when it is whole. Returns how many images it has.
 
     Raises:
         ConfigError: its states do not fit the task.
@@ -108,14 +108,14 @@ def _draw_episode(source: Node, target: Node, env: LiberoEnv, task_id: int) -> i
         raise ConfigError(
             f"{source.file.filename}: {source.name} has states {list(states.shape)}, but a state "
             f"of its task has {width} numbers; record it with the installed LIBERO, or set "
-            "demos.pictures=stored"
+            "demos.images=stored"
         )
     target["actions"] = source["actions"][()]
     target["states"] = states
     shape = (env.config.render_size, env.config.render_size, RGB)
     frames = {
         camera: target.create_dataset(
-            PICTURES[camera], shape=(len(states), *shape), dtype=np.uint8, chunks=(1, *shape)
+            IMAGES[camera], shape=(len(states), *shape), dtype=np.uint8, chunks=(1, *shape)
         )
         for camera in env.config.cameras
     }
@@ -123,6 +123,6 @@ def _draw_episode(source: Node, target: Node, env: LiberoEnv, task_id: int) -> i
     for step, state in enumerate(states):
         simulator.begin(state)
         for camera in frames:
-            # bottom-up and not mirrored, as LIBERO stores pictures
+            # bottom-up and not mirrored, as LIBERO stores images
             frames[camera][step] = simulator.render(camera)[::-1, ::-1]
     return len(states)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from verl_vla.core.image_preprocessing import Pixels, prepare_image
-from verl_vla.datasets.action_targets import target_bins
+from verl_vla.datasets.action_targets import target_action_tokens
 from verl_vla.datasets.augmentation import CROP_AREA, Change, augment
 from verl_vla.datasets.libero_reader import Demo, FrameReader
 from verl_vla.envs.libero.task import CAMERAS
@@ -40,14 +40,14 @@ class SampleBatch:
 
     images: Tensor
     """[n, V, S, S, 3] uint8, as the policy sees them."""
-    bins: Tensor
+    action_tokens: Tensor
     """[n, K x A] int64, the classes that command the next K actions."""
     instructions: tuple[str, ...]
     """n sentences."""
 
 
 class DemoSamples(Dataset[SampleBatch]):
-    """Every step of every episode that K actions follow; pictures are read when asked for.
+    """Every step of every episode that K actions follow; images are read when asked for.
 
     Args:
         demos: episodes.
@@ -66,9 +66,11 @@ class DemoSamples(Dataset[SampleBatch]):
         num_views: int = 1,
         augment_seed: int | None,
     ) -> None:
-        bins = [target_bins(demo.actions, codec) for demo in demos]
-        self._bins = torch.cat(bins)
-        self._rows = [(demo, i) for demo, b in zip(demos, bins, strict=True) for i in range(len(b))]
+        action_tokens = [target_action_tokens(demo.actions, codec) for demo in demos]
+        self._action_tokens = torch.cat(action_tokens)
+        self._rows = [
+            (demo, i) for demo, b in zip(demos, action_tokens, strict=True) for i in range(len(b))
+        ]
         self._image_size = image_size
         self._cameras = CAMERAS[:num_views]
         self._augment_seed = augment_seed
@@ -86,7 +88,7 @@ class DemoSamples(Dataset[SampleBatch]):
         ]
         return SampleBatch(
             images=torch.stack(views)[None],
-            bins=self._bins[draw.row][None],
+            action_tokens=self._action_tokens[draw.row][None],
             instructions=(demo.instruction,),
         )
 
@@ -106,7 +108,7 @@ def collate(samples: Sequence[SampleBatch]) -> SampleBatch:
     """Put batches together."""
     return SampleBatch(
         images=torch.cat([sample.images for sample in samples]),
-        bins=torch.cat([sample.bins for sample in samples]),
+        action_tokens=torch.cat([sample.action_tokens for sample in samples]),
         instructions=tuple(text for sample in samples for text in sample.instructions),
     )
 

@@ -14,7 +14,7 @@ from verl_vla.envs.base import ChunkResult, Env, EnvFactory, Snapshot
 
 
 @dataclass(slots=True)
-class FragileEnv:
+class CrashingEnv:
     """Wraps an environment; now and then it raises, or its process is killed."""
 
     inner: Env
@@ -52,6 +52,6 @@ class FragileEnv:
         self.inner.close()
 
 
-def make_fragile(factory: EnvFactory, crash_share: float) -> FragileEnv:
+def make_crashing(factory: EnvFactory, crash_share: float) -> CrashingEnv:
     """Make what ``factory`` makes, fragile."""
-    return FragileEnv(factory(), crash_share)
+    return CrashingEnv(factory(), crash_share)

@@ -27,11 +27,11 @@ LEAST_FREE_BYTES = 300 * GB
 """For two checkpoints of the published policy (12 bytes a weight) and exported weights (4);
 adapters and small policies take far less, so less is no fault."""
 LEAST_SHARED_BYTES = 1 * GB
-"""Pictures of all slots and Ray's object store pass through it; containers often have 64 MB."""
+"""Images of all slots and Ray's object store pass through it; containers often have 64 MB."""
 RAY_PORTS = {6379: "the head of a Ray cluster", 8265: "its dashboard"}
 """Ray's own choice; a cluster of one machine takes free ones."""
 PROBE_LIMIT_S = 120
-"""For importing MuJoCo and one picture, on a busy machine."""
+"""For importing MuJoCo and one image, on a busy machine."""
 PROBE = """
 import mujoco, numpy
 scene = '<mujoco><worldbody><light pos="0 0 3"/>' \\
@@ -41,11 +41,11 @@ data = mujoco.MjData(model)
 mujoco.mj_forward(model, data)
 renderer = mujoco.Renderer(model, 64, 64)
 renderer.update_scene(data)
-picture = renderer.render().astype(int)
-red = (picture[..., 0] - picture[..., 1:].max(-1) > 30).mean()
+image = renderer.render().astype(int)
+red = (image[..., 0] - image[..., 1:].max(-1) > 30).mean()
 print(f"{100 * red:.0f}")
 """
-"""A red box in front of the camera; prints how much of the picture is red, percent."""
+"""A red box in front of the camera; prints how much of the image is red, percent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,7 @@ def examine_machine(folder: Path, num_gpus: int | None = None) -> list[Check]:
 
     Args:
         folder: where runs will be written.
-        num_gpus: how many devices draw a picture; None takes all that torch sees.
+        num_gpus: how many devices draw an image; None takes all that torch sees.
     """
     devices = torch.cuda.device_count() if num_gpus is None else num_gpus
     return [
@@ -150,7 +150,7 @@ def _driver() -> str:
 
 
 def _renders(device: int | None) -> Check:
-    """Draw a picture in a process of its own, as a simulator would."""
+    """Draw an image in a process of its own, as a simulator would."""
     subject = "GL" if device is None else f"GL, GPU {device}"
     environment = dict(os.environ)
     if device is not None:
@@ -167,14 +167,14 @@ def _renders(device: int | None) -> Check:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return _check(subject, f"no picture in {PROBE_LIMIT_S} s", is_fault=True, fix=GL_REMEDY)
+        return _check(subject, f"no image in {PROBE_LIMIT_S} s", is_fault=True, fix=GL_REMEDY)
     if done.returncode != 0:
         why = (done.stderr.strip() or "no word").splitlines()[-1]
-        return _check(subject, f"no picture: {why}", is_fault=True, fix=GL_REMEDY)
+        return _check(subject, f"no image: {why}", is_fault=True, fix=GL_REMEDY)
     share = int(done.stdout)
     return _check(
         subject,
-        f"drew a red box that fills {share}% of the picture",
+        f"drew a red box that fills {share}% of the image",
         is_fault=share == 0,
         fix=GL_REMEDY,
     )

@@ -52,7 +52,7 @@ BOUNDS: dict[str, float] = {
     "simulator_handles": 0,
 }
 """By how much each may grow. Memory needs room for what the allocator keeps; in 1,000 episodes a
-leak of 64 KiB an episode shows, which is a third of one picture."""
+leak of 64 KiB an episode shows, which is a third of one image."""
 
 
 def soak(

@@ -46,7 +46,7 @@ class ChunkResult:
     """What the policy sees next; None where the episode ended."""
     goals: GoalReadings
     """[2, G, 3], before the chunk and after it."""
-    ending: npt.NDArray[np.uint8] | None = None
+    final_image: npt.NDArray[np.uint8] | None = None
     """[V, H, W, 3], what was to be seen after the last step, as in an observation; None where the
     episode goes on, or where the environment was not told to draw it."""
 
@@ -112,13 +112,13 @@ class EnvConfig:
     step_limit: StepLimit = "published"
     """Steps the policy may choose before an episode has failed; see `Suite.step_limit`."""
     render_size: int = 256
-    """Height and width of a camera's picture, pixels."""
+    """Height and width of a camera's image, pixels."""
     image_size: int = 224
     """Height and width of what the policy sees, pixels."""
     cameras: tuple[str, ...] = ("agentview",)
-    draw_ending: bool = False
+    render_final: bool = False
     """Draw what is to be seen after an episode's last step; a policy has no use for it, a reward
-    that looks at pictures has."""
+    that looks at images has."""
     settle_steps: int = 10
     """Of LIBERO: steps with an open, resting gripper before the first observation; objects drop
     meanwhile."""

@@ -1,7 +1,7 @@
 """A two-dimensional stand-in for LIBERO: no MuJoCo, no GPU, the same contract.
 
 A white dot starts at a place that the init state picks and must reach a square whose place and
-colour the task picks. The picture shows all there is to know, so a policy can really learn it.
+colour the task picks. The image shows all there is to know, so a policy can really learn it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class FakeEnvConfig:
     image_size: int = 32
     """Height and width of an image, pixels."""
     num_views: int = 1
-    """Pictures per observation; each is the one before it turned by 90 degrees."""
+    """Images per observation; each is the one before it turned by 90 degrees."""
     step_limit: int = 24
     """Steps after which an episode has failed."""
     stride: float = 0.15
@@ -71,7 +71,7 @@ class FakeEnvConfig:
     """The first two values move the dot right and up, the others do nothing."""
     proprio_dim: int = PROPRIO_DIM
     """The first two values are the dot's place, the others are zero."""
-    draw_ending: bool = False
+    render_final: bool = False
     """Draw what is to be seen after the last step as well."""
 
     def __post_init__(self) -> None:
@@ -132,7 +132,7 @@ class FakeEnv:
             outcome=outcome,
             observation=None if self._is_over else self._observe(),
             goals=np.stack([before, self._goals()]),
-            ending=self._draw() if self._is_over and self._config.draw_ending else None,
+            final_image=self._draw() if self._is_over and self._config.render_final else None,
         )
 
     def snapshot(self) -> Snapshot:
@@ -191,7 +191,7 @@ def _fill_square(
     reach: float,
     rgb: tuple[int, int, int],
 ) -> None:
-    """Paint ``place`` +- ``reach`` of the field [-1, 1] x [-1, 1]; up is up in the picture."""
+    """Paint ``place`` +- ``reach`` of the field [-1, 1] x [-1, 1]; up is up in the image."""
     size = len(image)
     corners = np.array([place - reach, place + reach]) * (1, -1)
     low, high = np.sort((corners + 1) / 2 * size, axis=0).round().astype(int).clip(0, size)

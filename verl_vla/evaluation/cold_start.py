@@ -27,7 +27,7 @@ from typing import Any, Literal
 from verl_vla.config.grpo import EvaluationConfig, GateConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ColdStartError
-from verl_vla.core.files import write_whole
+from verl_vla.core.files import atomic_write
 from verl_vla.core.success_rate import SuccessRate
 from verl_vla.evaluation.evaluate import Evaluation, evaluate
 from verl_vla.policies.base import Policy
@@ -52,7 +52,7 @@ class Rates:
 
     @classmethod
     def of(cls, result: Evaluation, split: Split) -> Rates:
-        """Keep the counts of ``result`` and let its pictures go."""
+        """Keep the counts of ``result`` and let its images go."""
         return cls(split=split, total=result.total, per_task=result.per_task)
 
     def as_json(self, task_names: dict[int, str]) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def probe_starts(starts: Sequence[Start], episodes: int) -> tuple[Start, ...]:
 
 def keep(folder: Path, record: dict[str, Any]) -> None:
     """Write a probe's record into the run's folder, whole or not at all."""
-    write_whole(folder / GATE_FILE, json.dumps(record, indent=1))
+    atomic_write(folder / GATE_FILE, json.dumps(record, indent=1))
 
 
 def was_passed(folder: Path) -> bool:

@@ -1,6 +1,6 @@
 """What decides whether two success rates compare, written beside each of them.
 
-Rates over other starts, step limits, pictures or physics are other numbers, however alike they
+Rates over other starts, step limits, images or physics are other numbers, however alike they
 look. `DECIDES` are the keys that must agree before two evaluations may be compared.
 """
 
@@ -28,7 +28,7 @@ DECIDES = (
     "sampling",
     "simulation",
 )
-"""Two policies may see pictures of different sizes, sample by different seeds, compute in different
+"""Two policies may see images of different sizes, sample by different seeds, compute in different
 types and come from different commits; those are told, and do not forbid a comparison."""
 
 
@@ -89,7 +89,7 @@ def conditions(
 
 
 def _drawn_with(chosen: Suite) -> dict[str, Any]:
-    """What LIBERO's pictures are drawn with; of a suite of one's own, its versions say it."""
+    """What LIBERO's images are drawn with; of a suite of one's own, its versions say it."""
     if not isinstance(chosen, LiberoSuite):
         return {"renderer": None, "assets": None}
     assets = describe_assets(find_assets()) if chosen.needs_assets else None

@@ -11,7 +11,7 @@ from typing import Any
 
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.files import write_whole
+from verl_vla.core.files import atomic_write
 from verl_vla.core.text import nearest
 from verl_vla.envs.base import Split, Suite
 from verl_vla.envs.libero.plus_suites import PLUS_AXES
@@ -149,7 +149,7 @@ def write_table(
         ):
             logger.warning("control %s and its perturbed suites differ in %s", suite, told)
     logger.info("\n%s", table(rows))
-    write_whole(out / TABLE, json.dumps([row.as_json() for row in rows], indent=1))
+    atomic_write(out / TABLE, json.dumps([row.as_json() for row in rows], indent=1))
     logger.info("written to %s", out / TABLE)
 
 

@@ -1,4 +1,4 @@
-"""An evaluation that outlives its process: what has ended is in the journal, the rest is played.
+"""An evaluation that resumes: what has ended is in the episode log, the rest is played.
 
 Every start is played until it has an outcome of the policy's: where a simulator is lost the start
 is played again, a few times, so a quota of N episodes is N episodes. What a policy chooses depends
@@ -18,13 +18,13 @@ from verl_vla.evaluation.evaluate import EVALUATION_STREAM
 from verl_vla.policies.action_codec import ActionCodec
 from verl_vla.policies.base import Policy
 from verl_vla.rl.rollout import NoiseSource, Simulators, play
-from verl_vla.runs.episode_log import Journal, episode_lines
+from verl_vla.runs.episode_log import EpisodeLog, episode_lines
 
 ATTEMPTS = 3
 """How often a start is played whose simulator is lost each time, before it counts as a crash."""
 
 EPISODES_AT_ONCE = 256
-"""Pictures of an episode stay in memory until those played with it have ended: 65 decisions of 150
+"""Images of an episode stay in memory until those played with it have ended: 65 policy steps of 150
 kB in LIBERO-10, so 2.5 GB."""
 
 
@@ -33,21 +33,21 @@ def play_remaining(
     policy: Policy,
     simulators: Simulators,
     codec: ActionCodec,
-    journal: Journal,
+    episode_log: EpisodeLog,
     known: Sequence[Mapping[str, Any]],
     *,
     temperature: float,
     seed: int,
     show: Callable[[Mapping[str, Any]], None],
 ) -> list[dict[str, Any]]:
-    """Play every start that has no outcome yet, and write each into the journal as it ends.
+    """Play every start that has no outcome yet, and write each into the episode log as it ends.
 
     Args:
         starts: of the whole evaluation; the place of a start in it is the id of its episode.
         policy: what is judged.
         simulators: a pool whose slots are all free.
         codec: turns the policy's bins into the actions that are kept.
-        journal: of the evaluation.
+        episode_log: of the evaluation.
         known: the lines that it holds already.
         temperature: 0 plays greedily.
         seed: of the noise, used where play is sampled.
@@ -60,7 +60,7 @@ def play_remaining(
 
     def keep(ended: Trajectories) -> None:
         fresh = episode_lines(ended, codec, with_actions=True)
-        journal.append(fresh)
+        episode_log.append(fresh)
         lines.extend(fresh)
         show(fresh[0])
 

@@ -31,7 +31,7 @@ class ActionCodec:
 
     Args:
         num_bins: C, classes per action token; they cut -1..1 into ``C - 1`` equal cells.
-        chunk_length: K, actions per decision.
+        chunk_length: K, actions per policy step.
         action_dim: A, values per action.
         statistics: ranges of the A values.
 
@@ -65,29 +65,31 @@ class ActionCodec:
         if values.shape[-2:] != expected:
             raise ContractError(f"actions must be [..., {expected}], got {values.shape}")
         cells = np.digitize(np.clip(values, -1.0, 1.0), self._edges)
-        bins = (self.num_bins - cells).reshape(*values.shape[:-2], -1)
-        return torch.from_numpy(bins.astype(np.int64))
+        action_tokens = (self.num_bins - cells).reshape(*values.shape[:-2], -1)
+        return torch.from_numpy(action_tokens.astype(np.int64))
 
-    def decode(self, bins: Tensor) -> Array:
+    def decode(self, action_tokens: Tensor) -> Array:
         """Place every action value at the centre of its cell.
 
         The first two bins share one cell, because C edges bound only ``C - 1`` cells.
 
         Args:
-            bins: [..., T] integers in 0..C-1.
+            action_tokens: [..., T] integers in 0..C-1.
 
         Returns:
             [..., K, A] float64, normalised.
         """
         num_tokens = self.chunk_length * self.action_dim
-        index = bins.detach().cpu().numpy()
+        index = action_tokens.detach().cpu().numpy()
         if index.shape[-1] != num_tokens or index.dtype.kind != "i":
             raise ContractError(
-                f"bins must be integers [..., {num_tokens}], got {index.dtype} {index.shape}"
+                f"action tokens must be integers [..., {num_tokens}], got {index.dtype} "
+                f"{index.shape}"
             )
         if index.size and not 0 <= index.min() <= index.max() < self.num_bins:
             raise ContractError(
-                f"bins run from {index.min()} to {index.max()}; only 0..{self.num_bins - 1} exist"
+                f"action tokens run from {index.min()} to {index.max()}; only "
+                f"0..{self.num_bins - 1} exist"
             )
         cells = np.minimum(self.num_bins - 1 - index, self.num_bins - 2)
         centres = (self._edges[:-1] + self._edges[1:]) / 2
@@ -108,16 +110,16 @@ class ActionCodec:
         """
         return -np.sign(2 * np.asarray(opening, dtype=np.float64) - 1)
 
-    def to_simulator(self, bins: Tensor) -> npt.NDArray[np.float32]:
+    def to_simulator(self, action_tokens: Tensor) -> npt.NDArray[np.float32]:
         """Turn bins into commands.
 
         Args:
-            bins: [n, T] integers.
+            action_tokens: [n, T] integers.
 
         Returns:
             [n, K, A] float32, simulator units.
         """
-        actions = self.unnormalize(self.decode(bins))
+        actions = self.unnormalize(self.decode(action_tokens))
         grip = ~self.statistics.mask
         actions[..., grip] = self.gripper(actions[..., grip])
         return actions.astype(np.float32)

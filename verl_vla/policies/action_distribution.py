@@ -41,19 +41,19 @@ def sample(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
 
 
-def log_prob(logits: Tensor, bins: Tensor, temperature: float) -> Tensor:
-    """Score ``bins``.
+def log_prob(logits: Tensor, action_tokens: Tensor, temperature: float) -> Tensor:
+    """Score ``action_tokens``.
 
     Args:
         logits: [n, T, C] float32.
-        bins: [n, T] int64.
+        action_tokens: [n, T] int64.
         temperature: above 0.
 
     Returns:
         [n, T] float32, nats.
     """
-    logp = _scale(logits, temperature).log_softmax(-1)
-    return logp.gather(-1, bins.unsqueeze(-1)).squeeze(-1)
+    log_probs = _scale(logits, temperature).log_softmax(-1)
+    return log_probs.gather(-1, action_tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def entropy(logits: Tensor, temperature: float) -> Tensor:
@@ -66,8 +66,8 @@ def entropy(logits: Tensor, temperature: float) -> Tensor:
     Returns:
         [n, T] float32, nats, 0 .. log C.
     """
-    logp = _scale(logits, temperature).log_softmax(-1)
-    return -(logp.exp() * logp).sum(-1)
+    log_probs = _scale(logits, temperature).log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
 
 
 def _scale(logits: Tensor, temperature: float) -> Tensor:

@@ -28,7 +28,7 @@ class PolicyShape:
     image_size: int
     """Height and width of an observation image, pixels."""
     chunk_length: int
-    """K, actions per decision."""
+    """K, actions per policy step."""
     action_dim: int
     """A, values per action."""
     num_bins: int
@@ -38,12 +38,12 @@ class PolicyShape:
 
     @property
     def num_tokens(self) -> int:
-        """T, action tokens per decision."""
+        """T, action tokens per policy step."""
         return self.chunk_length * self.action_dim
 
     @property
     def image_shape(self) -> tuple[int, int, int, int]:
-        """(V, H, W, 3), the pictures of one observation."""
+        """(V, H, W, 3), the images of one observation."""
         return (self.num_views, self.image_size, self.image_size, 3)
 
 
@@ -79,7 +79,7 @@ class Processor(Protocol):
     """Turns observations into model inputs and bins into simulator commands."""
 
     render_size: int | None
-    """Of the camera pictures that the policy was fine-tuned on, px; None if unknown."""
+    """Of the camera images that the policy was fine-tuned on, px; None if unknown."""
 
     @property
     def shape(self) -> PolicyShape:
@@ -100,7 +100,7 @@ class Processor(Protocol):
         ...
 
     def model_inputs(self, images: Tensor, proprio: Tensor | None) -> dict[str, Tensor]:
-        """What a model sees of n decisions: ``pixel_values``, and ``proprio`` where it reads it.
+        """What a model sees of n policy steps: ``pixel_values``, and ``proprio`` where it reads it.
 
         Args:
             images: [n, V, H, W, 3] uint8.
@@ -125,7 +125,8 @@ class TrainablePolicy(Policy, Protocol):
         """Its ``forward``, which FSDP wraps, answers `ActionLogits`.
 
         It takes what `Processor.model_inputs` makes, ``input_ids``, ``attention_mask``, and
-        ``bins`` to score or a `Chooser`; and ``with_nll``, true where ``bins`` are demonstrated.
+        ``action_tokens`` to score or an `ActionSampler`; and ``with_nll``, true where
+        ``action_tokens`` are demonstrated.
         """
         ...
 
@@ -138,7 +139,7 @@ class TrainablePolicy(Policy, Protocol):
         self,
         images: Tensor,
         prompts: Sequence[Tensor],
-        bins: Tensor,
+        action_tokens: Tensor,
         *,
         proprio: Tensor | None = None,
     ) -> Tensor:
@@ -147,8 +148,8 @@ class TrainablePolicy(Policy, Protocol):
         Args:
             images: [n, V, H, W, 3] uint8.
             prompts: n tensors [L] int64.
-            bins: [n, T] int64, recorded or demonstrated; a policy that chooses all tokens at once
-                ignores them.
+            action_tokens: [n, T] int64, recorded or demonstrated; a policy that chooses all tokens
+                at once ignores them.
             proprio: [n, P] float32 as observed, for a policy that reads it.
 
         Returns:
@@ -160,12 +161,12 @@ class TrainablePolicy(Policy, Protocol):
         self,
         images: Tensor,
         prompts: Sequence[Tensor],
-        bins: Tensor,
+        action_tokens: Tensor,
         *,
         temperature: float,
         proprio: Tensor | None = None,
     ) -> Tensor:
-        """[n, T] float32 nats of recorded ``bins``, at the temperature they were sampled at."""
+        """[n, T] float32 nats of recorded ``action_tokens``, at their sampling temperature."""
         ...
 
     def action_mass(
@@ -185,18 +186,18 @@ class ActionLogits(ModelOutput):
 
     Args:
         logits: [B, T, C] float32, column ``k`` scores bin ``k``.
-        bins: [B, T] int64, what a `Chooser` chose; None where bins were scored.
+        action_tokens: [B, T] int64, what a `ActionSampler` chose; None where bins were scored.
         nll: [B, N] float32 nats, how unlikely the demonstrated tokens are among all that the model
             can say: T action tokens, and the stop behind them where it has one. None unless asked
             for.
     """
 
     logits: Tensor | None = None
-    bins: Tensor | None = None
+    action_tokens: Tensor | None = None
     nll: Tensor | None = None
 
 
-class Chooser:
+class ActionSampler:
     """Turns logits into bins, as many tokens at a time as a decoding has.
 
     An object of its own because FSDP casts every float tensor among a model's inputs, inside
@@ -224,8 +225,8 @@ class Chooser:
         noise = self._noise[:, first : first + logits.shape[1]]
         return action_distribution.sample(logits, noise, self._temperature)
 
-    def log_prob(self, logits: Tensor, bins: Tensor) -> Tensor:
+    def log_prob(self, logits: Tensor, action_tokens: Tensor) -> Tensor:
         """[n, T] float32 nats of what was chosen; zeros where play is greedy."""
         if self._temperature == 0:
-            return torch.zeros_like(bins, dtype=torch.float32)
-        return action_distribution.log_prob(logits, bins, self._temperature)
+            return torch.zeros_like(action_tokens, dtype=torch.float32)
+        return action_distribution.log_prob(logits, action_tokens, self._temperature)

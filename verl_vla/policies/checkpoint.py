@@ -83,7 +83,7 @@ def read_tower_statistics(path: Path) -> tuple[ImageStatistics, ...]:
 
 
 def read_render_size(folder: str | Path) -> int | None:
-    """Read how large the camera pictures were that a policy was fine-tuned on, pixels.
+    """Read how large the camera images were that a policy was fine-tuned on, pixels.
 
     Returns:
         None where the folder does not say; published checkpoints do not.

@@ -28,7 +28,7 @@ class TokenProcessor(ABC):
         tokenizer: with a padding token.
         image_statistics: one per vision tower.
         action_statistics: of the data that the model was fine-tuned on.
-        render_size: of the camera pictures that it was fine-tuned on, pixels; None if unknown.
+        render_size: of the camera images that it was fine-tuned on, pixels; None if unknown.
         proprio_ranges: of the same data, for a policy that reads proprio.
 
     Raises:
@@ -83,7 +83,7 @@ class TokenProcessor(ABC):
         return self._prompts[instruction]
 
     def pixel_values(self, images: npt.NDArray[np.uint8] | Tensor) -> Tensor:
-        """Normalise the images of n decisions for every tower.
+        """Normalise the images of n policy steps for every tower.
 
         Args:
             images: [n, V, H, W, 3] uint8, through `prepare_image`.

@@ -105,7 +105,7 @@ def examine(folder: str | Path, unnorm_key: str | None = None) -> list[Finding]:
     return architecture.examine(folder, unnorm_key)
 
 
-def require_sound(folder: str | Path, unnorm_key: str | None = None) -> None:
+def require_valid(folder: str | Path, unnorm_key: str | None = None) -> None:
     """Refuse a checkpoint with a fault.
 
     Raises:

@@ -36,11 +36,11 @@ class TokenModel(PreTrainedModel):
         loaded: Any = super().from_pretrained(folder, *args, **kwargs)
         model, report = loaded
         require_all_weights(folder, report)
-        model.choose_trained()  # loading makes every parameter trainable again
+        model.freeze_untrained()  # loading makes every parameter trainable again
         return model
 
     @abstractmethod
-    def choose_trained(self) -> None:
+    def freeze_untrained(self) -> None:
         """Freeze what is not trained."""
 
     @property

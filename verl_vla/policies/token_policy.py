@@ -15,7 +15,7 @@ from verl_vla.core.episode import Observation
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.tables import ActionChunk
 from verl_vla.policies import action_distribution
-from verl_vla.policies.base import Chooser, PolicyShape, observed_proprio
+from verl_vla.policies.base import ActionSampler, PolicyShape, observed_proprio
 from verl_vla.policies.processor import TokenProcessor
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -63,21 +63,21 @@ class TokenPolicy(Generic[Model]):
         images = torch.from_numpy(np.stack([o.image for o in observations]))
         prompts = [self.processor.prompt(o.instruction) for o in observations]
         proprio = observed_proprio(observations)
-        chooser = Chooser(noise, temperature)
-        output = self.model(**self._inputs(images, prompts, proprio), chooser=chooser)
-        bins = output.bins.cpu()
+        sampler = ActionSampler(noise, temperature)
+        output = self.model(**self._inputs(images, prompts, proprio), sampler=sampler)
+        action_tokens = output.action_tokens.cpu()
         return ActionChunk(
-            bins=bins,
-            logp=chooser.log_prob(output.logits, output.bins).cpu(),
+            action_tokens=action_tokens,
+            log_probs=sampler.log_prob(output.logits, output.action_tokens).cpu(),
             prompt_ids=prompts,
-            actions=self.processor.codec.to_simulator(bins),
+            actions=self.processor.codec.to_simulator(action_tokens),
         )
 
     def log_prob(
         self,
         images: Tensor,
         prompts: Sequence[Tensor],
-        bins: Tensor,
+        action_tokens: Tensor,
         *,
         temperature: float,
         proprio: Tensor | None = None,
@@ -87,21 +87,21 @@ class TokenPolicy(Generic[Model]):
         Args:
             images: [n, V, H, W, 3] uint8.
             prompts: n tensors [L] int64.
-            bins: [n, T] int64.
+            action_tokens: [n, T] int64.
             temperature: the one that they were sampled at.
             proprio: [n, P] float32 as observed, for a policy that reads it.
 
         Returns:
             [n, T] float32, nats, on the model's device.
         """
-        logits = self.logits(images, prompts, bins, proprio=proprio)
-        return action_distribution.log_prob(logits, bins.to(logits.device), temperature)
+        logits = self.logits(images, prompts, action_tokens, proprio=proprio)
+        return action_distribution.log_prob(logits, action_tokens.to(logits.device), temperature)
 
     def logits(
         self,
         images: Tensor,
         prompts: Sequence[Tensor],
-        bins: Tensor | None = None,
+        action_tokens: Tensor | None = None,
         *,
         proprio: Tensor | None = None,
     ) -> Tensor:
@@ -110,14 +110,14 @@ class TokenPolicy(Generic[Model]):
         Args:
             images: [n, V, H, W, 3] uint8.
             prompts: n tensors [L] int64.
-            bins: [n, T] int64; may be left out where decoding is parallel.
+            action_tokens: [n, T] int64; may be left out where decoding is parallel.
             proprio: [n, P] float32 as observed, for a policy that reads it.
 
         Returns:
             [n, T, C] float32, on the model's device.
         """
-        given = None if bins is None else bins.to(self.model.device)
-        return self.model(**self._inputs(images, prompts, proprio), bins=given).logits
+        given = None if action_tokens is None else action_tokens.to(self.model.device)
+        return self.model(**self._inputs(images, prompts, proprio), action_tokens=given).logits
 
     def _inputs(
         self, images: Tensor, prompts: Sequence[Tensor], proprio: Tensor | None

@@ -24,7 +24,7 @@ from verl_vla.rewards.loading import REWARDS_FOLDER, load_reward
 from verl_vla.rewards.progress_head import HeadConfig, ProgressHead
 from verl_vla.rewards.reference_memory import Reference, ReferenceMemory
 from verl_vla.rewards.reference_reward import ReferenceReward
-from verl_vla.rewards.scoring import complete, judge, learn, looks_at_pictures, make_batch, score
+from verl_vla.rewards.scoring import complete, judge, learn, looks_at_images, make_batch, score
 
 __all__ = [
     "REWARDS_FOLDER",
@@ -52,7 +52,7 @@ __all__ = [
     "last_rows",
     "learn",
     "load_reward",
-    "looks_at_pictures",
+    "looks_at_images",
     "make_batch",
     "normalised_time",
     "score",

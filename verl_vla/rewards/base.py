@@ -17,11 +17,11 @@ import numpy.typing as npt
 from verl_vla.core.episode import GoalReadings
 
 Rows = npt.NDArray[np.float32]
-"""[T, D], the features of one episode in the order of its decisions."""
+"""[T, D], the features of one episode in the order of its policy steps."""
 
 Need = Literal["frames", "proprio", "features", "goals"]
-"""What a reward may ask for beyond the outcome: the decision images, the joint readings, what its
-own `encoder` makes of the images, or the simulator's distances to the goals."""
+"""What a reward may ask for beyond the outcome: the images that the policy saw, the joint readings,
+what its own `encoder` makes of the images, or the simulator's distances to the goals."""
 
 Split = Literal["train", "held_out"]
 
@@ -46,12 +46,12 @@ class TrajectoryBatch:
     num_steps: npt.NDArray[np.int64]
     """[B], simulator steps the policy chose."""
     frames: tuple[npt.NDArray[np.uint8], ...] | None
-    """B arrays [decisions + 1, V, H, W, 3]: what the policy saw before each decision, and what was
-    to be seen after the last step, a success's own picture; None unless required."""
+    """B arrays [policy steps + 1, V, H, W, 3]: what the policy saw before each policy step, and the
+    image after the last one, in which a success can be seen; None unless required."""
     proprio: tuple[npt.NDArray[np.float32], ...] | None
-    """B arrays [decisions, P]; None unless required."""
+    """B arrays [policy steps, P]; None unless required."""
     goals: tuple[GoalReadings, ...] | None = None
-    """B arrays [decisions + 1, G, 3], columns as in `Reading`, the start first and the end last;
+    """B arrays [policy steps + 1, G, 3], columns as in `Reading`, the start first and the end last;
     None unless required. Only a simulator has them: a reward that needs them cannot leave it."""
     features: tuple[Rows, ...] | None = None
     """B arrays [T, D] of the reward's encoder, ragged in T; None unless required."""
@@ -102,7 +102,7 @@ class StatelessReward:
 
 
 class FeatureExtractor(Protocol):
-    """Turns pictures into numbers that a reward compares; see `verl_vla.rewards.encoders`."""
+    """Turns images into numbers that a reward compares; see `verl_vla.rewards.encoders`."""
 
     @property
     def feature_space(self) -> str:

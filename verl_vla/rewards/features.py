@@ -19,7 +19,7 @@ not a threshold in units of the encoder, so that every feature space has the sam
 def is_sound(features: Rows) -> bool:
     """Whether an episode can be judged: it has rows, all finite, and not all zero.
 
-    A picture that could not be read gives NaN or zeros, which no distance may be computed from.
+    An image that could not be read gives NaN or zeros, which no distance may be computed from.
     """
     return bool(len(features) and np.isfinite(features).all() and np.any(features))
 
@@ -45,7 +45,7 @@ def normalised_time(features: Rows) -> Floats:
     """[T], how much of a success lies behind each row, 0 to 1, flat while nothing moves.
 
     Idle rows would otherwise teach that waiting is progress. The last row of a success is its
-    last decision, and counts as the end.
+    last policy step, and counts as the end.
 
     >>> normalised_time(np.array([[0.0], [1.0], [1.0], [2.0]], dtype=np.float32)).tolist()
     [0.0, 0.5, 0.5, 1.0]

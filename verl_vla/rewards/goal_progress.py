@@ -1,4 +1,4 @@
-"""How far an episode got, told from the simulator's own state rather than from pictures."""
+"""How far an episode got, told from the simulator's own state rather than from images."""
 
 from __future__ import annotations
 

@@ -223,7 +223,7 @@ class ReferenceReward(ABC):
             raise ContractError(
                 f"{num_invalid} of {len(batch)} episodes have no usable features, the first being "
                 f"episode {batch.episode_id[~sound][0]}; look at the encoder's weights, dtype and "
-                "pictures, or raise reward_args.max_invalid_share"
+                "images, or raise reward_args.max_invalid_share"
             )
 
     def _metrics(

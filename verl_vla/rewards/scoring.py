@@ -50,7 +50,7 @@ def score(
     return batch, judge(reward, batch)
 
 
-def looks_at_pictures(reward: TrajectoryReward) -> bool:
+def looks_at_images(reward: TrajectoryReward) -> bool:
     """Whether it matters to a reward what an episode looked like."""
     return bool(reward.requires & {"frames", "features"})
 
@@ -61,17 +61,17 @@ def make_batch(trajectories: Trajectories, *, suite: str, split: Split) -> Traje
     Raises:
         ContractError: a crashed episode, or an episode id that stands twice.
     """
-    episodes, decisions = trajectories.episodes, trajectories.decisions
+    episodes, policy_steps = trajectories.episodes, trajectories.policy_steps
     if bool(episodes.crashed.any()):
         raise ContractError("a crashed episode reached the reward; select the others first")
     ids, counts = np.unique(episodes.episode_id.numpy(), return_counts=True)
     if (counts > 1).any():
         raise ContractError(
             f"episode {ids[counts > 1][0]} stands {counts.max()} times in one batch; every "
-            "episode needs an id of its own, or siblings are given each other's pictures"
+            "episode needs an id of its own, or siblings are given each other's images"
         )
-    rows = [np.flatnonzero(decisions.episode.numpy() == b) for b in range(len(episodes))]
-    image, proprio = decisions.image.numpy(), decisions.proprio.numpy()
+    rows = [np.flatnonzero(policy_steps.episode.numpy() == b) for b in range(len(episodes))]
+    image, proprio = policy_steps.image.numpy(), policy_steps.proprio.numpy()
     return TrajectoryBatch(
         episode_id=episodes.episode_id.numpy(),
         group_id=episodes.group_id.numpy(),
@@ -80,8 +80,10 @@ def make_batch(trajectories: Trajectories, *, suite: str, split: Split) -> Traje
         success=episodes.success.numpy(),
         num_steps=episodes.num_steps.numpy(),
         frames=tuple(
-            image[r] if ending is None else np.concatenate([image[r], ending[None]])
-            for r, ending in zip(rows, trajectories.endings or [None] * len(rows), strict=True)
+            image[r] if final_image is None else np.concatenate([image[r], final_image[None]])
+            for r, final_image in zip(
+                rows, trajectories.final_images or [None] * len(rows), strict=True
+            )
         ),
         proprio=tuple(proprio[r] for r in rows),
         goals=trajectories.goals,
@@ -94,7 +96,7 @@ def complete(reward: TrajectoryReward, batch: TrajectoryBatch) -> TrajectoryBatc
 
     Raises:
         ContractError: frames are required but missing.
-        RewardError: the encoder raised, lost an episode, or gave siblings whose pictures differ the
+        RewardError: the encoder raised, lost an episode, or gave siblings whose images differ the
             same features (one identity for several episodes makes every shaped score of a group
             the same).
     """
@@ -195,7 +197,7 @@ def _encode(reward: HasEncoder, batch: TrajectoryBatch) -> tuple[tuple[Rows, ...
             if not np.array_equal(frames[a], frames[b]):
                 raise RewardError(
                     f"episodes {batch.episode_id[a]} and {batch.episode_id[b]} of one group have "
-                    "different pictures but the same features; the encoder mixes episodes up or "
+                    "different images but the same features; the encoder mixes episodes up or "
                     "has lost what tells them apart"
                 )
     return features, reward.encoder.feature_space

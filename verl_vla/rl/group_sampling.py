@@ -66,7 +66,7 @@ class GroupResult:
 
 
 @dataclass(slots=True, kw_only=True)
-class GroupLedger:
+class GroupFilter:
     """The account of one training step: what was played, what is kept, what is missing."""
 
     config: SamplingConfig

@@ -46,14 +46,14 @@ def executed_mask(executed: Tensor, *, chunk_length: int, action_dim: int) -> Te
 
 
 def trajectory_weight(executed_steps: Tensor, *, action_dim: int, num_trajectories: int) -> Tensor:
-    """[N] float32, the weight of each token of a decision in the loss.
+    """[N] float32, the weight of each token of a policy step in the loss.
 
     The loss is the token mean inside a trajectory, then the mean over trajectories, so a long
     failure counts as much as a short success. With one weight per token the sum over any split
     into micro-batches gives the same number.
 
     Args:
-        executed_steps: [N] steps of the whole trajectory that each decision belongs to.
+        executed_steps: [N] steps of the whole trajectory that each policy step belongs to.
         action_dim: A, tokens per step.
         num_trajectories: the fixed denominator, counted over the whole optimizer step.
     """
@@ -61,8 +61,8 @@ def trajectory_weight(executed_steps: Tensor, *, action_dim: int, num_trajectori
 
 
 def policy_loss(
-    logp: Tensor,
-    old_logp: Tensor,
+    log_probs: Tensor,
+    old_log_probs: Tensor,
     advantage: Tensor,
     mask: Tensor,
     weight: Tensor,
@@ -71,14 +71,14 @@ def policy_loss(
     """Sum of clipped token losses, each times the weight of its row (PPO, arXiv:1707.06347, 7).
 
     Args:
-        logp: [N, T] nats, current policy, carries the gradient.
-        old_logp: [N, T] nats, the policy that acted.
-        advantage: [N], one value per decision.
+        log_probs: [N, T] nats, current policy, carries the gradient.
+        old_log_probs: [N, T] nats, the policy that acted.
+        advantage: [N], one value per policy step.
         mask: [N, T] bool, from `executed_mask`.
         weight: [N], from `trajectory_weight`.
         clip: bounds on the ratio; there is no second bound for negative advantages (dual clip).
     """
-    log_ratio = torch.where(mask, logp - old_logp, torch.zeros_like(logp))
+    log_ratio = torch.where(mask, log_probs - old_log_probs, torch.zeros_like(log_probs))
     ratio = log_ratio.exp()
     bounded = ratio.clamp(1 - clip.low, 1 + clip.high)
     gain = advantage[:, None]
@@ -97,7 +97,7 @@ def policy_loss(
         )
 
 
-def divergence(logp: Tensor, start_logp: Tensor, mask: Tensor) -> Tensor:
+def divergence(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
     """Estimate KL(current || starting policy) of each token from the one bin that was sampled.
 
     ``r - 1 - log r`` with ``r`` the starting policy's probability over the current one's: unbiased
@@ -105,12 +105,12 @@ def divergence(logp: Tensor, start_logp: Tensor, mask: Tensor) -> Tensor:
     arXiv:2402.03300, equation 4; "k3" in Schulman, "Approximating KL divergence", 2020).
 
     Args:
-        logp: [N, T] nats, current policy, carries the gradient.
-        start_logp: [N, T] nats, starting policy, at the same temperature.
+        log_probs: [N, T] nats, current policy, carries the gradient.
+        ref_log_probs: [N, T] nats, starting policy, at the same temperature.
         mask: [N, T] bool, from `executed_mask`.
 
     Returns:
         [N, T] nats, 0 where nothing was executed.
     """
-    log_ratio = torch.where(mask, start_logp - logp, torch.zeros_like(logp))
+    log_ratio = torch.where(mask, ref_log_probs - log_probs, torch.zeros_like(log_probs))
     return log_ratio.expm1() - log_ratio

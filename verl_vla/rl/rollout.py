@@ -2,7 +2,7 @@
 
 Slots are split into two halves that take turns: while the simulators of one half move, the
 policy decides for the other. A slot whose episode has ended takes the next one at once. The
-order of decisions is fixed by the list of episodes alone, never by which simulator was faster,
+order of policy steps is fixed by the list of episodes alone, never by which simulator was faster,
 so the same run gives the same numbers.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from verl_vla.core.episode import EpisodeSpec, GoalReadings, Observation, Outcome, Reading
 from verl_vla.core.errors import EpisodeCrashed
-from verl_vla.core.tables import ActionChunk, Decisions, Episodes, Trajectories
+from verl_vla.core.tables import ActionChunk, Episodes, PolicySteps, Trajectories
 from verl_vla.envs.base import ChunkResult
 from verl_vla.policies.base import Policy
 
@@ -62,9 +62,11 @@ class NoiseSource:
     seed: int
     stream: int
 
-    def uniform(self, episode_id: int, decision: int, num_tokens: int) -> npt.NDArray[np.float64]:
+    def uniform(
+        self, episode_id: int, policy_step: int, num_tokens: int
+    ) -> npt.NDArray[np.float64]:
         """[T] uniform in [0, 1), the same for the same arguments on every machine."""
-        rng = np.random.default_rng([self.seed, self.stream, episode_id, decision])
+        rng = np.random.default_rng([self.seed, self.stream, episode_id, policy_step])
         return rng.random(num_tokens)
 
 
@@ -77,8 +79,8 @@ class RolloutTimes:
     wait_s: float = 0.0
     """Waiting for simulators."""
     total_s: float = 0.0
-    decisions_for_ended: int = 0
-    """Decisions for episodes that had already ended; always 0, or the loop is wrong."""
+    policy_steps_for_ended: int = 0
+    """PolicySteps for episodes that had already ended; always 0, or the loop is wrong."""
 
 
 def play(
@@ -99,7 +101,7 @@ def play(
         policy: decides for a batch of observations at a time.
         simulators: a pool whose slots are all free.
         temperature: of the action tokens; 0 plays greedily.
-        noise: gives the random numbers of each decision.
+        noise: gives the random numbers of each policy step.
         times: if given, the seconds spent are added to it.
         ended: if given, told of each episode as it ends, by a table of that episode alone.
         num_parts: 2 lets the halves of the slots take turns; 1 has simulators and policy wait for
@@ -130,12 +132,12 @@ class _Record:
 
     spec: EpisodeSpec
     observations: list[Observation] = field(default_factory=list[Observation])
-    bins: list[Tensor] = field(default_factory=list[Tensor])
-    logp: list[Tensor] = field(default_factory=list[Tensor])
+    action_tokens: list[Tensor] = field(default_factory=list[Tensor])
+    log_probs: list[Tensor] = field(default_factory=list[Tensor])
     prompt_ids: list[Tensor] = field(default_factory=list[Tensor])
     executed: list[int] = field(default_factory=list[int])
     goals: list[GoalReadings] = field(default_factory=list[GoalReadings])
-    ending: npt.NDArray[np.uint8] | None = None
+    final_image: npt.NDArray[np.uint8] | None = None
     outcome: Outcome | None = None
     crash: EpisodeCrashed | None = None
 
@@ -191,7 +193,7 @@ class _Game:
     def _decide(self, half: _Half, seen: dict[int, Observation]) -> None:
         began = time.perf_counter()
         records = [half.playing[slot] for slot in seen]
-        self.times.decisions_for_ended += sum(r.outcome is not None for r in records)
+        self.times.policy_steps_for_ended += sum(r.outcome is not None for r in records)
         num_tokens = self.policy.shape.num_tokens
         noise = np.stack(
             [
@@ -202,15 +204,15 @@ class _Game:
         observations = list(seen.values())
         chunk = self.policy.act(observations, torch.from_numpy(noise), temperature=self.temperature)
         for row, (record, observation) in enumerate(zip(records, observations, strict=True)):
-            _note_decision(record, observation, chunk, row)
+            _note_policy_step(record, observation, chunk, row)
         self.simulators.step({slot: chunk.actions[row] for row, slot in enumerate(seen)})
         self.times.policy_s += time.perf_counter() - began
 
 
-def _note_decision(record: _Record, seen: Observation, chunk: ActionChunk, row: int) -> None:
+def _note_policy_step(record: _Record, seen: Observation, chunk: ActionChunk, row: int) -> None:
     record.observations.append(seen)
-    record.bins.append(chunk.bins[row])
-    record.logp.append(chunk.logp[row])
+    record.action_tokens.append(chunk.action_tokens[row])
+    record.log_probs.append(chunk.log_probs[row])
     record.prompt_ids.append(chunk.prompt_ids[row])
 
 
@@ -223,13 +225,13 @@ def _note_answer(record: _Record, answer: Answer) -> Observation | None:
         return answer
     record.executed.append(answer.executed)
     record.goals.append(answer.goals)
-    record.ending = answer.ending
+    record.final_image = answer.final_image
     record.outcome = answer.outcome
     return answer.observation
 
 
 def _tabulate(records: list[_Record], policy: Policy) -> Trajectories:
-    """Make the two tables. The decision a simulator died on has no outcome and is left out."""
+    """Make the two tables. The policy step a simulator died on has no outcome and is left out."""
     rows = [(b, i) for b, record in enumerate(records) for i in range(len(record.executed))]
     outcomes = [record.outcome for record in records]
     assert None not in outcomes, "an episode was left unfinished"
@@ -242,39 +244,41 @@ def _tabulate(records: list[_Record], policy: Policy) -> Trajectories:
             outcome=torch.tensor([int(o) for o in outcomes if o is not None], dtype=torch.int64),
             num_steps=torch.tensor([sum(r.executed) for r in records], dtype=torch.int64),
         ),
-        decisions=_decisions(records, rows, policy),
+        policy_steps=_policy_steps(records, rows, policy),
         prompt_ids=tuple(records[b].prompt_ids[i] for b, i in rows),
         goals=tuple(_goals(record) for record in records),
-        endings=tuple(record.ending for record in records),
+        final_images=tuple(record.final_image for record in records),
         crashes={r.spec.episode_id: str(r.crash) for r in records if r.crash is not None},
     )
 
 
 def _goals(record: _Record) -> GoalReadings:
-    """[decisions + 1, G, 3]; what holds after one chunk holds before the next."""
+    """[policy steps + 1, G, 3]; what holds after one chunk holds before the next."""
     if not record.goals:  # its simulator was lost before it answered
         return np.zeros((0, 0, len(Reading)), dtype=np.float32)
     return np.concatenate([record.goals[0][:1], *(after[1:] for after in record.goals)])
 
 
-def _decisions(records: list[_Record], rows: list[tuple[int, int]], policy: Policy) -> Decisions:
+def _policy_steps(
+    records: list[_Record], rows: list[tuple[int, int]], policy: Policy
+) -> PolicySteps:
     shape = policy.shape
     if not rows:
         size = shape.image_size
-        return Decisions(
+        return PolicySteps(
             episode=torch.zeros(0, dtype=torch.int64),
             image=torch.zeros(0, shape.num_views, size, size, 3, dtype=torch.uint8),
             proprio=torch.zeros(0, 0),
-            bins=torch.zeros(0, shape.num_tokens, dtype=torch.int64),
-            logp=torch.zeros(0, shape.num_tokens),
+            action_tokens=torch.zeros(0, shape.num_tokens, dtype=torch.int64),
+            log_probs=torch.zeros(0, shape.num_tokens),
             executed=torch.zeros(0, dtype=torch.int64),
         )
     seen = [records[b].observations[i] for b, i in rows]
-    return Decisions(
+    return PolicySteps(
         episode=torch.tensor([b for b, _ in rows], dtype=torch.int64),
         image=torch.from_numpy(np.stack([o.image for o in seen])),
         proprio=torch.from_numpy(np.stack([o.proprio for o in seen])),
-        bins=torch.stack([records[b].bins[i] for b, i in rows]),
-        logp=torch.stack([records[b].logp[i] for b, i in rows]),
+        action_tokens=torch.stack([records[b].action_tokens[i] for b, i in rows]),
+        log_probs=torch.stack([records[b].log_probs[i] for b, i in rows]),
         executed=torch.tensor([records[b].executed[i] for b, i in rows], dtype=torch.int64),
     )

@@ -101,7 +101,7 @@ def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:
     render_size = next(s for s in (env.render_size, known, PUBLISHED_RENDER_SIZE) if s is not None)
     if known is not None and render_size != known:
         logger.warning(
-            "environment.render_size is %d, but the policy was fine-tuned on pictures of %d px; "
+            "environment.render_size is %d, but the policy was fine-tuned on images of %d px; "
             "what it sees will look different, and its success rate can be another",
             render_size,
             known,

@@ -17,18 +17,18 @@ import numpy as np
 import numpy.typing as npt
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.files import write_whole
+from verl_vla.core.files import atomic_write
 from verl_vla.core.success_rate import episode_entries
 from verl_vla.core.tables import Trajectories
 from verl_vla.core.text import differences
 from verl_vla.policies.action_codec import ActionCodec
 from verl_vla.rewards.goal_progress import goal_progress
 
-JOURNAL_FILE = "episodes.jsonl"
+EPISODE_LOG_FILE = "episodes.jsonl"
 
 
-class Journal:
-    """The journal of one folder.
+class EpisodeLog:
+    """The episode log of one folder.
 
     Args:
         folder: made where it is missing.
@@ -40,7 +40,7 @@ class Journal:
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / JOURNAL_FILE
+        self._path = folder / EPISODE_LOG_FILE
         wanted = json.loads(json.dumps(header))
         if self._path.exists():
             _drop_torn_line(self._path)
@@ -57,7 +57,7 @@ class Journal:
         """Drop what was played after a training step; it is played again when a run resumes."""
         header, *lines = self._path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if json.loads(line)["step"] <= last_step]
-        write_whole(self._path, "".join([header, *kept]))
+        atomic_write(self._path, "".join([header, *kept]))
 
     def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
         with self._path.open("a") as file:
@@ -67,24 +67,26 @@ class Journal:
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """What the journal of ``folder`` says is played.
+    """What the episode log of ``folder`` says is played.
 
     Raises:
-        ConfigError: there is no journal.
+        ConfigError: there is no episode log.
     """
-    path = folder / JOURNAL_FILE
+    path = folder / EPISODE_LOG_FILE
     if not path.exists():
-        raise ConfigError(f"{folder} holds no {JOURNAL_FILE}; name the folder of a run or of eval")
+        raise ConfigError(
+            f"{folder} holds no {EPISODE_LOG_FILE}; name the folder of a run or of eval"
+        )
     with path.open() as file:
         return json.loads(file.readline())["header"]
 
 
 def read_episodes(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal, in the order in which the episodes ended.
+    """The whole lines of an episode log, in the order in which the episodes ended.
 
-    A last line that is still being written is left out; none where there is no journal.
+    A last line that is still being written is left out; none where there is no episode log.
     """
-    path = folder / JOURNAL_FILE
+    path = folder / EPISODE_LOG_FILE
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)[1:]
@@ -94,15 +96,16 @@ def read_episodes(folder: Path) -> list[dict[str, Any]]:
 def episode_lines(
     trajectories: Trajectories, codec: ActionCodec, with_actions: bool
 ) -> list[dict[str, Any]]:
-    """Lines of a journal: how each episode began and ended, how far it came, and what was done.
+    """Return a log line for each episode: how it began and ended, its progress and its actions.
 
-    ``progress`` is the true progress before the first decision and after each. ``actions``, float32
-    [decisions, K, A] in simulator units, and ``executed`` play the episode again; None if not kept.
+    ``progress`` is the true progress before the first policy step and after each. ``actions``,
+    float32 [policy steps, K, A] in simulator units, and ``executed`` play the episode again; None
+    if not kept.
     """
-    decisions = trajectories.decisions
+    policy_steps = trajectories.policy_steps
     lines: list[dict[str, Any]] = []
     for row, entry in enumerate(episode_entries(trajectories)):
-        of_episode = decisions.episode == row
+        of_episode = policy_steps.episode == row
         readings = trajectories.goals[row]
         line = entry | {
             "progress": [round(float(p), 4) for p in goal_progress(readings)]
@@ -112,18 +115,18 @@ def episode_lines(
             "executed": None,
         }
         if with_actions:
-            actions = codec.to_simulator(decisions.bins[of_episode])
+            actions = codec.to_simulator(policy_steps.action_tokens[of_episode])
             line["actions"] = {
                 "shape": list(actions.shape),
                 "base64": base64.b64encode(actions.tobytes()).decode(),
             }
-            line["executed"] = decisions.executed[of_episode].tolist()
+            line["executed"] = policy_steps.executed[of_episode].tolist()
         lines.append(line)
     return lines
 
 
 def actions_of(line: Mapping[str, Any]) -> npt.NDArray[np.float32]:
-    """The actions of a journal's line, [decisions, K, A] in simulator units.
+    """The actions of an episode log's line, [policy steps, K, A] in simulator units.
 
     Raises:
         ConfigError: they were not kept.

@@ -1,7 +1,7 @@
 """What is kept of the episodes that are played in training.
 
-Of every episode a line in the journal: how it ended and what it was worth. Of a few groups a step
-also the actions, which play it again, and a film of what the policy saw: kilobytes each.
+Of every episode a line in the episode log: how it ended and what it was worth. Of a few groups a
+step also the actions, which play it again, and a video of what the policy saw: kilobytes each.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from PIL import Image
 
 from verl_vla.core.tables import Trajectories
 from verl_vla.policies.action_codec import ActionCodec
-from verl_vla.runs.episode_log import Journal, episode_lines
+from verl_vla.runs.episode_log import EpisodeLog, episode_lines
 
-FILM_SIZE = 128
-"""Height and width of a film, pixels."""
+VIDEO_SIZE = 128
+"""Height and width of a video, pixels."""
 FILM_QUALITY = 60
-"""Of WebP, 0 to 100; a picture takes about 2 kB."""
+"""Of WebP, 0 to 100; an image takes about 2 kB."""
 STEPS_PER_S = 20
-"""LIBERO's control rate, so a film runs at real speed."""
+"""LIBERO's control rate, so a video runs at real speed."""
 FIRST_VIEW = 0
 
 
-class Album:
-    """Writes the journal and the films of one run.
+class EpisodeRecorder:
+    """Writes the episode log and the videos of one run.
 
     Args:
         folder: of the run.
         header: see `verl_vla.evaluation.conditions.played_in`.
         codec: turns bins into the actions that are kept.
-        groups_per_step: of how many groups a training step actions and films are kept.
+        groups_per_step: of how many groups a training step actions and videos are kept.
     """
 
     def __init__(
         self, folder: Path, header: Mapping[str, Any], codec: ActionCodec, groups_per_step: int
     ) -> None:
         self._folder = folder
-        self._journal = Journal(folder, header)
+        self._episode_log = EpisodeLog(folder, header)
         self._codec = codec
         self._groups_per_step = groups_per_step
         self._step: int | None = None
@@ -49,7 +49,7 @@ class Album:
 
     def rewind(self, last_step: int) -> None:
         """Forget what was played after a training step."""
-        self._journal.rewind(last_step)
+        self._episode_log.rewind(last_step)
 
     def add(self, step: int, played: Trajectories, scores: Mapping[int, float]) -> None:
         """Keep one round of a training step.
@@ -71,35 +71,35 @@ class Album:
         ]
         for row, line in enumerate(lines):
             if line["group"] in chosen:
-                self._film(played, row)
+                self._write_video(played, row)
             else:
                 line |= {"actions": None, "executed": None}
-        self._journal.append(lines)
+        self._episode_log.append(lines)
 
-    def _film(self, played: Trajectories, row: int) -> None:
-        decisions = played.decisions
-        mine = decisions.episode == row
-        pictures = decisions.image[mine][:, FIRST_VIEW].numpy()
-        if len(pictures):
-            path = film_path(self._folder, int(played.episodes.episode_id[row]))
-            write_film(path, pictures, decisions.executed[mine].tolist())
+    def _write_video(self, played: Trajectories, row: int) -> None:
+        policy_steps = played.policy_steps
+        mine = policy_steps.episode == row
+        images = policy_steps.image[mine][:, FIRST_VIEW].numpy()
+        if len(images):
+            path = video_path(self._folder, int(played.episodes.episode_id[row]))
+            write_video(path, images, policy_steps.executed[mine].tolist())
 
 
-def film_path(folder: Path, episode: int) -> Path:
-    """Where the film of an episode is, if it was kept."""
+def video_path(folder: Path, episode: int) -> Path:
+    """Where the video of an episode is, if it was kept."""
     return folder / "episodes" / f"episode_{episode}.webp"
 
 
-def write_film(path: Path, pictures: npt.NDArray[np.uint8], executed: list[int]) -> None:
+def write_video(path: Path, images: npt.NDArray[np.uint8], executed: list[int]) -> None:
     """Write an animated WebP, which a browser plays in a loop.
 
     Args:
-        path: of the film; its folder is made where it is missing.
-        pictures: [decisions, H, W, 3], what the policy saw.
-        executed: how many steps of the simulator follow each picture.
+        path: of the video; its folder is made where it is missing.
+        images: [policy steps, H, W, 3], what the policy saw.
+        executed: how many steps of the simulator follow each image.
     """
     path.parent.mkdir(exist_ok=True)
-    frames = [Image.fromarray(picture).resize((FILM_SIZE, FILM_SIZE)) for picture in pictures]
+    frames = [Image.fromarray(image).resize((VIDEO_SIZE, VIDEO_SIZE)) for image in images]
     frames[0].save(
         path,
         save_all=True,

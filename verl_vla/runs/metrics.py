@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from verl_vla.core.errors import ContractError
-from verl_vla.core.files import write_whole
+from verl_vla.core.files import atomic_write
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +32,9 @@ METRICS: dict[str, Metric] = {
     "rollout/episodes": Metric(unit="count", meaning="episodes played, crashed ones included"),
     "rollout/crashes": Metric(unit="count", meaning="episodes lost with their simulator"),
     "rollout/steps": Metric(unit="count", meaning="simulator steps the policy chose"),
-    "rollout/decisions": Metric(unit="count", meaning="policy calls with an answer"),
-    "rollout/decisions_per_s": Metric(unit="1/s", meaning="decisions / seconds of rollout"),
-    "rollout/decisions_for_ended": Metric(
+    "rollout/policy_steps": Metric(unit="count", meaning="policy calls with an answer"),
+    "rollout/policy_steps_per_s": Metric(unit="1/s", meaning="policy steps / seconds of rollout"),
+    "rollout/policy_steps_for_ended": Metric(
         unit="count", meaning="policy calls for episodes that had ended; always 0"
     ),
     "rollout/env_wait_share": Metric(
@@ -49,7 +49,7 @@ METRICS: dict[str, Metric] = {
     "actor/skipped": Metric(
         unit="count",
         meaning="optimizer steps left out: the loss or the gradient was not finite, or, where "
-        "actor/rows is 0, no decision of the training step had a gradient",
+        "actor/rows is 0, no policy step of the training step had a gradient",
     ),
     "actor/lr": Metric(unit="1", meaning="learning rate after the step"),
     "actor/entropy": Metric(
@@ -67,7 +67,7 @@ METRICS: dict[str, Metric] = {
         unit="nats",
         meaning="mean divergence from the starting policy per executed token; with loss.kl only",
     ),
-    "actor/rows": Metric(unit="count", meaning="decisions trained on, all ranks"),
+    "actor/rows": Metric(unit="count", meaning="policy steps trained on, all ranks"),
     "actor/rows_of_padding": Metric(
         unit="count",
         meaning="rows without content, so that ranks and optimizer steps get equally many; fewer "
@@ -75,11 +75,11 @@ METRICS: dict[str, Metric] = {
     ),
     "actor/rows_left_out": Metric(
         unit="count",
-        meaning="decisions whose advantage was 0, kept from the update; 0 with loss.kl, which "
+        meaning="policy steps whose advantage was 0, kept from the update; 0 with loss.kl, which "
         "moves them",
     ),
     "actor/rows_without_gradient": Metric(
-        unit="count", meaning="decisions trained on that no term of the loss moves; always 0"
+        unit="count", meaning="policy steps trained on that no term of the loss moves; always 0"
     ),
     "memory/process_peak": Metric(unit="GiB", meaning="peak resident memory of a learner process"),
     "memory/device_peak": Metric(
@@ -109,7 +109,7 @@ OPEN_FAMILIES = ("eval/task/", "reward/")
 TIMING_FAMILY = (
     "time/",
     "memory/",
-    "rollout/decisions_per_s",
+    "rollout/policy_steps_per_s",
     "rollout/env_wait",
     "rollout/policy",
 )
@@ -142,7 +142,7 @@ class MetricsFile:
             return
         lines = self._path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and _step(line) <= last_step]
-        write_whole(self._path, "".join(kept))
+        atomic_write(self._path, "".join(kept))
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line.
@@ -160,7 +160,7 @@ class MetricsFile:
         check_declared(values, self._declared)
         *before, last = self._path.read_text().splitlines(keepends=True)
         record = json.loads(last) | {name: _plain(value) for name, value in values.items()}
-        write_whole(self._path, "".join([*before, json.dumps(record) + "\n"]))
+        atomic_write(self._path, "".join([*before, json.dumps(record) + "\n"]))
 
 
 def check_declared(values: Mapping[str, float], declared: Mapping[str, Metric] = METRICS) -> None:

@@ -1,4 +1,4 @@
-"""A run in one picture and one table."""
+"""A run in one image and one table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def draw_curve(
     """Draw the training success of every step and each held-out evaluation with its interval.
 
     Args:
-        path: of the picture.
+        path: of the image.
         lines: of ``metrics.jsonl``.
         title: says what was trained, and for how long.
         sampling: of the held-out evaluations, spelled by
@@ -62,7 +62,7 @@ def draw_sft_curve(path: Path, lines: Sequence[Mapping[str, float]], title: str)
     """Draw the loss of fine-tuning, the shares of tokens that are right, and the success.
 
     Args:
-        path: of the picture.
+        path: of the image.
         lines: of the run's ``metrics.jsonl``.
         title: names the run.
     """

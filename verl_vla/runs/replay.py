@@ -1,7 +1,7 @@
-"""Videos of episodes that were played, from their actions in a journal.
+"""Videos of episodes that were played, from their actions in an episode log.
 
 A simulator answers the same to the same actions (ADR-0005), so nothing of an episode but its start
-and its actions has to be kept. What comes out is held against the journal.
+and its actions has to be kept. What comes out is held against the episode log.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.suite import libero_suite, make_libero_env
 from verl_vla.runs.episode_log import actions_of, read_episodes, read_header
-from verl_vla.runs.video import FRAMES_PER_S, HOLD_FRAMES, PICTURE_SIZE
+from verl_vla.runs.video import FRAME_SIZE, FRAMES_PER_S, HOLD_FRAMES
 
 CAPTION_HEIGHT = 48
 CHUNK_HEIGHT = 92
 ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "grip")
 INK, QUIET, LINE, NOW, BAR = "#ffffff", "#9aa4af", "#3a424c", "#f59e0b", "#5b8def"
 
-Picture = npt.NDArray[np.uint8]
+Frame = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """What is drawn beside one picture of an episode."""
+    """What is drawn beside one image of an episode."""
 
     instruction: str
     chunk: npt.NDArray[np.float32]
-    """[K, A], the actions of the decision under way, simulator units."""
+    """[K, A], the actions of the policy step under way, simulator units."""
     place: int
-    """Of the action in the chunk that led to the picture; -1 before the first."""
+    """Of the action in the chunk that led to the image; -1 before the first."""
     step: int
     progress: float | None
-    """True progress after the last whole decision; None where it was not written down."""
+    """True progress after the last whole policy step; None where it was not written down."""
     verdict: str
 
 
 def read_episode(folder: Path, episode: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The header of a journal and the line of one episode.
+    """The header of an episode log and the line of one episode.
 
     Raises:
         ConfigError: there is no such episode, or its actions were not kept; names some that were.
@@ -62,15 +62,15 @@ def read_episode(folder: Path, episode: int) -> tuple[dict[str, Any], dict[str, 
     return header, lines[episode]
 
 
-def replay(header: Mapping[str, Any], line: Mapping[str, Any]) -> list[Picture]:
+def replay(header: Mapping[str, Any], line: Mapping[str, Any]) -> list[Frame]:
     """Play an episode again and draw every step of it.
 
     Args:
-        header: of the journal, see `verl_vla.evaluation.conditions.played_in`.
+        header: of the episode log, see `verl_vla.evaluation.conditions.played_in`.
         line: of the episode, with its actions.
 
     Returns:
-        Pictures [H, W, 3], the start first; the last one stays for a second.
+        Images [H, W, 3], the start first; the last one stays for a second.
 
     Raises:
         ConfigError: this machine plays the episode otherwise than it was written down.
@@ -78,34 +78,34 @@ def replay(header: Mapping[str, Any], line: Mapping[str, Any]) -> list[Picture]:
     config = env_of(header, line["task"])
     env, camera = (
         make_libero_env(config),
-        make_libero_env(replace(config, render_size=PICTURE_SIZE)),
+        make_libero_env(replace(config, render_size=FRAME_SIZE)),
     )
     actions = actions_of(line)
-    pictures: list[Picture] = []
+    frames: list[Frame] = []
     outcome: Outcome | None = None
     step = 0
     try:
         instruction = env.reset(line["task"], line["init_state"]).instruction
 
-        def draw(decision: int, place: int) -> None:
+        def draw(policy_step: int, place: int) -> None:
             camera.restore(env.snapshot())
             seen = camera.simulator(line["task"]).render(config.cameras[0])
             scene = Scene(
                 instruction=instruction,
-                chunk=actions[decision],
+                chunk=actions[policy_step],
                 place=place,
                 step=step,
-                progress=_progress(line, decision + (outcome is not None)),
+                progress=_progress(line, policy_step + (outcome is not None)),
                 verdict=_verdict(line) if outcome is not None else "",
             )
-            pictures.append(compose(seen, scene))
+            frames.append(compose(seen, scene))
 
         draw(0, -1)
-        for decision, executed in enumerate(line["executed"]):
+        for policy_step, executed in enumerate(line["executed"]):
             for place in range(executed):
-                outcome = env.step(actions[decision, place].astype(np.float64))
+                outcome = env.step(actions[policy_step, place].astype(np.float64))
                 step += 1
-                draw(decision, place)
+                draw(policy_step, place)
     finally:
         env.close()
         camera.close()
@@ -115,11 +115,11 @@ def replay(header: Mapping[str, Any], line: Mapping[str, Any]) -> list[Picture]:
             f"{line['steps']} steps, and here as {outcome and outcome.name} after {step}; this "
             "machine simulates otherwise: compare the versions of mujoco, robosuite and hf-libero"
         )
-    return pictures + pictures[-1:] * HOLD_FRAMES
+    return frames + frames[-1:] * HOLD_FRAMES
 
 
 def env_of(header: Mapping[str, Any], task: int) -> EnvConfig:
-    """The environment that a journal's episodes of one task were played in."""
+    """The environment that an episode log's episodes of one task were played in."""
     name = libero_suite(header["suite"]).task(task).name
     return EnvConfig(
         suite=header["suite"],
@@ -130,8 +130,8 @@ def env_of(header: Mapping[str, Any], task: int) -> EnvConfig:
     )
 
 
-def compose(seen: Picture, scene: Scene) -> Picture:
-    """Put a picture between its caption and the action chunk under way."""
+def compose(seen: Frame, scene: Scene) -> Frame:
+    """Put an image between its caption and the action chunk under way."""
     width, height = seen.shape[1], seen.shape[0]
     sheet = Image.new("RGB", (width, CAPTION_HEIGHT + height + CHUNK_HEIGHT), "#12161b")
     sheet.paste(Image.fromarray(seen), (0, CAPTION_HEIGHT))
@@ -142,15 +142,14 @@ def compose(seen: Picture, scene: Scene) -> Picture:
     return np.asarray(sheet)
 
 
-def write_video(path: Path, pictures: list[Picture]) -> None:
+def write_video(path: Path, frames: list[Frame]) -> None:
     """Write an MP4 at the robot's own speed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames = np.stack(pictures)
-    imageio.imwrite(path, frames, fps=FRAMES_PER_S, codec="libx264", macro_block_size=4)
+    imageio.imwrite(path, np.stack(frames), fps=FRAMES_PER_S, codec="libx264", macro_block_size=4)
 
 
-def _progress(line: Mapping[str, Any], decisions: int) -> float | None:
-    return line["progress"][decisions] if line["progress"] else None
+def _progress(line: Mapping[str, Any], policy_steps: int) -> float | None:
+    return line["progress"][policy_steps] if line["progress"] else None
 
 
 def _verdict(line: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.files import LOCK, folder_lock, partial_file, write_whole, writing_to
+from verl_vla.core.files import LOCK, atomic_write, folder_lock, partial_file, writing_to
 from verl_vla.core.success_rate import count_entries
 from verl_vla.core.text import differences
 
@@ -58,12 +58,12 @@ def keep_evaluation(folder: Path, step: int, record: Mapping[str, Any]) -> None:
     """Write the evaluation after a training step into the run's folder, whole or not at all."""
     file = evaluation_file(folder, step)
     file.parent.mkdir(exist_ok=True)
-    write_whole(file, json.dumps(record, indent=1))
+    atomic_write(file, json.dumps(record, indent=1))
 
 
 def keep_solved(folder: Path, last_step: int) -> None:
     """Note that the run ended after ``last_step``, since all was solved in the next."""
-    write_whole(folder / SOLVED_FILE, json.dumps({"last_step": last_step}))
+    atomic_write(folder / SOLVED_FILE, json.dumps({"last_step": last_step}))
 
 
 def solved_after(folder: Path) -> int | None:
@@ -73,7 +73,7 @@ def solved_after(folder: Path) -> int | None:
 
 
 @contextmanager
-def claimed_folder(
+def open_run_dir(
     folder: Path, recipe: Mapping[str, Any], may_change: Sequence[str]
 ) -> Generator[None]:
     """Make a run's folder and write ``recipe`` into it, or check that it holds the same run.
@@ -105,4 +105,4 @@ def _write_recipe(folder: Path, wanted: dict[str, Any], may_change: Sequence[str
             f"out is {folder}, which holds {min(others)!r} and no run; choose a new or an empty "
             "folder"
         )
-    write_whole(file, yaml.safe_dump(wanted, sort_keys=False))
+    atomic_write(file, yaml.safe_dump(wanted, sort_keys=False))

@@ -1,7 +1,7 @@
 """Videos of single episodes, played again step by step.
 
 Snapshots make this cheap to get right: the episode runs as it always does, and a second
-simulator is put into each of its moments to draw a larger picture.
+simulator is put into each of its moments to draw a larger image.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from verl_vla.policies.base import Policy
 FRAMES_PER_S = 20
 """LIBERO's control rate, so a video runs at real speed."""
 
-PICTURE_SIZE = 384
-"""Height and width of one picture, pixels."""
+FRAME_SIZE = 384
+"""Height and width of one image, pixels."""
 
 CAPTION_HEIGHT = 44
 HOLD_FRAMES = 20
-"""The last picture stays for a second."""
+"""The last image stays for a second."""
 
 Frames = list[npt.NDArray[np.uint8]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Take:
-    """One filmed episode."""
+class VideoClip:
+    """One recorded episode."""
 
     frames: Frames
-    """One [PICTURE_SIZE, PICTURE_SIZE, 3] picture a step, the start included."""
+    """One [FRAME_SIZE, FRAME_SIZE, 3] image a step, the start included."""
     outcome: Outcome
     num_steps: int
     instruction: str
@@ -51,16 +51,16 @@ class Take:
         return f"{how} after {self.num_steps} steps"
 
 
-def film(policy: Policy, config: EnvConfig, start: Start) -> Take:
+def record_video(policy: Policy, config: EnvConfig, start: Start) -> VideoClip:
     """Play one episode greedily and draw every step of it.
 
     Args:
         policy: decides as in an evaluation.
-        config: as in the evaluation; pictures are drawn larger beside it.
+        config: as in the evaluation; images are drawn larger beside it.
         start: the recorded start.
     """
     env = make_libero_env(config)
-    camera = make_libero_env(replace(config, render_size=PICTURE_SIZE))
+    camera = make_libero_env(replace(config, render_size=FRAME_SIZE))
     try:
         seen = env.reset(start.task_id, start.init_state_id)
         instruction = seen.instruction
@@ -86,28 +86,28 @@ def film(policy: Policy, config: EnvConfig, start: Start) -> Take:
     finally:
         env.close()
         camera.close()
-    return Take(frames=frames, outcome=outcome, num_steps=num_steps, instruction=instruction)
+    return VideoClip(frames=frames, outcome=outcome, num_steps=num_steps, instruction=instruction)
 
 
-def write_side_by_side(path: Path, takes: Sequence[tuple[str, Take]]) -> None:
-    """Write takes of the same start beside each other, each under its caption."""
-    length = max(len(take.frames) for _, take in takes) + HOLD_FRAMES
-    columns = [_captioned(title, take, length) for title, take in takes]
-    video = [np.concatenate(pictures, axis=1) for pictures in zip(*columns, strict=True)]
+def write_side_by_side(path: Path, clips: Sequence[tuple[str, VideoClip]]) -> None:
+    """Write clips of the same start beside each other, each under its caption."""
+    length = max(len(clip.frames) for _, clip in clips) + HOLD_FRAMES
+    columns = [_captioned(title, clip, length) for title, clip in clips]
+    video = [np.concatenate(images, axis=1) for images in zip(*columns, strict=True)]
     imageio.imwrite(path, np.stack(video), fps=FRAMES_PER_S, codec="libx264", macro_block_size=4)
 
 
-def _captioned(title: str, take: Take, length: int) -> Frames:
+def _captioned(title: str, clip: VideoClip, length: int) -> Frames:
     font = ImageFont.load_default(size=15)
-    pictures: Frames = []
+    images: Frames = []
     for i in range(length):
-        frame = take.frames[min(i, len(take.frames) - 1)]
-        is_over = i >= len(take.frames) - 1
-        sheet = Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE + CAPTION_HEIGHT), "black")
+        frame = clip.frames[min(i, len(clip.frames) - 1)]
+        is_over = i >= len(clip.frames) - 1
+        sheet = Image.new("RGB", (FRAME_SIZE, FRAME_SIZE + CAPTION_HEIGHT), "black")
         sheet.paste(Image.fromarray(frame), (0, CAPTION_HEIGHT))
         draw = ImageDraw.Draw(sheet)
-        state = take.verdict if is_over else f"step {i}"
+        state = clip.verdict if is_over else f"step {i}"
         draw.text((8, 4), f"{title}: {state}", fill="white", font=font)
-        draw.text((8, 23), take.instruction, fill="#bbbbbb", font=font)
-        pictures.append(np.asarray(sheet))
-    return pictures
+        draw.text((8, 23), clip.instruction, fill="#bbbbbb", font=font)
+        images.append(np.asarray(sheet))
+    return images

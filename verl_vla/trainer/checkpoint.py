@@ -87,7 +87,7 @@ def writing(checkpoints: Path, step: int) -> Generator[Path]:
         raise CheckpointError(message) from error
 
 
-def newest_sound(checkpoints: Path) -> int | None:
+def newest_valid(checkpoints: Path) -> int | None:
     """The newest step whose files are what its manifest says; newer ones are put aside, loudly.
 
     Returns:

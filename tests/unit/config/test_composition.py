@@ -1,4 +1,4 @@
-"""Groups of a recipe, and where each knob got its value."""
+"""Groups of a recipe, and where each option got its value."""
 
 from __future__ import annotations
 

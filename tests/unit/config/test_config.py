@@ -1,4 +1,4 @@
-"""From a mapping to typed knobs: every wrong value is named with its path and a remedy."""
+"""From a mapping to typed options: every wrong value is named with its path and a remedy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Section:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knobs:
+class Options:
     name: str
     count: int = 1
     is_on: bool = False
@@ -39,7 +39,7 @@ class Knobs:
 
 
 def test_what_is_not_said_keeps_its_default():
-    assert parse(Knobs, {"name": "a"}) == Knobs(name="a")
+    assert parse(Options, {"name": "a"}) == Options(name="a")
 
 
 def test_every_kind_of_value_is_read():
@@ -53,7 +53,7 @@ def test_every_kind_of_value_is_read():
         "rates": {"x": 1},
         "rest": {"anything": [1, {"deep": None}]},
     }
-    assert parse(Knobs, values) == Knobs(
+    assert parse(Options, values) == Options(
         name="a",
         count=3,
         is_on=True,
@@ -71,9 +71,9 @@ def test_a_whole_number_becomes_a_float_where_one_is_wanted():
 
 
 def test_null_means_none_only_where_that_is_allowed():
-    assert parse(Knobs, {"name": "a", "maybe": None}).maybe is None
+    assert parse(Options, {"name": "a", "maybe": None}).maybe is None
     with pytest.raises(ConfigError, match="count is None; it must be int"):
-        parse(Knobs, {"name": "a", "count": None})
+        parse(Options, {"name": "a", "count": None})
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_null_means_none_only_where_that_is_allowed():
 )
 def test_a_wrong_value_is_named_with_its_path(values, message):
     with pytest.raises(ConfigError) as caught:
-        parse(Knobs, values)
+        parse(Options, values)
     assert message in str(caught.value)
 
 
@@ -132,14 +132,14 @@ def test_nan_is_refused_because_every_check_would_let_it_pass():
 )
 def test_an_unknown_key_is_answered_with_the_nearest_or_all(values, message):
     with pytest.raises(ConfigError) as caught:
-        parse(Knobs, values)
+        parse(Options, values)
     assert message in str(caught.value)
 
 
 @given(st.dictionaries(st.text(), st.none() | st.booleans() | st.integers() | st.text()))
 def test_whatever_comes_in_the_answer_is_knobs_or_a_config_error(values):
     try:
-        assert isinstance(parse(Knobs, values), Knobs)
+        assert isinstance(parse(Options, values), Options)
     except ConfigError as error:
         assert str(error)
 

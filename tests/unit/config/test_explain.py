@@ -1,4 +1,4 @@
-"""``explain``: every knob, its value, who said so, and what it means."""
+"""``explain``: every option, its value, who said so, and what it means."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def test_every_knob_has_a_meaning():
 
 
 def test_a_knob_is_named_once_with_value_and_origin():
-    knobs = explained("recipe=quickstart", "seed=3", "reward_args={a: {b: 1}}")
-    assert knobs["seed"][:2] == [3, "command line"]
-    assert knobs["environment.num_workers"][:2] == [2, "profile/two_cores.yaml"]
-    assert knobs["sampling.dynamic"][:2] == [True, "default"]
-    assert knobs["reward_args.a.b"][:2] == [1, "command line"]
-    assert knobs["verl"][:2] == [{}, "default"]
+    options = explained("recipe=quickstart", "seed=3", "reward_args={a: {b: 1}}")
+    assert options["seed"][:2] == [3, "command line"]
+    assert options["environment.num_workers"][:2] == [2, "profile/two_cores.yaml"]
+    assert options["sampling.dynamic"][:2] == [True, "default"]
+    assert options["reward_args.a.b"][:2] == [1, "command line"]
+    assert options["verl"][:2] == [{}, "default"]
 
 
 def test_an_interpolated_value_is_shown_as_it_ends_up():

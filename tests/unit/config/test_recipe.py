@@ -28,7 +28,7 @@ sampling:
   group_size: 4
 """
 STAND_INS = {"out": "runs/test", "policy.path": "checkpoint"}
-"""Knobs that a recipe may leave to the person at the command line."""
+"""Options that a recipe may leave to the person at the command line."""
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_loading_twice_gives_the_same(load):
         ("~seed=1", "'~seed=1' is no key=value"),
         ("out=a=b", "'out=a=b' cannot be read"),
         ("environment.tasks=0,1", "use key=[value1,value2]"),
-        ("hydra.verbose=true", "'hydra.verbose=true' is a knob of Hydra"),
+        ("hydra.verbose=true", "'hydra.verbose=true' is an option of Hydra"),
         ("seed=${nothing}", "cannot be composed"),
     ],
 )

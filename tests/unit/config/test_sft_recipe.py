@@ -70,7 +70,7 @@ def test_the_memory_of_the_qwen_recipe_adds_up() -> None:
         ("demos.choice.per_task=one", "must be int"),
         ("demos.choice.held_out_per_task=-1", "held_out_per_task is -1"),
         ("demos.choice.held_out_per_task=0", "hold some out, or set trainer.test_every=0"),
-        ("demos.pictures=drawn", "choose one of 'rerendered', 'stored'"),
+        ("demos.images=drawn", "choose one of 'rerendered', 'stored'"),
         ("demos.folder=''", "demos.folder is empty"),
         ("demos.num_loaders=-1", "demos.num_loaders is -1"),
         ("policy.lora_rank=0", "policy.lora_rank is 0; set at least 1"),

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from verl_vla.core.episode import Outcome
 from verl_vla.core.errors import ContractError
 from verl_vla.core.tables import (
-    Decisions,
     Episodes,
+    PolicySteps,
     Trajectories,
     check_table,
     concat_tables,
@@ -34,44 +34,44 @@ def make_episodes(count: int, first_id: int = 0) -> Episodes:
     )
 
 
-def make_decisions(episode: torch.Tensor, num_tokens: int = 4) -> Decisions:
-    """Decisions that carry a mark of their own in ``logp``: 100 * episode + place."""
+def make_policy_steps(episode: torch.Tensor, num_tokens: int = 4) -> PolicySteps:
+    """PolicySteps that carry a mark of their own in ``log_probs``: 100 * episode + place."""
     count = len(episode)
     place = torch.tensor([int((episode[:i] == e).sum()) for i, e in enumerate(episode)])
     mark = (100 * episode + place).float() if count else torch.zeros(0)
-    return Decisions(
+    return PolicySteps(
         episode=episode,
         image=torch.zeros(count, 1, 2, 2, 3, dtype=torch.uint8),
         proprio=torch.zeros(count, 8),
-        bins=torch.zeros(count, num_tokens, dtype=torch.int64),
-        logp=mark[:, None].expand(count, num_tokens).clone(),
+        action_tokens=torch.zeros(count, num_tokens, dtype=torch.int64),
+        log_probs=mark[:, None].expand(count, num_tokens).clone(),
         executed=torch.ones(count, dtype=torch.int64),
     )
 
 
 def make_trajectories(lengths: list[int], first_id: int = 0) -> Trajectories:
-    """Episodes with these numbers of decisions; prompts hold the same mark as ``logp``."""
+    """Episodes with these numbers of policy steps; prompts hold the same mark as ``log_probs``."""
     counts = torch.tensor(lengths, dtype=torch.int64)
     episode = torch.repeat_interleave(torch.arange(len(lengths)), counts)
-    decisions = make_decisions(episode)
-    decisions = replace(decisions, logp=decisions.logp + 100 * first_id)
+    policy_steps = make_policy_steps(episode)
+    policy_steps = replace(policy_steps, log_probs=policy_steps.log_probs + 100 * first_id)
     episodes = make_episodes(len(lengths), first_id)
     crashed = episodes.episode_id[episodes.crashed].tolist()
     return Trajectories(
         episodes=episodes,
-        decisions=decisions,
-        prompt_ids=tuple(row[:1].long() for row in decisions.logp),
+        policy_steps=policy_steps,
+        prompt_ids=tuple(row[:1].long() for row in policy_steps.log_probs),
         goals=tuple(np.full((n, 1, 3), first_id + b) for b, n in enumerate(lengths)),
         crashes={key: f"lost {key}" for key in crashed},
     )
 
 
 def marks_by_episode(trajectories: Trajectories) -> dict[int, list[int]]:
-    """What each episode id owns, read through the key; logp and prompts must agree."""
+    """What each episode id owns, read through the key; log_probs and prompts must agree."""
     owned: dict[int, list[int]] = {key: [] for key in trajectories.episodes.episode_id.tolist()}
-    marks = trajectories.decisions.logp[:, 0].tolist()
+    marks = trajectories.policy_steps.log_probs[:, 0].tolist()
     for row, mark, prompt in zip(
-        trajectories.decisions.episode.tolist(), marks, trajectories.prompt_ids, strict=True
+        trajectories.policy_steps.episode.tolist(), marks, trajectories.prompt_ids, strict=True
     ):
         assert prompt.tolist() == [mark]
         owned[int(trajectories.episodes.episode_id[row])].append(int(mark))
@@ -91,14 +91,14 @@ def test_a_table_cannot_be_changed():
 
 
 def test_every_column_is_declared_with_shape_dtype_and_meaning():
-    for table in (Episodes, Decisions):
+    for table in (Episodes, PolicySteps):
         for f in fields(table):
             assert set(f.metadata) == {"dims", "dtype", "doc"}, f"{table.__name__}.{f.name}"
             assert f.metadata["doc"]
 
 
 def test_check_table_returns_the_size_of_each_dimension():
-    sizes = check_table(make_decisions(torch.tensor([0, 0, 1])))
+    sizes = check_table(make_policy_steps(torch.tensor([0, 0, 1])))
     assert sizes == {"N": 3, "V": 1, "H": 2, "W": 2, "3": 3, "P": 8, "T": 4}
 
 
@@ -123,18 +123,20 @@ def test_a_wrong_column_of_episodes_is_named(change, message):
 
 def test_a_fixed_dimension_is_checked():
     grey = torch.zeros(2, 1, 2, 2, 1, dtype=torch.uint8)
-    with pytest.raises(ContractError, match=r"Decisions.image must be \[N, V, H, W, 3\], got"):
-        replace(make_decisions(torch.tensor([0, 1])), image=grey)
+    with pytest.raises(ContractError, match=r"PolicySteps.image must be \[N, V, H, W, 3\], got"):
+        replace(make_policy_steps(torch.tensor([0, 1])), image=grey)
 
 
 def test_bins_and_logp_must_hold_as_many_tokens():
-    with pytest.raises(ContractError, match="Decisions.logp: T = 3, but earlier columns say 4"):
-        replace(make_decisions(torch.tensor([0])), logp=torch.zeros(1, 3))
+    with pytest.raises(
+        ContractError, match="PolicySteps.log_probs: T = 3, but earlier columns say 4"
+    ):
+        replace(make_policy_steps(torch.tensor([0])), log_probs=torch.zeros(1, 3))
 
 
-def test_trajectories_need_a_prompt_per_decision():
+def test_trajectories_need_a_prompt_per_policy_step():
     whole = make_trajectories([2, 1])
-    with pytest.raises(ContractError, match="2 prompts for 3 decisions"):
+    with pytest.raises(ContractError, match="2 prompts for 3 policy steps"):
         replace(whole, prompt_ids=whole.prompt_ids[:2])
 
 
@@ -145,14 +147,14 @@ def test_trajectories_need_goal_readings_of_every_episode():
 
 
 def test_endings_stay_with_their_episodes_and_none_need_be_drawn():
-    endings = tuple(np.full((1, 2, 2, 3), b, np.uint8) for b in range(2)) + (None,)
-    whole = replace(make_trajectories([2, 1, 1]), endings=endings)
-    twice = Trajectories.concat([whole, replace(whole, endings=endings[::-1])])
+    final_images = tuple(np.full((1, 2, 2, 3), b, np.uint8) for b in range(2)) + (None,)
+    whole = replace(make_trajectories([2, 1, 1]), final_images=final_images)
+    twice = Trajectories.concat([whole, replace(whole, final_images=final_images[::-1])])
     kept = twice.select(torch.tensor([False, True, True, True, False, True]))
-    assert [e if e is None else int(e.max()) for e in kept.endings] == [1, None, None, 0]
-    assert make_trajectories([2]).select(torch.tensor([True])).endings == ()
+    assert [e if e is None else int(e.max()) for e in kept.final_images] == [1, None, None, 0]
+    assert make_trajectories([2]).select(torch.tensor([True])).final_images == ()
     with pytest.raises(ContractError, match="endings of 1 episodes for 3"):
-        replace(whole, endings=endings[:1])
+        replace(whole, final_images=final_images[:1])
 
 
 def test_goal_readings_stay_with_their_episodes():
@@ -165,14 +167,14 @@ def test_goal_readings_stay_with_their_episodes():
 @pytest.mark.parametrize("row", [2, -1])
 def test_the_key_must_point_at_an_episode(row):
     whole = make_trajectories([2, 1])
-    decisions = replace(whole.decisions, episode=torch.tensor([0, 0, row]))
+    policy_steps = replace(whole.policy_steps, episode=torch.tensor([0, 0, row]))
     with pytest.raises(ContractError, match=f"points at row {row}, but there are 2 episodes"):
-        replace(whole, decisions=decisions)
+        replace(whole, policy_steps=policy_steps)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=8))
 @settings(max_examples=60)
-def test_select_keeps_each_kept_episode_with_its_own_decisions(episodes):
+def test_select_keeps_each_kept_episode_with_its_own_policy_steps(episodes):
     lengths, keep = [n for n, _ in episodes], [k for _, k in episodes]
     whole = make_trajectories(lengths)
     part = whole.select(torch.tensor(keep, dtype=torch.bool))
@@ -191,7 +193,7 @@ def test_select_refuses_anything_but_a_mask(keep):
 
 @given(st.lists(st.lists(st.integers(0, 3), max_size=4), min_size=1, max_size=4))
 @settings(max_examples=60)
-def test_concat_joins_parts_without_mixing_their_decisions(parts):
+def test_concat_joins_parts_without_mixing_their_policy_steps(parts):
     made, first_id = [], 0
     for lengths in parts:
         made.append(make_trajectories(lengths, first_id))
@@ -212,10 +214,10 @@ def test_concat_undoes_select():
 def test_a_part_that_lost_every_episode_at_its_start_can_be_joined():
     lost = replace(
         make_trajectories([0]),
-        decisions=replace(make_decisions(torch.zeros(0).long()), proprio=torch.zeros(0, 0)),
+        policy_steps=replace(make_policy_steps(torch.zeros(0).long()), proprio=torch.zeros(0, 0)),
     )
     whole = Trajectories.concat([lost, make_trajectories([2], first_id=1)])
-    assert whole.decisions.episode.tolist() == [1, 1]
+    assert whole.policy_steps.episode.tolist() == [1, 1]
     assert len(Trajectories.concat([lost, lost]).episodes) == 2
 
 

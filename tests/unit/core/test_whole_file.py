@@ -7,23 +7,23 @@ from pathlib import Path
 import pytest
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.files import partial_file, require_place, write_whole
+from verl_vla.core.files import atomic_write, partial_file, require_place
 
 
 def test_a_file_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
     file = tmp_path / "record.json"
     for text in ("first", "second"):
-        write_whole(file, text)
+        atomic_write(file, text)
         assert file.read_text() == text
         assert list(tmp_path.iterdir()) == [file]
 
 
 def test_what_cannot_be_written_leaves_the_file_before(tmp_path: Path) -> None:
     file = tmp_path / "record.json"
-    write_whole(file, "first")
+    atomic_write(file, "first")
     partial_file(file).mkdir()
     with pytest.raises(IsADirectoryError):
-        write_whole(file, "second")
+        atomic_write(file, "second")
     assert file.read_text() == "first"
 
 

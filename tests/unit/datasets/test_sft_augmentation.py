@@ -16,7 +16,7 @@ NOTHING = Change(offset=(1 - 0.9**0.5) / 2, brightness=0.0, contrast=1.0, satura
 """A crop of the centre and nothing else."""
 
 
-def picture(size: int = 56) -> torch.Tensor:
+def make_image(size: int = 56) -> torch.Tensor:
     """Smooth colours, so that a shifted crop changes every pixel a little."""
     x = torch.linspace(0, 3, size)
     waves = [torch.sin(x[:, None] * f + x[None] * g) for f, g in ((1, 2), (2, 1), (3, 0.5))]
@@ -33,14 +33,14 @@ def test_hue_saturation_and_value_are_those_of_the_standard_library() -> None:
 
 
 def test_the_middle_crop_is_the_crop_of_evaluations() -> None:
-    image = picture()
+    image = make_image()
     wanted = prepare_image(image.numpy(), size=56, jpeg=False, crop_area=0.9)
     difference = augment(image, NOTHING).int() - torch.from_numpy(wanted).int()
     assert difference.abs().max() <= 1
 
 
 def test_every_change_does_what_it_says() -> None:
-    image = picture()
+    image = make_image()
     plain = augment(image, NOTHING).float() / 255
     brighter = augment(image, replace(NOTHING, brightness=0.1)).float() / 255
     assert torch.allclose(brighter, (plain + 0.1).clamp(max=1), atol=0.01)
@@ -82,6 +82,6 @@ def test_draws_fill_the_published_bounds_and_belong_to_their_seed() -> None:
         assert values.mean() == pytest.approx((low + high) / 2, abs=0.03 * (high - low))
     assert Change.draw([7, 3]) == draws[3]
     assert Change.draw([8, 3]) != draws[3]
-    image = picture()
+    image = make_image()
     assert torch.equal(augment(image, draws[5]), augment(image, draws[5]))
     assert not torch.equal(augment(image, draws[5]), augment(image, draws[6]))

@@ -10,7 +10,7 @@ from verl_vla.datasets.action_targets import (
     action_chunks,
     measure_statistics,
     moving_steps,
-    target_bins,
+    target_action_tokens,
     to_dataset_units,
 )
 from verl_vla.policies.action_codec import ActionCodec
@@ -85,9 +85,9 @@ def test_the_bins_command_what_was_recorded() -> None:
         action_dim=7,
         statistics=measure_statistics([episode], key="x"),
     )
-    bins = target_bins(episode, codec)
-    assert bins.shape == (27, 28)
-    commanded = codec.to_simulator(bins)
+    action_tokens = target_action_tokens(episode, codec)
+    assert action_tokens.shape == (27, 28)
+    commanded = codec.to_simulator(action_tokens)
     cell = (codec.statistics.q99 - codec.statistics.q01)[:6] / 255
     wanted = action_chunks(np.clip(episode, codec.statistics.q01, codec.statistics.q99), 4)
     assert (np.abs(commanded - wanted)[..., :6] <= cell + 1e-6).all()

@@ -49,12 +49,17 @@ def main() -> None:
             fully_shard(part, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, mp_policy=precision)
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-    size, bins = config.image_size, torch.zeros(batch, config.num_action_tokens, dtype=torch.int64)
+    size, action_tokens = (
+        config.image_size,
+        torch.zeros(batch, config.num_action_tokens, dtype=torch.int64),
+    )
     ids = torch.ones(batch, PROMPT_TOKENS, dtype=torch.int64)
     for num_passes in (1, 2):  # the second update has the optimizer's state, and adds gradients up
         for _ in range(num_passes):
-            logits = model(torch.randn(batch, 3, size, size), ids, bins=bins).logits
-            log_prob(logits, bins, 1.0).sum().backward()
+            logits = model(
+                torch.randn(batch, 3, size, size), ids, action_tokens=action_tokens
+            ).logits
+            log_prob(logits, action_tokens, 1.0).sum().backward()
             del logits
         optimizer.step()
         optimizer.zero_grad()

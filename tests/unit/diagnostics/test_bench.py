@@ -26,10 +26,10 @@ def test_the_images_are_counted_and_the_conditions_stand_beside(
     assert [line.split()[0] for line in table] == list(record)
 
 
-@pytest.mark.parametrize("knob", ["--batch", "--rounds", "--render-size", "--image-size"])
-def test_nothing_to_measure_is_refused(knob: str) -> None:
-    with pytest.raises(ConfigError, match=f"{knob} is 0; set at least 1"):
-        bench.run([*SMALL, knob, "0"])
+@pytest.mark.parametrize("option", ["--batch", "--rounds", "--render-size", "--image-size"])
+def test_nothing_to_measure_is_refused(option: str) -> None:
+    with pytest.raises(ConfigError, match=f"{option} is 0; set at least 1"):
+        bench.run([*SMALL, option, "0"])
 
 
 def test_a_part_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:

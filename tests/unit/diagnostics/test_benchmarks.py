@@ -74,7 +74,7 @@ def test_medians_and_ratios_pair_by_pair() -> None:
     assert found["chunk_peer_processor_ms"][0] == 2000
 
 
-def test_a_reset_is_compared_without_its_first_picture_and_with_it() -> None:
+def test_a_reset_is_compared_without_its_first_image_and_with_it() -> None:
     taken = {
         "peer": [Seconds(9.0, 6.0)],
         "settle": [Seconds(1.0, 0.5)],
@@ -82,8 +82,8 @@ def test_a_reset_is_compared_without_its_first_picture_and_with_it() -> None:
     }
     found = compare_resets(taken)
     assert found["reset_to_settled_state_times_faster"][0] == 12.0
-    assert found["reset_and_first_picture_times_faster"][0] == 4.0
-    assert found["reset_and_first_picture_times_faster_clock"][0] == 3.0
+    assert found["reset_and_first_image_times_faster"][0] == 4.0
+    assert found["reset_and_first_image_times_faster_clock"][0] == 3.0
 
 
 def test_a_record_names_its_command_and_conditions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ def test_one_process_and_two_and_their_waits_are_measured() -> None:
     found = two_against_one(factory, policy, rounds=1, task=0)
     assert found["two_processes_times_one"][0] > 0
     found = scaling(factory, 1, {"idle": policy}, task=0)
-    assert found["idle_decisions_per_s_1"] > 0
+    assert found["idle_policy_steps_per_s_1"] > 0
     assert 0 <= found["idle_env_wait_share_1"] <= 1
     specs = [EpisodeSpec(task_id=0, init_state_id=0, group_id=0, episode_id=i) for i in range(4)]
     with EnvPool(
@@ -166,7 +166,7 @@ def test_the_gpu_benchmark_runs_in_small_on_a_cpu(capsys: pytest.CaptureFixture[
     assert bench.run(words.split()) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["parameters"] < 2e6
-    assert found["decisions_per_s_2"] > 0
+    assert found["policy_steps_per_s_2"] > 0
     assert found["lora_update_rows_per_s"] > 0
     assert found["full_update_memory_gib"] is None
 
@@ -194,7 +194,7 @@ LOAD = Load(
 )
 MACHINE = Machine(
     num_gpus=8,
-    decisions_per_gpu_s=32.0,
+    policy_steps_per_gpu_s=32.0,
     rows_per_gpu_s=8.0,
     num_cores=96,
     chunk_core_s=0.15,
@@ -204,11 +204,11 @@ MACHINE = Machine(
 
 
 def test_the_time_of_a_step_follows_from_its_parts() -> None:
-    assert LOAD.decisions == 512 * 64 * 0.5 * 1.5
-    assert LOAD.rows == LOAD.decisions * 0.6
+    assert LOAD.policy_steps == 512 * 64 * 0.5 * 1.5
+    assert LOAD.rows == LOAD.policy_steps * 0.6
     found = step_time(LOAD, MACHINE)
-    assert found.deciding_s == LOAD.decisions / 256
-    assert found.simulating_s == pytest.approx(LOAD.decisions * 0.15 / 96)
+    assert found.deciding_s == LOAD.policy_steps / 256
+    assert found.simulating_s == pytest.approx(LOAD.policy_steps * 0.15 / 96)
     assert found.update_s == LOAD.rows / 64
     assert found.rollout_s == max(found.deciding_s, found.simulating_s)
     assert found.total_s == found.rollout_s + found.transfer_s + found.update_s

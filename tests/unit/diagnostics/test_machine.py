@@ -17,7 +17,7 @@ Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.fixture
-def no_picture(monkeypatch):
+def no_image(monkeypatch):
     """Leave out the one look that takes seconds."""
     drawn = Check(finding=Finding(subject="GL", says="drew", is_fault=False))
     monkeypatch.setattr(machine, "_renders", lambda _: drawn)
@@ -27,7 +27,7 @@ def by_subject(folder):
     return {check.finding.subject: check for check in examine_machine(folder)}
 
 
-@pytest.mark.usefixtures("no_picture")
+@pytest.mark.usefixtures("no_image")
 def test_this_machine_can_train(tmp_path):
     checks = by_subject(tmp_path / "not" / "there" / "yet")
     assert not [c.finding.says for c in checks.values() if c.finding.is_fault]
@@ -37,13 +37,13 @@ def test_this_machine_can_train(tmp_path):
 
 
 @pytest.mark.sim
-def test_a_picture_is_really_drawn():
+def test_a_image_is_really_drawn():
     check = machine._renders(None)
     assert "drew a red box" in check.finding.says
     assert not check.finding.is_fault
 
 
-def test_a_picture_that_cannot_be_drawn_is_a_fault(monkeypatch):
+def test_a_image_that_cannot_be_drawn_is_a_fault(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "glx")
     check = machine._renders(None)
     assert check.finding.is_fault
@@ -51,7 +51,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_fault(monkeypatch):
     assert "apt-get install" in (check.fix or "")
 
 
-@pytest.mark.usefixtures("no_picture")
+@pytest.mark.usefixtures("no_image")
 def test_a_wrong_version_is_named_with_its_command(monkeypatch, tmp_path):
     real = machine.metadata.version
     monkeypatch.setattr(
@@ -63,7 +63,7 @@ def test_a_wrong_version_is_named_with_its_command(monkeypatch, tmp_path):
     assert check.fix == "pip install 'verl==0.9.1'"
 
 
-@pytest.mark.usefixtures("no_picture")
+@pytest.mark.usefixtures("no_image")
 def test_little_shared_memory_is_a_fault_and_little_disk_is_not(monkeypatch, tmp_path):
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: Usage(64e6, 0, 64e6))
     checks = by_subject(tmp_path)
@@ -73,7 +73,7 @@ def test_little_shared_memory_is_a_fault_and_little_disk_is_not(monkeypatch, tmp
     assert "out=FOLDER" in (checks["disk"].fix or "")
 
 
-@pytest.mark.usefixtures("no_picture")
+@pytest.mark.usefixtures("no_image")
 def test_a_port_that_is_taken_is_said(monkeypatch, tmp_path):
     with socket.socket() as other:
         other.bind(("", 0))
@@ -86,13 +86,13 @@ def test_a_port_that_is_taken_is_said(monkeypatch, tmp_path):
     assert "free for nobody" in by_subject(tmp_path)[f"port {port}"].finding.says
 
 
-@pytest.mark.usefixtures("no_picture")
+@pytest.mark.usefixtures("no_image")
 def test_a_folder_that_cannot_be_written_is_a_fault(monkeypatch, tmp_path):
     monkeypatch.setattr(machine.os, "access", lambda *_: False)
     assert by_subject(tmp_path)["write permission"].finding.is_fault
 
 
-@pytest.mark.usefixtures("no_picture")
+@pytest.mark.usefixtures("no_image")
 def test_assets_that_are_not_liberos_are_a_fault(monkeypatch, tmp_path):
     assert "every file as LIBERO's" in by_subject(tmp_path)["LIBERO's assets"].finding.says
     for name in machine.find_assets.__globals__["ASSET_FOLDERS"]:
@@ -107,7 +107,7 @@ def test_assets_that_are_not_liberos_are_a_fault(monkeypatch, tmp_path):
     assert found.fix == "unset VERL_VLA_LIBERO_ASSETS, or name a folder of LIBERO's assets"
 
 
-@pytest.mark.usefixtures("no_picture")
+@pytest.mark.usefixtures("no_image")
 def test_a_package_that_is_not_there_is_a_fault_and_stops_nothing(monkeypatch, tmp_path):
     real = machine.metadata.version
 
@@ -125,7 +125,7 @@ def test_a_package_that_is_not_there_is_a_fault_and_stops_nothing(monkeypatch, t
     assert "pip install mujoco==3.3.2" in (checks["MuJoCo"].fix or "")
 
 
-@pytest.mark.usefixtures("no_picture")
+@pytest.mark.usefixtures("no_image")
 def test_the_command_answers_by_its_exit_code_and_only_prints_remedies(monkeypatch, tmp_path):
     assert run(["--out", str(tmp_path)]) == 0
     ran: list[object] = []

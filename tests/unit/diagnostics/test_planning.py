@@ -133,7 +133,7 @@ def test_a_plan_is_within_15_percent_of_what_a_small_policy_takes(tmp_path):
     assert planned == pytest.approx(measured, rel=0.15), f"{planned / MB:.0f} {measured / MB:.0f}"
 
 
-def test_what_a_pass_needs_grows_evenly_with_its_decisions():
+def test_what_a_pass_needs_grows_evenly_with_its_policy_steps():
     one, four = (trace_model(TINY, dtype=torch.float32, batch=batch) for batch in (4, 16))
     assert four.training_bytes / 4 == pytest.approx(one.training_bytes, rel=0.05)
     assert four.training_flops == pytest.approx(one.training_flops, rel=0.05)
@@ -164,7 +164,7 @@ def test_every_recipe_composes_explains_and_plans(chosen, reward, profile):
     assert all(meaning for *_, meaning in explain(recipe, composition))
     plan = make_plan(recipe, TINY, GPUS[PROFILES[profile]])
     assert plan.fits
-    assert plan.decisions == recipe.sampling.groups_per_step * 8 * 64
+    assert plan.policy_steps == recipe.sampling.groups_per_step * 8 * 64
     assert plan.total_seconds > 0
     assert sum(plan.host.values()) > 0
 
@@ -187,7 +187,7 @@ def test_every_recipe_for_two_arms_composes_explains_and_plans(reward, profile):
     assert recipe.environment.suite.endswith("robotwin.py:RoboTwin")
     plan = make_plan(recipe, small_config(32, 2, **RoboTwin.policy_sizes), GPUS[PROFILES[profile]])
     assert plan.fits
-    assert plan.decisions == recipe.sampling.groups_per_step * 8 * (200 / 25)
+    assert plan.policy_steps == recipe.sampling.groups_per_step * 8 * (200 / 25)
     assert plan.total_seconds > 0
 
 
@@ -241,7 +241,7 @@ def test_an_optimizer_holds_its_state_where_it_says(name, per_weight):
     assert ("weights, gradients, state" in plan.host) == (per_weight == 0)
 
 
-def test_the_buffer_holds_each_picture_twice():
+def test_the_buffer_holds_each_image_twice():
     plan = make_plan(load_recipe(["recipe=libero"]), TINY, GPUS["h100"])
     assert plan.host["rollout buffer"] == pytest.approx(2 * 32_768 * 112 * 112 * 3, rel=0.1)
 
@@ -267,7 +267,7 @@ def test_every_encoder_has_its_bytes_and_the_budget_is_the_trainers():
 def test_step_limits_decide_how_long_a_round_can_be():
     recipe = load_recipe(["recipe=libero", "environment.step_limit=published"])
     assert suite("libero_spatial").step_limit("published", 0) == 220
-    assert make_plan(recipe, TINY, GPUS["h100"]).decisions == 512 * 28
+    assert make_plan(recipe, TINY, GPUS["h100"]).policy_steps == 512 * 28
 
 
 def test_the_command_says_whether_it_fits_and_what_to_change(capsys, monkeypatch):

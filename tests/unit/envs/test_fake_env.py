@@ -11,8 +11,8 @@ from verl_vla.envs.base import Env
 from verl_vla.envs.fake import ACTION_DIM, TARGETS, FakeEnv, FakeEnvConfig
 
 
-def make_env(**knobs) -> Env:
-    return FakeEnv(FakeEnvConfig(**knobs))
+def make_env(**options) -> Env:
+    return FakeEnv(FakeEnvConfig(**options))
 
 
 def move(right: float, up: float, *, times: int = 1) -> np.ndarray:
@@ -99,18 +99,19 @@ def test_observation_has_the_shapes_of_the_contract():
 
 def test_an_ending_is_what_would_be_seen_if_the_episode_went_on():
     short, long = (
-        FakeEnv(FakeEnvConfig(step_limit=limit, stride=0.01, draw_ending=True)) for limit in (8, 24)
+        FakeEnv(FakeEnvConfig(step_limit=limit, stride=0.01, render_final=True))
+        for limit in (8, 24)
     )
     actions = np.random.default_rng(0).uniform(-1, 1, (8, 7)).astype(np.float32)
     ended, goes_on = (env.reset(0, 0) and env.step_chunk(actions) for env in (short, long))
     assert ended.outcome == Outcome.TIMEOUT and goes_on.outcome is None
-    assert np.array_equal(ended.ending, goes_on.observation.image)
+    assert np.array_equal(ended.final_image, goes_on.observation.image)
     silent = FakeEnv(FakeEnvConfig(step_limit=8, stride=0.01))
     silent.reset(0, 0)
-    assert silent.step_chunk(actions).ending is None
+    assert silent.step_chunk(actions).final_image is None
 
 
-def test_up_in_the_field_is_up_in_the_picture_and_right_is_right():
+def test_up_in_the_field_is_up_in_the_image_and_right_is_right():
     env = make_env(image_size=64)
 
     def middle_of_dot(image):
@@ -192,9 +193,9 @@ def test_unknown_starts_are_refused_with_the_valid_range(task_id, init_state_id)
 
 
 @pytest.mark.parametrize(
-    ("knob", "value"),
+    ("option", "value"),
     [("image_size", 4), ("num_views", 0), ("step_limit", 0), ("stride", -0.1), ("tolerance", 0.4)],
 )
-def test_impossible_sizes_are_refused(knob, value):
-    with pytest.raises(ConfigError, match=f"{knob} is {value}"):
-        FakeEnvConfig(**{knob: value})
+def test_impossible_sizes_are_refused(option, value):
+    with pytest.raises(ConfigError, match=f"{option} is {value}"):
+        FakeEnvConfig(**{option: value})

@@ -27,7 +27,12 @@ def started(name: bytes = b"start") -> Started:
 
 def stepped(name: bytes) -> Stepped:
     return Stepped(
-        executed=8, outcome=None, moment=moment(name), has_ending=False, goals=GOALS, busy_s=0.25
+        executed=8,
+        outcome=None,
+        moment=moment(name),
+        has_final_image=False,
+        goals=GOALS,
+        busy_s=0.25,
     )
 
 
@@ -115,7 +120,12 @@ def test_a_slot_is_free_once_its_episode_has_ended(slots):
     slots.note(slots.start(0, spec(5)), started())
     slots.take_answers([0])[0]
     end = Stepped(
-        executed=3, outcome=Outcome.SUCCESS, moment=None, has_ending=False, goals=GOALS, busy_s=0.25
+        executed=3,
+        outcome=Outcome.SUCCESS,
+        moment=None,
+        has_final_image=False,
+        goals=GOALS,
+        busy_s=0.25,
     )
     slots.note(slots.step(0, CHUNK), end)
     result = slots.take_answers([0])[0]
@@ -124,7 +134,7 @@ def test_a_slot_is_free_once_its_episode_has_ended(slots):
     with pytest.raises(ContractError, match="plays no episode"):
         slots.check_playing(0)
     slots.check_free(0)
-    assert slots.stats == PoolStats(steps=3, decisions=1, resets_simulated=1, busy_s=0.75)
+    assert slots.stats == PoolStats(steps=3, policy_steps=1, resets_simulated=1, busy_s=0.75)
 
 
 def test_a_slot_owes_an_answer_until_it_is_taken(slots):

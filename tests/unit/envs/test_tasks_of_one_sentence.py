@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from verl_vla.core.episode import Outcome
-from verl_vla.core.tables import Decisions, Episodes, Trajectories
+from verl_vla.core.tables import Episodes, PolicySteps, Trajectories
 from verl_vla.envs.registry import suite
 from verl_vla.rewards.reference_memory import ReferenceMemory
 from verl_vla.rewards.scoring import make_batch
@@ -33,12 +33,12 @@ def trajectories(tasks: list[int]) -> Trajectories:
             outcome=torch.full((number,), Outcome.SUCCESS),
             num_steps=torch.full((number,), 4),
         ),
-        decisions=Decisions(
+        policy_steps=PolicySteps(
             episode=torch.arange(number),
             image=torch.zeros(number, 1, 2, 2, 3, dtype=torch.uint8),
             proprio=torch.zeros(number, 8),
-            bins=torch.zeros(number, 2, dtype=torch.int64),
-            logp=torch.zeros(number, 2),
+            action_tokens=torch.zeros(number, 2, dtype=torch.int64),
+            log_probs=torch.zeros(number, 2),
             executed=torch.full((number,), 4),
         ),
         prompt_ids=(torch.tensor([1]),) * number,

@@ -149,12 +149,12 @@ def test_the_seconds_are_added_up():
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ({"episodes_per_task": 0}, "evaluation.episodes_per_task is 0; set at least 1, or null"),
         ({"temperature": -0.1}, "evaluation.temperature is -0.1; set 0 for greedy play"),
     ],
 )
-def test_an_impossible_knob_is_refused(knobs, message):
+def test_an_impossible_knob_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
-        EvaluationConfig(**knobs)
+        EvaluationConfig(**options)

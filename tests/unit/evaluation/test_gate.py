@@ -112,16 +112,16 @@ def test_a_record_is_kept_whole_and_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ({"threshold": 0.0}, "gate.threshold is 0.0; it is a share of episodes"),
         ({"threshold": 15.0}, "gate.threshold is 15.0"),
         ({"episodes": 0}, "gate.episodes is 0; set at least 1, or gate.mode=off"),
     ],
 )
-def test_an_impossible_gate_is_refused(knobs: dict[str, float], message: str) -> None:
+def test_an_impossible_gate_is_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        GateConfig(**knobs)
+        GateConfig(**options)
 
 
 def test_a_real_policy_is_probed_on_real_processes() -> None:

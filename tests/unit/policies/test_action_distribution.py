@@ -36,15 +36,15 @@ def test_a_sample_is_a_bin_that_has_probability(
     values: list[float], noise: float, temperature: float
 ) -> None:
     logits = as_logits(values)
-    bins = action_distribution.sample(
+    action_tokens = action_distribution.sample(
         logits, torch.tensor([[noise]], dtype=torch.float64), temperature
     )
-    assert 0 <= bins.item() < 8
+    assert 0 <= action_tokens.item() < 8
     probability = (logits.double() / temperature).softmax(-1)
-    assert probability[0, 0, bins.item()] > 0
-    logp = action_distribution.log_prob(logits, bins, temperature)
-    exact = (logits.double() / temperature).log_softmax(-1)[0, 0, bins.item()]
-    assert logp.item() == pytest.approx(exact.item(), abs=1e-4, rel=1e-5)
+    assert probability[0, 0, action_tokens.item()] > 0
+    log_probs = action_distribution.log_prob(logits, action_tokens, temperature)
+    exact = (logits.double() / temperature).log_softmax(-1)[0, 0, action_tokens.item()]
+    assert log_probs.item() == pytest.approx(exact.item(), abs=1e-4, rel=1e-5)
 
 
 @given(values=rows(8), chosen=st.integers(0, 7), temperature=TEMPERATURE)
@@ -52,29 +52,31 @@ def test_values_and_gradients_stay_finite(
     values: list[float], chosen: int, temperature: float
 ) -> None:
     logits = as_logits(values).requires_grad_()
-    logp = action_distribution.log_prob(logits, torch.tensor([[chosen]]), temperature)
+    log_probs = action_distribution.log_prob(logits, torch.tensor([[chosen]]), temperature)
     entropy = action_distribution.entropy(logits, temperature)
-    (logp.sum() + entropy.sum()).backward()
-    assert torch.isfinite(logp).all() and torch.isfinite(entropy).all()
+    (log_probs.sum() + entropy.sum()).backward()
+    assert torch.isfinite(log_probs).all() and torch.isfinite(entropy).all()
     assert logits.grad is not None and torch.isfinite(logits.grad).all()
-    assert (logp <= 0).all()
+    assert (log_probs <= 0).all()
     assert -1e-6 <= entropy.item() <= math.log(8) + 1e-5
 
 
 @given(values=rows(5), temperature=TEMPERATURE)
 def test_probabilities_sum_to_one(values: list[float], temperature: float) -> None:
     logits = as_logits(values).expand(1, 5, 5)
-    logp = action_distribution.log_prob(logits, torch.arange(5).view(1, 5), temperature)
-    assert torch.isclose(logp.exp().sum(), torch.tensor(1.0), atol=1e-5)
+    log_probs = action_distribution.log_prob(logits, torch.arange(5).view(1, 5), temperature)
+    assert torch.isclose(log_probs.exp().sum(), torch.tensor(1.0), atol=1e-5)
 
 
 def test_log_prob_is_the_log_of_a_softmax_at_the_temperature() -> None:
     logits = torch.randn(3, 4, 256, generator=torch.Generator().manual_seed(0))
-    bins = torch.randint(0, 256, (3, 4), generator=torch.Generator().manual_seed(1))
+    action_tokens = torch.randint(0, 256, (3, 4), generator=torch.Generator().manual_seed(1))
     exact = (logits.double() / 1.6).softmax(-1)
-    logp = action_distribution.log_prob(logits, bins, 1.6)
-    assert logp.dtype == torch.float32
-    assert torch.allclose(logp.double(), exact.gather(-1, bins[..., None])[..., 0].log(), atol=1e-5)
+    log_probs = action_distribution.log_prob(logits, action_tokens, 1.6)
+    assert log_probs.dtype == torch.float32
+    assert torch.allclose(
+        log_probs.double(), exact.gather(-1, action_tokens[..., None])[..., 0].log(), atol=1e-5
+    )
     entropy = action_distribution.entropy(logits, 1.6)
     assert torch.allclose(entropy.double(), -(exact * exact.log()).sum(-1), atol=1e-5)
 
@@ -84,14 +86,14 @@ def test_masked_tokens_leave_no_nan_in_the_gradient() -> None:
     logits = torch.tensor([[[-math.inf, 1.0, 2.0], [-math.inf, 0.0, -math.inf]]])
     logits.requires_grad_()
     mask = torch.tensor([[1.0, 0.0]])
-    logp = action_distribution.log_prob(logits, torch.tensor([[2, 0]]), 1.6)
+    log_probs = action_distribution.log_prob(logits, torch.tensor([[2, 0]]), 1.6)
     entropy = action_distribution.entropy(logits, 1.6)
-    ((logp + entropy) * mask).sum().backward()
+    ((log_probs + entropy) * mask).sum().backward()
     exact = torch.tensor([1.0, 2.0]).div(1.6).log_softmax(-1)
-    assert logp[0, 0].item() == pytest.approx(exact[1].item(), abs=1e-6)
+    assert log_probs[0, 0].item() == pytest.approx(exact[1].item(), abs=1e-6)
     assert entropy[0, 0].item() == pytest.approx(-(exact.exp() * exact).sum().item(), abs=1e-6)
     assert entropy[0, 1].item() == 0
-    assert torch.isfinite(logp).all()
+    assert torch.isfinite(log_probs).all()
     assert torch.isfinite(logits.grad).all()
     assert logits.grad[0, 1].abs().max() == 0
 
@@ -110,10 +112,10 @@ def test_frequencies_are_the_probabilities(values: list[float], temperature: flo
     logits = as_logits(values)
     num_draws = 20_000
     noise = (torch.arange(num_draws, dtype=torch.float64) + 0.5) / num_draws
-    bins = action_distribution.sample(
+    action_tokens = action_distribution.sample(
         logits.expand(num_draws, 1, 6), noise.unsqueeze(-1), temperature
     )
-    frequency = torch.bincount(bins.flatten(), minlength=6) / num_draws
+    frequency = torch.bincount(action_tokens.flatten(), minlength=6) / num_draws
     probability = (logits.double() / temperature).softmax(-1).flatten()
     # Evenly spaced noise visits every bin in proportion, up to one draw at either end.
     assert torch.allclose(frequency.double(), probability, atol=2 / num_draws)
@@ -164,8 +166,8 @@ def test_sampling_gives_no_gradient() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
 def test_probabilities_need_a_temperature(temperature: float) -> None:
-    logits, bins = torch.zeros(1, 1, 4), torch.zeros(1, 1, dtype=torch.int64)
+    logits, action_tokens = torch.zeros(1, 1, 4), torch.zeros(1, 1, dtype=torch.int64)
     with pytest.raises(ConfigError, match="temperature"):
-        action_distribution.log_prob(logits, bins, temperature)
+        action_distribution.log_prob(logits, action_tokens, temperature)
     with pytest.raises(ConfigError, match="temperature"):
         action_distribution.entropy(logits, temperature)

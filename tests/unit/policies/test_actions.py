@@ -37,7 +37,7 @@ def make_codec(statistics: ActionStatistics = LIBERO_10) -> ActionCodec:
     return ActionCodec(NUM_BINS, CHUNK, DIM, statistics)
 
 
-def all_bins(value: int) -> torch.Tensor:
+def all_action_tokens(value: int) -> torch.Tensor:
     return torch.full((1, CHUNK * DIM), value, dtype=torch.int64)
 
 
@@ -56,36 +56,36 @@ def test_every_bin_decodes_as_openvla_decodes_its_token_id() -> None:
     for k in range(NUM_BINS):
         token_id = 31744 + k
         published = centres[np.clip(32000 - token_id - 1, 0, 254)]  # modeling_prismatic.py
-        assert make_codec().decode(all_bins(k))[0, 0, 0] == published
+        assert make_codec().decode(all_action_tokens(k))[0, 0, 0] == published
 
 
 def test_two_ids_share_the_largest_action_and_all_others_differ() -> None:
-    decoded = [make_codec().decode(all_bins(k))[0, 0, 0] for k in range(NUM_BINS)]
+    decoded = [make_codec().decode(all_action_tokens(k))[0, 0, 0] for k in range(NUM_BINS)]
     assert decoded[0] == decoded[1] == max(decoded)
     assert len(set(decoded)) == NUM_BINS - 1
 
 
 @pytest.mark.parametrize(("value", "token_id"), [(0.0, 31872), (1.0, 31744), (-1.0, 31999)])
 def test_labels_of_fine_tuning(value: float, token_id: int) -> None:
-    bins = make_codec().encode(np.full((CHUNK, DIM), value))
-    assert bins.dtype == torch.int64
-    assert set(bins.tolist()) == {token_id - 31744}
+    action_tokens = make_codec().encode(np.full((CHUNK, DIM), value))
+    assert action_tokens.dtype == torch.int64
+    assert set(action_tokens.tolist()) == {token_id - 31744}
 
 
 def test_tokens_are_ordered_time_first() -> None:
-    bins = torch.arange(CHUNK * DIM).unsqueeze(0) + 1
-    decoded = make_codec().decode(bins)
+    action_tokens = torch.arange(CHUNK * DIM).unsqueeze(0) + 1
+    decoded = make_codec().decode(action_tokens)
     assert decoded.shape == (1, CHUNK, DIM)
     flat = decoded.reshape(-1)
     assert np.all(np.diff(flat) < 0)
-    assert torch.equal(make_codec().encode(decoded), bins)
+    assert torch.equal(make_codec().encode(decoded), action_tokens)
 
 
 @given(st.lists(st.integers(0, NUM_BINS - 1), min_size=CHUNK * DIM, max_size=CHUNK * DIM))
 def test_encoding_a_decoded_bin_gives_it_back(chosen: list[int]) -> None:
-    bins = torch.tensor([chosen])
-    again = make_codec().encode(make_codec().decode(bins))
-    assert torch.equal(again, bins.clamp(min=1))
+    action_tokens = torch.tensor([chosen])
+    again = make_codec().encode(make_codec().decode(action_tokens))
+    assert torch.equal(again, action_tokens.clamp(min=1))
 
 
 @given(st.floats(-1.5, 1.5))
@@ -116,9 +116,9 @@ def test_gripper_command() -> None:
 
 def test_a_bin_becomes_a_simulator_command() -> None:
     codec = make_codec()
-    most = codec.to_simulator(all_bins(0))  # the largest value: gripper 1, open
-    least = codec.to_simulator(all_bins(255))
-    middle = codec.to_simulator(all_bins(128))  # gripper 0, closed
+    most = codec.to_simulator(all_action_tokens(0))  # the largest value: gripper 1, open
+    least = codec.to_simulator(all_action_tokens(255))
+    middle = codec.to_simulator(all_action_tokens(128))  # gripper 0, closed
     assert most.dtype == np.float32 and most.shape == (1, CHUNK, DIM)
     assert most[0, 0, 6] == -1 and least[0, 0, 6] == 1 and middle[0, 0, 6] == 1
     assert np.all(most[0, 0, :6] > LIBERO_10.q99[:6] - 0.01)
@@ -128,8 +128,11 @@ def test_a_bin_becomes_a_simulator_command() -> None:
 def test_a_value_that_never_moves_decodes_to_its_constant_whatever_the_bin() -> None:
     codec = make_codec(FROZEN_ROTATION)
     for k in (0, 7, 255):
-        assert codec.to_simulator(all_bins(k))[0, :, 3:6].tolist() == [[0.0, 0.0, 0.25]] * CHUNK
-    actions = codec.to_simulator(all_bins(9))
+        assert (
+            codec.to_simulator(all_action_tokens(k))[0, :, 3:6].tolist()
+            == [[0.0, 0.0, 0.25]] * CHUNK
+        )
+    actions = codec.to_simulator(all_action_tokens(9))
     labels = codec.from_simulator(actions).view(1, CHUNK, DIM)
     assert torch.all(labels[..., 3:6] == codec.encode(np.zeros((CHUNK, DIM)))[0])
 
@@ -143,14 +146,14 @@ def test_labelling_a_played_chunk_plays_the_same_chunk(chosen: list[int]) -> Non
 
 
 def test_labelling_does_not_change_the_actions_it_is_given() -> None:
-    actions = make_codec().to_simulator(all_bins(10))
+    actions = make_codec().to_simulator(all_action_tokens(10))
     before = actions.copy()
     make_codec().from_simulator(actions)
     assert np.array_equal(actions, before)
 
 
 @pytest.mark.parametrize(
-    "bins",
+    "action_tokens",
     [
         torch.full((1, CHUNK * DIM), NUM_BINS),
         torch.full((1, CHUNK * DIM), -1),
@@ -158,9 +161,9 @@ def test_labelling_does_not_change_the_actions_it_is_given() -> None:
         torch.zeros(1, CHUNK * DIM),
     ],
 )
-def test_impossible_bins_are_refused(bins: torch.Tensor) -> None:
-    with pytest.raises(ContractError, match="bins"):
-        make_codec().decode(bins)
+def test_impossible_bins_are_refused(action_tokens: torch.Tensor) -> None:
+    with pytest.raises(ContractError, match="action tokens"):
+        make_codec().decode(action_tokens)
 
 
 def test_actions_of_another_shape_are_refused() -> None:
@@ -234,14 +237,14 @@ def test_two_grippers_are_commanded_by_sign_and_none_at_all_as_the_data_says() -
     two = ActionStatistics(**arms, mask=([True] * 6 + [False]) * 2)
     none = ActionStatistics(**arms, mask=[True] * 14)
     assert (two.grippers, none.grippers) == ((6, 13), ())
-    bins = torch.zeros((1, 25 * 14), dtype=torch.int64)  # the largest value: open
+    action_tokens = torch.zeros((1, 25 * 14), dtype=torch.int64)  # the largest value: open
     for statistics, at_grippers in ((two, -1.0), (none, 1.0)):
         codec = ActionCodec(NUM_BINS, 25, 14, statistics)
-        actions = codec.to_simulator(bins)
+        actions = codec.to_simulator(action_tokens)
         assert actions.shape == (1, 25, 14)
         assert np.allclose(actions[..., [6, 13]], at_grippers, atol=0.01)
         assert np.allclose(actions[..., :6], 1.0, atol=0.01)
-        assert torch.equal(codec.from_simulator(actions).clamp(min=1), bins.clamp(min=1))
+        assert torch.equal(codec.from_simulator(actions).clamp(min=1), action_tokens.clamp(min=1))
 
 
 def test_bounds_are_read_from_other_columns_and_written_back(tmp_path: Path) -> None:

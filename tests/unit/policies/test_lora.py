@@ -64,7 +64,7 @@ def answer(model: TokenModel) -> dict[str, Tensor]:
     return model(
         pixel_values=torch.randn(3, 6, 28, 28, generator=generator),
         input_ids=torch.randint(4, NUM_WORDS, (3, 7), generator=generator),
-        bins=torch.randint(0, 256, (3, 14), generator=generator),
+        action_tokens=torch.randint(0, 256, (3, 14), generator=generator),
         with_nll=True,
     )
 

@@ -69,9 +69,9 @@ def test_the_parts_are_read_back_as_they_were(folder: Path, policy: OpenVLAOFTPo
     assert processor.codec.statistics.key == "mini_no_noops"
     for instruction in INSTRUCTIONS:
         assert torch.equal(processor.prompt(instruction), policy.processor.prompt(instruction))
-    bins = torch.arange(56).unsqueeze(0) * 4
-    commands = processor.codec.to_simulator(bins)
-    assert np.array_equal(commands, policy.processor.codec.to_simulator(bins))
+    action_tokens = torch.arange(56).unsqueeze(0) * 4
+    commands = processor.codec.to_simulator(action_tokens)
+    assert np.array_equal(commands, policy.processor.codec.to_simulator(action_tokens))
 
 
 def test_auto_classes_load_it(folder: Path, policy: OpenVLAOFTPolicy) -> None:
@@ -102,9 +102,9 @@ def test_auto_model_loads_an_export_in_shards_with_equal_logits(
         logits = model.action_logits(pixels, ids, mask)
         assert torch.equal(logits, trained.model.action_logits(pixels, ids, mask))
     again = OpenVLAOFTProcessor.from_pretrained(export)
-    bins = torch.arange(56).unsqueeze(0) * 4
-    commands = trained.processor.codec.to_simulator(bins)
-    assert np.array_equal(again.codec.to_simulator(bins), commands)
+    action_tokens = torch.arange(56).unsqueeze(0) * 4
+    commands = trained.processor.codec.to_simulator(action_tokens)
+    assert np.array_equal(again.codec.to_simulator(action_tokens), commands)
 
 
 def test_a_program_needs_one_import_to_load_it(folder: Path) -> None:

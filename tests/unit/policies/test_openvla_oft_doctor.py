@@ -20,7 +20,7 @@ from verl_vla.policies.normalization import ActionStatistics
 from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
 from verl_vla.policies.openvla_oft.checks import examine, judge_action_mass
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
-from verl_vla.policies.registry import require_sound
+from verl_vla.policies.registry import require_valid
 
 SIZES = TinySizes(image_size=28, vision_width=12, llm_width=16, llm_depth=1, llm_mlp=16)
 
@@ -76,7 +76,7 @@ def test_a_sound_checkpoint_has_no_fault_and_says_what_it_is(sound: Path) -> Non
     assert "both directions" in findings["attention"]
     assert "'mini', 7 values" in findings["action statistics"]
     assert findings["weights"].endswith("F32")
-    require_sound(sound)
+    require_valid(sound)
 
 
 def test_shards_are_as_good_as_one_file(folder: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_regression_head_is_refused_by_the_doctor_and_by_the_policy(folder: Pa
     with pytest.raises(ConfigError, match="L1-regression"):
         OpenVLAOFTPolicy.from_pretrained(folder)
     with pytest.raises(ConfigError, match="L1-regression"):
-        require_sound(folder)
+        require_valid(folder)
 
 
 def test_missing_statistics_are_named(folder: Path) -> None:

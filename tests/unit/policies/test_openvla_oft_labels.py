@@ -47,15 +47,15 @@ def test_labels_are_the_action_ids_and_the_stop_among_the_whole_vocabulary() -> 
     """openvla-oft: 56 action labels and `</s>`, each read one place before its token."""
     model = make_model(PLAIN)
     pixels, ids, _ = make_inputs(model, [9, 9])
-    bins = demonstrated(model, 2)
+    action_tokens = demonstrated(model, 2)
     seen: list[Tensor] = []
     model.language_model.model.register_forward_hook(lambda _, __, out: seen.append(out[0]))
-    output = model(pixels, ids, None, bins, with_nll=True)
+    output = model(pixels, ids, None, action_tokens, with_nll=True)
     (hidden,) = seen
     num_patches = hidden.shape[1] - 9 - model.config.num_action_tokens - 1
     first = num_patches + 9 - 1
     everything = model.language_model.lm_head(hidden[:, first:-1])
-    labels = torch.cat([model.config.first_action_id + bins, torch.full((2, 1), 2)], dim=1)
+    labels = torch.cat([model.config.first_action_id + action_tokens, torch.full((2, 1), 2)], dim=1)
     assert model.config.stop_id == 2
     wanted = -torch.log_softmax(everything, -1).gather(-1, labels[..., None])[..., 0]
     assert output.nll.shape == (2, model.config.num_action_tokens + 1)
@@ -66,11 +66,13 @@ def test_labels_are_the_action_ids_and_the_stop_among_the_whole_vocabulary() -> 
 def test_prompts_of_different_lengths_are_scored_as_alone() -> None:
     model = make_model(PLAIN)
     pixels, ids, mask = make_inputs(model, LENGTHS)
-    bins = demonstrated(model, 3)
-    together = model(pixels, ids, mask, bins, with_nll=True).nll
+    action_tokens = demonstrated(model, 3)
+    together = model(pixels, ids, mask, action_tokens, with_nll=True).nll
     for row, length in enumerate(LENGTHS):
         part = slice(row, row + 1)
-        alone = model(pixels[part], ids[part, :length], None, bins[part], with_nll=True).nll
+        alone = model(
+            pixels[part], ids[part, :length], None, action_tokens[part], with_nll=True
+        ).nll
         assert torch.allclose(together[part], alone, atol=1e-4)
 
 

@@ -97,11 +97,11 @@ def test_it_learns_what_it_sees_and_what_it_is_told() -> None:
     prompts = [policy.processor.prompt(INSTRUCTIONS[row // 2]) for row in range(4)]
     signs = np.array([1, -1, -1, 1])[:, None, None]  # neither alone tells
     actions = np.broadcast_to(0.5 * signs, (4, 2, 3)) * [1, 1, 2]
-    bins = policy.processor.codec.from_simulator(actions)
+    action_tokens = policy.processor.codec.from_simulator(actions)
     trainable = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=3e-3)
     for _ in range(250):
-        loss = -policy.log_prob(images, prompts, bins, temperature=1.0).mean()
+        loss = -policy.log_prob(images, prompts, action_tokens, temperature=1.0).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -109,4 +109,4 @@ def test_it_learns_what_it_sees_and_what_it_is_told() -> None:
             break
     assert loss.item() < 0.1
     chosen = policy.logits(images, prompts).argmax(-1)
-    assert torch.equal(chosen, bins)
+    assert torch.equal(chosen, action_tokens)

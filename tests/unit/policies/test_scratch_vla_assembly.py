@@ -21,7 +21,7 @@ from verl_vla.cli import main
 from verl_vla.core.errors import ConfigError
 from verl_vla.datasets.demonstrations import Demonstration, write
 from verl_vla.policies.normalization import ActionStatistics
-from verl_vla.policies.registry import examine, load_policy, load_processor, require_sound
+from verl_vla.policies.registry import examine, load_policy, load_processor, require_valid
 from verl_vla.policies.scratch_vla import ScratchVLAConfig, ScratchVLAModel, ScratchVLAPolicy
 from verl_vla.policies.scratch_vla.assembly import assemble
 
@@ -77,7 +77,7 @@ def test_the_tower_says_how_it_wants_its_pixels(policy: ScratchVLAPolicy) -> Non
 
 def test_the_folder_is_found_sound_and_read_back(policy: ScratchVLAPolicy, tmp_path: Path) -> None:
     policy.save_pretrained(tmp_path)
-    require_sound(tmp_path)
+    require_valid(tmp_path)
     assert [f.subject for f in examine(tmp_path)] == [
         "architecture", "action tokens", "weights", "processor",
     ]  # fmt: skip
@@ -106,7 +106,7 @@ def test_a_missing_file_is_a_fault(
     policy.save_pretrained(tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(ConfigError, match=says):
-        require_sound(tmp_path)
+        require_valid(tmp_path)
 
 
 def test_a_folder_of_another_model_is_refused(language: Path, vision: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, Qwen2Config
 
 from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.policies.action_distribution import log_prob
-from verl_vla.policies.base import Chooser
+from verl_vla.policies.base import ActionSampler
 from verl_vla.policies.scratch_vla import ScratchVLAConfig, ScratchVLAModel
 from verl_vla.policies.scratch_vla.tiny import ScratchSizes, tiny_config
 
@@ -48,7 +48,7 @@ def make_inputs(model: ScratchVLAModel, lengths: list[int]) -> dict[str, Tensor]
         "pixel_values": torch.randn(len(lengths), channels, size, size, generator=generator),
         "input_ids": ids.where(mask, 3),
         "attention_mask": mask.long(),
-        "bins": torch.randint(
+        "action_tokens": torch.randint(
             0, 256, (len(lengths), config.num_action_tokens), generator=generator
         ),
     }
@@ -105,7 +105,7 @@ def test_a_token_is_given_the_tokens_before_it_and_no_others() -> None:
     model = make_model(IN_TURN)
     inputs = make_inputs(model, [5, 3])
     first = model(**inputs).logits
-    inputs["bins"][:, 2] = (inputs["bins"][:, 2] + 100) % 256
+    inputs["action_tokens"][:, 2] = (inputs["action_tokens"][:, 2] + 100) % 256
     second = model(**inputs).logits
     assert torch.equal(first[:, :3], second[:, :3])
     assert (first[:, 3:] - second[:, 3:]).abs().amax(-1).min() > 1e-4
@@ -115,7 +115,7 @@ def test_parallel_decoding_leaves_bins_alone() -> None:
     model = make_model()
     inputs = make_inputs(model, [5, 3])
     with_bins = model(**inputs).logits
-    del inputs["bins"]
+    del inputs["action_tokens"]
     assert torch.equal(with_bins, model(**inputs).logits)
 
 
@@ -123,24 +123,24 @@ def test_parallel_decoding_leaves_bins_alone() -> None:
 def test_choosing_in_turn_gives_the_logits_of_scoring(temperature: float) -> None:
     model = make_model(IN_TURN)
     inputs = make_inputs(model, [9, 4, 6])
-    del inputs["bins"]
+    del inputs["action_tokens"]
     noise = torch.rand(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        chosen = model(**inputs, chooser=Chooser(noise, temperature))
-        scored = model(**inputs, bins=chosen.bins)
+        chosen = model(**inputs, sampler=ActionSampler(noise, temperature))
+        scored = model(**inputs, action_tokens=chosen.action_tokens)
     assert (chosen.logits - scored.logits).abs().max() < 1e-5
     if temperature == 0:
-        assert torch.equal(chosen.bins, scored.logits.argmax(-1))
+        assert torch.equal(chosen.action_tokens, scored.logits.argmax(-1))
 
 
 def test_autoregressive_decoding_wants_bins_or_a_chooser() -> None:
     model = make_model(IN_TURN)
     inputs = make_inputs(model, [5])
-    chooser = Chooser(torch.zeros(1, 6, dtype=torch.float64), 1.0)
-    with pytest.raises(ContractError, match="either bins or a chooser"):
-        model(**inputs, chooser=chooser)
-    del inputs["bins"]
-    with pytest.raises(ContractError, match="either bins or a chooser"):
+    sampler = ActionSampler(torch.zeros(1, 6, dtype=torch.float64), 1.0)
+    with pytest.raises(ContractError, match="either bins or a sampler"):
+        model(**inputs, sampler=sampler)
+    del inputs["action_tokens"]
+    with pytest.raises(ContractError, match="either bins or a sampler"):
         model(**inputs)
 
 
@@ -149,7 +149,7 @@ def test_demonstrated_bins_are_scored_among_the_action_rows(sizes: ScratchSizes)
     model = make_model(sizes)
     inputs = make_inputs(model, [5, 3])
     output = model(**inputs, with_nll=True)
-    expected = -log_prob(model(**inputs).logits, inputs["bins"], 1.0)
+    expected = -log_prob(model(**inputs).logits, inputs["action_tokens"], 1.0)
     assert output.nll.shape == (2, model.config.num_action_tokens)
     assert torch.allclose(output.nll, expected, atol=1e-6)
     assert model(**inputs).nll is None

@@ -14,7 +14,7 @@ from verl_vla.config.grpo import ClipRange
 from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.policies.action_distribution import log_prob
 from verl_vla.policies.scratch_vla import ScratchVLAConfig, ScratchVLAModel
-from verl_vla.policies.scratch_vla.action_tokens import embed_bins, find_first_action_id
+from verl_vla.policies.scratch_vla.action_tokens import embed_action_tokens, find_first_action_id
 from verl_vla.policies.scratch_vla.tiny import ScratchSizes, tiny_config
 from verl_vla.rl.loss import policy_loss
 
@@ -45,8 +45,8 @@ def test_action_ids_out_of_range_are_refused() -> None:
     parts = tiny_config(20, SIZES).to_dict()
     with pytest.raises(ConfigError, match=r"would run from 276 to 531, .* has rows 0 to 275"):
         ScratchVLAConfig(**parts | {"first_action_id": parts["text_config"]["vocab_size"]})
-    with pytest.raises(ContractError, match=r"bins run from 0 to 256; only 0\.\.255 exist"):
-        embed_bins(torch.zeros(NUM_BINS, 4), torch.tensor([[0, NUM_BINS]]))
+    with pytest.raises(ContractError, match=r"tokens run from 0 to 256; only 0\.\.255 exist"):
+        embed_action_tokens(torch.zeros(NUM_BINS, 4), torch.tensor([[0, NUM_BINS]]))
 
 
 def test_action_tokens_keep_off_identical_padding_rows() -> None:
@@ -83,7 +83,9 @@ def test_a_float32_projector_meets_a_bfloat16_language_model(autocast: bool) -> 
     )
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits = model(
-            torch.randn(1, 3, 28, 28), torch.tensor([[5, 6]]), bins=torch.zeros(1, 7).long()
+            torch.randn(1, 3, 28, 28),
+            torch.tensor([[5, 6]]),
+            action_tokens=torch.zeros(1, 7).long(),
         ).logits
     assert seen == [torch.bfloat16]
     assert logits.dtype == torch.float32 and logits.isfinite().all()
@@ -96,24 +98,28 @@ def test_autocast_does_not_change_the_type_of_a_float32_model() -> None:
         lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"].dtype), with_kwargs=True
     )
     with torch.autocast("cpu", torch.bfloat16):
-        model(torch.randn(1, 3, 28, 28), torch.tensor([[5, 6]]), bins=torch.zeros(1, 7).long())
+        model(
+            torch.randn(1, 3, 28, 28),
+            torch.tensor([[5, 6]]),
+            action_tokens=torch.zeros(1, 7).long(),
+        )
     assert seen == [torch.float32]
 
 
 def test_zero_times_minus_infinity_is_kept_out_of_loss_and_gradient() -> None:
-    """``logp * mask`` is NaN where a token outside the mask has probability zero."""
+    """``log_probs * mask`` is NaN where a token outside the mask has probability zero."""
     logits = torch.zeros(1, 2, 4)
     logits[0, 1, 3] = -torch.inf
     logits.requires_grad_(True)
-    bins = torch.tensor([[0, 3]])
-    plain = logits.log_softmax(-1).gather(-1, bins[..., None])[..., 0]
+    action_tokens = torch.tensor([[0, 3]])
+    plain = logits.log_softmax(-1).gather(-1, action_tokens[..., None])[..., 0]
     assert plain[0, 1] == -torch.inf
     assert torch.isnan(plain * torch.tensor([[1.0, 0.0]])).any()  # the bug
-    logp = log_prob(logits, bins, temperature=1.0)
-    assert logp.isfinite().all()
+    log_probs = log_prob(logits, action_tokens, temperature=1.0)
+    assert log_probs.isfinite().all()
     parts = policy_loss(
-        logp,
-        logp.detach(),
+        log_probs,
+        log_probs.detach(),
         torch.ones(1),
         torch.tensor([[True, False]]),
         torch.ones(1),

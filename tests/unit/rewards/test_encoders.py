@@ -124,7 +124,7 @@ def test_a_short_and_a_long_episode_together_give_what_each_gives_alone(name, ar
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_an_episode_without_pictures_has_no_rows_and_harms_nobody(name, arguments):
+def test_an_episode_without_images_has_no_rows_and_harms_nobody(name, arguments):
     encoder = make_encoder(name, arguments[name])
     empty, features = encoder.encode([clip(0), clip(4)])
     assert len(empty) == 0 and len(features)
@@ -133,7 +133,7 @@ def test_an_episode_without_pictures_has_no_rows_and_harms_nobody(name, argument
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_what_is_no_picture_is_refused(name, arguments):
+def test_what_is_no_image_is_refused(name, arguments):
     encoder = make_encoder(name, arguments[name])
     with pytest.raises(ContractError, match=r"of episode 1 must be uint8 \[T, H, W, 3\], got fl"):
         encoder.encode([clip(2), clip(2).astype(np.float32)])
@@ -181,15 +181,15 @@ def test_an_encoder_in_a_process_of_its_own_gives_the_same_and_may_be_lost(argum
 
 
 def test_pixels_are_the_means_of_a_grid():
-    picture = np.zeros((1, 5, 6, 3), dtype=np.uint8)
-    picture[0, 2:, 3:] = (255, 0, 0)
-    assert make_encoder("pixels", {"grid": 2}).encode([picture])[0].tolist() == [
+    image = np.zeros((1, 5, 6, 3), dtype=np.uint8)
+    image[0, 2:, 3:] = (255, 0, 0)
+    assert make_encoder("pixels", {"grid": 2}).encode([image])[0].tolist() == [
         [0.0, 0.0, 0.0, pytest.approx(1 / 3)]
     ]
     colour = make_encoder("pixels", {"grid": 2, "colour": True})
-    assert colour.encode([picture])[0][0, -3:].tolist() == [1.0, 0.0, 0.0]
-    with pytest.raises(ContractError, match="pictures of 5 x 6 px have no 8 x 8 cells"):
-        make_encoder("pixels", {"grid": 8}).encode([picture])
+    assert colour.encode([image])[0][0, -3:].tolist() == [1.0, 0.0, 0.0]
+    with pytest.raises(ContractError, match="images of 5 x 6 px have no 8 x 8 cells"):
+        make_encoder("pixels", {"grid": 8}).encode([image])
 
 
 def test_dinov2_with_registers_leaves_them_out(tmp_path):
@@ -198,23 +198,23 @@ def test_dinov2_with_registers_leaves_them_out(tmp_path):
     model = Dinov2WithRegistersModel(config)
     path = save(tmp_path, model)
     encoder = make_encoder("dinov2", {"path": path, "image_size": 28, "dtype": "float32"})
-    picture = clip(2, size=28)
-    pixels = torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 255
+    image = clip(2, size=28)
+    pixels = torch.from_numpy(image).permute(0, 3, 1, 2).float() / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     normal = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     with torch.no_grad():
         expected = model.eval()(pixel_values=normal).last_hidden_state[:, 5:].mean(1)
-    np.testing.assert_allclose(encoder.encode([picture])[0], expected, atol=1e-4)
+    np.testing.assert_allclose(encoder.encode([image])[0], expected, atol=1e-4)
 
 
 def test_siglip_is_read_before_its_last_block(arguments):
-    picture = clip(2, size=28)
+    image = clip(2, size=28)
     model = SiglipVisionModel.from_pretrained(arguments["siglip"]["path"])
-    pixels = torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = torch.from_numpy(image).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         states = model(pixel_values=pixels, output_hidden_states=True).hidden_states
     expected = states[2].mean(1)
-    found = make_encoder("siglip", arguments["siglip"]).encode([picture])[0]
+    found = make_encoder("siglip", arguments["siglip"]).encode([image])[0]
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
@@ -258,7 +258,7 @@ def test_vjepa2_knows_the_order_of_frames_and_never_loops_a_clip(arguments):
     assert thinned.encode([clip(40)])[0].shape == (2, 48)
 
 
-def test_frames_are_picked_where_the_picture_changes():
+def test_frames_are_picked_where_the_image_changes():
     still = np.repeat(clip(1), 30, axis=0)
     episode = np.concatenate([clip(10, 1), still])
     picked = pick_by_content(episode, 8)

@@ -11,13 +11,13 @@ import torch
 
 from verl_vla.core.episode import Outcome
 from verl_vla.core.errors import ConfigError, ContractError, RewardError
-from verl_vla.core.tables import Decisions, Episodes, Trajectories
+from verl_vla.core.tables import Episodes, PolicySteps, Trajectories
 from verl_vla.rewards import (
     REWARDS_FOLDER,
     RewardResult,
     learn,
     load_reward,
-    looks_at_pictures,
+    looks_at_images,
     score,
 )
 
@@ -84,7 +84,7 @@ class Stub:
 
 
 def make_trajectories() -> Trajectories:
-    """Three episodes of 2, 1 and 1 decisions; every value tells where it belongs."""
+    """Three episodes of 2, 1 and 1 policy steps; every value tells where it belongs."""
     episode = torch.tensor([0, 0, 1, 2])
     mark = torch.tensor([0, 1, 10, 20])
     return Trajectories(
@@ -96,12 +96,12 @@ def make_trajectories() -> Trajectories:
             outcome=torch.tensor([Outcome.SUCCESS, Outcome.TIMEOUT, Outcome.TIMEOUT]),
             num_steps=torch.tensor([6, 4, 4]),
         ),
-        decisions=Decisions(
+        policy_steps=PolicySteps(
             episode=episode,
             image=mark.to(torch.uint8)[:, None, None, None, None].expand(4, 1, 2, 2, 3).clone(),
             proprio=mark.float()[:, None].expand(4, 8).clone(),
-            bins=torch.zeros(4, 2, dtype=torch.int64),
-            logp=torch.zeros(4, 2),
+            action_tokens=torch.zeros(4, 2, dtype=torch.int64),
+            log_probs=torch.zeros(4, 2),
             executed=torch.tensor([4, 2, 4, 4]),
         ),
         prompt_ids=(torch.tensor([1]),) * 4,
@@ -147,10 +147,10 @@ def test_a_plug_in_may_be_a_dataclass_or_subclass_the_protocol(write):
 
 def test_a_constructor_that_takes_anything_is_given_anything(write):
     name = write(
-        "class Mine:" + BODY + "    def __init__(self, *args, **knobs):"
-        "\n        self.knobs = knobs\n"
+        "class Mine:" + BODY + "    def __init__(self, *args, **options):"
+        "\n        self.options = options\n"
     )
-    assert load_reward(name, {"a": 1}).knobs == {"a": 1}  # pyright: ignore[reportAttributeAccessIssue]
+    assert load_reward(name, {"a": 1}).options == {"a": 1}  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize(
@@ -243,13 +243,13 @@ def test_frames_and_proprio_come_only_when_asked_for():
     assert [p[:, 0].tolist() for p in batch.proprio] == [[0, 1], [10], [20]]
 
 
-def test_the_picture_after_the_last_step_is_an_episodes_last_frame():
+def test_the_image_after_the_last_step_is_an_episodes_last_frame():
     """The publications never look at the success itself."""
     ended = (np.full((1, 2, 2, 3), 9, np.uint8), None, np.full((1, 2, 2, 3), 29, np.uint8))
     stub = Stub(requires=frozenset({"frames"}))
-    batch, _ = judge(stub, replace(make_trajectories(), endings=ended))
+    batch, _ = judge(stub, replace(make_trajectories(), final_images=ended))
     assert [f[:, 0, 0, 0, 0].tolist() for f in batch.frames] == [[0, 1, 9], [10], [20, 29]]
-    assert looks_at_pictures(stub) and not looks_at_pictures(Stub())
+    assert looks_at_images(stub) and not looks_at_images(Stub())
 
 
 def test_a_crashed_episode_never_reaches_a_reward():
@@ -295,7 +295,7 @@ class MeanColour:
         return [f.mean(axis=(1, 2, 3)).astype(np.float32)[:, None] for f in frames]
 
 
-def test_features_are_made_of_the_pictures_by_the_rewards_own_encoder():
+def test_features_are_made_of_the_images_by_the_rewards_own_encoder():
     needs = frozenset({"features"})
     batch, _ = judge(Stub(requires=needs, encoder=MeanColour()))
     assert batch.frames is None
@@ -310,7 +310,7 @@ def test_one_embedding_for_a_whole_group_is_refused():
         def encode(self, frames):
             return [np.ones((3, 1), np.float32) for _ in frames]
 
-    with pytest.raises(ContractError, match="episodes 100 and 101 of one group have different pi"):
+    with pytest.raises(ContractError, match="100 and 101 of one group have different images"):
         judge(Stub(requires=frozenset({"features"}), encoder=Aliased()))
 
 

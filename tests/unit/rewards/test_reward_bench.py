@@ -1,4 +1,4 @@
-"""The benchmark on a planted world whose pictures show true progress, and its words and tables."""
+"""The benchmark on a planted world whose images show true progress, and its words and tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from verl_vla.rewards.benchmark import (
     draw_progress,
     draw_reliability,
     halve,
-    make_contestants,
+    make_entries,
     make_sample,
     measure,
     paper_table,
@@ -51,8 +51,8 @@ def halves() -> tuple[Sample, Sample]:
 
 @pytest.fixture(scope="module")
 def rows(halves) -> dict[str, BenchRow]:
-    contestants = make_contestants(read_rewards(REWARDS, ARGUMENTS), seed=0)
-    return {row.label: row for row in measure(contestants, *halves, CONFIG)}
+    entries = make_entries(read_rewards(REWARDS, ARGUMENTS), seed=0)
+    return {row.label: row for row in measure(entries, *halves, CONFIG)}
 
 
 def test_every_reward_has_a_row_and_those_of_frames_a_shuffled_one(rows):
@@ -87,7 +87,7 @@ def test_what_gives_all_failures_the_same_ranks_nothing_and_is_not_called_zero(r
         assert row.changes_advantage.value == 0.0
 
 
-def test_what_looks_at_pictures_ranks_and_shuffling_destroys_what_is_temporal(rows):
+def test_what_looks_at_images_ranks_and_shuffling_destroys_what_is_temporal(rows):
     """The last rows of a failure tell how far it came; in random order any row is the last."""
     for label in ("knn", "head"):
         ordered, mixed = rows[label], rows[f"{label}, shuffled"]
@@ -113,8 +113,8 @@ def test_curves_are_made_without_the_outcome(rows):
 
 
 def test_the_same_call_gives_the_same_numbers(halves, rows):
-    contestants = make_contestants(read_rewards("head=siglip_t", ["head.encoder=pixels"]), seed=0)
-    again = measure(contestants, *halves, CONFIG)
+    entries = make_entries(read_rewards("head=siglip_t", ["head.encoder=pixels"]), seed=0)
+    again = measure(entries, *halves, CONFIG)
     for row in again:
         first = rows[row.label]
         assert np.array_equal(row.readings.progress, first.readings.progress)
@@ -123,7 +123,7 @@ def test_the_same_call_gives_the_same_numbers(halves, rows):
 
 def test_nothing_is_learned_from_the_half_that_is_judged(halves):
     learned, judged = halves
-    (knn,) = make_contestants(read_rewards("knn_align", ["knn_align.encoder=pixels"]), seed=0)[:1]
+    (knn,) = make_entries(read_rewards("knn_align", ["knn_align.encoder=pixels"]), seed=0)[:1]
     measure([knn], learned, judged, replace(CONFIG, groups_per_update=5))
     memory: Any = knn.reward.state_dict()["memory"]
     kept = {r["episode_id"] for task in memory["tasks"].values() for r in task}
@@ -158,9 +158,9 @@ def test_an_encoder_of_clips_is_asked_again_for_each_part(halves):
         return np.array([float(len(rows)) for rows in episodes])
 
     reward.measure = measure_lengths
-    contestant = replace(make_contestants({}, 0)[0], label="clips", reward=reward)
-    rows = measure([contestant], *halves, CONFIG)
-    assert {2, 9} <= seen, "one decision shows the start and what came of it"
+    entry = replace(make_entries({}, 0)[0], label="clips", reward=reward)
+    rows = measure([entry], *halves, CONFIG)
+    assert {2, 9} <= seen, "one policy step shows the start and what came of it"
     assert rows[0].readings.curves[0][0] == 2.0
 
 
@@ -190,9 +190,9 @@ class FailedOnly(StatelessReward):
 
 
 def test_a_reward_that_knows_no_failure_is_unknown_with_count_zero(halves):
-    contestant = replace(make_contestants({}, 0)[0], label="blind", reward=FailedOnly())
-    clock = make_contestants({}, 0)[0]
-    rows = measure([contestant, clock], *halves, replace(CONFIG, curve_groups=0))
+    entry = replace(make_entries({}, 0)[0], label="blind", reward=FailedOnly())
+    clock = make_entries({}, 0)[0]
+    rows = measure([entry, clock], *halves, replace(CONFIG, curve_groups=0))
     assert rows[0].by_progress.spearman.count == 0
     assert rows[0].paper is None
     found = table_as_json(rows, verdicts(rows))["blind"]
@@ -201,7 +201,7 @@ def test_a_reward_that_knows_no_failure_is_unknown_with_count_zero(halves):
     json.dumps(found, allow_nan=False)
 
 
-def test_tables_and_pictures_hold_every_row(rows, halves, tmp_path: Path):
+def test_tables_and_images_hold_every_row(rows, halves, tmp_path: Path):
     every = list(rows.values())
     table = ranking_table(every, verdicts(every)).splitlines()
     assert len(table) == 1 + len(every) and len(set(map(len, table))) == 1
@@ -223,7 +223,7 @@ def test_what_there_is_to_rank_is_counted(halves):
     failures = judged.truth[~judged.batch.success]
     assert found["failures"] == len(failures) == len(judged) - found["successes"]
     assert found["near_misses"] == (failures >= 0.7).sum()
-    assert found["whiffs"] == (failures <= 0.3).sum()
+    assert found["far misses"] == (failures <= 0.3).sum()
     assert found["groups"] == NUM_GROUPS // 2
 
 
@@ -248,7 +248,7 @@ def test_rewards_are_named_by_words_or_by_a_file(tmp_path: Path):
         "encoder_args": {"grid": 4},
         "from_start": False,
     }
-    assert [c.label for c in make_contestants(words, 0)] == [
+    assert [c.label for c in make_entries(words, 0)] == [
         "binary",
         "a",
         "clock",
@@ -259,7 +259,7 @@ def test_rewards_are_named_by_words_or_by_a_file(tmp_path: Path):
 
 def test_the_rewards_of_the_experiment_can_be_made(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
-    made = make_contestants(read_rewards("docs/experiments/rewards.yaml", []), 0)
+    made = make_entries(read_rewards("docs/experiments/rewards.yaml", []), 0)
     page = (ROOT / "docs/experiments/rewards.md").read_text()
     kinds = {type(c.reward).__name__ for c in made if not c.is_control}
     assert kinds == {
@@ -315,12 +315,13 @@ def test_a_file_that_cannot_be_is_refused(content: str, message: str, tmp_path: 
 )
 def test_arguments_are_checked_like_those_of_a_recipe(arguments: list[str], message: str):
     with pytest.raises(ConfigError, match=message):
-        make_contestants(read_rewards("srpo", arguments), 0)
+        make_entries(read_rewards("srpo", arguments), 0)
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"groups_per_update": 0}, {"curve_groups": -1}, {"curve_points": 1}, {"resamples": 0}]
+    "options",
+    [{"groups_per_update": 0}, {"curve_groups": -1}, {"curve_points": 1}, {"resamples": 0}],
 )
-def test_an_impossible_benchmark_is_refused(knobs: dict[str, int]):
-    with pytest.raises(ConfigError, match=f"{next(iter(knobs))} is"):
-        BenchConfig(**knobs)
+def test_an_impossible_benchmark_is_refused(options: dict[str, int]):
+    with pytest.raises(ConfigError, match=f"{next(iter(options))} is"):
+        BenchConfig(**options)

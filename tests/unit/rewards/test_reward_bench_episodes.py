@@ -12,7 +12,6 @@ from bench_world import NUM_GROUPS, SIZE, make_trajectories
 
 from verl_vla.core.episode import Outcome, Start
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.tables import Decisions, Episodes
 from verl_vla.core.trajectory_io import write_trajectories
 from verl_vla.rewards import goal_progress
 from verl_vla.rewards.benchmark import choose_groups, claim, is_complete, played_with, read_rounds
@@ -50,7 +49,7 @@ def test_an_impossible_number_of_groups_is_refused(groups: int, message: str):
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ({"groups": 1}, "groups is 1; set at least 2"),
         ({"group_size": 1}, "group_size is 1"),
@@ -59,17 +58,17 @@ def test_an_impossible_number_of_groups_is_refused(groups: int, message: str):
         ({"seed": -1}, "seed is -1"),
     ],
 )
-def test_an_impossible_play_is_refused(knobs: dict[str, float], message: str):
+def test_an_impossible_play_is_refused(options: dict[str, float], message: str):
     with pytest.raises(ConfigError, match=message):
-        PlayConfig(**knobs)
+        PlayConfig(**options)
 
 
 def test_what_is_read_is_what_was_played_to_the_bit(tmp_path: Path):
     trajectories = make_trajectories(crash_last=True)
     write_trajectories(_round_file(tmp_path, 0), trajectories)
     read = read_rounds(tmp_path, GROUPS_PER_ROUND)
-    for table in (Episodes, Decisions):
-        mine, theirs = (getattr(t, table.__name__.lower()) for t in (trajectories, read))
+    for table in ("episodes", "policy_steps"):
+        mine, theirs = (getattr(t, table) for t in (trajectories, read))
         for name in mine.__dataclass_fields__:
             assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
             assert getattr(mine, name).dtype == getattr(theirs, name).dtype
@@ -79,8 +78,8 @@ def test_what_is_read_is_what_was_played_to_the_bit(tmp_path: Path):
         assert all(
             np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(mine, theirs, strict=True)
         )
-    assert read.endings[-1] is trajectories.endings[-1] is None
-    for mine, theirs in zip(trajectories.endings[:-1], read.endings[:-1], strict=True):
+    assert read.final_images[-1] is trajectories.final_images[-1] is None
+    for mine, theirs in zip(trajectories.final_images[:-1], read.final_images[:-1], strict=True):
         assert np.array_equal(mine, theirs)
     assert read.crashes == trajectories.crashes != {}
     assert [f.name for f in tmp_path.iterdir()] == ["round_0000.npz"]
@@ -187,7 +186,7 @@ def test_taking_and_joining_keep_the_rows_together():
     assert both.features is None
 
 
-def test_lengths_run_from_the_first_decision_to_all():
+def test_lengths_run_from_the_first_policy_step_to_all():
     for num in range(1, 30):
         lengths = prefix_lengths(num, 8)
         assert lengths == sorted(set(lengths))

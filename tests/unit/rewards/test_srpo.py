@@ -99,7 +99,7 @@ def test_the_released_advantages_of_one_failure_in_eight_are_those_of_the_outcom
 
 
 def playable(num: int = 8, first: int = 0) -> Any:
-    """A group of one start, with pictures."""
+    """A group of one start, with images."""
     rng = np.random.default_rng(3)
     success = np.arange(num) < 3
     lengths = rng.integers(4, 30, num)

@@ -28,11 +28,11 @@ def judge(server):
 
 
 def episodes(*lights: float, solved: tuple[int, ...] = (), task: str = "mini/0") -> TrajectoryBatch:
-    """Each of 20 decisions, dark at first and at last as bright as said."""
+    """Each of 20 policy steps, dark at first and at last as bright as said."""
     num = len(lights)
     frames = [np.zeros((20, 1, 16, 16, 3), dtype=np.uint8) for _ in lights]
-    for pictures, light in zip(frames, lights, strict=True):
-        pictures[-1] = round(255 * light)
+    for images, light in zip(frames, lights, strict=True):
+        images[-1] = round(255 * light)
     return TrajectoryBatch(
         episode_id=np.arange(num),
         group_id=np.zeros(num, dtype=np.int64),
@@ -57,12 +57,12 @@ def test_the_judge_is_asked_as_openai_is(server, judge):
     judge(num_frames=5)(episodes(0.5))
     [body] = server.asked
     [message] = body["messages"]
-    text, *pictures = message["content"]
+    text, *images = message["content"]
     assert (body["model"], body["temperature"], message["role"]) == (MODEL, 0, "user")
     assert body["response_format"]["type"] == "json_schema"
     assert "push the red cube" in text["text"]
-    assert "5 pictures" in text["text"]
-    assert len(pictures) == 5
+    assert "5 images" in text["text"]
+    assert len(images) == 5
 
 
 def test_a_short_episode_shows_all_it_has(server, judge):

@@ -311,17 +311,17 @@ def test_a_simulator_learns_its_sizes_from_recipe_and_policy():
 
 
 @pytest.mark.parametrize(("known", "rendered"), [({"render_size": 64}, 64), ({}, 256)])
-def test_pictures_are_as_large_as_those_of_the_fine_tuning(known, rendered, tmp_path, caplog):
+def test_images_are_as_large_as_those_of_the_fine_tuning(known, rendered, tmp_path, caplog):
     tiny_policy(**known).save_pretrained(tmp_path)
     config = env_config(EnvironmentConfig(suite="mini"), load_processor(tmp_path))
     assert config.render_size == rendered
     assert caplog.messages == []
 
 
-def test_pictures_of_another_size_are_pointed_out(caplog):
+def test_images_of_another_size_are_pointed_out(caplog):
     env = EnvironmentConfig(suite="mini", render_size=96)
     assert env_config(env, tiny_policy(render_size=64).processor).render_size == 96
-    assert "render_size is 96, but the policy was fine-tuned on pictures of 64 px" in caplog.text
+    assert "render_size is 96, but the policy was fine-tuned on images of 64 px" in caplog.text
 
 
 def test_a_policy_is_shown_as_many_cameras_as_it_has_views():

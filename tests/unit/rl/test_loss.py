@@ -24,10 +24,10 @@ CLIP = ClipRange()
 
 @dataclass(frozen=True)
 class Batch:
-    """Decisions of ``num_trajectories`` trajectories, one after the other."""
+    """PolicySteps of ``num_trajectories`` trajectories, one after the other."""
 
-    logp: torch.Tensor
-    old_logp: torch.Tensor
+    log_probs: torch.Tensor
+    old_log_probs: torch.Tensor
     advantage: torch.Tensor
     executed: torch.Tensor
     trajectory: np.ndarray
@@ -47,31 +47,31 @@ class Batch:
         )
 
     def loss(self, rows=slice(None), clip: ClipRange = CLIP):
-        """Parts of the loss over some rows, and the gradient of ``logp`` there."""
-        logp = self.logp[rows].clone().requires_grad_()
+        """Parts of the loss over some rows, and the gradient of ``log_probs`` there."""
+        log_probs = self.log_probs[rows].clone().requires_grad_()
         parts = policy_loss(
-            logp,
-            self.old_logp[rows],
+            log_probs,
+            self.old_log_probs[rows],
             self.advantage[rows],
             self.mask[rows],
             self.weight[rows],
             clip,
         )
-        (gradient,) = torch.autograd.grad(parts.loss, logp)
+        (gradient,) = torch.autograd.grad(parts.loss, log_probs)
         return parts, gradient
 
 
 def make_batch(lengths: list[int], seed: int) -> Batch:
-    """Trajectories of these numbers of decisions; the last chunk of each is cut short."""
+    """Trajectories of these numbers of policy steps; the last chunk of each is cut short."""
     rng = np.random.default_rng(seed)
     trajectory = np.repeat(np.arange(len(lengths)), lengths)
     is_last = np.append(trajectory[1:] != trajectory[:-1], True)
     executed = np.where(is_last, rng.integers(1, CHUNK + 1, len(trajectory)), CHUNK)
     advantage = rng.choice([-1.3, 0.0, 0.7], len(lengths))[trajectory]
-    old_logp = -rng.exponential(2.0, (len(trajectory), TOKENS))
+    old_log_probs = -rng.exponential(2.0, (len(trajectory), TOKENS))
     return Batch(
-        logp=torch.tensor(old_logp + rng.normal(0, 0.4, old_logp.shape)),
-        old_logp=torch.tensor(old_logp),
+        log_probs=torch.tensor(old_log_probs + rng.normal(0, 0.4, old_log_probs.shape)),
+        old_log_probs=torch.tensor(old_log_probs),
         advantage=torch.tensor(advantage),
         executed=torch.tensor(executed),
         trajectory=trajectory,
@@ -92,7 +92,9 @@ def loss_by_hand(batch: Batch, clip: ClipRange) -> float:
         for row in np.flatnonzero(batch.trajectory == trajectory):
             gain = float(batch.advantage[row])
             for token in range(int(batch.executed[row]) * DIM):
-                ratio = math.exp(float(batch.logp[row, token] - batch.old_logp[row, token]))
+                ratio = math.exp(
+                    float(batch.log_probs[row, token] - batch.old_log_probs[row, token])
+                )
                 bounded = min(max(ratio, 1 - clip.low), 1 + clip.high)
                 token_losses.append(-min(ratio * gain, bounded * gain))
         total += sum(token_losses) / len(token_losses)
@@ -110,16 +112,19 @@ def test_it_is_the_formula(batch, low, high):
 @given(batches)
 @settings(max_examples=40)
 def test_it_is_what_verl_computes_without_its_third_bound(batch):
-    """veRL knows one row per trajectory, so the decisions of each stand side by side there."""
+    """veRL knows one row per trajectory, so the policy steps of each stand side by side there."""
     longest = int(np.bincount(batch.trajectory).max())
     rows = {
         name: torch.zeros(batch.num_trajectories, longest * TOKENS, dtype=torch.float64)
-        for name in ("logp", "old_logp", "advantage", "mask")
+        for name in ("log_probs", "old_log_probs", "advantage", "mask")
     }
     for row, trajectory in enumerate(batch.trajectory):
         first = TOKENS * int((batch.trajectory[:row] == trajectory).sum())
         place = (int(trajectory), slice(first, first + TOKENS))
-        rows["logp"][place], rows["old_logp"][place] = batch.logp[row], batch.old_logp[row]
+        rows["log_probs"][place], rows["old_log_probs"][place] = (
+            batch.log_probs[row],
+            batch.old_log_probs[row],
+        )
         rows["advantage"][place], rows["mask"][place] = batch.advantage[row], batch.mask[row]
     config = OmegaConf.create(
         {
@@ -131,8 +136,8 @@ def test_it_is_what_verl_computes_without_its_third_bound(batch):
         }
     )
     theirs, _ = compute_policy_loss_vanilla(
-        rows["old_logp"],
-        rows["logp"],
+        rows["old_log_probs"],
+        rows["log_probs"],
         rows["advantage"],
         rows["mask"],
         loss_agg_mode="seq-mean-token-mean",
@@ -146,7 +151,7 @@ def test_it_is_what_verl_computes_without_its_third_bound(batch):
 @settings(max_examples=60)
 def test_any_split_into_micro_batches_gives_the_same_sum_and_gradient(batch, size, seed):
     whole, gradient = batch.loss()
-    order = torch.tensor(np.random.default_rng(seed).permutation(len(batch.logp)))
+    order = torch.tensor(np.random.default_rng(seed).permutation(len(batch.log_probs)))
     pieces = [(rows, *batch.loss(rows)) for rows in order.split(size)]
     assert sum(p.loss.item() for _, p, _ in pieces) == pytest.approx(whole.loss.item(), abs=1e-9)
     for rows, _, piece_gradient in pieces:
@@ -181,23 +186,23 @@ def test_a_long_trajectory_weighs_as_much_as_a_short_one(batch):
 )
 def test_the_gradient_stops_where_a_bound_is_crossed(log_ratio, gain, moves, low, high):
     """The last case is a ratio of 20 with a negative advantage: no dual clip stops it."""
-    logp = torch.tensor([[log_ratio]], requires_grad=True)
+    log_probs = torch.tensor([[log_ratio]], requires_grad=True)
     parts = policy_loss(
-        logp,
+        log_probs,
         torch.zeros(1, 1),
         torch.tensor([gain]),
         torch.ones(1, 1, dtype=torch.bool),
         torch.ones(1),
         CLIP,
     )
-    (gradient,) = torch.autograd.grad(parts.loss, logp)
+    (gradient,) = torch.autograd.grad(parts.loss, log_probs)
     expected = -gain * math.exp(log_ratio) if moves else 0.0
     assert float(gradient) == pytest.approx(expected, rel=1e-5)
     assert (int(parts.num_clipped_low), int(parts.num_clipped_high)) == (low, high)
 
 
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", ["logp", "old_logp"])
+@pytest.mark.parametrize("name", ["log_probs", "old_log_probs"])
 def test_tokens_that_never_ran_touch_neither_value_nor_gradient(junk, name):
     batch = make_batch([2, 3], seed=0)
     clean, clean_gradient = batch.loss()
@@ -213,9 +218,9 @@ def test_tokens_that_never_ran_touch_neither_value_nor_gradient(junk, name):
 def test_junk_behind_the_mask_does_not_reach_the_weights_through_a_softmax():
     """A class that is impossible has logit -inf; its log-prob is -inf where nothing ran."""
     logits = torch.tensor([[[0.3, -math.inf], [0.1, 0.2]]], requires_grad=True)
-    logp = torch.log_softmax(logits, -1)[..., 1]
+    log_probs = torch.log_softmax(logits, -1)[..., 1]
     parts = policy_loss(
-        logp,
+        log_probs,
         torch.tensor([[-1.0, -0.7]]),
         torch.ones(1),
         torch.tensor([[False, True]]),
@@ -231,8 +236,8 @@ def test_a_row_without_a_mask_adds_nothing():
     """veRL fills a batch up with such rows until it divides."""
     batch = make_batch([2], seed=1)
     parts = policy_loss(
-        batch.logp,
-        batch.old_logp,
+        batch.log_probs,
+        batch.old_log_probs,
         batch.advantage,
         torch.zeros_like(batch.mask),
         batch.weight,
@@ -246,7 +251,7 @@ def test_a_row_without_a_mask_adds_nothing():
 def test_the_sums_are_over_executed_tokens():
     batch = make_batch([3, 1], seed=2)
     parts, _ = batch.loss()
-    ratio = (batch.logp - batch.old_logp).exp()[batch.mask]
+    ratio = (batch.log_probs - batch.old_log_probs).exp()[batch.mask]
     assert int(parts.num_tokens) == int(batch.executed.sum()) * DIM
     assert float(parts.ratio_sum) == pytest.approx(float(ratio.sum()))
     assert float(parts.ratio_deviation) == pytest.approx(float((ratio - 1).abs().max()))
@@ -269,8 +274,8 @@ def test_an_impossible_bound_is_refused(name, value):
 @given(batches)
 @settings(max_examples=40)
 def test_the_divergence_is_verls_low_variance_estimate(batch):
-    ours = divergence(batch.logp, batch.old_logp, batch.mask)
-    theirs = kl_penalty(batch.logp, batch.old_logp, "low_var_kl")
+    ours = divergence(batch.log_probs, batch.old_log_probs, batch.mask)
+    theirs = kl_penalty(batch.log_probs, batch.old_log_probs, "low_var_kl")
     torch.testing.assert_close(ours, theirs * batch.mask)
     assert (ours >= 0).all()
 
@@ -286,10 +291,10 @@ def test_the_mean_divergence_of_sampled_bins_is_the_divergence():
 
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf")])
 def test_the_divergence_pulls_back_by_the_ratio_and_only_where_something_ran(junk):
-    logp = torch.tensor([[-1.0, -2.0, junk]], dtype=torch.float64, requires_grad=True)
+    log_probs = torch.tensor([[-1.0, -2.0, junk]], dtype=torch.float64, requires_grad=True)
     start = torch.tensor([[-1.5, -0.5, -1.0]], dtype=torch.float64)
     mask = torch.tensor([[True, True, False]])
-    (gradient,) = torch.autograd.grad(divergence(logp, start, mask).sum(), logp)
+    (gradient,) = torch.autograd.grad(divergence(log_probs, start, mask).sum(), log_probs)
     assert gradient[0].tolist() == pytest.approx([1 - math.exp(-0.5), 1 - math.exp(1.5), 0])
 
 

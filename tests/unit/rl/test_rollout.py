@@ -28,18 +28,18 @@ on), ends after some actions (an Outcome), or crashes (the reason)."""
 class Script:
     """One episode; ``last`` is how many actions of its last chunk ran."""
 
-    decisions: int = 1
+    policy_steps: int = 1
     outcome: Outcome = Outcome.TIMEOUT
     last: int = SHAPE.chunk_length
     crash_at: int | None = None
     """The chunk that a simulator dies on; -1 is the reset."""
 
 
-def see(spec: EpisodeSpec, decision: int) -> Observation:
+def see(spec: EpisodeSpec, policy_step: int) -> Observation:
     """An observation that says whose it is and when."""
     return Observation(
         image=np.full((1, 2, 2, 3), spec.episode_id, dtype=np.uint8),
-        proprio=np.array([spec.episode_id, decision], dtype=np.float32),
+        proprio=np.array([spec.episode_id, policy_step], dtype=np.float32),
         instruction=f"task {spec.task_id}",
     )
 
@@ -49,23 +49,23 @@ def goals(before: int) -> np.ndarray:
     return np.array([before, before + 1], dtype=np.float32).repeat(3).reshape(2, 1, 3)
 
 
-def go_on(executed: int, spec: EpisodeSpec, decision: int) -> ChunkResult:
+def run_substeps(executed: int, spec: EpisodeSpec, policy_step: int) -> ChunkResult:
     return ChunkResult(
         executed=executed,
         outcome=None,
-        observation=see(spec, decision + 1),
-        goals=goals(decision),
+        observation=see(spec, policy_step + 1),
+        goals=goals(policy_step),
     )
 
 
-def end(executed: int, outcome: Outcome, decision: int) -> ChunkResult:
-    """An end whose picture tells after how many decisions it came."""
+def end(executed: int, outcome: Outcome, policy_step: int) -> ChunkResult:
+    """An end whose image tells after how many policy steps it came."""
     return ChunkResult(
         executed=executed,
         outcome=outcome,
         observation=None,
-        goals=goals(decision),
-        ending=np.full((1, 2, 2, 3), 100 + decision, dtype=np.uint8),
+        goals=goals(policy_step),
+        final_image=np.full((1, 2, 2, 3), 100 + policy_step, dtype=np.uint8),
     )
 
 
@@ -76,7 +76,7 @@ class ScriptedSimulators:
         self._scripts = scripts
         self._num_slots = num_slots
         self._specs: dict[int, EpisodeSpec] = {}
-        self._decision: dict[int, int] = {}
+        self._policy_step: dict[int, int] = {}
         self._pending: dict[int, Observation | ChunkResult | EpisodeCrashed] = {}
         self.events: list[tuple[str, int, int]] = []
         """(what, slot, episode id), in order."""
@@ -94,7 +94,7 @@ class ScriptedSimulators:
         for slot, spec in slots.items():
             assert 0 <= slot < self._num_slots
             assert slot not in self._specs, f"slot {slot} is not free"
-            self._specs[slot], self._decision[slot] = spec, 0
+            self._specs[slot], self._policy_step[slot] = spec, 0
             self.events.append(("reset", slot, spec.episode_id))
             dies = self._script(slot).crash_at == -1
             self._pending[slot] = EpisodeCrashed("died at reset") if dies else see(spec, 0)
@@ -105,7 +105,7 @@ class ScriptedSimulators:
             assert slot not in self._pending, f"slot {slot} still owes an answer"
             assert actions.shape == (SHAPE.chunk_length, SHAPE.action_dim)
             spec = self._specs[slot]
-            assert actions[0].tolist() == [spec.episode_id, self._decision[slot]]
+            assert actions[0].tolist() == [spec.episode_id, self._policy_step[slot]]
             self.events.append(("step", slot, spec.episode_id))
             self._pending[slot] = self._after_chunk(slot, actions)
 
@@ -122,27 +122,27 @@ class ScriptedSimulators:
         return self._scripts[self._specs[slot].episode_id]
 
     def _after_chunk(self, slot: int, actions: np.ndarray) -> ChunkResult | EpisodeCrashed:
-        script, decision = self._script(slot), self._decision[slot]
-        self._decision[slot] += 1
-        if script.crash_at == decision:
-            return EpisodeCrashed(f"died on chunk {decision}")
-        if decision == script.decisions - 1:
-            return end(script.last, script.outcome, decision)
-        return go_on(len(actions), self._specs[slot], decision)
+        script, policy_step = self._script(slot), self._policy_step[slot]
+        self._policy_step[slot] += 1
+        if script.crash_at == policy_step:
+            return EpisodeCrashed(f"died on chunk {policy_step}")
+        if policy_step == script.policy_steps - 1:
+            return end(script.last, script.outcome, policy_step)
+        return run_substeps(len(actions), self._specs[slot], policy_step)
 
 
 class ReactiveSimulators(ScriptedSimulators):
     """Here the bins decide how an episode goes on, as they do in the world."""
 
     def _after_chunk(self, slot: int, actions: np.ndarray) -> ChunkResult | EpisodeCrashed:
-        decision, luck = self._decision[slot], int(actions[1:].sum())
-        self._decision[slot] += 1
+        policy_step, luck = self._policy_step[slot], int(actions[1:].sum())
+        self._policy_step[slot] += 1
         if luck % 11 == 0:
-            return EpisodeCrashed(f"unlucky at {decision}")
-        if luck % 5 == 0 or decision == 5:
-            outcome = Outcome.TIMEOUT if decision == 5 else Outcome.SUCCESS
-            return end(1 + luck % 4, outcome, decision)
-        return go_on(len(actions), self._specs[slot], decision)
+            return EpisodeCrashed(f"unlucky at {policy_step}")
+        if luck % 5 == 0 or policy_step == 5:
+            outcome = Outcome.TIMEOUT if policy_step == 5 else Outcome.SUCCESS
+            return end(1 + luck % 4, outcome, policy_step)
+        return run_substeps(len(actions), self._specs[slot], policy_step)
 
 
 @dataclass
@@ -151,7 +151,7 @@ class ScriptedPolicy:
 
     simulators: ScriptedSimulators | None = None
     batches: list[list[tuple[int, int]]] = field(default_factory=list)
-    """(episode, decision) of every call."""
+    """(episode, policy step) of every call."""
     noises: list[torch.Tensor] = field(default_factory=list)
     temperatures: list[float] = field(default_factory=list)
     moving: list[set[int]] = field(default_factory=list)
@@ -167,12 +167,14 @@ class ScriptedPolicy:
         self.temperatures.append(temperature)
         if self.simulators is not None:
             self.moving.append(self.simulators.moving)
-        bins = (noise * SHAPE.num_bins).long()
-        actions = bins.numpy().astype(np.float32).reshape(len(whose), SHAPE.chunk_length, -1)
+        action_tokens = (noise * SHAPE.num_bins).long()
+        actions = (
+            action_tokens.numpy().astype(np.float32).reshape(len(whose), SHAPE.chunk_length, -1)
+        )
         actions[:, 0] = whose
         return ActionChunk(
-            bins=bins,
-            logp=-noise.float(),
+            action_tokens=action_tokens,
+            log_probs=-noise.float(),
             prompt_ids=[torch.tensor([1, *o.instruction.encode()]) for o in observations],
             actions=actions,
         )
@@ -196,37 +198,40 @@ def play_scripts(scripts: Sequence[Script], num_slots: int, policy: ScriptedPoli
     return play(specs, policy, simulators, temperature=1.5, noise=NOISE), simulators, policy
 
 
-def decisions_of(trajectories: Trajectories, row: int) -> torch.Tensor:
-    return torch.nonzero(trajectories.decisions.episode == row).flatten()
+def policy_steps_of(trajectories: Trajectories, row: int) -> torch.Tensor:
+    return torch.nonzero(trajectories.policy_steps.episode == row).flatten()
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 3, 20])
 def test_rows_are_in_the_order_of_the_specs_whatever_ends_first(num_slots):
     lengths = [5, 1, 3, 2, 4]
-    played, _, _ = play_scripts([Script(decisions=n) for n in lengths], num_slots)
+    played, _, _ = play_scripts([Script(policy_steps=n) for n in lengths], num_slots)
     assert played.episodes.episode_id.tolist() == [10, 11, 12, 13, 14]
     assert played.episodes.task_id.tolist() == [0, 1, 2, 0, 1]
     assert played.episodes.init_state_id.tolist() == [0, 1, 2, 3, 4]
     assert played.episodes.group_id.tolist() == [0, 0, 1, 1, 2]
-    assert torch.bincount(played.decisions.episode).tolist() == lengths
-    assert played.decisions.episode.tolist() == sorted(played.decisions.episode.tolist())
+    assert torch.bincount(played.policy_steps.episode).tolist() == lengths
+    assert played.policy_steps.episode.tolist() == sorted(played.policy_steps.episode.tolist())
 
 
-def test_every_decision_is_written_down_with_what_it_saw_and_chose():
-    played, _, _ = play_scripts([Script(decisions=3), Script(decisions=2)], num_slots=2)
-    for row, decision in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]:
-        i = int(decisions_of(played, row)[decision])
+def test_every_policy_step_is_written_down_with_what_it_saw_and_chose():
+    played, _, _ = play_scripts([Script(policy_steps=3), Script(policy_steps=2)], num_slots=2)
+    for row, policy_step in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]:
+        i = int(policy_steps_of(played, row)[policy_step])
         episode_id = 10 + row
-        noise = NOISE.uniform(episode_id, decision, SHAPE.num_tokens)
-        assert played.decisions.proprio[i].tolist() == [episode_id, decision]
-        assert (played.decisions.image[i] == episode_id).all()
-        assert played.decisions.bins[i].tolist() == (noise * SHAPE.num_bins).astype(int).tolist()
-        assert played.decisions.logp[i].tolist() == (-noise).astype(np.float32).tolist()
+        noise = NOISE.uniform(episode_id, policy_step, SHAPE.num_tokens)
+        assert played.policy_steps.proprio[i].tolist() == [episode_id, policy_step]
+        assert (played.policy_steps.image[i] == episode_id).all()
+        assert (
+            played.policy_steps.action_tokens[i].tolist()
+            == (noise * SHAPE.num_bins).astype(int).tolist()
+        )
+        assert played.policy_steps.log_probs[i].tolist() == (-noise).astype(np.float32).tolist()
         assert bytes(played.prompt_ids[i][1:].tolist()).decode() == f"task {row}"
 
 
-def test_goal_readings_begin_before_the_first_decision_and_follow_each():
-    scripts = [Script(decisions=3), Script(decisions=2, crash_at=1), Script(crash_at=-1)]
+def test_goal_readings_begin_before_the_first_policy_step_and_follow_each():
+    scripts = [Script(policy_steps=3), Script(policy_steps=2, crash_at=1), Script(crash_at=-1)]
     played, _, _ = play_scripts(scripts, num_slots=3)
     whole, cut, never_began = played.goals
     assert whole[:, 0, 0].tolist() == [0, 1, 2, 3]
@@ -235,10 +240,10 @@ def test_goal_readings_begin_before_the_first_decision_and_follow_each():
     assert len(never_began) == 0
 
 
-def test_an_episode_keeps_the_picture_it_ended_in():
-    scripts = [Script(decisions=3), Script(decisions=2, crash_at=1), Script(decisions=1)]
+def test_an_episode_keeps_the_image_it_ended_in():
+    scripts = [Script(policy_steps=3), Script(policy_steps=2, crash_at=1), Script(policy_steps=1)]
     played, _, _ = play_scripts(scripts, num_slots=3)
-    long, lost, short = played.endings
+    long, lost, short = played.final_images
     assert (long[0, 0, 0, 0], short[0, 0, 0, 0]) == (102, 100)
     assert lost is None
 
@@ -246,28 +251,28 @@ def test_an_episode_keeps_the_picture_it_ended_in():
 def test_steps_and_outcomes_are_counted_to_the_action():
     played, _, _ = play_scripts(
         [
-            Script(decisions=3, outcome=Outcome.SUCCESS, last=2),
-            Script(decisions=2, outcome=Outcome.TIMEOUT),
-            Script(decisions=1, outcome=Outcome.SUCCESS, last=1),
+            Script(policy_steps=3, outcome=Outcome.SUCCESS, last=2),
+            Script(policy_steps=2, outcome=Outcome.TIMEOUT),
+            Script(policy_steps=1, outcome=Outcome.SUCCESS, last=1),
         ],
         num_slots=2,
     )
     assert played.episodes.num_steps.tolist() == [10, 8, 1]
     assert played.episodes.outcome.tolist() == [Outcome.SUCCESS, Outcome.TIMEOUT, Outcome.SUCCESS]
-    assert played.decisions.executed.tolist() == [4, 4, 2, 4, 4, 1]
+    assert played.policy_steps.executed.tolist() == [4, 4, 2, 4, 4, 1]
     assert played.crashes == {}
 
 
-def test_no_decision_is_made_for_an_episode_that_ended():
+def test_no_policy_step_is_made_for_an_episode_that_ended():
     lengths = [4, 1, 2, 6, 1]
-    _, _, policy = play_scripts([Script(decisions=n) for n in lengths], num_slots=3)
+    _, _, policy = play_scripts([Script(policy_steps=n) for n in lengths], num_slots=3)
     asked = [one for batch in policy.batches for one in batch]
     assert sorted(asked) == [(10 + e, d) for e, n in enumerate(lengths) for d in range(n)]
 
 
 def test_a_freed_slot_takes_the_next_episode_before_anybody_decides():
     """The fifth episode starts where the short one ended, before its neighbour's next chunk."""
-    scripts = [Script(decisions=4), Script(decisions=1), *[Script(decisions=4)] * 3]
+    scripts = [Script(policy_steps=4), Script(policy_steps=1), *[Script(policy_steps=4)] * 3]
     _, simulators, _ = play_scripts(scripts, num_slots=4)
     over = simulators.events.index(("over", 1, 11))
     assert simulators.events[over + 1 : over + 3] == [("reset", 1, 14), ("step", 0, 10)]
@@ -281,13 +286,13 @@ def test_few_episodes_in_many_slots_still_take_turns():
 
 def test_the_order_in_which_simulators_answer_does_not_reach_the_policy():
     """A batched matrix product may differ in its last bit with the order of its rows."""
-    _, _, policy = play_scripts([Script(decisions=2)] * 6, num_slots=6)
+    _, _, policy = play_scripts([Script(policy_steps=2)] * 6, num_slots=6)
     assert all(batch == sorted(batch) for batch in policy.batches)
     assert [len(batch) for batch in policy.batches] == [3, 3, 3, 3]
 
 
 def test_one_half_simulates_while_the_policy_decides_for_the_other():
-    _, _, policy = play_scripts([Script(decisions=6)] * 4, num_slots=4)
+    _, _, policy = play_scripts([Script(policy_steps=6)] * 4, num_slots=4)
     halves = [{0, 1}, {2, 3}]
     for turn, (batch, moving) in enumerate(zip(policy.batches, policy.moving, strict=True)):
         assert {episode - 10 for episode, _ in batch} == halves[turn % 2]
@@ -297,17 +302,17 @@ def test_one_half_simulates_while_the_policy_decides_for_the_other():
 
 def test_in_one_part_nothing_simulates_while_the_policy_decides():
     specs = make_specs(6)
-    simulators = ScriptedSimulators({s.episode_id: Script(decisions=3) for s in specs}, 4)
+    simulators = ScriptedSimulators({s.episode_id: Script(policy_steps=3) for s in specs}, 4)
     policy = ScriptedPolicy(simulators)
     alone = play(specs, policy, simulators, temperature=1.5, noise=NOISE, num_parts=1)
     assert not any(policy.moving)
-    in_halves, _, _ = play_scripts([Script(decisions=3)] * 6, 4)
-    assert torch.equal(alone.decisions.bins, in_halves.decisions.bins)
+    in_halves, _, _ = play_scripts([Script(policy_steps=3)] * 6, 4)
+    assert torch.equal(alone.policy_steps.action_tokens, in_halves.policy_steps.action_tokens)
 
 
-def test_a_decision_for_an_ended_episode_would_be_counted():
+def test_a_policy_step_for_an_ended_episode_would_be_counted():
     class Forgetful(ScriptedSimulators):
-        """Shows one more picture after the end."""
+        """Shows one more image after the end."""
 
         def _after_chunk(self, slot: int, actions: np.ndarray) -> ChunkResult | EpisodeCrashed:
             ended = super()._after_chunk(slot, actions)
@@ -323,24 +328,24 @@ def test_a_decision_for_an_ended_episode_would_be_counted():
     simulators = Forgetful({specs[0].episode_id: Script()}, 1)
     with pytest.raises(AssertionError, match="plays nothing"):
         play(specs, ScriptedPolicy(), simulators, temperature=1.0, noise=NOISE, times=times)
-    assert times.decisions_for_ended == 1
+    assert times.policy_steps_for_ended == 1
 
 
-def test_the_decision_a_simulator_died_on_is_left_out():
+def test_the_policy_step_a_simulator_died_on_is_left_out():
     played, _, policy = play_scripts(
-        [Script(decisions=4, crash_at=2), Script(decisions=2)], num_slots=2
+        [Script(policy_steps=4, crash_at=2), Script(policy_steps=2)], num_slots=2
     )
     assert (10, 2) in [one for batch in policy.batches for one in batch]
     assert played.episodes.outcome.tolist() == [Outcome.CRASH, Outcome.TIMEOUT]
-    assert len(decisions_of(played, 0)) == 2
+    assert len(policy_steps_of(played, 0)) == 2
     assert played.episodes.num_steps.tolist() == [8, 8]
     assert played.crashes == {10: "died on chunk 2"}
 
 
-def test_an_episode_lost_at_its_start_has_no_decisions_and_its_slot_goes_on():
+def test_an_episode_lost_at_its_start_has_no_policy_steps_and_its_slot_goes_on():
     played, _, _ = play_scripts([Script(crash_at=-1), Script(), Script()], num_slots=1)
     assert played.episodes.outcome.tolist() == [Outcome.CRASH, Outcome.TIMEOUT, Outcome.TIMEOUT]
-    assert played.decisions.episode.tolist() == [1, 2]
+    assert played.policy_steps.episode.tolist() == [1, 2]
     assert played.episodes.num_steps.tolist() == [0, 4, 4]
     assert played.crashes == {10: "died at reset"}
 
@@ -350,21 +355,21 @@ def test_a_rollout_that_lost_everything_is_still_two_tables(crash_at):
     played, _, _ = play_scripts([Script(crash_at=crash_at)] * 5, num_slots=2)
     assert played.episodes.crashed.all()
     assert len(played.crashes) == 5
-    assert len(played.decisions) == 0
-    assert played.decisions.image.shape == (0, 1, 2, 2, 3)
-    assert played.decisions.bins.shape == (0, SHAPE.num_tokens)
+    assert len(played.policy_steps) == 0
+    assert played.policy_steps.image.shape == (0, 1, 2, 2, 3)
+    assert played.policy_steps.action_tokens.shape == (0, SHAPE.num_tokens)
     assert len(played.select(~played.episodes.crashed).episodes) == 0
 
 
 def test_no_episodes_give_empty_tables_and_touch_no_simulator():
     played, simulators, policy = play_scripts([], num_slots=4)
-    assert (len(played.episodes), len(played.decisions)) == (0, 0)
+    assert (len(played.episodes), len(played.policy_steps)) == (0, 0)
     assert (simulators.events, policy.batches) == ([], [])
 
 
 def test_a_crash_is_reported_with_its_reason(caplog):
     with caplog.at_level(logging.WARNING):
-        play_scripts([Script(decisions=2, crash_at=1)], num_slots=1)
+        play_scripts([Script(policy_steps=2, crash_at=1)], num_slots=1)
     assert [r.getMessage() for r in caplog.records] == ["episode 10 lost: died on chunk 1"]
 
 
@@ -379,13 +384,13 @@ def test_results_do_not_depend_on_how_many_play_at_a_time():
     for other in tables[1:]:
         for name in ("outcome", "num_steps", "episode_id"):
             assert torch.equal(getattr(first.episodes, name), getattr(other.episodes, name))
-        for name in ("episode", "bins", "logp", "executed", "proprio", "image"):
-            assert torch.equal(getattr(first.decisions, name), getattr(other.decisions, name))
+        for name in ("episode", "action_tokens", "log_probs", "executed", "proprio", "image"):
+            assert torch.equal(getattr(first.policy_steps, name), getattr(other.policy_steps, name))
         assert first.crashes == other.crashes
 
 
-def test_the_policy_gets_the_temperature_and_the_noise_of_each_decision():
-    _, _, policy = play_scripts([Script(decisions=2)] * 3, num_slots=3)
+def test_the_policy_gets_the_temperature_and_the_noise_of_each_policy_step():
+    _, _, policy = play_scripts([Script(policy_steps=2)] * 3, num_slots=3)
     assert set(policy.temperatures) == {1.5}
     for batch, noise in zip(policy.batches, policy.noises, strict=True):
         assert noise.dtype == torch.float64
@@ -413,7 +418,7 @@ def test_times_add_up_over_rollouts():
     specs = make_specs(3)
     totals = []
     for _ in range(2):
-        simulators = ScriptedSimulators({s.episode_id: Script(decisions=2) for s in specs}, 2)
+        simulators = ScriptedSimulators({s.episode_id: Script(policy_steps=2) for s in specs}, 2)
         play(specs, ScriptedPolicy(), simulators, temperature=0.0, noise=NOISE, times=times)
         totals.append(times.total_s)
         assert 0 < times.policy_s + times.wait_s <= times.total_s

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from verl_vla.config.grpo import SamplingConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError, SolvedError, StarvedError
-from verl_vla.rl.group_sampling import GroupLedger, GroupResult, StartSampler
+from verl_vla.rl.group_sampling import GroupFilter, GroupResult, StartSampler
 
 STARTS = tuple(Start(task_id=t, init_state_id=s) for t in range(3) for s in range(4))
 
@@ -18,9 +18,9 @@ def make_sampler(seed: int = 0, group_size: int = 4) -> StartSampler:
     return StartSampler(STARTS, seed=seed, group_size=group_size)
 
 
-def make_ledger(groups_per_step: int = 4, max_rounds: int = 3, **knobs) -> GroupLedger:
-    return GroupLedger(
-        config=SamplingConfig(groups_per_step=groups_per_step, max_rounds=max_rounds, **knobs)
+def make_group_filter(groups_per_step: int = 4, max_rounds: int = 3, **options) -> GroupFilter:
+    return GroupFilter(
+        config=SamplingConfig(groups_per_step=groups_per_step, max_rounds=max_rounds, **options)
     )
 
 
@@ -101,86 +101,86 @@ def test_a_group_is_judged_by_those_who_survived(solved, failed, informative, co
     result = group(0, solved, failed, crashed=8 - solved - failed)
     assert result.is_comparable == comparable
     for filter_on in ("outcome", "reward"):
-        ledger = make_ledger(filter_on=filter_on)
-        ledger.add_round([result])
-        assert ledger.kept == ([0] if informative else [])
+        group_filter = make_group_filter(filter_on=filter_on)
+        group_filter.add_round([result])
+        assert group_filter.kept == ([0] if informative else [])
 
 
 @pytest.mark.parametrize(("solved", "failed"), [(0, 8), (8, 0)])
 def test_by_choice_a_group_teaches_where_the_reward_tells_its_episodes_apart(solved, failed):
     ranked = group(0, solved, failed, spread=0.2)
     for filter_on, kept in (("outcome", []), ("reward", [0])):
-        ledger = make_ledger(filter_on=filter_on)
-        ledger.add_round([ranked])
-        assert ledger.kept == kept
+        group_filter = make_group_filter(filter_on=filter_on)
+        group_filter.add_round([ranked])
+        assert group_filter.kept == kept
 
 
 def test_a_lone_survivor_is_dropped_whatever_its_score():
-    ledger = make_ledger(filter_on="reward")
-    assert ledger.add_round([group(0, solved=1, crashed=7, spread=0.2)]) == [0]
+    group_filter = make_group_filter(filter_on="reward")
+    assert group_filter.add_round([group(0, solved=1, crashed=7, spread=0.2)]) == [0]
 
 
 def test_a_full_step_needs_no_refill():
-    ledger = make_ledger()
-    assert ledger.add_round([mixed(i) for i in range(4)]) == []
-    assert (ledger.kept, ledger.num_to_refill) == ([0, 1, 2, 3], 0)
-    ledger.check_not_starved()
+    group_filter = make_group_filter()
+    assert group_filter.add_round([mixed(i) for i in range(4)]) == []
+    assert (group_filter.kept, group_filter.num_to_refill) == ([0, 1, 2, 3], 0)
+    group_filter.check_not_starved()
 
 
 def test_exactly_what_was_dropped_is_played_again():
-    ledger = make_ledger()
-    assert ledger.add_round([mixed(0), agreeing(1), agreeing(2), mixed(3)]) == [1, 2]
-    assert ledger.num_to_refill == 2
-    assert ledger.add_round([mixed(4), agreeing(5)]) == [5]
-    assert ledger.num_to_refill == 1
-    assert ledger.add_round([mixed(6)]) == []
-    assert ledger.num_to_refill == 0
-    assert ledger.kept == [0, 3, 4, 6]
-    assert [g.group_id for g in ledger.played] == list(range(7))
+    group_filter = make_group_filter()
+    assert group_filter.add_round([mixed(0), agreeing(1), agreeing(2), mixed(3)]) == [1, 2]
+    assert group_filter.num_to_refill == 2
+    assert group_filter.add_round([mixed(4), agreeing(5)]) == [5]
+    assert group_filter.num_to_refill == 1
+    assert group_filter.add_round([mixed(6)]) == []
+    assert group_filter.num_to_refill == 0
+    assert group_filter.kept == [0, 3, 4, 6]
+    assert [g.group_id for g in group_filter.played] == list(range(7))
 
 
 @given(st.lists(st.booleans(), min_size=40, max_size=40), st.integers(1, 5), st.integers(1, 5))
 def test_refilling_ends_with_the_wanted_number_or_at_the_cap(informative, wanted, max_rounds):
-    ledger = make_ledger(groups_per_step=wanted, max_rounds=max_rounds)
+    group_filter = make_group_filter(groups_per_step=wanted, max_rounds=max_rounds)
     queue = [mixed(i) if good else agreeing(i) for i, good in enumerate(informative)]
     missing = wanted
     while missing:
         fresh, queue = queue[:missing], queue[missing:]
-        before = len(ledger.kept)
-        dropped = ledger.add_round(fresh)
-        assert len(dropped) + len(ledger.kept) - before == len(fresh)
-        missing = ledger.num_to_refill
-        assert missing in (0, wanted - len(ledger.kept))
-    assert len(ledger.kept) == wanted or ledger.num_rounds == max_rounds
-    assert len(ledger.kept) <= wanted
+        before = len(group_filter.kept)
+        dropped = group_filter.add_round(fresh)
+        assert len(dropped) + len(group_filter.kept) - before == len(fresh)
+        missing = group_filter.num_to_refill
+        assert missing in (0, wanted - len(group_filter.kept))
+    assert len(group_filter.kept) == wanted or group_filter.num_rounds == max_rounds
+    assert len(group_filter.kept) <= wanted
 
 
 def test_at_the_cap_the_step_goes_on_with_what_it_has():
-    ledger = make_ledger(max_rounds=2)
-    ledger.add_round([agreeing(i) for i in range(4)])
-    ledger.add_round([mixed(4)] + [agreeing(i) for i in range(5, 8)])
-    assert (ledger.num_to_refill, ledger.kept) == (0, [4])
-    ledger.check_not_starved()
+    group_filter = make_group_filter(max_rounds=2)
+    group_filter.add_round([agreeing(i) for i in range(4)])
+    group_filter.add_round([mixed(4)] + [agreeing(i) for i in range(5, 8)])
+    assert (group_filter.num_to_refill, group_filter.kept) == (0, [4])
+    group_filter.check_not_starved()
 
 
 def test_more_than_was_asked_for_is_no_debt():
-    ledger = make_ledger(groups_per_step=1)
-    ledger.add_round([mixed(0), mixed(1)])
-    assert ledger.num_to_refill == 0
+    group_filter = make_group_filter(groups_per_step=1)
+    group_filter.add_round([mixed(0), mixed(1)])
+    assert group_filter.num_to_refill == 0
 
 
 def test_a_crash_makes_a_group_smaller_and_no_worse():
-    ledger = make_ledger(groups_per_step=2)
-    dropped = ledger.add_round(
+    group_filter = make_group_filter(groups_per_step=2)
+    dropped = group_filter.add_round(
         [group(0, solved=1, failed=1, crashed=6), group(1, failed=1, crashed=7)]
     )
-    assert (ledger.kept, dropped, ledger.num_to_refill) == ([0], [1], 1)
+    assert (group_filter.kept, dropped, group_filter.num_to_refill) == ([0], [1], 1)
 
 
 def test_without_dynamic_sampling_agreeing_groups_stay_and_lost_ones_are_replaced():
-    ledger = make_ledger(groups_per_step=3, dynamic=False)
-    dropped = ledger.add_round([mixed(0), agreeing(1), group(2, solved=1, crashed=7)])
-    assert (ledger.kept, dropped, ledger.num_to_refill) == ([0, 1], [2], 1)
+    group_filter = make_group_filter(groups_per_step=3, dynamic=False)
+    dropped = group_filter.add_round([mixed(0), agreeing(1), group(2, solved=1, crashed=7)])
+    assert (group_filter.kept, dropped, group_filter.num_to_refill) == ([0, 1], [2], 1)
 
 
 @pytest.mark.parametrize(
@@ -204,10 +204,10 @@ def test_without_dynamic_sampling_agreeing_groups_stay_and_lost_ones_are_replace
     ],
 )
 def test_a_starved_step_says_what_was_played_and_what_to_do(groups, counts, remedy):
-    ledger = make_ledger(groups_per_step=2, max_rounds=1)
-    ledger.add_round(groups)
+    group_filter = make_group_filter(groups_per_step=2, max_rounds=1)
+    group_filter.add_round(groups)
     with pytest.raises(StarvedError) as caught:
-        ledger.check_not_starved()
+        group_filter.check_not_starved()
     message = str(caught.value)
     assert f"2 groups (16 episodes) were played in 1 rounds, {counts}" in message
     assert remedy in message
@@ -224,19 +224,19 @@ def test_a_starved_step_says_what_was_played_and_what_to_do(groups, counts, reme
     ],
 )
 def test_a_step_in_which_nothing_failed_is_told_apart(groups, is_solved):
-    ledger = make_ledger(groups_per_step=2, max_rounds=1)
-    ledger.add_round(groups)
+    group_filter = make_group_filter(groups_per_step=2, max_rounds=1)
+    group_filter.add_round(groups)
     with pytest.raises(StarvedError) as caught:
-        ledger.check_not_starved()
+        group_filter.check_not_starved()
     assert isinstance(caught.value, SolvedError) == is_solved
 
 
 @pytest.mark.parametrize("last", [group(1, crashed=8), group(1, failed=1, crashed=7)])
 def test_a_step_lost_to_crashes_does_not_blame_the_tasks(last):
-    ledger = make_ledger(groups_per_step=2, max_rounds=1)
-    ledger.add_round([group(0, crashed=8), last])
+    group_filter = make_group_filter(groups_per_step=2, max_rounds=1)
+    group_filter.add_round([group(0, crashed=8), last])
     with pytest.raises(StarvedError) as caught:
-        ledger.check_not_starved()
+        group_filter.check_not_starved()
     message = str(caught.value)
     assert f"{last.num_crashed + 8} crashed" in message
     assert "no group had two episodes left" in message
@@ -244,7 +244,7 @@ def test_a_step_lost_to_crashes_does_not_blame_the_tasks(last):
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ({"group_size": 1}, "sampling.group_size is 1; GRPO compares episodes"),
         ({"groups_per_step": 0}, "sampling.groups_per_step is 0; set at least 1"),
@@ -252,6 +252,6 @@ def test_a_step_lost_to_crashes_does_not_blame_the_tasks(last):
         ({"temperature": 0.0}, "sampling.temperature is 0.0; GRPO needs episodes that differ"),
     ],
 )
-def test_an_impossible_knob_is_refused(knobs, message):
+def test_an_impossible_knob_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
-        SamplingConfig(**knobs)
+        SamplingConfig(**options)

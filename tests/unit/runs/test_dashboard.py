@@ -59,7 +59,7 @@ def test_a_run_that_goes_on_is_read_anew(client, root):
     assert "4 of 5 training steps" in client.get("/run", params=address).text
 
 
-def test_films_are_served_by_episode(client):
+def test_videos_are_served_by_episode(client):
     page = client.get("/run", params={"name": "sweep/first run"}).text
     address = page.split('<img src="')[1].split('"')[0].replace("&amp;", "&")
     answer = client.get(address)
@@ -86,22 +86,22 @@ def test_nothing_outside_the_runs_is_served(client, root, name):
     (root / "link").symlink_to(root.parent / "outside")
     for address in ("/run", "/compare"):
         assert client.get(address, params={"name": name}).status_code == 404
-    assert client.get("/film", params={"name": name, "episode": 100}).status_code == 404
+    assert client.get("/video", params={"name": name, "episode": 100}).status_code == 404
     outside = str(root.parent / "outside")
     assert client.get("/run", params={"name": outside}).status_code == 404
 
 
 @pytest.mark.parametrize("episode", ["../../secret.txt", "1/../2", "1e3", ""])
 def test_an_episode_is_a_number(client, episode):
-    answer = client.get("/film", params={"name": "second", "episode": episode})
+    answer = client.get("/video", params={"name": "second", "episode": episode})
     assert answer.status_code == 422
 
 
 def test_a_film_that_leads_out_of_the_runs_is_not_served(client, root):
-    films = root / "second" / "episodes"
-    films.mkdir()
-    (films / "episode_7.webp").symlink_to(root.parent / "secret.txt")
-    assert client.get("/film", params={"name": "second", "episode": 7}).status_code == 404
+    videos = root / "second" / "episodes"
+    videos.mkdir()
+    (videos / "episode_7.webp").symlink_to(root.parent / "secret.txt")
+    assert client.get("/video", params={"name": "second", "episode": 7}).status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,9 @@ def served(root: Path) -> Iterator[str]:
     app = make_app(root)
 
     @app.middleware("http")
-    async def go_on(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+    async def run_substeps(
+        request: Request, answer: Callable[[Request], Awaitable[Response]]
+    ) -> Response:
         response = await answer(request)
         if request.url.path == "/live.js":
             add_step(root / "second", 4)

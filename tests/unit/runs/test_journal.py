@@ -11,7 +11,13 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.evaluation.resumable import ATTEMPTS, play_remaining
 from verl_vla.policies.action_codec import ActionCodec
 from verl_vla.policies.normalization import ActionStatistics
-from verl_vla.runs.episode_log import JOURNAL_FILE, Journal, actions_of, read_episodes, read_header
+from verl_vla.runs.episode_log import (
+    EPISODE_LOG_FILE,
+    EpisodeLog,
+    actions_of,
+    read_episodes,
+    read_header,
+)
 
 HEADER = {"suite": "mini", "sizes": (1, 2)}
 CODEC = ActionCodec(
@@ -23,9 +29,9 @@ CODEC = ActionCodec(
 
 
 def test_lines_come_back_as_they_were_written(tmp_path):
-    journal = Journal(tmp_path / "new", HEADER)
-    journal.append([{"episode": 1}, {"episode": 2}])
-    Journal(tmp_path / "new", HEADER).append([{"episode": 0}])
+    episode_log = EpisodeLog(tmp_path / "new", HEADER)
+    episode_log.append([{"episode": 1}, {"episode": 2}])
+    EpisodeLog(tmp_path / "new", HEADER).append([{"episode": 0}])
     assert read_header(tmp_path / "new") == {"suite": "mini", "sizes": [1, 2]}
     assert [line["episode"] for line in read_episodes(tmp_path / "new")] == [1, 2, 0]
 
@@ -33,29 +39,29 @@ def test_lines_come_back_as_they_were_written(tmp_path):
 @pytest.mark.parametrize("torn", ['{"episode": 3, "out', '{"header": {"sui'])
 def test_half_a_line_is_forgotten(tmp_path, torn):
     if "header" in torn:
-        (tmp_path / JOURNAL_FILE).write_text(torn)
+        (tmp_path / EPISODE_LOG_FILE).write_text(torn)
     else:
-        Journal(tmp_path, HEADER).append([{"episode": 1}])
-        with (tmp_path / JOURNAL_FILE).open("a") as file:
+        EpisodeLog(tmp_path, HEADER).append([{"episode": 1}])
+        with (tmp_path / EPISODE_LOG_FILE).open("a") as file:
             file.write(torn)
         assert [line["episode"] for line in read_episodes(tmp_path)] == [1]
     before = read_episodes(tmp_path)
-    Journal(tmp_path, HEADER).append([{"episode": 2}])
+    EpisodeLog(tmp_path, HEADER).append([{"episode": 2}])
     assert read_episodes(tmp_path) == [*before, {"episode": 2}]
 
 
 def test_a_journal_of_something_else_is_refused(tmp_path):
-    Journal(tmp_path, HEADER)
+    EpisodeLog(tmp_path, HEADER)
     with pytest.raises(ConfigError, match=r"something else \(suite: 'mini' -> 'libero_10'\)"):
-        Journal(tmp_path, HEADER | {"suite": "libero_10"})
+        EpisodeLog(tmp_path, HEADER | {"suite": "libero_10"})
 
 
 def test_what_a_resumed_run_plays_again_is_dropped(tmp_path):
-    journal = Journal(tmp_path, HEADER)
-    journal.append([{"step": step, "episode": step} for step in (1, 2, 2, 3)])
-    journal.rewind(2)
+    episode_log = EpisodeLog(tmp_path, HEADER)
+    episode_log.append([{"step": step, "episode": step} for step in (1, 2, 2, 3)])
+    episode_log.rewind(2)
     assert [line["episode"] for line in read_episodes(tmp_path)] == [1, 2, 2]
-    journal.rewind(-1)
+    episode_log.rewind(-1)
     assert read_episodes(tmp_path) == []
     assert read_header(tmp_path)["suite"] == "mini"
 
@@ -78,7 +84,7 @@ def play(tmp_path, shown):
         NotingPolicy(),
         simulators,
         CODEC,
-        Journal(tmp_path, HEADER),
+        EpisodeLog(tmp_path, HEADER),
         read_episodes(tmp_path),
         temperature=0.0,
         seed=3,
@@ -100,7 +106,7 @@ def test_a_lost_simulator_costs_no_episode_until_it_is_lost_every_time(tmp_path)
 
 def test_what_is_in_the_journal_is_not_played_again(tmp_path):
     whole, _ = play(tmp_path, [])
-    file = tmp_path / JOURNAL_FILE
+    file = tmp_path / EPISODE_LOG_FILE
     kept = file.read_text().splitlines(keepends=True)
     file.write_text("".join(kept[:3]))
     known = {line["episode"] for line in read_episodes(tmp_path)}

@@ -16,7 +16,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from verl_vla.trainer.engine.gathering import keep_gathered, shed_gathered
 
-NUM_LAYERS, WIDTH, DECISIONS = 3, 8, 4
+NUM_LAYERS, WIDTH, POLICY_STEPS = 3, 8, 4
 
 
 class Rank:
@@ -43,7 +43,7 @@ class Rank:
         before = self.gathers
         seen = torch.linspace(-1, 1, WIDTH)[None]
         with torch.no_grad():
-            for _ in range(DECISIONS):
+            for _ in range(POLICY_STEPS):
                 answer = self.model(seen)
         return self.gathers - before, answer.flatten().tolist()
 

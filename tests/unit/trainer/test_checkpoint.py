@@ -26,7 +26,7 @@ from verl_vla.trainer.checkpoint import (
     complete_steps,
     find_fault,
     load_run_state,
-    newest_sound,
+    newest_valid,
     remove_old,
     save_run_state,
     step_folder,
@@ -56,7 +56,7 @@ def test_only_whole_folders_count_and_in_the_order_of_their_steps(tmp_path):
 def test_a_run_without_checkpoints_has_none(tmp_path):
     for checkpoints in (tmp_path, tmp_path / "nothing"):
         assert complete_steps(checkpoints) == []
-        assert newest_sound(checkpoints) is None
+        assert newest_valid(checkpoints) is None
 
 
 def test_a_checkpoint_that_somebody_put_aside_is_left_alone(tmp_path):
@@ -130,7 +130,7 @@ def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(
 
     write(tmp_path, 1)
     assert in_a_process_of_its_own(save_and_die) == -signal.SIGKILL
-    assert newest_sound(tmp_path) == newest
+    assert newest_valid(tmp_path) == newest
     assert (tmp_path / "latest").readlink() == Path(f"global_step_{newest}")
     write(tmp_path, 3)
     assert complete_steps(tmp_path)[-2:] == [newest, 3]
@@ -161,14 +161,14 @@ def test_a_corrupt_checkpoint_is_put_aside_loudly_and_the_one_before_used(
         write(tmp_path, step)
     corrupt(step_folder(tmp_path, 2))
     logging.getLogger("verl_vla").propagate = True
-    assert newest_sound(tmp_path) == 1
+    assert newest_valid(tmp_path) == 1
     assert f"CORRUPT CHECKPOINT {step_folder(tmp_path, 2)}" in caplog.text
     assert fault in caplog.text
     assert "going on from step 1" in caplog.text
     assert (tmp_path / "latest").readlink() == Path("global_step_1")
     assert (tmp_path / "global_step_2_corrupt").is_dir()
     write(tmp_path, 2)
-    assert newest_sound(tmp_path) == 2
+    assert newest_valid(tmp_path) == 2
 
 
 def test_a_run_does_not_begin_again_because_its_checkpoints_are_corrupt(tmp_path):
@@ -176,7 +176,7 @@ def test_a_run_does_not_begin_again_because_its_checkpoints_are_corrupt(tmp_path
         flip_a_bit(write(tmp_path, step))
     for _ in range(2):
         with pytest.raises(CheckpointError, match=r"no checkpoint .* is sound \(step 2: .*step 1"):
-            newest_sound(tmp_path)
+            newest_valid(tmp_path)
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])])
@@ -236,10 +236,10 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
         said = refusal(lambda: save_floats(checkpoints, 2, mib=4))
         assert f"the checkpoint of step 2 could not be written to {checkpoints}" in said
         assert "0 MiB were left there). That of step 1 is whole." in said
-        assert newest_sound(checkpoints) == 1
+        assert newest_valid(checkpoints) == 1
         assert not (checkpoints / "unfinished").exists(), "what was written takes up the room"
         save_floats(checkpoints, 2, mib=1)
-        assert newest_sound(checkpoints) == 2
+        assert newest_valid(checkpoints) == 2
 
 
 def test_a_file_that_the_system_refuses_ends_the_command_with_its_own_code(

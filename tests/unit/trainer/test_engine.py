@@ -56,7 +56,7 @@ Make = Callable[..., VLAEngine]
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    prepare_verl("cpu", knob="cluster.device")
+    prepare_verl("cpu", option="cluster.device")
     store = tmp_path_factory.mktemp("store") / "file"
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=0, world_size=1)
     yield
@@ -95,7 +95,7 @@ def make(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 
 def seen(engine: VLAEngine) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Images, prompts and noise of a few decisions."""
+    """Images, prompts and noise of a few policy steps."""
     generator = torch.Generator().manual_seed(5)
     images = torch.randint(0, 256, (NUM, 1, 28, 28, 3), generator=generator, dtype=torch.uint8)
     words = [task.instruction for task in suite("mini").tasks[:NUM]]
@@ -108,18 +108,20 @@ def choose(engine: VLAEngine) -> tuple[Tensor, Tensor]:
     return engine.choose(*engine.processor.collate(prompts), images, noise, TEMPERATURE)
 
 
-def update(engine: VLAEngine, bins: Tensor) -> Tensor:
-    """Make the chosen bins of the first decision likelier; return [NUM, T] logp before."""
+def update(engine: VLAEngine, action_tokens: Tensor) -> Tensor:
+    """Make the chosen bins of the first policy step likelier; return [NUM, T] log_probs before."""
     images, prompts, _ = seen(engine)
-    rows = {"prompts": prompts, "responses": list(bins)}
+    rows = {"prompts": prompts, "responses": list(action_tokens)}
     nested = {k: torch.nested.as_nested_tensor(v, layout=torch.jagged) for k, v in rows.items()}
     batch = TensorDict({**nested, "images": images, "proprio": torch.zeros(NUM, 8)}, batch_size=NUM)
     tu.assign_non_tensor(batch, temperature=TEMPERATURE)
     kept: list[Tensor] = []
 
-    def loss(*, logp: Tensor, entropy: Tensor, data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
-        kept.append(logp.detach())
-        return -logp[0].mean(), {}
+    def loss(
+        *, log_probs: Tensor, entropy: Tensor, data: TensorDict
+    ) -> tuple[Tensor, dict[str, Any]]:
+        kept.append(log_probs.detach())
+        return -log_probs[0].mean(), {}
 
     with engine.train_mode():
         engine.optimizer_zero_grad()
@@ -144,21 +146,23 @@ def test_adapters_learn_are_resumed_and_merged(
     engine = make(*words)
     before = weights(engine)
     adapters = {name for name in before if ".lora_" in name}
-    bins, logp = choose(engine)
-    assert torch.equal(update(engine, bins), logp), "rollout and update score the same weights"
+    action_tokens, log_probs = choose(engine)
+    assert torch.equal(update(engine, action_tokens), log_probs), (
+        "rollout and update score the same weights"
+    )
     saved = tmp_path / "saved"
     engine.save_checkpoint(str(saved), global_step=1)
-    update(engine, bins)
+    update(engine, action_tokens)
     assert moved(before, weights(engine)) == adapters
     with engine.disable_adapter():
-        assert torch.equal(choose(engine)[1], logp), "the starting policy, for the KL term"
+        assert torch.equal(choose(engine)[1], log_probs), "the starting policy, for the KL term"
     in_all = any("vision" in name for name in adapters) and any("lm_head" in n for n in adapters)
     assert in_all == ("policy.lora_targets=all-linear" in words)
 
     assert not list(saved.glob("model_*")), "the frozen base is not saved"
     again = make(*words)
     again.load_checkpoint(str(saved), del_local_after_load=False)
-    update(again, bins)
+    update(again, action_tokens)
     assert moved(weights(engine), weights(again)) == set()
 
     engine.export(tmp_path / "policy")
@@ -166,13 +170,13 @@ def test_adapters_learn_are_resumed_and_merged(
     assert not any("lora" in name or "quant" in name for name in merged.model.state_dict())
     images, prompts, _ = seen(engine)
     mine, first = (
-        policy.log_prob(images, prompts, bins, temperature=TEMPERATURE)
+        policy.log_prob(images, prompts, action_tokens, temperature=TEMPERATURE)
         for policy in (merged, load_policy(base))
     )
-    learned = update(engine, bins)
+    learned = update(engine, action_tokens)
     assert torch.allclose(mine, learned, atol=1e-4)
     assert not torch.allclose(first, learned, atol=1e-2)
-    assert learned[0].mean() > logp[0].mean()
+    assert learned[0].mean() > log_probs[0].mean()
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -186,8 +190,8 @@ def test_what_is_frozen_is_held_in_fewer_bits(make: Make, quantization: str) -> 
     assert {t for name, t in frozen.items() if name not in small} == {torch.bfloat16}
     assert all(name.startswith("language_model.model.layers.") for name in small)
     assert len(small) == (SIZES.llm_depth * 7 if quantization == "nf4" else 0)
-    bins, logp = choose(engine)
-    assert torch.equal(update(engine, bins), logp)
+    action_tokens, log_probs = choose(engine)
+    assert torch.equal(update(engine, action_tokens), log_probs)
 
 
 @pytest.mark.parametrize(
@@ -209,10 +213,10 @@ def test_another_optimizer_learns_as_adamw_and_goes_on_exactly(
 ) -> None:
     words = [*mode, "optimizer.lr=1e-3"]
     plain, engine = make(*words), make(*words, f"optimizer.name={name}")
-    bins, _ = choose(engine)
+    action_tokens, _ = choose(engine)
     before = weights(engine)
     for one in (plain, engine):
-        update(one, bins)
+        update(one, action_tokens)
     mine, theirs = weights(engine), weights(plain)
     assert moved(before, mine) == moved(before, theirs)
     for weight in moved(before, theirs):
@@ -226,24 +230,24 @@ def test_another_optimizer_learns_as_adamw_and_goes_on_exactly(
     again = make(*words, f"optimizer.name={name}")
     again.load_checkpoint(str(tmp_path / "saved"), del_local_after_load=False)
     for one in (engine, again):
-        update(one, bins)
+        update(one, action_tokens)
     assert moved(weights(engine), weights(again)) == set()
 
 
 def decided(engine: VLAEngine, advantages: list[float], which: list[int]) -> TensorDict:
-    """Decisions of two episodes of four steps each; those in ``which`` are learned from."""
+    """PolicySteps of two episodes of four steps each; those in ``which`` are learned from."""
     images, prompts, _ = seen(engine)
-    bins, logp = choose(engine)
-    mask = torch.ones(len(bins[0]), dtype=torch.long)
+    action_tokens, log_probs = choose(engine)
+    mask = torch.ones(len(action_tokens[0]), dtype=torch.long)
     columns = {
         "prompts": prompts,
-        "responses": bins,
+        "responses": action_tokens,
         "images": images,
         "proprio": torch.zeros(NUM, 8),
         "response_mask": [mask] * NUM,
         "loss_mask": [mask] * NUM,
         "advantages": [advantage * mask.float() for advantage in advantages],
-        "old_log_probs": logp,
+        "old_log_probs": log_probs,
         "trajectory_steps": [torch.tensor([4])] * NUM,
     }
     rows = {
@@ -278,13 +282,13 @@ def test_a_checkpoint_before_the_first_update_is_gone_on_from(make: Make, tmp_pa
     """The first training steps may have had no gradient."""
     words = ("optimizer.warmup_steps=4",)
     engine = make(*words)
-    bins, _ = choose(engine)
+    action_tokens, _ = choose(engine)
     lr = engine.lr_scheduler_step()
     engine.save_checkpoint(str(tmp_path / "saved"), global_step=1)
     again = make(*words)
     again.load_checkpoint(str(tmp_path / "saved"), del_local_after_load=False)
     for one in (engine, again):
-        update(one, bins)
+        update(one, action_tokens)
     assert moved(weights(engine), weights(again)) == set()
     assert 0 < lr < engine.lr_scheduler_step() == again.lr_scheduler_step()
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 
-from verl_vla.trainer.grpo.env_loop import StepAccount
+from verl_vla.trainer.grpo.env_loop import StepStats
 
 
 def test_rates_are_over_the_episodes_that_were_judged() -> None:
-    account = StepAccount(episodes=10, crashes=2, solved=4, score_sum=6.0)
+    account = StepStats(episodes=10, crashes=2, solved=4, score_sum=6.0)
     values = account.as_metrics()
     assert values["rollout/success_rate"] == 4 / 8
     assert values["rollout/reward"] == 6 / 8
 
 
 def test_a_step_in_which_every_simulator_crashed_has_no_success_rate() -> None:
-    values = StepAccount(episodes=3, crashes=3).as_metrics()
+    values = StepStats(episodes=3, crashes=3).as_metrics()
     assert math.isnan(values["rollout/success_rate"])
     assert math.isnan(values["rollout/reward"])
     assert values["rollout/crashes"] == 3

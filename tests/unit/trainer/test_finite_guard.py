@@ -30,7 +30,7 @@ LOSS = partial(row_loss, config=LossConfig(), action_dim=ACTION_DIM, num_ranks=1
 
 @pytest.fixture(scope="module")
 def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    prepare_verl("cpu", knob="cluster.device")
+    prepare_verl("cpu", option="cluster.device")
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{tmp_path_factory.mktemp('group') / 'store'}",
@@ -73,23 +73,23 @@ def make_engine(policy: Path, diverged: Path) -> VLAEngine:
     return engine
 
 
-def rows(engine: VLAEngine, folder: Path, advantage: float, old_logp: float = -5.0) -> Any:
-    """A mini-batch of random pictures, in TransferQueue's layout, as read back from a file."""
+def rows(engine: VLAEngine, folder: Path, advantage: float, old_log_probs: float = -5.0) -> Any:
+    """A mini-batch of random images, in TransferQueue's layout, as read back from a file."""
     torch.manual_seed(0)
     prompt = engine.processor.prompt(suite("mini").tasks[0].instruction)
-    bins = torch.randint(0, engine.processor.shape.num_bins, (NUM_ROWS, NUM_TOKENS))
+    action_tokens = torch.randint(0, engine.processor.shape.num_bins, (NUM_ROWS, NUM_TOKENS))
     size = engine.processor.shape.image_size
     images = torch.randint(0, 256, (NUM_ROWS, 1, size, size, 3), dtype=torch.uint8)
     mask = torch.ones(NUM_ROWS, NUM_TOKENS, dtype=torch.long)
     given = {
         "prompts": (prompt,) * NUM_ROWS,
-        "responses": tuple(bins),
+        "responses": tuple(action_tokens),
         "images": tuple(images),
         "proprio": tuple(torch.zeros(NUM_ROWS, 8)),
         "response_mask": tuple(mask),
         "loss_mask": tuple(mask),
         "advantages": tuple(advantage * mask.float()),
-        "old_log_probs": tuple(old_logp * mask.float()),
+        "old_log_probs": tuple(old_log_probs * mask.float()),
         "trajectory_steps": tuple(torch.full((NUM_ROWS, 1), 8)),
         "temperature": 1.0,
         "num_trajectories": float(NUM_ROWS),
@@ -120,7 +120,7 @@ Spoil = Callable[[VLAEngine, Path], Any]
 SPOILED: dict[str, Spoil] = {
     "an advantage that is no number": lambda e, f: rows(e, f, math.nan),
     "an advantage without bound": lambda e, f: rows(e, f, math.inf),
-    "a ratio that overflows": lambda e, f: rows(e, f, -1.0, old_logp=-1e4),
+    "a ratio that overflows": lambda e, f: rows(e, f, -1.0, old_log_probs=-1e4),
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 from verl_vla.config.compose import load_recipe
 
 SCRIPT = Path(__file__).with_name("gathering_rank.py")
-NUM_LAYERS, DECISIONS = 3, 4
+NUM_LAYERS, POLICY_STEPS = 3, 4
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, li
 
 
 def test_weights_are_gathered_once_for_a_rollout(counted) -> None:
-    assert counted["each"][0] == NUM_LAYERS * DECISIONS
+    assert counted["each"][0] == NUM_LAYERS * POLICY_STEPS
     assert counted["kept"][0] == NUM_LAYERS
     assert counted["kept_again"][0] == 0
 
@@ -47,7 +47,7 @@ def test_the_answers_are_the_same_to_the_bit(counted) -> None:
 
 
 def test_what_was_learned_is_gathered_anew(counted) -> None:
-    assert counted["learned"][0] == NUM_LAYERS * DECISIONS, "as it was before"
+    assert counted["learned"][0] == NUM_LAYERS * POLICY_STEPS, "as it was before"
     assert counted["learned"][1] != counted["kept"][1]
     assert counted["kept_after_learning"] == [NUM_LAYERS, counted["learned"][1]]
     assert counted["kept_after_export"] == [NUM_LAYERS, counted["learned"][1]]

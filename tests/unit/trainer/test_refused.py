@@ -16,7 +16,7 @@ from verl_vla.core.errors import RewardError
 from verl_vla.rewards import RewardResult, StatelessReward, TrajectoryBatch
 from verl_vla.trainer.grpo.env_loop import EpisodeLoop
 from verl_vla.trainer.grpo.rows import group_key
-from verl_vla.trainer.grpo.unscored_episodes import RefusedEpisodes
+from verl_vla.trainer.grpo.unscored_episodes import UnscoredEpisodes
 
 STEP = 3
 PLAYED = make_trajectories(crash_last=True)
@@ -33,12 +33,12 @@ SPECS = [
 
 
 def test_what_was_kept_of_the_first_step_is_taken_up_whole(tmp_path: Path) -> None:
-    RefusedEpisodes(tmp_path, first_step=1).keep(PLAYED, STEP)
-    again = RefusedEpisodes(tmp_path, first_step=STEP)
+    UnscoredEpisodes(tmp_path, first_step=1).keep(PLAYED, STEP)
+    again = UnscoredEpisodes(tmp_path, first_step=STEP)
     taken = again.take(SPECS, STEP)
     assert taken is not None
-    assert torch.equal(taken.decisions.image, PLAYED.decisions.image)
-    assert torch.equal(taken.decisions.logp, PLAYED.decisions.logp)
+    assert torch.equal(taken.policy_steps.image, PLAYED.policy_steps.image)
+    assert torch.equal(taken.policy_steps.log_probs, PLAYED.policy_steps.log_probs)
     assert taken.crashes == PLAYED.crashes
     again.forget(STEP)
     again.forget(STEP)
@@ -47,12 +47,12 @@ def test_what_was_kept_of_the_first_step_is_taken_up_whole(tmp_path: Path) -> No
 
 
 def test_other_episodes_and_other_weights_are_played_anew(tmp_path: Path) -> None:
-    kept = RefusedEpisodes(tmp_path, first_step=STEP)
+    kept = UnscoredEpisodes(tmp_path, first_step=STEP)
     kept.keep(PLAYED, STEP)
     assert kept.take(SPECS[:-1], STEP) is None
     assert kept.take(SPECS[::-1], STEP) is None
     assert kept.take(SPECS, STEP + 1) is None
-    earlier = RefusedEpisodes(tmp_path, first_step=STEP - 1)
+    earlier = UnscoredEpisodes(tmp_path, first_step=STEP - 1)
     assert earlier.take(SPECS, STEP) is None, "the weights of that step were trained anew"
 
 
@@ -65,7 +65,7 @@ class Unsure(StatelessReward):
 
 
 def test_a_refused_round_leaves_its_episodes_behind(tmp_path: Path) -> None:
-    kept = RefusedEpisodes(tmp_path, first_step=STEP)
+    kept = UnscoredEpisodes(tmp_path, first_step=STEP)
     kept.keep(PLAYED, STEP)
     nobody: Any = None  # neither a policy nor a simulator is asked, and nothing is shown
     loop = EpisodeLoop(
@@ -76,7 +76,7 @@ def test_a_refused_round_leaves_its_episodes_behind(tmp_path: Path) -> None:
         temperature=1.0,
         seed=0,
         specs_of=lambda group: SPECS[group * SIZE : (group + 1) * SIZE],
-        album=nobody,
+        recorder=nobody,
         refused=kept,
     )
     asked = tu.get_tensordict({"uid": [group_key(group) for group in range(NUM_GROUPS)]})
@@ -84,5 +84,5 @@ def test_a_refused_round_leaves_its_episodes_behind(tmp_path: Path) -> None:
     with pytest.raises(RewardError, match=f"Unsure returned nan for episode {SIZE} "):
         loop.generate_sequences(asked)
     assert loop.account.as_metrics()["rollout/episodes"] == len(SPECS)
-    assert np.isnan(loop.account.as_metrics()["rollout/decisions_per_s"])
+    assert np.isnan(loop.account.as_metrics()["rollout/policy_steps_per_s"])
     assert kept.take(SPECS, STEP) is not None

@@ -40,7 +40,7 @@ class Store:
         solved = self._solved[group]
         crashed = 2 if solved < 0 else 0
         self.played.append(group)
-        # rows arrive in no order at all; ten decisions sort after two only as numbers
+        # rows arrive in no order at all; ten policy steps sort after two only as numbers
         for member in range(0 if crashed else 2):
             for place in reversed(range(11)):
                 self.tags[f"{group_key(group)}_{member}_{place}"] = {"seq_len": 9}
@@ -60,7 +60,7 @@ class Store:
 def sample(monkeypatch):
     """Play a step whose groups have these numbers of solved episodes; return batch and store."""
 
-    def sample_step(*solved: int, **knobs: Any):
+    def sample_step(*solved: int, **options: Any):
         store = Store(dict(enumerate(solved)))
         monkeypatch.setattr(tq, "kv_list", store.kv_list)
         monkeypatch.setattr(tq, "kv_clear", store.kv_clear)
@@ -69,10 +69,10 @@ def sample(monkeypatch):
             trainer_config={},
             max_off_policy_threshold=None,
             max_off_policy_strategy="drop",
-            sampler_kwargs=KNOBS | knobs,
+            sampler_kwargs=KNOBS | options,
             refill_fn=store.play,
         )
-        store.play(SamplingConfig(**(KNOBS | knobs)).groups_per_step)
+        store.play(SamplingConfig(**(KNOBS | options)).groups_per_step)
         return *buffer.sample(1, "train", batch_size=2), store
 
     return sample_step

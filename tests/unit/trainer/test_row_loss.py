@@ -15,10 +15,10 @@ from verl_vla.trainer.grpo.worker import row_loss
 ACTION_DIM = 1
 OLD = torch.tensor([[-1.0, -1.0], [-2.0, -2.0]])
 MOVED = torch.tensor([[0.1, 0.0], [0.0, 9.0]])
-"""By how much the current policy's logp differs; the last token never ran."""
+"""By how much the current policy's log_probs differs; the last token never ran."""
 ADVANTAGES = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
 TOKENS = torch.tensor([[1, 1], [1, 0]])
-"""Two trajectories of one decision each, of two steps and of one."""
+"""Two trajectories of one policy step each, of two steps and of one."""
 KL = math.expm1(-0.1) + 0.1
 """Of the one token that moved, the starting policy being the one that acted."""
 
@@ -36,16 +36,16 @@ def loss_of(config: LossConfig, *, num_ranks: int = 1, **more: Any):
     }
     data = tu.get_tensordict(rows | more)
     tu.assign_non_tensor_data(data, "num_trajectories", 2)
-    logp = (OLD + MOVED).requires_grad_()
+    log_probs = (OLD + MOVED).requires_grad_()
     loss, metrics = row_loss(
-        logp=logp,
+        log_probs=log_probs,
         entropy=torch.ones_like(OLD),
         data=data,
         config=config,
         action_dim=ACTION_DIM,
         num_ranks=num_ranks,
     )
-    return loss, metrics, torch.autograd.grad(loss, logp)[0]
+    return loss, metrics, torch.autograd.grad(loss, log_probs)[0]
 
 
 CLIPPED = (-(math.exp(0.1) + 1) / 2 + 1) / 2

@@ -14,7 +14,7 @@ from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.utils.padding import no_padding_2_padding, response_from_nested
 
-from verl_vla.core.tables import Decisions, Episodes, Trajectories
+from verl_vla.core.tables import Episodes, PolicySteps, Trajectories
 from verl_vla.rl.advantage import group_advantage
 from verl_vla.rl.loss import executed_mask
 from verl_vla.trainer.grpo.rows import (
@@ -32,9 +32,9 @@ CHUNK, DIM = 4, 2
 TOKENS = CHUNK * DIM
 
 
-def make_trajectories(groups: list[int], num_decisions: list[int]) -> Trajectories:
+def make_trajectories(groups: list[int], num_policy_steps: list[int]) -> Trajectories:
     """One episode per entry; its last chunk is cut after one action."""
-    episode = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(num_decisions))
+    episode = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(num_policy_steps))
     count = len(episode)
     is_last = torch.cat([episode[1:] != episode[:-1], torch.tensor([True])])
     executed = torch.where(is_last, 1, CHUNK)
@@ -49,12 +49,12 @@ def make_trajectories(groups: list[int], num_decisions: list[int]) -> Trajectori
             outcome=ids % 2,
             num_steps=torch.zeros(len(groups), dtype=torch.int64).index_add(0, episode, executed),
         ),
-        decisions=Decisions(
+        policy_steps=PolicySteps(
             episode=episode,
             image=torch.randint(0, 255, (count, 1, 2, 2, 3), generator=rng, dtype=torch.uint8),
             proprio=torch.zeros(count, 8),
-            bins=torch.randint(0, 256, (count, TOKENS), generator=rng),
-            logp=-torch.rand(count, TOKENS, generator=rng),
+            action_tokens=torch.randint(0, 256, (count, TOKENS), generator=rng),
+            log_probs=-torch.rand(count, TOKENS, generator=rng),
             executed=executed,
         ),
         prompt_ids=tuple(torch.arange(3 + i % 4) + 1000 for i in range(count)),
@@ -84,21 +84,24 @@ def test_keys_say_group_member_and_place():
     assert keys == ["g12_0_0", "g12_0_1", "g3_0_0", "g12_1_0", "g3_1_0", "g3_1_1", "g3_1_2"]
 
 
-def test_a_row_is_a_prompt_and_the_bins_of_one_decision():
+def test_a_row_is_a_prompt_and_the_bins_of_one_policy_step():
     played = make_trajectories([3, 3], [2, 1])
     _, fields, tags = rows_of(played)
-    mask = executed_mask(played.decisions.executed, chunk_length=CHUNK, action_dim=DIM)
+    mask = executed_mask(played.policy_steps.executed, chunk_length=CHUNK, action_dim=DIM)
     for i, (row, tag) in enumerate(zip(fields, tags, strict=True)):
         prompt = played.prompt_ids[i]
         assert row["uid"] == "g3"
         assert torch.equal(row["prompts"], prompt)
-        assert torch.equal(row["responses"], played.decisions.bins[i])
-        assert row["input_ids"].tolist() == prompt.tolist() + played.decisions.bins[i].tolist()
+        assert torch.equal(row["responses"], played.policy_steps.action_tokens[i])
+        assert (
+            row["input_ids"].tolist()
+            == prompt.tolist() + played.policy_steps.action_tokens[i].tolist()
+        )
         assert row["position_ids"].tolist() == list(range(len(prompt) + TOKENS))
         assert torch.equal(row["response_mask"], mask[i].long())
         assert torch.equal(row["loss_mask"], mask[i].long())
-        assert torch.equal(row["rollout_log_probs"], played.decisions.logp[i])
-        assert torch.equal(row["images"], played.decisions.image[i])
+        assert torch.equal(row["rollout_log_probs"], played.policy_steps.log_probs[i])
+        assert torch.equal(row["images"], played.policy_steps.image[i])
         assert tag["status"] == "success"
         assert tag["prompt_len"] + tag["response_len"] == tag["seq_len"] == len(row["input_ids"])
         assert {tag[f"{which}global_steps"] for which in ("", "min_", "max_")} == {5}
@@ -118,7 +121,7 @@ def test_the_score_stands_on_the_last_executed_token_of_a_trajectory():
     assert rewards.sum(1).tolist() == [0, 0.75, -0.5]
 
 
-def test_an_episode_without_decisions_makes_no_row_and_keeps_its_number():
+def test_an_episode_without_policy_steps_makes_no_row_and_keeps_its_number():
     keys, _, _ = rows_of(make_trajectories([3, 3, 3], [1, 0, 1]))
     assert keys == ["g3_0_0", "g3_2_0"]
 
@@ -158,7 +161,7 @@ def test_verl_computes_our_advantage_from_the_rows():
     )
     theirs = compute_advantage_for_multi_trajectories(data, batch_keys=keys, adv_estimator="grpo")
     ours = group_advantage(torch.tensor(score), played.episodes.group_id)
-    expected = ours[played.decisions.episode][:, None] * tensors["response_mask"]
+    expected = ours[played.policy_steps.episode][:, None] * tensors["response_mask"]
     torch.testing.assert_close(theirs.batch["advantages"], expected, atol=1e-5, rtol=1e-5)
 
 

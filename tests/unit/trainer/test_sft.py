@@ -78,7 +78,7 @@ def test_the_labels_command_the_next_actions(demonstrations: list[Demonstration]
     samples = make_samples(demonstrations, codec)
     assert len(samples) == 8
     assert samples.instructions == (INSTRUCTIONS[0],) * 4 + (INSTRUCTIONS[1],) * 4
-    commanded = codec.to_simulator(samples.bins)
+    commanded = codec.to_simulator(samples.action_tokens)
     cell = (codec.statistics.q99 - codec.statistics.q01) / 255
     for row, (source, frame) in enumerate((d, f) for d in demonstrations for f in range(4)):
         start = int(source.frame_steps[frame])
@@ -126,10 +126,14 @@ def test_the_loss_is_the_cross_entropy_over_the_action_classes(
     prompts = [untrained.processor.prompt(words) for words in samples.instructions]
     with torch.no_grad():
         logits = untrained.logits(samples.images, prompts)
-        logp = untrained.log_prob(samples.images, prompts, samples.bins, temperature=1.0)
+        log_probs = untrained.log_prob(
+            samples.images, prompts, samples.action_tokens, temperature=1.0
+        )
     assert logits.shape == (8, 28, 256)
-    assert report.loss == pytest.approx(float(-logp.mean()), abs=1e-4)
-    assert float(cross_entropy(logits, samples.bins)) == pytest.approx(report.loss, abs=1e-4)
+    assert report.loss == pytest.approx(float(-log_probs.mean()), abs=1e-4)
+    assert float(cross_entropy(logits, samples.action_tokens)) == pytest.approx(
+        report.loss, abs=1e-4
+    )
     uniform = cross_entropy(torch.zeros(2, 3, 256), torch.zeros(2, 3, dtype=torch.int64))
     assert float(uniform) == pytest.approx(math.log(256))
 
@@ -138,18 +142,18 @@ def test_targets_spread_over_neighbouring_motions_only(
     demonstrations: list[Demonstration],
 ) -> None:
     codec = policy_for(demonstrations).processor.codec
-    bins = torch.full((2, 28), 100)
-    bins[1, 0] = 0
-    soft = soft_targets(bins, codec, 4.0)
+    action_tokens = torch.full((2, 28), 100)
+    action_tokens[1, 0] = 0
+    soft = soft_targets(action_tokens, codec, 4.0)
     assert torch.allclose(soft.sum(-1), torch.ones(2, 28))
-    assert torch.equal(soft.argmax(-1), bins)
+    assert torch.equal(soft.argmax(-1), action_tokens)
     moving = soft[0, 0]
     assert moving[104] / moving[100] == pytest.approx(math.exp(-0.5), rel=1e-4)
     assert moving[96] == moving[104]
     for still in (3, 4, 5, 6):
         assert soft[0, still].max() == 1.0
-    assert torch.equal(soft_targets(bins, codec, 0.0).argmax(-1), bins)
-    assert soft_targets(bins, codec, 0.0).max(-1).values.min() == 1.0
+    assert torch.equal(soft_targets(action_tokens, codec, 0.0).argmax(-1), action_tokens)
+    assert soft_targets(action_tokens, codec, 0.0).max(-1).values.min() == 1.0
 
 
 def test_smoothing_changes_what_is_learned(demonstrations: list[Demonstration]) -> None:
@@ -176,7 +180,7 @@ def test_it_fits_a_handful_of_samples(demonstrations: list[Demonstration]) -> No
     prompts = [policy.processor.prompt(words) for words in samples.instructions]
     with torch.no_grad():
         answered = policy.logits(samples.images, prompts).argmax(-1)
-    assert (answered == samples.bins).float().mean() > 0.99
+    assert (answered == samples.action_tokens).float().mean() > 0.99
     assert not policy.model.training
 
 
@@ -208,9 +212,9 @@ def test_every_sample_is_seen_once_a_round(demonstrations: list[Demonstration]) 
     policy = policy_for(demonstrations)
     seen: list[bytes] = []
     forward = policy.logits
-    policy.logits = lambda images, prompts, bins: (  # type: ignore[method-assign]
+    policy.logits = lambda images, prompts, action_tokens: (  # type: ignore[method-assign]
         seen.extend(image.numpy().tobytes() for image in images),
-        forward(images, prompts, bins),
+        forward(images, prompts, action_tokens),
     )[1]
     list(fit(policy, samples, SFTConfig(steps=8, batch_size=3)))
     assert len(seen) == 24

@@ -20,8 +20,8 @@ from verl.utils import tensordict_utils as tu
 from verl_vla.config.compose import group_options, load_recipe, recipe_names
 from verl_vla.config.grpo import Recipe
 from verl_vla.core.episode import Outcome
-from verl_vla.core.tables import Decisions, Episodes, Trajectories
-from verl_vla.rl.group_sampling import GroupLedger, GroupResult
+from verl_vla.core.tables import Episodes, PolicySteps, Trajectories
+from verl_vla.rl.group_sampling import GroupFilter, GroupResult
 from verl_vla.runs.metrics import check_declared
 from verl_vla.trainer.grpo.rows import group_key, group_of, is_padding, make_rows
 from verl_vla.trainer.grpo.update import update
@@ -73,10 +73,10 @@ class OneRank:
             mine = batch.keys[part * len(batch) // parts : (part + 1) * len(batch) // parts]
             data = self.kv_batch_get(mine, batch.partition_id)
             tu.assign_non_tensor_data(data, "num_trajectories", self.num_trajectories)
-            logp = torch.full((len(mine), TOKENS), -1.0)
+            log_probs = torch.full((len(mine), TOKENS), -1.0)
             _, sums = row_loss(
-                logp=logp,
-                entropy=logp,
+                log_probs=log_probs,
+                entropy=log_probs,
                 data=data,
                 config=self.recipe.loss,
                 action_dim=DIM,
@@ -118,8 +118,10 @@ def play(monkeypatch: pytest.MonkeyPatch):
 
 def sampled(rank: OneRank, groups: list[list[float]]) -> KVBatchMeta:
     """The rows that are left by the rules of the recipe, with veRL's advantages."""
-    ledger = GroupLedger(config=rank.recipe.sampling)
-    dropped = ledger.add_round([result(number, scores) for number, scores in enumerate(groups)])
+    group_filter = GroupFilter(config=rank.recipe.sampling)
+    dropped = group_filter.add_round(
+        [result(number, scores) for number, scores in enumerate(groups)]
+    )
     score = np.array([score for scores in groups for score in scores], dtype=np.float32)
     keys, fields, tags = make_rows(played(groups), score, chunk_length=CHUNK, global_step=1)
     kept = [i for i, key in enumerate(keys) if group_of(key) not in dropped]
@@ -164,12 +166,12 @@ def played(groups: list[list[float]]) -> Trajectories:
             outcome=torch.full_like(ids, int(Outcome.TIMEOUT)),
             num_steps=torch.full_like(ids, PLACES * CHUNK),
         ),
-        decisions=Decisions(
+        policy_steps=PolicySteps(
             episode=ids.repeat_interleave(PLACES),
             image=torch.zeros(count, 1, 2, 2, 3, dtype=torch.uint8),
             proprio=torch.zeros(count, 8),
-            bins=torch.zeros(count, TOKENS, dtype=torch.int64),
-            logp=torch.full((count, TOKENS), -1.0),
+            action_tokens=torch.zeros(count, TOKENS, dtype=torch.int64),
+            log_probs=torch.full((count, TOKENS), -1.0),
             executed=torch.full((count,), CHUNK),
         ),
         prompt_ids=(torch.arange(4),) * count,

@@ -48,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--suite", choices=SUITES, default="libero_spatial")
     add("--task", type=int, default=0, help="task id within the suite")
-    add("--render-size", type=int, default=256, help="height and width of a picture, pixels")
+    add("--render-size", type=int, default=256, help="height and width of an image, pixels")
     add("--image-size", type=int, default=224, help="height and width that our policy sees")
     add("--pairs", type=int, default=10, help="chunks of each way; they take turns")
     add("--resets", type=int, default=5, help="resets of each way; they take turns")
@@ -59,9 +59,9 @@ def measure(options: argparse.Namespace) -> Record:
 
     The peers' way: 8 steps of `OffScreenRenderEnv` with its two cameras, each drawn at every step,
     nothing prepared for a policy; and a reset that rebuilds the model, sets the init state and
-    settles for 10 steps, whose pictures it cannot leave out. Ours: `LiberoEnv.step_chunk`, with one
+    settles for 10 steps, whose images it cannot leave out. Ours: `LiberoEnv.step_chunk`, with one
     view at the end, prepared for the policy; and `LiberoEnv.reset`, equal to the bit, in its two
-    parts: the settled state, and the first picture.
+    parts: the settled state, and the first image.
     """
     require_positive(options, "pairs", "resets", "render_size", "image_size")
     with _way(_stock, options) as stock, _way(_ours, options) as ours:
@@ -83,12 +83,12 @@ def measure(options: argparse.Namespace) -> Record:
 
 
 def compare_resets(taken: Mapping[str, list[Seconds]]) -> dict[str, Any]:
-    """Hold the peers' reset against ours: to a settled state, and with the first picture."""
+    """Hold the peers' reset against ours: to a settled state, and with the first image."""
     parts = zip(taken["settle"], taken["look"], strict=True)
     whole = [Seconds(a.clock + b.clock, a.processor + b.processor) for a, b in parts]
     return {
         **_compared("reset_to_settled_state", taken["peer"], taken["settle"]),
-        **_compared("reset_and_first_picture", taken["peer"], whole),
+        **_compared("reset_and_first_image", taken["peer"], whole),
     }
 
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from verl_vla.config.grpo import LORA_ALPHA
 from verl_vla.core.errors import ConfigError
 from verl_vla.diagnostics.benchmarks.measuring import Record, record, require_positive
-from verl_vla.policies.base import Chooser
+from verl_vla.policies.base import ActionSampler
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig, OpenVLAOFTModel
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tokenizer, tiny_config
 
@@ -34,14 +34,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--size", choices=("published", "tiny"), default="published")
     add("--device", choices=("cuda", "cpu"), default="cuda")
-    add("--batch", type=int, nargs="+", default=[1, 8, 32, 64], help="decisions at once")
+    add("--batch", type=int, nargs="+", default=[1, 8, 32, 64], help="policy steps at once")
     add("--update-batch", type=int, default=8, help="rows of one forward and backward pass")
     add("--matmul", type=int, default=8192, help="size of the matrices that give the peak")
     add("--repeats", type=int, default=5, help="passes that are timed together")
 
 
 def measure(options: argparse.Namespace) -> Record:
-    """Time decisions, an update of adapters, and an update of all weights (without optimizer)."""
+    """Time policy steps, and updates of adapters and of all weights (without optimizer)."""
     require_positive(options, "batch", "update_batch", "matmul", "repeats")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, but torch finds none; set --device cpu --size tiny")
@@ -52,9 +52,9 @@ def measure(options: argparse.Namespace) -> Record:
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "parameters": sum(p.numel() for p in model.parameters()),
         "matmul_peak_tflops": round(peak / 1e12, 3),
-        "tflop_per_decision": round(flops(model) / 1e12, 6),
+        "tflop_per_policy_step": round(flops(model) / 1e12, 6),
     }
-    results |= decisions(clock, model, options.batch, peak)
+    results |= policy_steps(clock, model, options.batch, peak)
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     results |= update(clock, model, options.update_batch, "full_update")
@@ -83,22 +83,22 @@ def matmul_peak(clock: _Clock, size: int) -> float:
 
 
 def flops(model: OpenVLAOFTModel) -> int:
-    """Count the floating-point operations of one decision."""
+    """Count the floating-point operations of one policy step."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         _choose(model, 1)
     return counter.get_total_flops()
 
 
-def decisions(
+def policy_steps(
     clock: _Clock, model: OpenVLAOFTModel, batches: list[int], peak: float
 ) -> dict[str, Any]:
-    """Time decisions at several batch sizes."""
+    """Time policy steps at several batch sizes."""
     work = flops(model)
     found: dict[str, Any] = {}
     for batch in batches:
         with torch.no_grad():
             seconds = clock.seconds(lambda batch=batch: _choose(model, batch))
-        found[f"decisions_per_s_{batch}"] = round(batch / seconds, 2)
+        found[f"policy_steps_per_s_{batch}"] = round(batch / seconds, 2)
         found[f"share_of_peak_{batch}"] = round(batch * work / seconds / peak, 3)
         found[f"memory_gib_{batch}"] = clock.peak_gib()
     return found
@@ -163,4 +163,6 @@ def _inputs(model: OpenVLAOFTModel, batch: int) -> tuple[Tensor, Tensor]:
 
 def _choose(model: OpenVLAOFTModel, batch: int) -> Tensor | None:
     noise = torch.full((batch, model.config.num_action_tokens), 0.5, dtype=torch.float64)
-    return model(*_inputs(model, batch), chooser=Chooser(noise.to(model.device), 1.0)).bins
+    return model(
+        *_inputs(model, batch), sampler=ActionSampler(noise.to(model.device), 1.0)
+    ).action_tokens

@@ -1,4 +1,4 @@
-"""How fast pictures are prepared for the policy: JPEG, Lanczos, centre crop, one thread."""
+"""How fast images are prepared for the policy: JPEG, Lanczos, centre crop, one thread."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ IMAGE_PACKAGES = ("pillow", "scipy", "simplejpeg")
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare what can be chosen."""
     add = parser.add_argument
-    add("--render-size", type=int, default=256, help="height and width of a picture, pixels")
+    add("--render-size", type=int, default=256, help="height and width of an image, pixels")
     add("--image-size", type=int, default=224, help="height and width that the policy sees")
-    add("--batch", type=int, default=16, help="pictures a round")
+    add("--batch", type=int, default=16, help="images a round")
     add("--rounds", type=int, default=50, help="how many rounds are measured")
 
 
 def measure(options: argparse.Namespace) -> Record:
-    """Prepare batches of pictures; processor seconds tell what one core can do."""
+    """Prepare batches of images; processor seconds tell what one core can do."""
     require_positive(options, "render_size", "image_size", "batch", "rounds")
-    pictures = _pictures(options.batch, options.render_size)
-    ways = {"images": lambda: timed(lambda: prepare_images(pictures, size=options.image_size))}
+    images = _images(options.batch, options.render_size)
+    ways = {"images": lambda: timed(lambda: prepare_images(images, size=options.image_size))}
     taken = take_turns(ways, rounds=options.rounds, warm_up=2)["images"]
     per_core, least, largest = spread([options.batch / s.processor for s in taken], 1)
     results = {
@@ -51,11 +51,11 @@ def measure(options: argparse.Namespace) -> Record:
     return record("images", options, results)
 
 
-def _pictures(count: int, size: int) -> Pixels:
+def _images(count: int, size: int) -> Pixels:
     """Smooth shapes, edges and a little noise, so that JPEG has as much to do as with a scene."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:size, 0:size]
     waves = 128 + 100 * np.sin(x / 17) * np.cos(y / 23)
-    pictures = waves[None, :, :, None] + rng.normal(0, 4, (count, size, size, 3))
-    pictures[:, size // 4 : size // 2, size // 3 : size // 2] = (200, 30, 60)
-    return np.clip(pictures, 0, 255).astype(np.uint8)
+    images = waves[None, :, :, None] + rng.normal(0, 4, (count, size, size, 3))
+    images[:, size // 4 : size // 2, size // 3 : size // 2] = (200, 30, 60)
+    return np.clip(images, 0, 255).astype(np.uint8)

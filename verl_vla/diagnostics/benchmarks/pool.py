@@ -49,8 +49,8 @@ class IdlePolicy:
         n, shape = len(observations), self.shape
         moves = (noise.numpy() - 0.5).reshape(n, shape.chunk_length, shape.action_dim)
         return ActionChunk(
-            bins=torch.zeros(n, shape.num_tokens, dtype=torch.int64),
-            logp=torch.zeros(n, shape.num_tokens),
+            action_tokens=torch.zeros(n, shape.num_tokens, dtype=torch.int64),
+            log_probs=torch.zeros(n, shape.num_tokens),
             prompt_ids=[torch.zeros(1, dtype=torch.int64)] * n,
             actions=moves.astype(np.float32),
         )
@@ -65,7 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--processes", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="simulator processes")
     add("--rounds", type=int, default=5, help="rounds of 1 and 2 processes, which take turns")
     add("--policy", default="bases/mini", help="folder of the policy that is tried beside none")
-    add("--render-size", type=int, default=128, help="height and width of a picture, pixels")
+    add("--render-size", type=int, default=128, help="height and width of an image, pixels")
 
 
 def measure(options: argparse.Namespace) -> Record:
@@ -106,15 +106,15 @@ def two_against_one(
 def scaling(
     factory: EnvFactory, count: int, policies: dict[str, Policy], *, task: int
 ) -> dict[str, Any]:
-    """Measure ``count`` processes under each policy: decisions a second, and who waited."""
+    """Measure ``count`` processes under each policy: policy steps a second, and who waited."""
     found: dict[str, Any] = {}
     for name, policy in policies.items():
         with _pool(factory, count, policy.shape) as pool:
             _play(pool, policy, task)  # builds the simulators
             times = RolloutTimes()
-            decisions = [_play(pool, policy, task, times) for _ in range(2)]
+            policy_steps = [_play(pool, policy, task, times) for _ in range(2)]
         found |= {
-            f"{name}_decisions_per_s_{count}": round(sum(decisions) / times.total_s, 1),
+            f"{name}_policy_steps_per_s_{count}": round(sum(policy_steps) / times.total_s, 1),
             f"{name}_env_wait_share_{count}": round(times.wait_s / times.total_s, 2),
             f"{name}_policy_share_{count}": round(times.policy_s / times.total_s, 2),
         }
@@ -130,7 +130,7 @@ def _play(pool: EnvPool, policy: Policy, task: int, times: RolloutTimes | None =
         EpisodeSpec(task_id=task, init_state_id=0, group_id=0, episode_id=i)
         for i in range(max(LEAST_EPISODES, 2 * pool.num_slots))
     ]
-    return len(play(specs, policy, pool, temperature=1.0, noise=NOISE, times=times).decisions)
+    return len(play(specs, policy, pool, temperature=1.0, noise=NOISE, times=times).policy_steps)
 
 
 def _timed_play(pool: EnvPool, policy: Policy, task: int) -> Seconds:

@@ -45,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--slots", type=int, default=16, help="episodes under way at the same time")
     add("--rounds", type=int, default=5, help="rounds of each way; they take turns")
     add("--policy", default="bases/mini", help="folder of the policy")
-    add("--render-size", type=int, default=128, help="height and width of a picture, pixels")
+    add("--render-size", type=int, default=128, help="height and width of an image, pixels")
 
 
 def measure(options: argparse.Namespace) -> Record:
@@ -61,8 +61,8 @@ def measure(options: argparse.Namespace) -> Record:
     slots = options.slots
     with open_pool(factory, policy.shape, num_workers=options.processes, num_slots=slots) as pool:
         results = compare(pool, policy, specs, rounds=options.rounds)
-    knobs = ("suite", "episodes", "steps", "processes", "slots", "rounds", "render_size")
-    return record("rollout", options, {k: getattr(options, k) for k in knobs} | results)
+    kept = ("suite", "episodes", "steps", "processes", "slots", "rounds", "render_size")
+    return record("rollout", options, {k: getattr(options, k) for k in kept} | results)
 
 
 def compare(
@@ -71,7 +71,7 @@ def compare(
     """Measure both ways on ``specs``, after a round that builds the simulators."""
     play(specs, policy, pool, temperature=1.0, noise=NOISE)
     times = {name: RolloutTimes() for name in PARTS}
-    decisions = dict.fromkeys(PARTS, 0)
+    policy_steps = dict.fromkeys(PARTS, 0)
 
     def one_round(name: str) -> Seconds:
         def work() -> None:
@@ -84,7 +84,7 @@ def compare(
                 times=times[name],
                 num_parts=PARTS[name],
             )
-            decisions[name] += len(played.decisions)
+            policy_steps[name] += len(played.policy_steps)
 
         return timed(work)
 
@@ -95,7 +95,7 @@ def compare(
     for name, spent in times.items():
         found |= {
             f"{name}_round_s": spread([s.clock for s in taken[name]], 2),
-            f"{name}_decisions_per_s": round(decisions[name] / spent.total_s, 1),
+            f"{name}_policy_steps_per_s": round(policy_steps[name] / spent.total_s, 1),
             f"{name}_env_wait_share": round(spent.wait_s / spent.total_s, 2),
             f"{name}_policy_share": round(spent.policy_s / spent.total_s, 2),
         }

@@ -17,7 +17,7 @@ NOISE = NoiseSource(seed=0, stream=0)
 
 
 def factory_of(options: argparse.Namespace, shape: PolicyShape) -> EnvFactory:
-    """Make simulators of ``--suite``, with the step limit and pictures that were asked for."""
+    """Make simulators of ``--suite``, with the step limit and images that were asked for."""
     config = EnvConfig(
         suite=options.suite,
         step_limit=options.steps,

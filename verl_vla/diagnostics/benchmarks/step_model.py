@@ -24,15 +24,15 @@ class Load:
     """Of the episodes played, whose groups are trained on."""
 
     @property
-    def decisions(self) -> float:
+    def policy_steps(self) -> float:
         """Policy calls of the step."""
         limit = self.step_limit / self.chunk_length
         return self.episodes * self.rounds * limit * self.share_played
 
     @property
     def rows(self) -> float:
-        """Decisions that are trained on."""
-        return self.decisions * self.share_kept
+        """PolicySteps that are trained on."""
+        return self.policy_steps * self.share_kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class Machine:
     """What the parts take on one machine."""
 
     num_gpus: int
-    decisions_per_gpu_s: float
+    policy_steps_per_gpu_s: float
     rows_per_gpu_s: float
     """Forward, backward and recomputation."""
     num_cores: int
@@ -85,17 +85,17 @@ class StepTime:
 def step_time(load: Load, machine: Machine) -> StepTime:
     """Compute the time of a training step."""
     return StepTime(
-        deciding_s=load.decisions / (machine.num_gpus * machine.decisions_per_gpu_s),
-        simulating_s=load.decisions * machine.chunk_core_s / machine.num_cores,
+        deciding_s=load.policy_steps / (machine.num_gpus * machine.policy_steps_per_gpu_s),
+        simulating_s=load.policy_steps * machine.chunk_core_s / machine.num_cores,
         transfer_s=load.rows * machine.bytes_per_row / machine.transfer_bytes_per_s,
         update_s=load.rows / (machine.num_gpus * machine.rows_per_gpu_s),
     )
 
 
-TFLOP_PER_DECISION = 4.94
+TFLOP_PER_POLICY_STEP = 4.94
 """Forward pass of OpenVLA-OFT 7.5 B, one 224 px view, 32 prompt tokens; counted by torch's
 FlopCounterMode on the published sizes."""
-TFLOP_PER_ROW = 4 * TFLOP_PER_DECISION
+TFLOP_PER_ROW = 4 * TFLOP_PER_POLICY_STEP
 """Forward, backward (twice a forward) and the forward again for checkpointed activations."""
 SHARE_OF_PEAK = 0.5
 """Assumed; `bench gpu` measures it where there is a GPU."""
@@ -104,7 +104,7 @@ CORES = 96
 CHUNK_CORE_S = 0.133
 """Measured: ``chunk_ours_processor_ms`` in docs/benchmarks/env_libero_spatial.json, software GL."""
 TRANSFER_BYTES_PER_S = 225e6
-"""Measured: rows with pictures into TransferQueue 0.1.10 on two busy cores."""
+"""Measured: rows with images into TransferQueue 0.1.10 on two busy cores."""
 BYTES_PER_ROW = 224 * 224 * 3.0
 """One view, uint8; everything else of a row is small."""
 PEAK_TFLOPS = {"8 x A100": 312.0, "8 x H200": 790.0}
@@ -135,7 +135,7 @@ def node(name: str) -> Machine:
     reached = PEAK_TFLOPS[name] * SHARE_OF_PEAK
     return Machine(
         num_gpus=8,
-        decisions_per_gpu_s=reached / TFLOP_PER_DECISION,
+        policy_steps_per_gpu_s=reached / TFLOP_PER_POLICY_STEP,
         rows_per_gpu_s=reached / TFLOP_PER_ROW,
         num_cores=CORES,
         chunk_core_s=CHUNK_CORE_S,

@@ -1,4 +1,4 @@
-"""Forward and backward passes over rows of decisions, and the memory that they take.
+"""Forward and backward passes over rows of policy steps, and the memory that they take.
 
 Each way runs in a process of its own, so that its peak memory is its own.
 """
@@ -46,8 +46,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare what can be chosen."""
     add = parser.add_argument
     add("--policy", default="bases/mini", help="folder of the policy")
-    add("--rows", type=int, default=256, help="decisions of one update")
-    add("--micro-batch-size", type=int, default=64, help="decisions of one pass")
+    add("--rows", type=int, default=256, help="policy steps of one update")
+    add("--micro-batch-size", type=int, default=64, help="policy steps of one pass")
     add("--rounds", type=int, default=5, help="updates that are measured")
 
 
@@ -96,27 +96,28 @@ def update_of(policy: TrainablePolicy, way: Way, rows: int) -> Callable[[], floa
     random = torch.Generator().manual_seed(0)
     size = (rows, *shape.image_shape)
     images = torch.randint(0, 256, size, dtype=torch.uint8, generator=random)
-    bins = torch.randint(0, shape.num_bins, (rows, shape.num_tokens), generator=random)
+    action_tokens = torch.randint(0, shape.num_bins, (rows, shape.num_tokens), generator=random)
     advantage = torch.randn(rows, generator=random)
     prompt = policy.processor.prompt(INSTRUCTION)
-    mask = torch.ones_like(bins, dtype=torch.bool)
-    weight = torch.full((rows,), 1.0 / bins.numel())
+    mask = torch.ones_like(action_tokens, dtype=torch.bool)
+    weight = torch.full((rows,), 1.0 / action_tokens.numel())
 
     def update() -> float:
         policy.model.zero_grad()
         for start in range(0, rows, way.micro_batch_size):
             part = slice(start, start + way.micro_batch_size)
-            prompts = [prompt] * len(bins[part])
-            logits = policy.logits(images[part], prompts, bins[part])
+            prompts = [prompt] * len(action_tokens[part])
+            logits = policy.logits(images[part], prompts, action_tokens[part])
             device = logits.device
-            logp = log_prob(logits, bins[part].to(device), 1.0)
+            log_probs = log_prob(logits, action_tokens[part].to(device), 1.0)
             if way.with_entropy:
                 with torch.no_grad():
                     entropy(logits, 1.0).sum().item()
             old, gain, seen, weights = (
-                t.to(device) for t in (logp.detach(), advantage[part], mask[part], weight[part])
+                t.to(device)
+                for t in (log_probs.detach(), advantage[part], mask[part], weight[part])
             )
-            policy_loss(logp, old, gain, seen, weights, ClipRange()).loss.backward()
+            policy_loss(log_probs, old, gain, seen, weights, ClipRange()).loss.backward()
         trained = [p.grad for p in policy.model.parameters() if p.grad is not None]
         return math.fsum(float(gradient.norm()) ** 2 for gradient in trained) ** 0.5
 

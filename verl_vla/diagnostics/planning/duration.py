@@ -10,9 +10,9 @@ from verl_vla.envs.base import Suite
 from verl_vla.policies.base import PolicyShape
 
 ROLLOUT_EFFICIENCY = 0.22
-"""Share of a GPU's best that a forward pass reaches: 13.6 decisions a second of 4.94 TFLOP on an
+"""Share of a GPU's best that a forward pass reaches: 13.6 policy steps a second of 4.94 TFLOP on an
 A100 (openvla-oft, arXiv:2502.19645, table of speeds, parallel decoding of discrete tokens; one
-decision at a time, so a batch does better)."""
+policy step at a time, so a batch does better)."""
 UPDATE_EFFICIENCY = 0.4
 """Of forward and backward. Published ends: 0.57 for a language model of this size under FSDP on
 A100 (PyTorch's blog "Maximizing training throughput using PyTorch FSDP", 2024), 0.12 for a whole
@@ -23,7 +23,7 @@ VIEW_S, MINI_VIEW_S = 0.098, 0.0074
 Simulator. A suite of one's own is taken for LIBERO's: assumed."""
 
 
-def num_decisions(recipe: Recipe, shape: PolicyShape, chosen: Suite) -> int:
+def num_policy_steps(recipe: Recipe, shape: PolicyShape, chosen: Suite) -> int:
     """Of one round in which every episode takes its task's whole time: an upper bound."""
     tasks = (
         range(len(chosen.tasks)) if recipe.environment.tasks is None else recipe.environment.tasks
@@ -41,17 +41,17 @@ def step_seconds(
     Simulators and policy take turns on two halves of the slots, so a rollout takes as long as the
     slower of the two.
     """
-    decisions = num_decisions(recipe, shape, chosen)
+    policy_steps = num_policy_steps(recipe, shape, chosen)
     is_mini = chosen.name == "mini"
     step_s, view_s = (MINI_STEP_S, MINI_VIEW_S) if is_mini else (STEP_S, VIEW_S)
-    per_decision = shape.chunk_length * step_s + shape.num_views * view_s
+    per_policy_step = shape.chunk_length * step_s + shape.num_views * view_s
     speed = num_ranks(recipe) * gpu.bf16_flops
-    forward = decisions * trace.forward_flops / (speed * ROLLOUT_EFFICIENCY)
+    forward = policy_steps * trace.forward_flops / (speed * ROLLOUT_EFFICIENCY)
     return {
-        "rollout: simulators": decisions * per_decision / recipe.environment.num_workers,
+        "rollout: simulators": policy_steps * per_policy_step / recipe.environment.num_workers,
         "rollout: policy": forward,
-        "log-probs again": forward if recipe.loss.recompute_logp else 0.0,
-        "update": decisions * trace.training_flops / (speed * UPDATE_EFFICIENCY),
+        "log-probs again": forward if recipe.loss.recompute_log_probs else 0.0,
+        "update": policy_steps * trace.training_flops / (speed * UPDATE_EFFICIENCY),
     }
 
 

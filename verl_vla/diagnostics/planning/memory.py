@@ -38,7 +38,7 @@ ENCODER_BYTES = {
     "vjepa2": 5_000_000_000,
 }
 """Of a reward's encoder with its activations. V-JEPA 2 ViT-g: siglip-grpo's blog, "~5 GB". The
-others: ViT-L, so400m and both, at 2 bytes a weight, with as much again for 32 pictures: assumed."""
+others: ViT-L, so400m and both, at 2 bytes a weight, with as much again for 32 images: assumed."""
 WORKER_BYTES = 500_000_000
 """Of one simulator process before its first simulator, memory of its own: docs/benchmarks.md,
 Simulator memory."""
@@ -50,7 +50,7 @@ PROCESS_BYTES = 1_200_000_000
 BUFFER_COPIES = 2
 """The trainer's trajectories of a round, and their rows in TransferQueue."""
 TOKEN_BYTES = 8 + 4 + 4 + 8
-"""A bin, its logp, a mask and an id in the LM layout: `verl_vla.trainer.grpo.rows`."""
+"""A bin, its log_probs, a mask and an id in the LM layout: `verl_vla.trainer.grpo.rows`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +69,13 @@ class DeviceMemory:
 
 
 def rows_per_pass(micro_batch_size: int, shape: PolicyShape) -> int:
-    """Decisions that veRL puts into one pass: its budget counts tokens, of which prompts vary."""
+    """PolicySteps that veRL puts into one pass: its budget counts tokens, of which prompts vary."""
     budget = micro_batch_size * (MAX_PROMPT_TOKENS + shape.num_tokens)
     return max(1, budget // (PROMPT_TOKENS + shape.num_tokens))
 
 
 def rollout_batch(recipe: Recipe) -> int:
-    """Decisions that one rank makes at once: one half of the slots, over all ranks."""
+    """PolicySteps that one rank makes at once: one half of the slots, over all ranks."""
     half = (recipe.environment.num_slots + 1) // 2
     return -(-half // num_ranks(recipe))
 
@@ -117,7 +117,7 @@ def device_memory(recipe: Recipe, trace: Trace, shape: PolicyShape) -> DeviceMem
 
 
 def host_memory(
-    recipe: Recipe, trace: Trace, shape: PolicyShape, chosen: Suite, num_decisions: int
+    recipe: Recipe, trace: Trace, shape: PolicyShape, chosen: Suite, num_policy_steps: int
 ) -> dict[str, int]:
     """Bytes of the node that simulates and holds ranks.
 
@@ -125,9 +125,9 @@ def host_memory(
     the larger of the two counts.
     """
     per_node = recipe.cluster.ranks_per_node
-    pictures = shape.num_views * shape.image_size**2 * RGB
-    row = pictures + (PROMPT_TOKENS + shape.num_tokens) * TOKEN_BYTES
-    buffer = BUFFER_COPIES * num_decisions * row
+    images = shape.num_views * shape.image_size**2 * RGB
+    row = images + (PROMPT_TOKENS + shape.num_tokens) * TOKEN_BYTES
+    buffer = BUFFER_COPIES * num_policy_steps * row
     loading = round(per_node * _weight_bytes(recipe, trace, loaded=True))
     parts = {
         "rollout buffer": buffer,

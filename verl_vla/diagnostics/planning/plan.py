@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from verl_vla.config.grpo import PolicyConfig, Recipe
-from verl_vla.diagnostics.planning.duration import num_decisions, step_seconds, total_seconds
+from verl_vla.diagnostics.planning.duration import num_policy_steps, step_seconds, total_seconds
 from verl_vla.diagnostics.planning.gpus import Gpu
 from verl_vla.diagnostics.planning.memory import DeviceMemory, device_memory, host_memory
 from verl_vla.diagnostics.planning.trace import Adapters, ModelConfig, Trace, trace_model
@@ -25,7 +25,7 @@ class Plan:
     gpu: Gpu | None
     """None where the ranks run on cores."""
     trace: Trace
-    decisions: int
+    policy_steps: int
     """Of one round, at most."""
     device: DeviceMemory
     host: Mapping[str, int]
@@ -54,14 +54,14 @@ def make_plan(recipe: Recipe, config: ModelConfig, gpu: Gpu | None) -> Plan:
         recipe = replace(recipe, cluster=replace(recipe.cluster, device="cpu"))
     chosen, shape = suite(recipe.environment.suite), config.shape
     trace = trace_policy(recipe.policy, config)
-    decisions = num_decisions(recipe, shape, chosen)
+    policy_steps = num_policy_steps(recipe, shape, chosen)
     return Plan(
         recipe=recipe,
         gpu=gpu,
         trace=trace,
-        decisions=decisions,
+        policy_steps=policy_steps,
         device=device_memory(recipe, trace, shape),
-        host=host_memory(recipe, trace, shape, chosen, decisions),
+        host=host_memory(recipe, trace, shape, chosen, policy_steps),
         seconds={} if gpu is None else step_seconds(recipe, trace, shape, chosen, gpu),
     )
 

@@ -18,20 +18,20 @@ ADAPTER_RANK = 16
 """siglip-grpo, configs/train_rl.yaml."""
 
 Changes = Mapping[str, Any]
-"""Values by the names of knobs."""
+"""Values by the names of options."""
 
 
 def find_remedy(plan: Plan, config: ModelConfig) -> tuple[Changes, Plan] | None:
     """The smallest change, of those that we know, with which ``plan`` fits; None if none does.
 
-    In this order: gather weights for every decision, recompute activations, smaller micro-batches,
-    more nodes, adapters, 4 bits.
+    In this order: gather weights for every policy step, recompute activations, smaller
+    micro-batches, more nodes, adapters, 4 bits.
     """
     for changes in _candidates(plan.recipe):
         try:
             changed = make_plan(_apply(plan.recipe, changes), config, plan.gpu)
         except ConfigError:
-            continue  # the knobs do not go together; the next candidate does without
+            continue  # the options do not go together; the next candidate does without
         if changed.fits:
             return changes, changed
     return None
@@ -61,6 +61,6 @@ def _candidates(recipe: Recipe) -> Iterator[Changes]:
 
 def _apply(recipe: Recipe, changes: Changes) -> Recipe:
     for name, value in changes.items():
-        section, knob = name.split(".")
-        recipe = replace(recipe, **{section: replace(getattr(recipe, section), **{knob: value})})
+        section, option = name.split(".")
+        recipe = replace(recipe, **{section: replace(getattr(recipe, section), **{option: value})})
     return recipe

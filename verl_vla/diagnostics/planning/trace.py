@@ -30,7 +30,7 @@ ModelConfig = OpenVLAOFTConfig | ScratchVLAConfig
 
 PROMPT_TOKENS = 32
 """Of a typical instruction; LIBERO's have 20 to 38 with the published tokenizer."""
-TRACED_DECISIONS = 4
+TRACED_POLICY_STEPS = 4
 """In a pass. What it needs grows evenly with them, to 3% from 4 to 16 of the published policy."""
 RGB = 3
 TEMPERATURE = 1.0
@@ -61,13 +61,13 @@ class Trace:
     root: int
     """Weights of no such layer, which are gathered for the whole pass."""
     batch: int
-    """Decisions in the pass."""
+    """PolicySteps in the pass."""
     training_bytes: int
     """Most that lives at once in forward and backward beside weights and their gradients."""
     forward_bytes: int
     """Most that lives at once where nothing is to be learned."""
     forward_flops: int
-    """Operations of a forward pass, for one decision; a multiplication and an addition are two."""
+    """FLOPs of a forward pass of one policy step; a multiplication and an addition are two."""
     training_flops: int
     """Of forward and backward, with what is recomputed."""
 
@@ -83,7 +83,7 @@ def trace_model(
     dtype: torch.dtype,
     adapters: Adapters | None = None,
     checkpointing: bool = False,
-    batch: int = TRACED_DECISIONS,
+    batch: int = TRACED_POLICY_STEPS,
 ) -> Trace:
     """Run one forward and backward pass through the model of ``config``.
 
@@ -92,7 +92,7 @@ def trace_model(
         dtype: of the arithmetic.
         adapters: put on the model and trained alone.
         checkpointing: whether activations are recomputed.
-        batch: decisions in the pass.
+        batch: policy steps in the pass.
     """
     return _trace(_Same(config), dtype, batch, adapters, checkpointing)
 
@@ -131,7 +131,7 @@ def _trace(
             model(**inputs)
         with _Living(weights) as training:
             logits = model(**inputs).logits
-            log_prob(logits, inputs["bins"], TEMPERATURE).sum().backward()
+            log_prob(logits, inputs["action_tokens"], TEMPERATURE).sum().backward()
     counts = count_weights(model)
     return Trace(
         **counts,
@@ -161,7 +161,7 @@ def _inputs(config: ModelConfig, dtype: torch.dtype, batch: int) -> dict[str, Te
             batch, channels, shape.image_size, shape.image_size, dtype=dtype
         ),
         "input_ids": torch.empty(batch, PROMPT_TOKENS, dtype=torch.int64),
-        "bins": torch.empty(batch, shape.num_tokens, dtype=torch.int64),
+        "action_tokens": torch.empty(batch, shape.num_tokens, dtype=torch.int64),
     }
 
 

@@ -132,7 +132,7 @@ class ArmControl:
         command(now, self._arm, self._aim)
         mujoco.mj_step2(self._model, self._data)
 
-    def go_on(self, substeps: int) -> None:
+    def run_substeps(self, substeps: int) -> None:
         """Follow the same action for ``substeps`` more physics steps."""
         follow(substeps, self._physics, self._now, self._arm, self._aim)
 

@@ -152,7 +152,7 @@ class LiberoEnv:
             outcome=outcome,
             observation=None if has_ended else self.observe(),
             goals=np.stack([before, episode.goals]),
-            ending=self._draw() if has_ended and self.config.draw_ending else None,
+            final_image=self._draw() if has_ended and self.config.render_final else None,
         )
 
     def step(self, action: npt.NDArray[np.float64]) -> Outcome | None:

@@ -62,7 +62,7 @@ def check_gl() -> None:
 
 
 def renderer_name() -> str:
-    """What draws, e.g. ``egl, llvmpipe (LLVM 15.0.6, 256 bits)``; two of them draw two pictures.
+    """What draws, e.g. ``egl, llvmpipe (LLVM 15.0.6, 256 bits)``; two of them draw two images.
 
     Raises:
         ConfigError: as in `prepare_gl`.

@@ -1,4 +1,4 @@
-"""Pictures of a simulator.
+"""Images of a simulator.
 
 Importing this module imports MuJoCo, which reads ``MUJOCO_GL`` then: call
 `verl_vla.envs.libero.gl.prepare_gl` first.
@@ -25,7 +25,7 @@ HIDDEN_GROUP = 4
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How pictures are drawn; whatever differs from the defaults changes pixels."""
+    """How images are drawn; whatever differs from the defaults changes pixels."""
 
     size: int
     """Height and width, pixels."""
@@ -38,7 +38,7 @@ class Look:
 
 
 class Renderer:
-    """Draws one model; made at the first picture, since a GL context costs a second."""
+    """Draws one model; made at the first image, since a GL context costs a second."""
 
     def __init__(self, model: mujoco.MjModel, look: Look) -> None:
         _apply(look, model)
@@ -50,7 +50,7 @@ class Renderer:
     def draw(self, data: mujoco.MjData, camera: str) -> npt.NDArray[np.uint8]:
         """Draw one camera: [size, size, 3] RGB, upright, mirrored as LIBERO's policies see it.
 
-        LIBERO's own pictures are upside down. openvla-oft turns them by 180 degrees
+        LIBERO's own images are upside down. openvla-oft turns them by 180 degrees
         (``experiments/robot/libero/libero_utils.py:33``), so left and right are swapped.
         """
         self._renderer.update_scene(data, camera, self._options)

@@ -112,11 +112,11 @@ class Simulator:
         """Run one control step (1/20 s) and say whether LIBERO calls the task solved."""
         self._env._post_process()  # switches lights that follow a joint
         self._arm.start(action)
-        self._arm.go_on(self._substeps - UNSEEN_SUBSTEPS - 1)
+        self._arm.run_substeps(self._substeps - UNSEEN_SUBSTEPS - 1)
         before = self._see()
-        self._arm.go_on(1)
+        self._arm.run_substeps(1)
         self._seen = replace(before, fingers_m=self._fingers(), arm_rad=self._arm_joints())
-        self._arm.go_on(UNSEEN_SUBSTEPS - 1)
+        self._arm.run_substeps(UNSEEN_SUBSTEPS - 1)
         return bool(self._env._check_success())
 
     @property

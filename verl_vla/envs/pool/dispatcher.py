@@ -29,7 +29,7 @@ MAX_FAILED_STARTS = 3
 LEAVE_S = 5.0
 """How long a worker whose simulator raised may take to exit."""
 
-PATIENCE_S = 2.0
+SHUTDOWN_TIMEOUT_S = 2.0
 """How long workers may take to follow each of: a polite word, SIGTERM, SIGKILL."""
 
 
@@ -113,10 +113,10 @@ class Dispatcher:
         for insist in (WorkerProcess.ask_to_stop, WorkerProcess.terminate, WorkerProcess.kill):
             for worker in alive:
                 insist(worker)
-            deadline = time.monotonic() + PATIENCE_S
+            deadline = time.monotonic() + SHUTDOWN_TIMEOUT_S
             alive = [worker for worker in alive if not worker.has_ended(before=deadline)]
         for worker in self._workers:
-            worker.bury()
+            worker.reap()
         self._workers.clear()
 
     def _run(self) -> None:
@@ -207,7 +207,7 @@ class Dispatcher:
     def _remove(self, worker: WorkerProcess) -> str:
         self._selector.unregister(worker)
         self._workers.remove(worker)
-        return worker.bury()
+        return worker.reap()
 
     def _count_failed_start(self, error: EpisodeCrashed, *, is_start: bool) -> None:
         """Give up where every worker fails, be it at once or at its first request."""

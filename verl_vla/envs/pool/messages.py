@@ -102,7 +102,7 @@ class Stepped:
     outcome: Outcome | None
     moment: Moment | None
     """None where the episode ended."""
-    has_ending: bool
+    has_final_image: bool
     """Whether the slot's frame shows how it ended."""
     goals: GoalReadings
     busy_s: float

@@ -35,7 +35,7 @@ class PoolStats:
 
     steps: int = 0
     """Simulator steps the policy chose."""
-    decisions: int = 0
+    policy_steps: int = 0
     """Action chunks run."""
     resets_simulated: int = 0
     resets_served: int = 0
@@ -185,7 +185,7 @@ class Slots:
         self._answers[slot] = copied
 
     def _note_step(self, slot: int, result: Stepped) -> None:
-        self.stats += PoolStats(decisions=1, steps=result.executed, busy_s=result.busy_s)
+        self.stats += PoolStats(policy_steps=1, steps=result.executed, busy_s=result.busy_s)
         observation = None
         if result.moment is None:
             del self._playing[slot]
@@ -199,7 +199,7 @@ class Slots:
             outcome=result.outcome,
             observation=observation,
             goals=result.goals,
-            ending=self._frames[slot].copy() if result.has_ending else None,
+            final_image=self._frames[slot].copy() if result.has_final_image else None,
         )
 
     def _note_failure(self, request: Request, result: Failed) -> StartEpisode | None:

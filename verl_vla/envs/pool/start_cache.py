@@ -1,6 +1,6 @@
 """Starts that were simulated before.
 
-A recorded start settles and renders to the same picture each time, and GRPO plays every start a
+A recorded start settles and renders to the same image each time, and GRPO plays every start a
 whole group's number of times, so each is simulated once and served from here afterwards.
 """
 

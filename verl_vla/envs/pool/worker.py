@@ -110,13 +110,13 @@ def _do(env: Env, frames: Frames, request: Request) -> Reply:
     if (result.observation is None) != (result.outcome is not None):
         raise ContractError("an observation must come with every chunk but the last")
     moment = None if result.observation is None else _moment(env, result.observation, frame)
-    if result.ending is not None:
-        _show(result.ending, frame)
+    if result.final_image is not None:
+        _show(result.final_image, frame)
     return Stepped(
         executed=result.executed,
         outcome=result.outcome,
         moment=moment,
-        has_ending=result.ending is not None,
+        has_final_image=result.final_image is not None,
         goals=result.goals,
         busy_s=time.perf_counter() - began,
     )

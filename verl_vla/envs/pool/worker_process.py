@@ -30,7 +30,7 @@ OUTPUT_TAIL = 4000
 STACK_S = 0.2
 """How long a worker that hangs has to write down where."""
 
-LAST_BREATH_S = 1.0
+EXIT_GRACE_S = 1.0
 """How long a process may take to end once its socket is closed."""
 
 State = Literal["starting", "idle", "busy", "leaving"]
@@ -59,7 +59,7 @@ class WorkerProcess:
         self.request: Request | None = None
         self.deadline = deadline
         self.tasks: dict[int, float] = {}
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115 -- closed by `bury`
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 -- closed by `reap`
         append = fcntl.fcntl(self._output, fcntl.F_GETFL) | os.O_APPEND
         fcntl.fcntl(self._output, fcntl.F_SETFL, append)  # so that it can be cut while in use
         ours, theirs = socket.socketpair()
@@ -144,13 +144,13 @@ class WorkerProcess:
             return True
         return False
 
-    def bury(self) -> str:
+    def reap(self) -> str:
         """Free what a worker that was killed or is about to exit leaves behind.
 
         Returns:
             Its exit code or signal, and the last lines of its output.
         """
-        if not self.has_ended(before=time.monotonic() + LAST_BREATH_S):
+        if not self.has_ended(before=time.monotonic() + EXIT_GRACE_S):
             self._process.kill()
         code = self._process.wait()
         self._connection.close()

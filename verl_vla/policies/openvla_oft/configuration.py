@@ -153,12 +153,12 @@ class OpenVLAOFTConfig(PreTrainedConfig):
 
     @property
     def num_patches(self) -> int:
-        """Image tokens of one decision, over all views."""
+        """Image tokens of one policy step, over all views."""
         return self.num_images_in_input * (self.image_size // self.towers[0].patch_size) ** 2
 
     @property
     def num_action_tokens(self) -> int:
-        """T, action tokens of one decision."""
+        """T, action tokens of one policy step."""
         return self.chunk_length * self.action_dim
 
     @property

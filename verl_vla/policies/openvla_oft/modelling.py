@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from verl_vla.config.grpo import LoraTargets
 from verl_vla.core.errors import ConfigError, ContractError
-from verl_vla.policies.base import ActionLogits, Chooser
+from verl_vla.policies.base import ActionLogits, ActionSampler
 from verl_vla.policies.lora import ADAPTER_MARK, add_adapters, head_rows
 from verl_vla.policies.openvla_oft.attention import require_backend, require_bidirectional_backend
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig
@@ -59,10 +59,10 @@ class OpenVLAOFTModel(TokenModel):
         for layer in _layers(self.language_model):
             layer.self_attn.is_causal = False
         self.post_init()
-        self.choose_trained()
+        self.freeze_untrained()
         require_bidirectional(self)
 
-    def choose_trained(self) -> None:
+    def freeze_untrained(self) -> None:
         """Take the weights that never run out of training."""
         for tower in self.vision_backbone.towers:
             tower.freeze_unused()
@@ -104,8 +104,8 @@ class OpenVLAOFTModel(TokenModel):
         pixel_values: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        bins: Tensor | None = None,
-        chooser: Chooser | None = None,
+        action_tokens: Tensor | None = None,
+        sampler: ActionSampler | None = None,
         with_nll: bool = False,
         proprio: Tensor | None = None,
     ) -> ActionLogits:
@@ -115,19 +115,21 @@ class OpenVLAOFTModel(TokenModel):
             pixel_values: see `action_logits`.
             input_ids: see `action_logits`.
             attention_mask: see `action_logits`.
-            bins: [B, T] int64, wanted for `ActionLogits.nll` alone; no token of a chunk sees
-                another one's bin.
-            chooser: if given, chooses a bin for every token.
-            with_nll: score ``bins`` and the stop behind them among the whole vocabulary, as
-                openvla-oft is fine-tuned.
+            action_tokens: [B, T] int64, wanted for `ActionLogits.nll` alone; no token of a chunk
+                sees another one's bin.
+            sampler: if given, chooses a bin for every token.
+            with_nll: score ``action_tokens`` and the stop behind them among the whole vocabulary,
+                as openvla-oft is fine-tuned.
             proprio: see `action_logits`.
         """
-        hidden = self._think(pixel_values, input_ids, attention_mask, proprio, with_stop=with_nll)
+        hidden = self._encode(pixel_values, input_ids, attention_mask, proprio, with_stop=with_nll)
         if with_nll:
-            assert bins is not None
-            return self._imitate(hidden, bins)
+            assert action_tokens is not None
+            return self._sft_forward(hidden, action_tokens)
         logits = self._score(hidden)
-        return ActionLogits(logits=logits, bins=None if chooser is None else chooser.choose(logits))
+        return ActionLogits(
+            logits=logits, action_tokens=None if sampler is None else sampler.choose(logits)
+        )
 
     def action_mass(
         self,
@@ -144,7 +146,7 @@ class OpenVLAOFTModel(TokenModel):
         Returns:
             [B, T] float32, 0 to 1.
         """
-        of_all = self._score_all(self._think(pixel_values, input_ids, attention_mask, proprio))
+        of_all = self._score_all(self._encode(pixel_values, input_ids, attention_mask, proprio))
         return (of_all[..., self._action_ids].logsumexp(-1) - of_all.logsumexp(-1)).exp()
 
     @property
@@ -152,15 +154,15 @@ class OpenVLAOFTModel(TokenModel):
         start = self.config.first_action_id
         return slice(start, start + self.config.n_action_bins)
 
-    def _imitate(self, hidden: Tensor, bins: Tensor) -> ActionLogits:
+    def _sft_forward(self, hidden: Tensor, action_tokens: Tensor) -> ActionLogits:
         """Score demonstrated bins and the stop, given the [B, T + 1, D] states before them."""
         of_all = self._score_all(hidden)
-        stop = bins.new_full((len(bins), 1), self.config.stop_id)
-        labels = torch.cat([self.config.first_action_id + bins, stop], dim=1)
+        stop = action_tokens.new_full((len(action_tokens), 1), self.config.stop_id)
+        labels = torch.cat([self.config.first_action_id + action_tokens, stop], dim=1)
         nll = functional.cross_entropy(of_all.transpose(1, 2), labels, reduction="none")
         return ActionLogits(logits=of_all[:, :-1, self._action_ids], nll=nll)
 
-    def _think(
+    def _encode(
         self,
         pixel_values: Tensor,
         input_ids: Tensor,

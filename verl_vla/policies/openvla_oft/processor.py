@@ -30,7 +30,7 @@ class OpenVLAOFTProcessor(TokenProcessor):
         tokenizer: its ids must lie below the config's first action id, padding aside.
         image_statistics: one per vision tower.
         action_statistics: of the data that the model was fine-tuned on.
-        render_size: of the camera pictures that it was fine-tuned on, pixels; None if unknown.
+        render_size: of the camera images that it was fine-tuned on, pixels; None if unknown.
         proprio_ranges: of the same data, for a policy that reads proprio.
 
     Raises:

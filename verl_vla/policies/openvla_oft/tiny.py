@@ -45,7 +45,7 @@ class TinySizes:
 
     image_size: int = 112
     render_size: int | None = None
-    """Of the camera pictures that it will be trained on, pixels."""
+    """Of the camera images that it will be trained on, pixels."""
     patch_size: int = 14
     num_views: int = 1
     vision_width: int = 72

@@ -63,20 +63,22 @@ class ActionTokens(nn.Module):
         self.head = nn.Linear(width, num_bins, bias=False)
 
 
-def embed_bins(rows: Tensor, bins: Tensor) -> Tensor:
+def embed_action_tokens(rows: Tensor, action_tokens: Tensor) -> Tensor:
     """Look up [..., t] bins among [C, D] rows.
 
     Raises:
         ContractError: if a bin has no row. CUDA would read other memory and go on.
     """
-    if bins.numel() and not 0 <= int(bins.min()) <= int(bins.max()) < len(rows):
-        raise ContractError(
-            f"bins run from {int(bins.min())} to {int(bins.max())}; only 0..{len(rows) - 1} exist"
-        )
-    return functional.embedding(bins, rows)
+    if action_tokens.numel():
+        low, high = int(action_tokens.min()), int(action_tokens.max())
+        if low < 0 or high >= len(rows):
+            raise ContractError(
+                f"action tokens run from {low} to {high}; only 0..{len(rows) - 1} exist"
+            )
+    return functional.embedding(action_tokens, rows)
 
 
-def score_bins(rows: Tensor, hidden: Tensor) -> Tensor:
+def score_action_tokens(rows: Tensor, hidden: Tensor) -> Tensor:
     """Score every bin in float32, under autocast too.
 
     Args:

@@ -31,8 +31,8 @@ class ScratchVLAConfig(PreTrainedConfig):
         first_action_id: token id of bin 0. None takes the last rows of the vocabulary, which is
             right only where none of them is padding; see `find_first_action_id`.
         n_action_bins: C, classes per action token.
-        num_views: V, images of one decision.
-        chunk_length: K, actions of one decision.
+        num_views: V, images of one policy step.
+        chunk_length: K, actions of one policy step.
         action_dim: A, values of one action.
         lora_rank: of the adapters of the language model's linear layers, whose own weights are
             then frozen; 0 trains the language model itself.
@@ -97,13 +97,13 @@ class ScratchVLAConfig(PreTrainedConfig):
 
     @property
     def num_patches(self) -> int:
-        """Image tokens of one decision, over all views."""
+        """Image tokens of one policy step, over all views."""
         patch_size: Any = self.towers[0].patch_size
         return self.num_views * (self.image_size // patch_size) ** 2
 
     @property
     def num_action_tokens(self) -> int:
-        """T, action tokens of one decision."""
+        """T, action tokens of one policy step."""
         return self.chunk_length * self.action_dim
 
     @property

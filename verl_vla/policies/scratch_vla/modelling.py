@@ -22,9 +22,13 @@ from transformers import AutoModel, Cache, DynamicCache, SiglipVisionModel
 
 from verl_vla.config.grpo import LoraTargets
 from verl_vla.core.errors import ConfigError, ContractError
-from verl_vla.policies.base import ActionLogits, Chooser
+from verl_vla.policies.base import ActionLogits, ActionSampler
 from verl_vla.policies.lora import ADAPTER_MARK, add_adapters
-from verl_vla.policies.scratch_vla.action_tokens import ActionTokens, embed_bins, score_bins
+from verl_vla.policies.scratch_vla.action_tokens import (
+    ActionTokens,
+    embed_action_tokens,
+    score_action_tokens,
+)
 from verl_vla.policies.scratch_vla.attention import align_right, pairwise_mask
 from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig
 from verl_vla.policies.token_model import TokenModel
@@ -66,9 +70,9 @@ class ScratchVLAModel(TokenModel):
         if config.lora_rank:
             # after post_init, which would fill the adapters' zeros with noise
             add_adapters(self.decoder, rank=config.lora_rank, alpha=config.lora_alpha)
-        self.choose_trained()
+        self.freeze_untrained()
 
-    def choose_trained(self) -> None:
+    def freeze_untrained(self) -> None:
         """Freeze what the configuration does not train."""
         config = self.config
         self.vision_towers.requires_grad_(config.train_vision)
@@ -106,20 +110,20 @@ class ScratchVLAModel(TokenModel):
         pixel_values: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        bins: Tensor | None = None,
-        chooser: Chooser | None = None,
+        action_tokens: Tensor | None = None,
+        sampler: ActionSampler | None = None,
         with_nll: bool = False,
     ) -> ActionLogits:
-        """Score ``bins``, or choose some; the entry that FSDP wraps.
+        """Score ``action_tokens``, or choose some; the entry that FSDP wraps.
 
         Args:
             pixel_values: [B, V * towers * 3, H, W], normalised.
             input_ids: [B, L] prompts, padded on the right.
             attention_mask: [B, L], 1 where a prompt is and 0 where padding is; None without any.
-            bins: [B, T] int64; token k's logits are given the bins before it. Parallel
+            action_tokens: [B, T] int64; token k's logits are given the bins before it. Parallel
                 decoding does not need them.
-            chooser: chooses a bin for every token.
-            with_nll: score ``bins`` among all bins; the head has no rows for other words.
+            sampler: chooses a bin for every token.
+            with_nll: score ``action_tokens`` among all bins; the head has no rows for other words.
 
         Raises:
             ContractError: if decoding is autoregressive and there is neither or both.
@@ -127,22 +131,24 @@ class ScratchVLAModel(TokenModel):
         prefix = self._prefix(pixel_values, input_ids, attention_mask)
         if self.config.decoding == "parallel":
             logits = self._score_at_once(prefix, self._blank(prefix), causal=False)
-        elif bins is not None and chooser is None:
-            inputs = self._embed(bins[:, :-1]).to(prefix.embeddings.dtype)
+        elif action_tokens is not None and sampler is None:
+            inputs = self._embed(action_tokens[:, :-1]).to(prefix.embeddings.dtype)
             logits = self._score_at_once(prefix, inputs, causal=True)
-        elif chooser is not None and bins is None:
-            return self._choose_in_turn(prefix, chooser)
+        elif sampler is not None and action_tokens is None:
+            return self._choose_in_turn(prefix, sampler)
         else:
             raise ContractError(
                 "autoregressive decoding scores the bins it is given or chooses its own; give "
-                "either bins or a chooser"
+                "either bins or a sampler"
             )
         answer = ActionLogits(logits=logits)
-        if chooser is not None:
-            answer.bins = chooser.choose(logits)
+        if sampler is not None:
+            answer.action_tokens = sampler.choose(logits)
         if with_nll:
-            assert bins is not None
-            answer.nll = functional.cross_entropy(logits.transpose(1, 2), bins, reduction="none")
+            assert action_tokens is not None
+            answer.nll = functional.cross_entropy(
+                logits.transpose(1, 2), action_tokens, reduction="none"
+            )
         return answer
 
     def get_input_embeddings(self) -> nn.Module:
@@ -181,25 +187,27 @@ class ScratchVLAModel(TokenModel):
         """[B, T, C] logits, given what is in the places of all tokens but the last."""
         sequence = torch.cat([prefix.embeddings, inputs], dim=1)
         is_token = torch.cat([prefix.is_token, _all_true(inputs)], dim=1)
-        hidden = self._think(sequence, is_token, causal=causal)
+        hidden = self._encode(sequence, is_token, causal=causal)
         return self._score(hidden[:, prefix.embeddings.shape[1] - 1 :])
 
-    def _choose_in_turn(self, prefix: Prefix, chooser: Chooser) -> ActionLogits:
+    def _choose_in_turn(self, prefix: Prefix, sampler: ActionSampler) -> ActionLogits:
         """Choose token after token; keys and values of what went before are kept."""
         cache = DynamicCache()
         inputs, is_token = prefix.embeddings, prefix.is_token
         logits: list[Tensor] = []
-        bins: list[Tensor] = []
+        action_tokens: list[Tensor] = []
         for place in range(self.config.num_action_tokens):
             if place:
-                inputs = self._embed(bins[-1]).to(prefix.embeddings.dtype)
+                inputs = self._embed(action_tokens[-1]).to(prefix.embeddings.dtype)
                 is_token = torch.cat([is_token, _all_true(inputs)], dim=1)
-            hidden = self._think(inputs, is_token, causal=True, cache=cache)
+            hidden = self._encode(inputs, is_token, causal=True, cache=cache)
             logits.append(self._score(hidden[:, -1:]))
-            bins.append(chooser.choose(logits[-1], place))
-        return ActionLogits(logits=torch.cat(logits, dim=1), bins=torch.cat(bins, dim=1))
+            action_tokens.append(sampler.choose(logits[-1], place))
+        return ActionLogits(
+            logits=torch.cat(logits, dim=1), action_tokens=torch.cat(action_tokens, dim=1)
+        )
 
-    def _think(
+    def _encode(
         self, inputs: Tensor, is_token: Tensor, *, causal: bool, cache: Cache | None = None
     ) -> Tensor:
         """Run the language model on the last places of a sequence.
@@ -228,15 +236,15 @@ class ScratchVLAModel(TokenModel):
         batch, _, width = prefix.embeddings.shape
         return prefix.embeddings.new_zeros(batch, self.config.num_action_tokens - 1, width)
 
-    def _embed(self, bins: Tensor) -> Tensor:
+    def _embed(self, action_tokens: Tensor) -> Tensor:
         if self.config.action_rows == "trained":
-            return embed_bins(self.action_tokens.embedding.weight, bins)
-        return embed_bins(self._vocabulary_rows(), bins)
+            return embed_action_tokens(self.action_tokens.embedding.weight, action_tokens)
+        return embed_action_tokens(self._vocabulary_rows(), action_tokens)
 
     def _score(self, hidden: Tensor) -> Tensor:
         if self.config.action_rows == "trained":
-            return score_bins(self.action_tokens.head.weight, hidden)
-        return score_bins(self._vocabulary_rows(), hidden)
+            return score_action_tokens(self.action_tokens.head.weight, hidden)
+        return score_action_tokens(self._vocabulary_rows(), hidden)
 
     def _vocabulary_rows(self) -> Tensor:
         """[C, D], the action ids' rows of the language model's own table."""

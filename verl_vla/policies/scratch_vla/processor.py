@@ -24,7 +24,7 @@ class ScratchVLAProcessor(TokenProcessor):
         tokenizer: of its language model.
         image_statistics: one per vision tower.
         action_statistics: of the data that the model is fine-tuned on.
-        render_size: of the camera pictures that it was fine-tuned on, pixels; None if unknown.
+        render_size: of the camera images that it was fine-tuned on, pixels; None if unknown.
 
     Raises:
         ConfigError: if the parts do not belong together.

@@ -23,7 +23,7 @@ class ScratchSizes:
 
     image_size: int = 112
     render_size: int | None = None
-    """Of the camera pictures that it will be trained on, pixels."""
+    """Of the camera images that it will be trained on, pixels."""
     patch_size: int = 14
     num_views: int = 1
     num_towers: int = 1

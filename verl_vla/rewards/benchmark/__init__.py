@@ -6,7 +6,7 @@ on real failures of a policy, with controls that know nothing and one that knows
 """
 
 from verl_vla.rewards.benchmark.bench import BenchConfig, BenchRow, measure
-from verl_vla.rewards.benchmark.contestants import make_contestants, read_rewards
+from verl_vla.rewards.benchmark.entries import make_entries, read_rewards
 from verl_vla.rewards.benchmark.episodes import (
     PlayConfig,
     choose_groups,
@@ -42,7 +42,7 @@ __all__ = [
     "draw_reliability",
     "halve",
     "is_complete",
-    "make_contestants",
+    "make_entries",
     "make_sample",
     "measure",
     "paper_table",

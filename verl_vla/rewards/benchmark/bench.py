@@ -21,10 +21,10 @@ from verl_vla.rewards import (
     TrajectoryReward,
     judge,
     learn,
-    looks_at_pictures,
+    looks_at_images,
 )
-from verl_vla.rewards.benchmark.contestants import Contestant
 from verl_vla.rewards.benchmark.curves import JUDGED, LEARNED, FeatureShelf, follow
+from verl_vla.rewards.benchmark.entries import Entry
 from verl_vla.rewards.benchmark.paper import PaperNumbers, paper_numbers
 from verl_vla.rewards.benchmark.samples import Sample, take
 from verl_vla.rewards.benchmark.statistics import Estimate, Ranking, estimate, number, rank_failures
@@ -116,24 +116,24 @@ class BenchRow:
 
 
 def measure(
-    contestants: Sequence[Contestant], learned: Sample, judged: Sample, config: BenchConfig
+    entries: Sequence[Entry], learned: Sample, judged: Sample, config: BenchConfig
 ) -> list[BenchRow]:
     """Let every reward learn and judge it; a reward that looks at frames has a second line.
 
     Args:
-        contestants: fresh rewards; they are changed.
+        entries: fresh rewards; they are changed.
         learned: what they may learn from.
         judged: on other starts, split ``held_out``.
         config: see there.
 
     Returns:
-        The rows, in the order of the contestants.
+        The rows, in the order of the entries.
     """
     shelf = FeatureShelf()
     shuffled = judged.shuffle_failures(config.seed)
     rows: list[BenchRow] = []
-    for contestant in contestants:
-        reward = contestant.reward
+    for entry in entries:
+        reward = entry.reward
         _let_learn(reward, shelf.fill(reward, LEARNED, learned.batch)[0], config)
         curves = follow(
             reward,
@@ -143,10 +143,10 @@ def measure(
             num_groups=config.curve_groups,
             num_points=config.curve_points,
         )
-        rows.append(_row(contestant, contestant.label, shelf, JUDGED, judged, curves, config))
-        if looks_at_pictures(reward):
-            label = contestant.label + SHUFFLED
-            row = _row(contestant, label, shelf, _SHUFFLED_PART, shuffled, (), config)
+        rows.append(_row(entry, entry.label, shelf, JUDGED, judged, curves, config))
+        if looks_at_images(reward):
+            label = entry.label + SHUFFLED
+            row = _row(entry, label, shelf, _SHUFFLED_PART, shuffled, (), config)
             rows.append(replace(row, is_control=True))
     return rows
 
@@ -164,7 +164,7 @@ def _let_learn(reward: TrajectoryReward, batch: TrajectoryBatch, config: BenchCo
 
 
 def _row(
-    contestant: Contestant,
+    entry: Entry,
     label: str,
     shelf: FeatureShelf,
     part: str,
@@ -172,9 +172,9 @@ def _row(
     curves: tuple[Floats, ...],
     config: BenchConfig,
 ) -> BenchRow:
-    batch, encoding_s = shelf.fill(contestant.reward, part, sample.batch)
+    batch, encoding_s = shelf.fill(entry.reward, part, sample.batch)
     began = time.perf_counter()
-    result = judge(contestant.reward, batch)
+    result = judge(entry.reward, batch)
     seconds = encoding_s + time.perf_counter() - began
     task = np.unique(batch.task_key, return_inverse=True)[1]
     failed = np.flatnonzero(~batch.success)
@@ -194,7 +194,7 @@ def _row(
     features = batch.features
     return BenchRow(
         label=label,
-        is_control=contestant.is_control,
+        is_control=entry.is_control,
         by_progress=by_progress,
         by_score=by_score,
         changes_advantage=estimate(

@@ -91,9 +91,9 @@ def _encode_cut(
     cut_at: Indices,
     point: int,
 ) -> TrajectoryBatch:
-    """Complete the first decisions of episodes.
+    """Complete the first policy steps of episodes.
 
-    An encoder that looks at one picture at a time makes the same of a part as of the whole; one of
+    An encoder that looks at one image at a time makes the same of a part as of the whole; one of
     clips is asked again.
     """
     batch = sample.cut(cut_at).batch

@@ -17,7 +17,7 @@ import numpy as np
 
 from verl_vla.core.episode import EpisodeSpec, Start
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.files import write_whole, writing_to
+from verl_vla.core.files import atomic_write, writing_to
 from verl_vla.core.tables import Trajectories
 from verl_vla.core.trajectory_io import read_trajectories, write_trajectories
 from verl_vla.envs.base import StepLimit
@@ -53,7 +53,7 @@ class PlayConfig:
     """Of the choice of starts and of the noise."""
     step_limit: StepLimit = "published"
     render_size: int | None = None
-    """Camera picture, pixels; None takes what the policy was fine-tuned on. The record of what was
+    """Camera image, pixels; None takes what the policy was fine-tuned on. The record of what was
     played holds the number."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     unnorm_key: str | None = None
@@ -146,7 +146,7 @@ def claim(folder: Path, record: Mapping[str, Any]) -> None:
         return
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / PLAYED_FILE, json.dumps(wanted, indent=1))
+        atomic_write(folder / PLAYED_FILE, json.dumps(wanted, indent=1))
 
 
 def played_with(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pictures of a measurement: progress along episodes, against the truth, and the features."""
+"""Images of a measurement: progress along episodes, against the truth, and the features."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def draw_progress(path: Path, rows: Sequence[BenchRow], success: npt.NDArray[np.
     """Draw the mean progress along successes and failures, a panel for each reward.
 
     Args:
-        path: of the picture.
+        path: of the image.
         rows: those without curves are left out.
         success: [B], of the judged episodes.
     """

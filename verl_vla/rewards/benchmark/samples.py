@@ -27,7 +27,7 @@ class Sample:
 
     batch: TrajectoryBatch
     executed: tuple[Indices, ...]
-    """B arrays [decisions], steps that each chunk ran."""
+    """B arrays [policy steps], steps that each chunk ran."""
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -42,11 +42,11 @@ class Sample:
         """Keep some episodes, in this order."""
         return Sample(take(self.batch, rows), tuple(self.executed[row] for row in rows))
 
-    def cut(self, num_decisions: Indices) -> Sample:
-        """Keep the first decisions of every episode, and its outcome a secret.
+    def cut(self, num_policy_steps: Indices) -> Sample:
+        """Keep the first policy steps of every episode, and its outcome a secret.
 
         Args:
-            num_decisions: [B], at least 1 each and at most those that there are.
+            num_policy_steps: [B], at least 1 each and at most those that there are.
         """
         batch = self.batch
         assert batch.goals is not None
@@ -55,14 +55,14 @@ class Sample:
                 batch,
                 success=np.zeros(len(batch), dtype=np.bool_),
                 num_steps=np.array(
-                    [e[:n].sum() for e, n in zip(self.executed, num_decisions, strict=True)],
+                    [e[:n].sum() for e, n in zip(self.executed, num_policy_steps, strict=True)],
                     dtype=np.int64,
                 ),
-                frames=_cut(batch.frames, num_decisions + 1),
-                proprio=_cut(batch.proprio, num_decisions),
-                goals=_cut(batch.goals, num_decisions + 1),
+                frames=_cut(batch.frames, num_policy_steps + 1),
+                proprio=_cut(batch.proprio, num_policy_steps),
+                goals=_cut(batch.goals, num_policy_steps + 1),
             ),
-            tuple(e[:n] for e, n in zip(self.executed, num_decisions, strict=True)),
+            tuple(e[:n] for e, n in zip(self.executed, num_policy_steps, strict=True)),
         )
 
     def shuffle_failures(self, seed: int) -> Sample:
@@ -84,7 +84,7 @@ class Sample:
 def make_sample(trajectories: Trajectories, *, suite: str, split: Split) -> Sample:
     """Arrange trajectories, of which the crashed ones are left out."""
     alive = trajectories.select(~trajectories.episodes.crashed)
-    episode, executed = alive.decisions.episode.numpy(), alive.decisions.executed.numpy()
+    episode, executed = alive.policy_steps.episode.numpy(), alive.policy_steps.executed.numpy()
     return Sample(
         make_batch(alive, suite=suite, split=split),
         tuple(executed[episode == row] for row in range(len(alive.episodes))),
@@ -147,13 +147,13 @@ def join(first: TrajectoryBatch, second: TrajectoryBatch) -> TrajectoryBatch:
     )
 
 
-def prefix_lengths(num_decisions: int, max_points: int) -> list[int]:
-    """Lengths at which an episode is looked at, evenly spread, from its first decision to all.
+def prefix_lengths(num_policy_steps: int, max_points: int) -> list[int]:
+    """Lengths at which an episode is looked at, evenly spread, from its first policy step to all.
 
     >>> prefix_lengths(4, 8), prefix_lengths(9, 3)
     ([1, 2, 3, 4], [1, 5, 9])
     """
-    points = np.linspace(1, num_decisions, min(num_decisions, max_points)).round()
+    points = np.linspace(1, num_policy_steps, min(num_policy_steps, max_points)).round()
     return [int(point) for point in points]
 
 

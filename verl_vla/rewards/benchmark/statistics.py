@@ -22,7 +22,7 @@ MIN_RANKED = 3
 """Episodes of a task that can be ranked: two are always in perfect order or its reverse."""
 PAIR_GAP = 0.1
 """Pairs of failures whose true progress differs by less are not asked about."""
-NEAR_MISS, WHIFF = 0.7, 0.3
+NEAR_MISS, FAR_MISS = 0.7, 0.3
 """True progress from which a failure almost succeeded, and up to which it got nowhere."""
 MIN_GROUPS = 5
 """Groups below which resampling them tells nothing of how their kind varies."""
@@ -143,7 +143,7 @@ class Ranking:
     pair_accuracy: Estimate
     """Within groups, ties by half; counts pairs."""
     near_miss_auroc: Estimate
-    """Near-misses against whiffs, per task, mean over tasks; counts both."""
+    """Near-misses against far misses, per task, mean over tasks; counts both."""
 
     def as_json(self) -> dict[str, Any]:
         """All three, by name."""
@@ -188,13 +188,13 @@ def rank_failures(
     def near_against_whiff(rows: Indices) -> float:
         def of_task(i: Indices) -> float:
             value, true = reading[rows[i]], truth[rows[i]]
-            return auroc(value[true >= NEAR_MISS], value[true <= WHIFF])
+            return auroc(value[true >= NEAR_MISS], value[true <= FAR_MISS])
 
         return mean_over(task[rows], of_task)
 
     better, worse = _pairs(truth, group)
     right = (reading[better] > reading[worse]) + 0.5 * (reading[better] == reading[worse])
-    extreme = np.flatnonzero((truth >= NEAR_MISS) | (truth <= WHIFF))
+    extreme = np.flatnonzero((truth >= NEAR_MISS) | (truth <= FAR_MISS))
     return Ranking(
         spearman=interval(correlation, group),
         pair_accuracy=interval(

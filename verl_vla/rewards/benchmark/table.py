@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from verl_vla.rewards.benchmark.bench import BenchRow
-from verl_vla.rewards.benchmark.contestants import CLOCK
+from verl_vla.rewards.benchmark.entries import CLOCK
 from verl_vla.rewards.benchmark.samples import Sample
-from verl_vla.rewards.benchmark.statistics import NEAR_MISS, WHIFF, Estimate, number
+from verl_vla.rewards.benchmark.statistics import FAR_MISS, NEAR_MISS, Estimate, number
 from verl_vla.rewards.benchmark.verdict import Verdict, decide
 
 UNKNOWN = "-"
@@ -38,7 +38,7 @@ def describe(judged: Sample) -> dict[str, Any]:
         "successes": int(judged.batch.success.sum()),
         "failures": len(truth),
         "near_misses": int((truth >= NEAR_MISS).sum()),
-        "whiffs": int((truth <= WHIFF).sum()),
+        "far misses": int((truth <= FAR_MISS).sum()),
         "true_progress_quartiles": [
             number(q) for q in (np.percentile(truth, (0, 25, 50, 75, 100)) if len(truth) else ())
         ],

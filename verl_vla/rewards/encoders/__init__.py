@@ -1,4 +1,4 @@
-"""Encoders: frozen networks that turn the pictures of an episode into features."""
+"""Encoders: frozen networks that turn the images of an episode into features."""
 
 from __future__ import annotations
 

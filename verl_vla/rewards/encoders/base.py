@@ -1,4 +1,4 @@
-"""What every encoder of pictures does alike: batches, dtype, device, and a name for its numbers."""
+"""What every encoder of images does alike: batches, dtype, device, and a name for its numbers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from torch.nn import functional
 from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.policies.preprocessing import ImageStatistics, normalize_image
 
-Pictures = npt.NDArray[np.uint8]
-"""[T, H, W, 3], one view of one episode, in the order of its decisions."""
+Images = npt.NDArray[np.uint8]
+"""[T, H, W, 3], one view of one episode, in the order of its policy steps."""
 Features = npt.NDArray[np.float32]
 """[T, D]"""
 
@@ -34,13 +34,13 @@ reading a thousand takes no time."""
 
 
 class ImageEncoder(ABC):
-    """Encodes each picture by itself, so what an episode gives cannot depend on its neighbours."""
+    """Encodes each image by itself, so what an episode gives cannot depend on its neighbours."""
 
     def __init__(self, *, batch_size: int, feature_space: str) -> None:
         """Make one.
 
         Args:
-            batch_size: pictures computed at once.
+            batch_size: images computed at once.
             feature_space: see `name_space`.
 
         Raises:
@@ -55,32 +55,32 @@ class ImageEncoder(ABC):
         """Names weights, layer and preprocessing; features of two spaces are never compared."""
         return self._feature_space
 
-    def encode(self, frames: Sequence[Pictures]) -> list[Features]:
+    def encode(self, frames: Sequence[Images]) -> list[Features]:
         """Map episodes [T, H, W, 3], ragged in T, to [T, D].
 
         Raises:
-            ContractError: pictures that are not uint8 [T, H, W, 3].
+            ContractError: images that are not uint8 [T, H, W, 3].
         """
-        check_pictures(frames)
+        check_images(frames)
         lengths = [len(episode) for episode in frames]
         filled = [episode for episode in frames if len(episode)]
         if not filled:
             return [np.zeros((0, 0), dtype=np.float32) for _ in frames]
-        pictures = np.concatenate(filled)
+        images = np.concatenate(filled)
         parts = [
-            self.embed(pictures[start : start + self._batch_size])
-            for start in range(0, len(pictures), self._batch_size)
+            self.embed(images[start : start + self._batch_size])
+            for start in range(0, len(images), self._batch_size)
         ]
         rows = np.concatenate(parts).astype(np.float32)
         return np.split(rows, np.cumsum(lengths)[:-1])
 
     @abstractmethod
-    def embed(self, pictures: Pictures) -> Features:
-        """Map n pictures [n, H, W, 3] to [n, D]."""
+    def embed(self, images: Images) -> Features:
+        """Map n images [n, H, W, 3] to [n, D]."""
 
 
 class Network:
-    """A frozen network on its device, and what its pictures must look like."""
+    """A frozen network on its device, and what its images must look like."""
 
     def __init__(
         self,
@@ -114,9 +114,9 @@ class Network:
         self._statistics = tuple(statistics)
         self._dtype = DTYPES[dtype]
 
-    def pixels(self, pictures: Pictures) -> Tensor:
+    def pixels(self, images: Images) -> Tensor:
         """Resize, without a crop, and normalise; [n, H, W, 3] to [n, 3 x towers, size, size]."""
-        image = torch.from_numpy(np.ascontiguousarray(pictures)).to(self.device)
+        image = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
         size = self._image_size
         if image.shape[1:3] != (size, size):
             resized = functional.interpolate(
@@ -141,7 +141,7 @@ def check_positive(**values: int) -> None:
             raise ConfigError(f"{name} is {value}; set at least 1")
 
 
-def check_pictures(frames: Sequence[Pictures]) -> None:
+def check_images(frames: Sequence[Images]) -> None:
     """Refuse what is not uint8 [T, H, W, 3].
 
     Raises:
@@ -150,7 +150,7 @@ def check_pictures(frames: Sequence[Pictures]) -> None:
     for index, episode in enumerate(frames):
         if episode.dtype != np.uint8 or episode.ndim != 4 or episode.shape[3] != 3:
             raise ContractError(
-                f"pictures of episode {index} must be uint8 [T, H, W, 3], got {episode.dtype} "
+                f"images of episode {index} must be uint8 [T, H, W, 3], got {episode.dtype} "
                 f"{list(episode.shape)}"
             )
 

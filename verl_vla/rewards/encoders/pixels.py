@@ -1,4 +1,4 @@
-"""Pixels: the picture itself, small. No weights, so it is the control for every encoder."""
+"""Pixels: the image itself, small. No weights, so it is the control for every encoder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from verl_vla.core.errors import ContractError
 from verl_vla.rewards.encoders.base import (
     Features,
     ImageEncoder,
-    Pictures,
+    Images,
     check_positive,
     name_space,
 )
@@ -25,7 +25,7 @@ class PixelEncoder(ImageEncoder):
         Args:
             grid: cells in each direction.
             colour: keep the three channels instead of their mean.
-            batch_size: pictures computed at once.
+            batch_size: images computed at once.
         """
         check_positive(grid=grid)
         self._grid = grid
@@ -33,24 +33,24 @@ class PixelEncoder(ImageEncoder):
         space = name_space("pixels", {"grid": grid, "colour": colour})
         super().__init__(batch_size=batch_size, feature_space=space)
 
-    def embed(self, pictures: Pictures) -> Features:
+    def embed(self, images: Images) -> Features:
         """Map [n, H, W, 3] to [n, grid x grid (x 3)], 0 to 1.
 
         Raises:
-            ContractError: the pictures are smaller than the grid.
+            ContractError: the images are smaller than the grid.
         """
-        height, width = pictures.shape[1:3]
+        height, width = images.shape[1:3]
         if min(height, width) < self._grid:
             raise ContractError(
-                f"pictures of {height} x {width} px have no {self._grid} x {self._grid} cells; "
+                f"images of {height} x {width} px have no {self._grid} x {self._grid} cells; "
                 "lower encoder_args.grid"
             )
         rows = np.arange(self._grid) * height // self._grid
         columns = np.arange(self._grid) * width // self._grid
-        sums = np.add.reduceat(pictures.astype(np.float32), rows, axis=1)
+        sums = np.add.reduceat(images.astype(np.float32), rows, axis=1)
         sums = np.add.reduceat(sums, columns, axis=2)
         heights = np.diff([*rows, height])[:, None]
         widths = np.diff([*columns, width])[None, :]
         mean = sums / (heights * widths * FULL_SCALE)[None, :, :, None]
         cells = mean if self._colour else mean.mean(axis=3)
-        return cells.reshape(len(pictures), -1).astype(np.float32)
+        return cells.reshape(len(images), -1).astype(np.float32)

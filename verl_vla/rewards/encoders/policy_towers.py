@@ -19,8 +19,8 @@ from verl_vla.policies.openvla_oft.vision import FusedVisionBackbone
 from verl_vla.rewards.encoders.base import (
     Features,
     ImageEncoder,
+    Images,
     Network,
-    Pictures,
     name_space,
     require_folder,
 )
@@ -53,7 +53,7 @@ class PolicyTowersEncoder(ImageEncoder):
                 the same scale that has learned nothing, the control for one that has.
             dtype: that the towers compute in.
             device: as torch spells it.
-            batch_size: pictures computed at once.
+            batch_size: images computed at once.
 
         Raises:
             ConfigError: no such folder, or weights that do not fit its ``config.json``.
@@ -97,9 +97,9 @@ class PolicyTowersEncoder(ImageEncoder):
         super().__init__(batch_size=batch_size, feature_space=space)
 
     @torch.inference_mode()
-    def embed(self, pictures: Pictures) -> Features:
+    def embed(self, images: Images) -> Features:
         """Map [n, H, W, 3] to [n, D]."""
-        patches = self._backbone(self._network.pixels(pictures))
+        patches = self._backbone(self._network.pixels(images))
         return patches[..., self._columns].float().mean(dim=1).cpu().numpy()
 
 

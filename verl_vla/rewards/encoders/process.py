@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 from verl_vla.core.processes import end_with_parent
 from verl_vla.rewards import FeatureExtractor
-from verl_vla.rewards.encoders.base import Features, Pictures
+from verl_vla.rewards.encoders.base import Features, Images
 
 _made: list[FeatureExtractor] = []
 """The one encoder of a process that was started here."""
@@ -36,7 +36,7 @@ class EncoderProcess:
         """That of the encoder: where it runs does not change what its numbers mean."""
         return self._feature_space
 
-    def encode(self, frames: Sequence[Pictures]) -> list[Features]:
+    def encode(self, frames: Sequence[Images]) -> list[Features]:
         """Map episodes as the encoder does."""
         return self._pool.submit(_encode, list(frames)).result()
 
@@ -46,5 +46,5 @@ def _make(make: Callable[[], FeatureExtractor]) -> str:
     return _made[0].feature_space
 
 
-def _encode(frames: list[Pictures]) -> list[Features]:
+def _encode(frames: list[Images]) -> list[Features]:
     return _made[0].encode(frames)

@@ -13,8 +13,8 @@ from verl_vla.policies.preprocessing import SIGLIP_STATISTICS, ImageStatistics
 from verl_vla.rewards.encoders.base import (
     Features,
     ImageEncoder,
+    Images,
     Network,
-    Pictures,
     name_space,
     require_folder,
 )
@@ -48,11 +48,11 @@ class Dinov2Encoder(ImageEncoder):
 
         Args:
             path: a local folder, or a name on the hub such as ``facebook/dinov2-large``.
-            image_size: that pictures are resized to, a multiple of the patch size. Position
+            image_size: that images are resized to, a multiple of the patch size. Position
                 embeddings are interpolated to it.
             dtype: that the network computes in.
             device: as torch spells it.
-            batch_size: pictures computed at once.
+            batch_size: images computed at once.
 
         Raises:
             ConfigError: no such weights, another kind of model, or an impossible size.
@@ -81,9 +81,9 @@ class Dinov2Encoder(ImageEncoder):
         super().__init__(batch_size=batch_size, feature_space=space)
 
     @torch.inference_mode()
-    def embed(self, pictures: Pictures) -> Features:
+    def embed(self, images: Images) -> Features:
         """Map [n, H, W, 3] to [n, D]."""
-        output = self._network.module(pixel_values=self._network.pixels(pictures))
+        output = self._network.module(pixel_values=self._network.pixels(images))
         patches = output.last_hidden_state[:, -self._num_patches :]
         return patches.float().mean(dim=1).cpu().numpy()
 
@@ -105,7 +105,7 @@ class SiglipEncoder(ImageEncoder):
             path: a local folder, or a name on the hub such as ``google/siglip-so400m-patch14-224``.
             dtype: that the network computes in.
             device: as torch spells it.
-            batch_size: pictures computed at once.
+            batch_size: images computed at once.
 
         Raises:
             ConfigError: no such weights, or another kind of model.
@@ -126,9 +126,9 @@ class SiglipEncoder(ImageEncoder):
         super().__init__(batch_size=batch_size, feature_space=space)
 
     @torch.inference_mode()
-    def embed(self, pictures: Pictures) -> Features:
+    def embed(self, images: Images) -> Features:
         """Map [n, H, W, 3] to [n, D]."""
         output = self._network.module(
-            pixel_values=self._network.pixels(pictures), output_hidden_states=True
+            pixel_values=self._network.pixels(images), output_hidden_states=True
         )
         return output.hidden_states[SIGLIP_LAYER].float().mean(dim=1).cpu().numpy()

@@ -19,9 +19,9 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.rewards.encoders.base import (
     Features,
+    Images,
     Network,
-    Pictures,
-    check_pictures,
+    check_images,
     check_positive,
     name_space,
     require_folder,
@@ -84,9 +84,9 @@ class Vjepa2Encoder:
         """Names weights, layer and preprocessing; features of two spaces are never compared."""
         return self._feature_space
 
-    def encode(self, frames: Sequence[Pictures]) -> list[Features]:
+    def encode(self, frames: Sequence[Images]) -> list[Features]:
         """Map episodes [T, H, W, 3], ragged in T, to [ceil(T / tubelet), D]."""
-        check_pictures(frames)
+        check_images(frames)
         clips = [self._clip(episode) for episode in frames]
         rows = [np.zeros((0, self._width), dtype=np.float32) for _ in frames]
         by_length: dict[int, list[int]] = {}
@@ -101,7 +101,7 @@ class Vjepa2Encoder:
                     rows[index] = features
         return rows
 
-    def _clip(self, episode: Pictures) -> Pictures:
+    def _clip(self, episode: Images) -> Images:
         """Thin a long episode; complete the last tubelet with its own last frame."""
         kept = episode[pick_by_content(episode, self._max_frames)]
         missing = -len(kept) % self._tubelet
@@ -121,8 +121,8 @@ class Vjepa2Encoder:
         return tubelets.float().mean(dim=2).cpu().numpy()
 
 
-def pick_by_content(episode: Pictures, num_frames: int) -> npt.NDArray[np.int64]:
-    """Choose frames at equal steps of how much the picture changes, not of time.
+def pick_by_content(episode: Images, num_frames: int) -> npt.NDArray[np.int64]:
+    """Choose frames at equal steps of how much the image changes, not of time.
 
     An episode that ends in idling keeps its action; the first and last frame are always kept.
 
@@ -136,7 +136,7 @@ def pick_by_content(episode: Pictures, num_frames: int) -> npt.NDArray[np.int64]
     if len(episode) <= num_frames:
         return np.arange(len(episode))
     change = np.abs(np.diff(episode.astype(np.int16), axis=0)).mean(axis=(1, 2, 3))
-    # a little time in it, so that a picture that never changes is still thinned evenly
+    # a little time in it, so that an image that never changes is still thinned evenly
     position = np.cumsum(np.concatenate([[0.0], change + 1e-6 * max(float(change.max()), 1.0)]))
     wanted = np.linspace(0, position[-1], num_frames)
     return np.unique(np.abs(position[None, :] - wanted[:, None]).argmin(axis=1))

@@ -1,7 +1,7 @@
 """A page over all runs of a folder, read anew whenever a browser asks.
 
 It only reads, and only what belongs to runs: a run is named by its path under the root, which is
-resolved and must not leave it, and of a run only the page and the films of episodes are served.
+resolved and must not leave it, and of a run only the page and the videos of episodes are served.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import FileResponse, HTMLResponse, Response
 
-from verl_vla.runs.episode_recorder import film_path
+from verl_vla.runs.episode_recorder import video_path
 from verl_vla.runs.html import figures
 from verl_vla.runs.html.reader import RunView, find_runs, is_run, read_run
 from verl_vla.runs.html.report import TEMPLATES, render, run_body, share_with_counts, status
@@ -49,7 +49,7 @@ def make_app(root: Path, hosts: Sequence[str] = LOOPBACK) -> FastAPI:
     app.add_api_route("/", pages.overview, response_class=HTMLResponse)
     app.add_api_route("/run", pages.one, response_class=HTMLResponse)
     app.add_api_route("/compare", pages.several, response_class=HTMLResponse)
-    app.add_api_route("/film", pages.film, response_class=FileResponse)
+    app.add_api_route("/video", pages.video, response_class=FileResponse)
     app.add_api_route("/live.js", pages.script, response_class=FileResponse)
     return app
 
@@ -68,7 +68,7 @@ class _Pages:
         return _page("runs", render("runs.html", rows=rows, most=MAX_COMPARED))
 
     def one(self, name: str) -> str:
-        return _page(name, run_body(self._view(name), partial(_film_address, name)))
+        return _page(name, run_body(self._view(name), partial(_video_address, name)))
 
     def several(
         self, name: Annotated[list[str], Query(min_length=1, max_length=MAX_COMPARED)]
@@ -77,10 +77,10 @@ class _Pages:
         rows = [_row(each, view) for each, view in views.items()]
         return _page("compare", render("compare.html", rows=rows, svg=figures.compared(views)))
 
-    def film(self, name: str, episode: int) -> FileResponse:
-        path = film_path(self._view(name).folder, episode).resolve()
+    def video(self, name: str, episode: int) -> FileResponse:
+        path = video_path(self._view(name).folder, episode).resolve()
         if not path.is_relative_to(self._root) or not path.is_file():
-            raise HTTPException(404, "no film of this episode was kept")
+            raise HTTPException(404, "no video of this episode was kept")
         return FileResponse(path, media_type="image/webp")
 
     def script(self) -> FileResponse:
@@ -105,8 +105,8 @@ def _page(title: str, body: str) -> str:
     return render("page.html", title=title, body=body, live=True)
 
 
-def _film_address(name: str, episode: int) -> str:
-    return "/film?" + urlencode({"name": name, "episode": episode})
+def _video_address(name: str, episode: int) -> str:
+    return "/video?" + urlencode({"name": name, "episode": episode})
 
 
 def _row(name: str, view: RunView) -> dict[str, str]:

@@ -13,8 +13,8 @@ import yaml
 
 from verl_vla.core.episode import Outcome
 from verl_vla.core.errors import ConfigError
-from verl_vla.runs.episode_log import JOURNAL_FILE, read_episodes
-from verl_vla.runs.episode_recorder import film_path
+from verl_vla.runs.episode_log import EPISODE_LOG_FILE, read_episodes
+from verl_vla.runs.episode_recorder import video_path
 from verl_vla.runs.metrics import read_metrics
 from verl_vla.runs.run_dir import evaluated_steps, evaluation_file, solved_after
 
@@ -33,7 +33,7 @@ class RunView:
     lines: Sequence[Mapping[str, float]]
     """Of ``metrics.jsonl``."""
     episodes: Sequence[Line]
-    """Of the journal: every episode that was played in training."""
+    """Of the episode log: every episode that was played in training."""
     evaluations: Mapping[int, Mapping[str, Any]]
     """Held-out evaluations by training step, in rising order."""
     solved_after: int | None
@@ -84,15 +84,15 @@ class RunView:
         return {step: list(groups.values()) for step, groups in found.items()}
 
     @property
-    def filmed_groups(self) -> list[list[Line]]:
-        """Groups of which films were kept, the newest first."""
-        filmed = [
+    def recorded_groups(self) -> list[list[Line]]:
+        """Groups of which videos were kept, the newest first."""
+        recorded = [
             group
             for groups in self.groups.values()
             for group in groups
-            if any(film_path(self.folder, e["episode"]).exists() for e in group)
+            if any(video_path(self.folder, e["episode"]).exists() for e in group)
         ]
-        return filmed[::-1]
+        return recorded[::-1]
 
 
 def is_run(folder: Path) -> bool:
@@ -110,7 +110,7 @@ def read_run(folder: Path) -> RunView:
         raise ConfigError(f"{folder} holds no {RECIPE_FILE}; name the folder of a training run")
     recipe = yaml.safe_load((folder / RECIPE_FILE).read_text())
     metrics = folder / METRICS_FILE
-    written = [folder / RECIPE_FILE, metrics, folder / JOURNAL_FILE]
+    written = [folder / RECIPE_FILE, metrics, folder / EPISODE_LOG_FILE]
     return RunView(
         folder=folder,
         recipe=recipe,

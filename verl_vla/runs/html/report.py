@@ -11,16 +11,16 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from verl_vla.core.episode import Outcome
-from verl_vla.core.files import write_whole
+from verl_vla.core.files import atomic_write
 from verl_vla.core.text import format_seconds
-from verl_vla.runs.episode_recorder import film_path
+from verl_vla.runs.episode_recorder import video_path
 from verl_vla.runs.html import figures
 from verl_vla.runs.html.reader import Line, RunView, kind_of, read_run
 
 REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
 GROUPS_SHOWN = 3
-"""Of those whose films were kept, the newest."""
+"""Of those whose videos were kept, the newest."""
 TELLING_GROUPS = 5
 """Among the episodes of so many groups the best, the median and the worst are chosen."""
 GOING_S = 300.0
@@ -32,8 +32,8 @@ REFRESH_EVERY_S = 300.0
 
 WORDS = {Outcome.SUCCESS: "solved", Outcome.TIMEOUT: "not solved", Outcome.CRASH: "simulator lost"}
 
-FilmSource = Callable[[int], str]
-"""From an episode's id to the address of its film."""
+VideoSource = Callable[[int], str]
+"""From an episode's id to the address of its video."""
 
 
 def write_report(folder: Path) -> Path:
@@ -43,10 +43,10 @@ def write_report(folder: Path) -> Path:
         ConfigError: the folder is not that of a run.
     """
     view = read_run(folder)
-    body = run_body(view, lambda episode: _embedded(film_path(folder, episode)))
+    body = run_body(view, lambda episode: _embedded(video_path(folder, episode)))
     page = render("page.html", title=folder.name, body=body, live=False)
     file = folder / REPORT_FILE
-    write_whole(file, page)
+    atomic_write(file, page)
     return file
 
 
@@ -64,7 +64,7 @@ class LiveReport:
             self._written_at = time.monotonic()
 
 
-def run_body(view: RunView, film: FilmSource) -> str:
+def run_body(view: RunView, video: VideoSource) -> str:
     """All that is shown of one run, as HTML."""
     return render(
         "run.html",
@@ -73,8 +73,8 @@ def run_body(view: RunView, film: FilmSource) -> str:
         facts=_facts(view),
         tasks=_task_rows(view),
         charts=_charts(view) if view.trained else [],
-        telling=[(title, _card(e, film)) for title, e in _telling(view)],
-        groups=[_shown_group(view, group, film) for group in view.filmed_groups[:GROUPS_SHOWN]],
+        telling=[(title, _card(e, video)) for title, e in _telling(view)],
+        groups=[_shown_group(view, group, video) for group in view.recorded_groups[:GROUPS_SHOWN]],
         versions=_versions(view),
     )
 
@@ -170,33 +170,33 @@ def _ends(view: RunView) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | 
 
 
 def _telling(view: RunView) -> list[tuple[str, Line]]:
-    """The best, the median and the worst of the newest filmed episodes."""
-    filmed = [
+    """The best, the median and the worst of the newest recorded episodes."""
+    recorded = [
         episode
-        for group in view.filmed_groups[:TELLING_GROUPS]
+        for group in view.recorded_groups[:TELLING_GROUPS]
         for episode in group
-        if film_path(view.folder, episode["episode"]).exists() and episode["score"] is not None
+        if video_path(view.folder, episode["episode"]).exists() and episode["score"] is not None
     ]
-    ranked = sorted(filmed, key=lambda e: (-e["score"], -e["progress"][-1], e["steps"]))
+    ranked = sorted(recorded, key=lambda e: (-e["score"], -e["progress"][-1], e["steps"]))
     if len(ranked) < 3:
         return []
     return [("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])]
 
 
-def _shown_group(view: RunView, group: Sequence[Line], film: FilmSource) -> dict[str, Any]:
+def _shown_group(view: RunView, group: Sequence[Line], video: VideoSource) -> dict[str, Any]:
     return {
         "step": group[0]["step"],
         "task": view.task_names[group[0]["task"]].replace("_", " "),
         "init_state": group[0]["init_state"],
         "kind": kind_of(group),
-        "cards": [_card(e, film) for e in group if film_path(view.folder, e["episode"]).exists()],
+        "cards": [_card(e, video) for e in group if video_path(view.folder, e["episode"]).exists()],
     }
 
 
-def _card(episode: Line, film: FilmSource) -> dict[str, Any]:
+def _card(episode: Line, video: VideoSource) -> dict[str, Any]:
     outcome = Outcome(episode["outcome"])
     return {
-        "film": film(episode["episode"]),
+        "video": video(episode["episode"]),
         "is_solved": outcome is Outcome.SUCCESS,
         "episode": episode["episode"],
         "says": f"{WORDS[outcome]}, {episode['steps']} steps",
@@ -212,5 +212,5 @@ def _versions(view: RunView) -> list[tuple[str, str]]:
     return [("renderer", last["renderer"]), *last["versions"].items()]
 
 
-def _embedded(film: Path) -> str:
-    return f"data:image/webp;base64,{base64.b64encode(film.read_bytes()).decode()}"
+def _embedded(video: Path) -> str:
+    return f"data:image/webp;base64,{base64.b64encode(video.read_bytes()).decode()}"

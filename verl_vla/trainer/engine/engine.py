@@ -1,6 +1,6 @@
 """veRL's FSDP engine around a vision-language-action policy.
 
-One row is one decision: a picture, a prompt and T action tokens. The engine runs the model's
+One row is one policy step: an image, a prompt and T action tokens. The engine runs the model's
 own ``forward``, so that FSDP2's hooks fire, and never builds logits of the whole vocabulary.
 """
 
@@ -25,7 +25,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 from verl.workers.engine.utils import detach_tree
 
 from verl_vla.policies.action_distribution import entropy, log_prob
-from verl_vla.policies.base import ActionLogits, Chooser
+from verl_vla.policies.base import ActionLogits, ActionSampler
 from verl_vla.policies.lora import nf4, without_adapters
 from verl_vla.policies.registry import load_model, load_processor
 from verl_vla.trainer.engine.divergence_guard import FiniteGuard, all_finite, plain_rows
@@ -113,20 +113,20 @@ class VLAEngine(FSDPEngine):
         attention_mask: Tensor,
         images: Tensor,
         *,
-        bins: Tensor | None = None,
-        chooser: Chooser | None = None,
+        action_tokens: Tensor | None = None,
+        sampler: ActionSampler | None = None,
         with_nll: bool = False,
         proprio: Tensor | None = None,
     ) -> ActionLogits:
-        """Score ``bins``, or let ``chooser`` choose some.
+        """Score ``action_tokens``, or let ``sampler`` choose some.
 
         Args:
             input_ids: [B, L] prompts, padded on the right.
             attention_mask: [B, L], 1 where a prompt is.
             images: [B, V, H, W, 3] uint8.
-            bins: [B, T] int64.
-            chooser: with the noise of B decisions.
-            with_nll: whether ``bins`` are demonstrated.
+            action_tokens: [B, T] int64.
+            sampler: with the noise of B policy steps.
+            with_nll: whether ``action_tokens`` are demonstrated.
             proprio: [B, P] float32 as observed; only a policy that reads it needs it.
         """
         # FSDP2 casts weights and inputs itself; without it, float32 adapters meet 16-bit weights
@@ -136,8 +136,8 @@ class VLAEngine(FSDPEngine):
                 **self.processor.model_inputs(images, proprio),
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                bins=bins,
-                chooser=chooser,
+                action_tokens=action_tokens,
+                sampler=sampler,
                 with_nll=with_nll,
             )
 
@@ -161,25 +161,26 @@ class VLAEngine(FSDPEngine):
             proprio: [n, P] float32, as of `run_model`.
 
         Returns:
-            On the CPU, ``bins`` [n, T] int64 and ``logp`` [n, T] float32; zeros for greedy play.
+            On the CPU, ``action_tokens`` [n, T] int64 and ``log_probs`` [n, T] float32, zeros if
+            greedy.
         """
         device = get_device_id()
         self._hold_all_weights()
         with self.eval_mode(), torch.no_grad():
-            chooser = Chooser(noise.to(device), temperature)
+            sampler = ActionSampler(noise.to(device), temperature)
             output = self.run_model(
                 input_ids.to(device),
                 attention_mask.to(device),
                 images.to(device),
-                chooser=chooser,
+                sampler=sampler,
                 proprio=proprio,
             )
-            assert output.logits is not None and output.bins is not None
-            logp = chooser.log_prob(output.logits, output.bins)
-        return output.bins.cpu(), logp.cpu()
+            assert output.logits is not None and output.action_tokens is not None
+            log_probs = sampler.log_prob(output.logits, output.action_tokens)
+        return output.action_tokens.cpu(), log_probs.cpu()
 
     def _hold_all_weights(self) -> None:
-        """Gather them once for a rollout, not for every decision, where the recipe lets us."""
+        """Gather them once for a rollout, not for every policy step, where the recipe lets us."""
         is_asked_for: bool = self.model_config.override_config["gather_once"]
         may = is_asked_for and not self._uses_fsdp2_cpu_offload_policy
         if may and torch.distributed.get_world_size() > 1 and not self._holds_all_weights:
@@ -205,20 +206,26 @@ class VLAEngine(FSDPEngine):
         prompts, responses = micro_batch["prompts"], micro_batch["responses"]
         ids, attention = right_padded(prompts)
         shape = self.processor.shape
-        bins = dense(responses, shape.num_tokens).clamp(max=shape.num_bins - 1)
+        action_tokens = dense(responses, shape.num_tokens).clamp(max=shape.num_bins - 1)
         images, proprio = (stacked(micro_batch[name]) for name in ("images", "proprio"))
-        logits = self.run_model(ids, attention, images, bins=bins, proprio=proprio).logits
+        logits = self.run_model(
+            ids, attention, images, action_tokens=action_tokens, proprio=proprio
+        ).logits
         assert logits is not None
-        logp = log_prob(logits, bins, temperature)
+        log_probs = log_prob(logits, action_tokens, temperature)
         with torch.no_grad():
             spread = entropy(logits.detach(), temperature)
         if loss_function is None:
             output = {
-                "log_probs": pack_like_language_model(logp, prompts, responses),
+                "log_probs": pack_like_language_model(log_probs, prompts, responses),
                 "entropy": pack_like_language_model(spread, prompts, responses),
             }
-            return logp.sum(), {"model_output": detach_tree(output), "loss": 0.0, "metrics": {}}
-        loss, metrics = loss_function(logp=logp, entropy=spread, data=micro_batch)
+            return log_probs.sum(), {
+                "model_output": detach_tree(output),
+                "loss": 0.0,
+                "metrics": {},
+            }
+        loss, metrics = loss_function(log_probs=log_probs, entropy=spread, data=micro_batch)
         metrics["optimizer_step"] = self.num_optimizer_steps
         self.losses.append(loss.detach().item())
         return loss, {"model_output": {}, "loss": self.losses[-1], "metrics": metrics}

@@ -50,12 +50,12 @@ class ClusterPolicy:
             non_tensor_dict={"temperature": temperature},
         )
         answer = self._workers.generate_actions(request)
-        bins = answer["bins"][: len(observations)]
+        action_tokens = answer["action_tokens"][: len(observations)]
         return ActionChunk(
-            bins=bins,
-            logp=answer["logp"][: len(observations)],
+            action_tokens=action_tokens,
+            log_probs=answer["log_probs"][: len(observations)],
             prompt_ids=prompts,
-            actions=self._processor.codec.to_simulator(bins),
+            actions=self._processor.codec.to_simulator(action_tokens),
         )
 
 

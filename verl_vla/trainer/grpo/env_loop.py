@@ -16,17 +16,17 @@ from verl_vla.core.errors import RewardError
 from verl_vla.core.tables import Trajectories
 from verl_vla.rewards import TrajectoryReward, learn, score
 from verl_vla.rl.rollout import NoiseSource, RolloutTimes, Simulators, play
-from verl_vla.runs.episode_recorder import Album
+from verl_vla.runs.episode_recorder import EpisodeRecorder
 from verl_vla.trainer.grpo.cluster_policy import ClusterPolicy
 from verl_vla.trainer.grpo.rows import group_key, group_of, make_rows
-from verl_vla.trainer.grpo.unscored_episodes import RefusedEpisodes
+from verl_vla.trainer.grpo.unscored_episodes import UnscoredEpisodes
 
 TRAINING_STREAM = 0
 """Stream of the noise source; evaluation plays from stream 1."""
 
 
 @dataclass(slots=True)
-class StepAccount:
+class StepStats:
     """What all rounds of one training step cost and brought."""
 
     times: RolloutTimes = field(default_factory=RolloutTimes)
@@ -36,7 +36,7 @@ class StepAccount:
     crashes: int = 0
     solved: int = 0
     steps: int = 0
-    decisions: int = 0
+    policy_steps: int = 0
     score_sum: float = 0.0
     reward_metrics: dict[str, float] = field(default_factory=dict[str, float])
 
@@ -50,9 +50,9 @@ class StepAccount:
             "rollout/episodes": float(self.episodes),
             "rollout/crashes": float(self.crashes),
             "rollout/steps": float(self.steps),
-            "rollout/decisions": float(self.decisions),
-            "rollout/decisions_per_s": self.decisions / rollout_s,
-            "rollout/decisions_for_ended": float(self.times.decisions_for_ended),
+            "rollout/policy_steps": float(self.policy_steps),
+            "rollout/policy_steps_per_s": self.policy_steps / rollout_s,
+            "rollout/policy_steps_for_ended": float(self.times.policy_steps_for_ended),
             "rollout/env_wait_share": self.times.wait_s / rollout_s,
             "rollout/policy_share": self.times.policy_s / rollout_s,
             "time/rollout_s": self.times.total_s,
@@ -62,7 +62,7 @@ class StepAccount:
 
 
 class EpisodeLoop:
-    """Plays the groups veRL asks for and puts one row per decision into TransferQueue.
+    """Plays the groups veRL asks for and puts one row per policy step into TransferQueue.
 
     `generate_sequences` is the name veRL calls. It blocks until every episode has ended and
     every group is scored, so the replay buffer never has to poll.
@@ -78,8 +78,8 @@ class EpisodeLoop:
         temperature: float,
         seed: int,
         specs_of: Callable[[int], list[EpisodeSpec]],
-        album: Album,
-        refused: RefusedEpisodes,
+        recorder: EpisodeRecorder,
+        refused: UnscoredEpisodes,
     ) -> None:
         self._policy = policy
         self._simulators = simulators
@@ -88,20 +88,20 @@ class EpisodeLoop:
         self._temperature = temperature
         self._noise = NoiseSource(seed=seed, stream=TRAINING_STREAM)
         self._specs_of = specs_of
-        self._album = album
+        self._recorder = recorder
         self._refused = refused
-        self.account = StepAccount()
+        self.account = StepStats()
         """Of the training step under way; replaced when a step begins."""
 
     def begin_step(self) -> None:
         """Open a new account."""
-        self.account = StepAccount()
+        self.account = StepStats()
 
     def generate_sequences(self, prompts: TensorDict) -> None:
         """Play the groups named by ``prompts["uid"]`` to their end and store their rows.
 
         Raises:
-            RewardError: the reward was refused; the episodes are kept (`RefusedEpisodes`).
+            RewardError: the reward was refused; the episodes are kept (`UnscoredEpisodes`).
         """
         global_step = int(prompts["global_steps"])
         groups = [group_of(str(uid)) for uid in prompts["uid"]]
@@ -115,7 +115,7 @@ class EpisodeLoop:
             self._refused.keep(played, global_step)
             raise
         self._refused.forget(global_step)
-        self._album.add(global_step, played, scores)
+        self._recorder.add(global_step, played, scores)
         spread = _spread(played, scores)
         began = time.perf_counter()
         tq.kv_batch_put(
@@ -165,7 +165,7 @@ class EpisodeLoop:
         self.account.crashes += int(episodes.crashed.sum())
         self.account.solved += int(episodes.success.sum())
         self.account.steps += int(episodes.num_steps.sum())
-        self.account.decisions += len(played.decisions)
+        self.account.policy_steps += len(played.policy_steps)
 
 
 def _spread(played: Trajectories, scores: Mapping[int, float]) -> dict[int, float]:

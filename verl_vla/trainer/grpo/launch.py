@@ -60,7 +60,7 @@ idle Python process for every slot, so more would only cost start-up time."""
 
 def train(run: Run) -> None:
     """Train to the last step of ``run``'s recipe, from its newest checkpoint if it has one."""
-    prepare_verl(choose_device(run.recipe.cluster.device), knob="cluster.device")
+    prepare_verl(choose_device(run.recipe.cluster.device), option="cluster.device")
     config = to_verl(run)
     with ExitStack() as stack:
         os.environ["TENSORBOARD_DIR"] = str(run.folder / "tensorboard")

@@ -9,12 +9,12 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from verl_vla.config.grpo import SamplingConfig
-from verl_vla.rl.group_sampling import GroupLedger, GroupResult
+from verl_vla.rl.group_sampling import GroupFilter, GroupResult
 from verl_vla.trainer.grpo.rows import group_key, group_of
 
 
 class GroupReplayBuffer(ReplayBuffer):
-    """veRL's replay buffer with the rules of `verl_vla.rl.group_sampling.GroupLedger`.
+    """veRL's replay buffer with the rules of `verl_vla.rl.group_sampling.GroupFilter`.
 
     veRL's own filter refills twice as many groups as it drops, throws the surplus away and has
     no cap (``verl/trainer/ppo/v1/replay_buffer.py``, eviction matrix). Here the episode loop
@@ -24,32 +24,32 @@ class GroupReplayBuffer(ReplayBuffer):
     def sample(
         self, global_steps: int, partition_id: str, batch_size: int
     ) -> tuple[KVBatchMeta, dict[str, Any]]:
-        """Return the rows of the groups to train on, in order of group, episode and decision.
+        """Return the rows of the groups to train on, in order of group, episode and policy step.
 
         Raises:
             StarvedError: no group of any round taught anything.
         """
         assert self.refill_fn is not None, "the trainer hands it over"
-        knobs = {str(name): value for name, value in self.sampler_kwargs.items()}
-        ledger = GroupLedger(config=SamplingConfig(**knobs))
+        options = {str(name): value for name, value in self.sampler_kwargs.items()}
+        group_filter = GroupFilter(config=SamplingConfig(**options))
         entered: set[str] = set()
         while True:
             self._sync_metadata_from_transfer_queue()
             fresh = self._finished_groups(partition_id, entered)
             entered |= {group_key(group.group_id) for group in fresh}
-            dropped = ledger.add_round(fresh)
+            dropped = group_filter.add_round(fresh)
             self._clear_groups(partition_id, {group_key(group) for group in dropped})
-            if ledger.num_to_refill == 0:
+            if group_filter.num_to_refill == 0:
                 break
-            self.refill_fn(ledger.num_to_refill)
-        ledger.check_not_starved()
+            self.refill_fn(group_filter.num_to_refill)
+        group_filter.check_not_starved()
         metrics = {
-            "groups/played": len(ledger.played),
-            "groups/kept": len(ledger.kept),
-            "groups/rounds": ledger.num_rounds,
+            "groups/played": len(group_filter.played),
+            "groups/kept": len(group_filter.kept),
+            "groups/rounds": group_filter.num_rounds,
         }
         rows = dict(sorted(self.partitions[partition_id].items(), key=lambda item: _order(item[0])))
-        kept = [group_key(group) for group in ledger.kept]
+        kept = [group_key(group) for group in group_filter.kept]
         return self._materialize_batch(partition_id, kept, rows), metrics
 
     def _finished_groups(self, partition_id: str, entered: set[str]) -> list[GroupResult]:

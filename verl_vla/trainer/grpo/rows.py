@@ -1,6 +1,6 @@
 """Trajectories to veRL's rows and back: the one place where names and shapes change.
 
-One decision is one row. veRL expects a language model's row: a prompt of P tokens, a response of
+One policy step is one row. veRL expects a language model's row: a prompt of P tokens, a response of
 T tokens, and per-token values as long as the response. The bins of the T action tokens are the
 response.
 """
@@ -62,14 +62,14 @@ def make_rows(
     fields: list[Row] = []
     tags: list[Row] = []
     members: dict[int, int] = {}
-    episodes, decisions = trajectories.episodes, trajectories.decisions
-    num_tokens = decisions.bins.shape[1]
+    episodes, policy_steps = trajectories.episodes, trajectories.policy_steps
+    num_tokens = policy_steps.action_tokens.shape[1]
     mask = executed_mask(
-        decisions.executed, chunk_length=chunk_length, action_dim=num_tokens // chunk_length
+        policy_steps.executed, chunk_length=chunk_length, action_dim=num_tokens // chunk_length
     ).long()
     for b, group in enumerate(episodes.group_id.tolist()):
         member = members[group] = members[group] + 1 if group in members else 0
-        rows = torch.nonzero(decisions.episode == b).flatten().tolist()
+        rows = torch.nonzero(policy_steps.episode == b).flatten().tolist()
         for place, row in enumerate(rows):
             keys.append(f"{group_key(group)}_{member}_{place}")
             is_last = place == len(rows) - 1
@@ -79,15 +79,15 @@ def make_rows(
                 {
                     "uid": group_key(group),
                     "prompts": prompt,
-                    "responses": decisions.bins[row],
-                    "input_ids": torch.cat([prompt, decisions.bins[row]]),
+                    "responses": policy_steps.action_tokens[row],
+                    "input_ids": torch.cat([prompt, policy_steps.action_tokens[row]]),
                     "position_ids": torch.arange(len(prompt) + num_tokens),
                     "response_mask": mask[row],
                     "loss_mask": mask[row],
                     "rm_scores": _on_last_token(earned, mask[row]),
-                    "rollout_log_probs": decisions.logp[row],
-                    "images": decisions.image[row],
-                    "proprio": decisions.proprio[row],
+                    "rollout_log_probs": policy_steps.log_probs[row],
+                    "images": policy_steps.image[row],
+                    "proprio": policy_steps.proprio[row],
                     "trajectory_steps": episodes.num_steps[b : b + 1],
                 }
             )

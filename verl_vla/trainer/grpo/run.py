@@ -18,15 +18,15 @@ from verl_vla.evaluation.conditions import conditions, played_in
 from verl_vla.evaluation.evaluate import Evaluation
 from verl_vla.policies.base import Processor
 from verl_vla.policies.openvla_oft.attention import require_backend
-from verl_vla.policies.registry import check_adapters, load_processor, require_sound
-from verl_vla.rewards import TrajectoryReward, load_reward, looks_at_pictures
+from verl_vla.policies.registry import check_adapters, load_processor, require_valid
+from verl_vla.rewards import TrajectoryReward, load_reward, looks_at_images
 from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, task_ids
-from verl_vla.runs.episode_recorder import Album
+from verl_vla.runs.episode_recorder import EpisodeRecorder
 from verl_vla.runs.run_dir import (
-    claimed_folder,
     evaluated_steps,
     evaluation_record,
     keep_evaluation,
+    open_run_dir,
 )
 
 MAY_CHANGE = (
@@ -65,10 +65,12 @@ class Run:
         """Where checkpoints are kept."""
         return self.folder / "checkpoints"
 
-    def open_album(self) -> Album:
+    def open_recorder(self) -> EpisodeRecorder:
         """What is kept of the training episodes."""
         header = played_in(self.env_config, self.task_names)
-        return Album(self.folder, header, self.processor.codec, self.recipe.trainer.keep_groups)
+        return EpisodeRecorder(
+            self.folder, header, self.processor.codec, self.recipe.trainer.keep_groups
+        )
 
     def was_evaluated(self, step: int) -> bool:
         """Whether the evaluation after a training step is kept."""
@@ -100,7 +102,7 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     tasks = task_ids(chosen, env.tasks)
     policy_folder = find_policy(recipe.policy.path)
     require_backend(recipe.policy.attention)
-    require_sound(policy_folder, recipe.policy.unnorm_key)
+    require_valid(policy_folder, recipe.policy.unnorm_key)
     check_adapters(policy_folder, recipe.policy.lora_rank, has_kl=recipe.loss.kl.is_on)
     require_extras(
         {"policy.quantization": recipe.policy.quantization, "optimizer.name": recipe.optimizer.name}
@@ -109,7 +111,7 @@ def open_run(recipe: Recipe) -> Generator[Run]:
         require_extras({"trainer.loggers": logger_name})
     processor = load_processor(policy_folder, recipe.policy.unnorm_key)
     reward = load_reward(recipe.reward, recipe.reward_args, seed=recipe.seed)
-    config = replace(env_config(env, processor), draw_ending=looks_at_pictures(reward))
+    config = replace(env_config(env, processor), render_final=looks_at_images(reward))
     chosen.require_simulator()
     training = starts(chosen, tasks, "train")
     evaluated = starts(
@@ -118,7 +120,7 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     folder = Path(recipe.out).expanduser().resolve()
     is_elsewhere = recipe.cluster.env_nodes > 0
     here = nullcontext() if is_elsewhere else open_simulators(env, config, processor.shape)
-    with claimed_folder(folder, recipe.as_dict(), MAY_CHANGE), here as simulators:
+    with open_run_dir(folder, recipe.as_dict(), MAY_CHANGE), here as simulators:
         yield Run(
             recipe=recipe,
             folder=folder,

@@ -34,7 +34,7 @@ from verl_vla.trainer.grpo.cluster_policy import ClusterPolicy
 from verl_vla.trainer.grpo.env_loop import EpisodeLoop
 from verl_vla.trainer.grpo.rows import group_key
 from verl_vla.trainer.grpo.run import Run
-from verl_vla.trainer.grpo.unscored_episodes import RefusedEpisodes
+from verl_vla.trainer.grpo.unscored_episodes import UnscoredEpisodes
 from verl_vla.trainer.grpo.update import update
 from verl_vla.trainer.grpo.worker import VLAWorker, memory_metrics
 from verl_vla.trainer.verl_compat.placement import CorePoolManager
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class VLATrainer(PPOTrainerSync):
-    """Groups of episodes instead of prompts, decisions instead of sequences."""
+    """Groups of episodes instead of prompts, policy steps instead of sequences."""
 
     def __init__(self, config: Any, run: Run, simulators: Simulators, stop: StopRequest) -> None:
         super().__init__(config)
@@ -56,7 +56,7 @@ class VLATrainer(PPOTrainerSync):
             run.training_starts, seed=recipe.seed, group_size=recipe.sampling.group_size
         )
         self.metrics_file = MetricsFile(run.folder / "metrics.jsonl")
-        self.album = run.open_album()
+        self.recorder = run.open_recorder()
         self.report = LiveReport(run.folder)
         self.progress = Progress(recipe.trainer.total_training_steps)
         self._specs: dict[int, list[EpisodeSpec]] = {}
@@ -84,8 +84,8 @@ class VLATrainer(PPOTrainerSync):
             temperature=self.recipe.sampling.temperature,
             seed=self.recipe.seed,
             specs_of=self._specs.__getitem__,
-            album=self.album,
-            refused=RefusedEpisodes(self.run.folder, first_step=self.global_steps + 1),
+            recorder=self.recorder,
+            refused=UnscoredEpisodes(self.run.folder, first_step=self.global_steps + 1),
         )
         self.actor_rollout_wg.set_policy_loss(self.recipe.loss, self.run.processor.shape.action_dim)
         self.actor_rollout_wg.guard_updates(
@@ -95,7 +95,7 @@ class VLATrainer(PPOTrainerSync):
             self.config.trainer.val_before_train = False
         last_step = self.global_steps if self.global_steps else -1
         self.metrics_file.rewind(last_step)
-        self.album.rewind(last_step)
+        self.recorder.rewind(last_step)
 
     def train(self) -> None:
         """Run veRL's loop to the last step, or to the one after which nothing fails any more.
@@ -283,7 +283,7 @@ class VLATrainer(PPOTrainerSync):
         self._checkpoint_s = time.perf_counter() - began
 
     def _load_checkpoint(self) -> None:
-        step = checkpoint.newest_sound(self.run.checkpoints)
+        step = checkpoint.newest_valid(self.run.checkpoints)
         if step is None:
             self.config.trainer.resume_mode = "disable"
             super()._load_checkpoint()

@@ -10,7 +10,7 @@ from verl_vla.core.tables import Trajectories
 from verl_vla.core.trajectory_io import read_trajectories, write_trajectories
 
 
-class RefusedEpisodes:
+class UnscoredEpisodes:
     """The episodes of one round, in a file of the run's folder that names its training step.
 
     They are taken up only by the first step after a start: from then on the weights are other ones

@@ -1,4 +1,4 @@
-"""A recipe in veRL's words: the only list of veRL's knobs that we set, each with its reason."""
+"""A recipe in veRL's words: the only list of veRL's options that we set, each with its reason."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ MAX_PROMPT_TOKENS = 64
 
 PRECISION = {"float32": "fp32", "bfloat16": "bf16"}
 
-Knobs = dict[str, Any]
+Options = dict[str, Any]
 
 
 def to_verl(run: Run) -> DictConfig:
     """veRL's configuration for ``run``, complete and resolved.
 
     Raises:
-        ConfigError: the recipe's ``verl`` section names a knob that veRL does not have.
+        ConfigError: the recipe's ``verl`` section names an option that veRL does not have.
     """
     folder = os.path.join(os.path.dirname(verl.__file__), "trainer", "config")
     with initialize_config_dir(folder, version_base=None):
         config = compose("ppo_trainer")
-    knobs = _algorithm(run) | _model(run) | _actor(run) | _rollout(run) | _run(run)
-    for name, value in knobs.items():
+    options = _algorithm(run) | _model(run) | _actor(run) | _rollout(run) | _run(run)
+    for name, value in options.items():
         OmegaConf.update(config, name, value, force_add=True)
-    refuse_what_is_decided(run.recipe.verl, run.folder, knobs)
+    refuse_what_is_decided(run.recipe.verl, run.folder, options)
     OmegaConf.set_struct(config, True)
     try:
         config = OmegaConf.merge(config, run.recipe.verl)
@@ -52,21 +52,21 @@ def to_verl(run: Run) -> DictConfig:
     return config
 
 
-def refuse_what_is_decided(section: Mapping[str, Any], folder: Path, knobs: Knobs) -> None:
+def refuse_what_is_decided(section: Mapping[str, Any], folder: Path, options: Options) -> None:
     """Keep a recipe's ``verl`` section to what is free, and what veRL writes to the run's folder.
 
     Args:
-        section: nested knobs.
+        section: nested options.
         folder: of the run.
-        knobs: that the project sets, under their dotted names.
+        options: that the project sets, under their dotted names.
 
     Raises:
-        ConfigError: it names a knob of `to_verl`, code to trust, or a folder elsewhere.
+        ConfigError: it names an option of `to_verl`, code to trust, or a folder elsewhere.
     """
     for key, value in _flat(section).items():
-        if key in knobs or key.endswith("trust_remote_code"):
+        if key in options or key.endswith("trust_remote_code"):
             raise ConfigError(
-                f"verl.{key} is {value!r}, but the project decides this knob; leave it out"
+                f"verl.{key} is {value!r}, but the project decides this option; leave it out"
             )
         is_folder = key.endswith(("_dir", "_folder")) and isinstance(value, str)
         if is_folder and not Path(value).resolve().is_relative_to(folder):
@@ -76,23 +76,23 @@ def refuse_what_is_decided(section: Mapping[str, Any], folder: Path, knobs: Knob
             )
 
 
-def _flat(values: Mapping[str, Any], path: str = "") -> Knobs:
-    """Nested knobs under their dotted names."""
-    found: Knobs = {}
+def _flat(values: Mapping[str, Any], path: str = "") -> Options:
+    """Nested options under their dotted names."""
+    found: Options = {}
     for name, value in values.items():
         key = f"{path}{name}"
         found |= _flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
     return found
 
 
-def _algorithm(run: Run) -> Knobs:
+def _algorithm(run: Run) -> Options:
     sampling = run.recipe.sampling
     return {
         "algorithm.adv_estimator": "grpo",
         "algorithm.use_kl_in_reward": False,
         # Our replay buffer filters and refills; veRL's own filter has no cap.
         "algorithm.filter_groups.enable": False,
-        "algorithm.rollout_correction.bypass_mode": not run.recipe.loss.recompute_logp,
+        "algorithm.rollout_correction.bypass_mode": not run.recipe.loss.recompute_log_probs,
         "critic.enable": False,
         "reward.num_workers": 0,
         "trainer.v1.sampler.custom_sampler.path": "pkg://verl_vla.trainer.grpo.replay_buffer",
@@ -108,7 +108,7 @@ def _algorithm(run: Run) -> Knobs:
     }
 
 
-def _model(run: Run) -> Knobs:
+def _model(run: Run) -> Options:
     policy = run.recipe.policy
     model = "actor_rollout_ref.model"
     return {
@@ -129,7 +129,7 @@ def _model(run: Run) -> Knobs:
     }
 
 
-def _actor(run: Run) -> Knobs:
+def _actor(run: Run) -> Options:
     recipe, actor = run.recipe, "actor_rollout_ref.actor"
     tokens = MAX_PROMPT_TOKENS + run.processor.shape.num_tokens
     budget = recipe.optimizer.micro_batch_size * tokens
@@ -159,7 +159,7 @@ def _actor(run: Run) -> Knobs:
     }
 
 
-def _fsdp(section: str, run: Run) -> Knobs:
+def _fsdp(section: str, run: Run) -> Options:
     policy = run.recipe.policy
     precision = PRECISION[policy.dtype]
     return {
@@ -177,7 +177,7 @@ def _fsdp(section: str, run: Run) -> Knobs:
     }
 
 
-def _rollout(run: Run) -> Knobs:
+def _rollout(run: Run) -> Options:
     rollout = "actor_rollout_ref.rollout"
     return {
         f"{rollout}.name": ROLLOUT_NAME,
@@ -191,7 +191,7 @@ def _rollout(run: Run) -> Knobs:
     }
 
 
-def _run(run: Run) -> Knobs:
+def _run(run: Run) -> Options:
     recipe = run.recipe
     groups, steps = recipe.sampling.groups_per_step, recipe.trainer.total_training_steps
     never = -1

@@ -86,13 +86,14 @@ class VLAWorker(ActorRolloutRefWorker):
                 the number ``temperature``.
 
         Returns:
-            ``bins`` [n, T] int64 and ``logp`` [n, T] float32, zeros where play is greedy.
+            ``action_tokens`` [n, T] int64 and ``log_probs`` [n, T] float32, zeros where play is
+            greedy.
         """
         temperature = float(tu.get_non_tensor_data(data, "temperature", None))
         self.engine.num_optimizer_steps = 0
         inputs = [data[name] for name in ("input_ids", "attention_mask", "images", "noise")]
-        bins, logp = self.engine.choose(*inputs, temperature, data["proprio"])
-        return tu.get_tensordict({"bins": bins, "logp": logp})
+        action_tokens, log_probs = self.engine.choose(*inputs, temperature, data["proprio"])
+        return tu.get_tensordict({"action_tokens": action_tokens, "log_probs": log_probs})
 
     @register(dispatch_mode=EVERY_RANK)
     def go_without_update(self) -> float:
@@ -170,7 +171,7 @@ def register_rollout() -> None:
 
 def row_loss(
     *,
-    logp: Tensor,
+    log_probs: Tensor,
     entropy: Tensor,
     data: TensorDict,
     config: LossConfig,
@@ -181,7 +182,7 @@ def row_loss(
 
     FSDP averages gradients over ranks, the loss is a sum: hence the factor.
     """
-    width = logp.shape[1]
+    width = log_probs.shape[1]
     mask = dense(data["response_mask"], width).bool()
     advantage = dense(data["advantages"], width)[:, 0]
     weight = trajectory_weight(
@@ -189,9 +190,9 @@ def row_loss(
         action_dim=action_dim,
         num_trajectories=tu.get_non_tensor_data(data, "num_trajectories", None),
     )
-    old_logp = dense(data["old_log_probs"], width)
+    old_log_probs = dense(data["old_log_probs"], width)
     is_idle = ~mask.any(1) if config.kl.is_on else ~mask.any(1) | (advantage == 0)
-    parts = policy_loss(logp, old_logp, advantage, mask, weight, config.clip)
+    parts = policy_loss(log_probs, old_log_probs, advantage, mask, weight, config.clip)
     metrics = {
         "loss_sum": parts.loss.item(),
         "num_tokens": parts.num_tokens.item(),
@@ -205,7 +206,7 @@ def row_loss(
     }
     loss = parts.loss
     if config.kl.is_on:
-        kl = divergence(logp, dense(data["ref_log_prob"], width), mask)
+        kl = divergence(log_probs, dense(data["ref_log_prob"], width), mask)
         loss = loss + config.kl.coefficient * (kl * weight[:, None]).sum()
         metrics["kl_sum"] = kl.sum().item()
     return loss * num_ranks, metrics

@@ -105,15 +105,15 @@ class SFTEngine(VLAEngine):
             DivergedError: too many steps in a row were left out.
         """
         size = self._run.recipe.optimizer.micro_batch_size
-        starts = range(0, len(batch.bins), size)
+        starts = range(0, len(batch.action_tokens), size)
         sums = torch.zeros(2, dtype=torch.float64)
         with self.train_mode():
             self.optimizer_zero_grad()
             for start in starts:
                 with self._gradient_sync_context(is_last_micro_batch=start == starts[-1]):
-                    loss, accuracy = self._imitate(batch, slice(start, start + size))
+                    loss, accuracy = self._sft_forward(batch, slice(start, start + size))
                     # FSDP averages over ranks, each of which has as many samples
-                    (loss.sum() / len(batch.bins)).backward()
+                    (loss.sum() / len(batch.action_tokens)).backward()
                 sums += torch.stack([loss.detach(), accuracy]).double().sum(1).cpu()
             self.losses.append(float(sums[LOSS]))
             norm = self.optimizer_step()
@@ -146,7 +146,7 @@ class SFTEngine(VLAEngine):
         sums = torch.zeros(2, dtype=torch.float64)
         with self.eval_mode():
             for batch, weights in batches:
-                per_sample = torch.stack(self._imitate(batch, slice(None))).double().cpu()
+                per_sample = torch.stack(self._sft_forward(batch, slice(None))).double().cpu()
                 sums += per_sample @ weights.double()
         return [total / num_samples for total in self._add_up(sums)]
 
@@ -155,7 +155,7 @@ class SFTEngine(VLAEngine):
         dtype = DTYPES[self._run.recipe.policy.dtype]
         write_policy(self.module, self.processor, folder, is_quantized=False, dtype=dtype)
 
-    def _imitate(self, batch: SampleBatch, rows: slice) -> tuple[Tensor, Tensor]:
+    def _sft_forward(self, batch: SampleBatch, rows: slice) -> tuple[Tensor, Tensor]:
         """Score a micro-batch.
 
         Returns:
@@ -165,17 +165,17 @@ class SFTEngine(VLAEngine):
         device = get_device_id()
         prompts = [self.processor.prompt(text) for text in batch.instructions[rows]]
         ids, mask = self.processor.collate(prompts)
-        bins = batch.bins[rows].to(device)
+        action_tokens = batch.action_tokens[rows].to(device)
         output = self.run_model(
             ids.to(device),
             mask.to(device),
             batch.images[rows].to(device),
-            bins=bins,
+            action_tokens=action_tokens,
             with_nll=True,
         )
         assert output.logits is not None
         assert output.nll is not None
-        is_right = output.logits.detach().argmax(-1) == bins
+        is_right = output.logits.detach().argmax(-1) == action_tokens
         return output.nll.mean(1), is_right.float().mean(1)
 
     def _add_up(self, sums: Tensor) -> list[float]:

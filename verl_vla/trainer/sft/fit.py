@@ -69,13 +69,13 @@ class Samples:
 
     images: Tensor
     """[F, V, H, W, 3] uint8."""
-    bins: Tensor
+    action_tokens: Tensor
     """[F, T] int64, the classes that command the next K actions."""
     instructions: tuple[str, ...]
     """F sentences."""
 
     def __len__(self) -> int:
-        return len(self.bins)
+        return len(self.action_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +118,7 @@ def make_samples(demonstrations: Sequence[Demonstration], codec: ActionCodec) ->
     """
     return Samples(
         images=torch.from_numpy(np.concatenate([d.images for d in demonstrations])),
-        bins=codec.from_simulator(
+        action_tokens=codec.from_simulator(
             np.concatenate([_chunks(d, codec.chunk_length) for d in demonstrations])
         ),
         instructions=tuple(d.instruction for d in demonstrations for _ in d.frame_steps),
@@ -135,26 +135,28 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1))
 
 
-def soft_targets(bins: Tensor, codec: ActionCodec, smoothing: float) -> Tensor:
+def soft_targets(action_tokens: Tensor, codec: ActionCodec, smoothing: float) -> Tensor:
     """Spread each bin of a value that moves over its neighbours.
 
     Args:
-        bins: [n, T] int64.
+        action_tokens: [n, T] int64.
         codec: says which values move; the gripper and still values keep their one bin.
         smoothing: standard deviation, bins.
 
     Returns:
         [n, T, C] float32 probabilities.
     """
-    hard = functional.one_hot(bins, codec.num_bins).float()
+    hard = functional.one_hot(action_tokens, codec.num_bins).float()
     if smoothing == 0:
         return hard
-    classes = torch.arange(codec.num_bins, device=bins.device)
-    distance = (classes - bins[..., None]).float()
+    classes = torch.arange(codec.num_bins, device=action_tokens.device)
+    distance = (classes - action_tokens[..., None]).float()
     soft = torch.softmax(-(distance**2) / (2 * smoothing**2), dim=-1)
     statistics = codec.statistics
     moves = torch.from_numpy(statistics.mask & (statistics.q01 < statistics.q99))
-    return torch.where(moves.repeat(codec.chunk_length)[:, None].to(bins.device), soft, hard)
+    return torch.where(
+        moves.repeat(codec.chunk_length)[:, None].to(action_tokens.device), soft, hard
+    )
 
 
 def learning_rate(config: SFTConfig, step: int) -> float:
@@ -185,16 +187,16 @@ def fit(policy: TrainablePolicy, samples: Samples, config: SFTConfig) -> Iterato
     for step, rows in enumerate(_batches(len(samples), config)):
         optimizer.param_groups[0]["lr"] = learning_rate(config, step)
         prompts = [policy.processor.prompt(samples.instructions[row]) for row in rows]
-        bins = samples.bins[rows].to(device)
-        logits = policy.logits(samples.images[rows], prompts, bins)
-        targets = soft_targets(bins, policy.processor.codec, config.smoothing)
+        action_tokens = samples.action_tokens[rows].to(device)
+        logits = policy.logits(samples.images[rows], prompts, action_tokens)
+        targets = soft_targets(action_tokens, policy.processor.codec, config.smoothing)
         loss = cross_entropy(logits, targets)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, config.clip_grad)
         optimizer.step()
-        accuracy = (logits.detach().argmax(-1) == bins).float().mean()
-        hard_loss = cross_entropy(logits.detach(), bins)
+        accuracy = (logits.detach().argmax(-1) == action_tokens).float().mean()
+        hard_loss = cross_entropy(logits.detach(), action_tokens)
         yield StepReport(step=step + 1, loss=hard_loss.item(), accuracy=accuracy.item())
     policy.model.eval()
 

@@ -94,5 +94,5 @@ def _device(ranks: RanksConfig) -> str:
             f"ranks.num_ranks is {ranks.num_ranks}, but this machine has {available} GPUs; "
             "set at most that, or ranks.device=cpu"
         )
-    prepare_verl(device, knob="ranks.device")
+    prepare_verl(device, option="ranks.device")
     return device

@@ -40,12 +40,12 @@ class RankPolicy:
         images = torch.from_numpy(np.stack([o.image for o in observations]))
         request = (images, prompts, noise, temperature, observed_proprio(observations))
         _broadcast(request)
-        bins, logp = _answer(self._engine, *request)
+        action_tokens, log_probs = _answer(self._engine, *request)
         return ActionChunk(
-            bins=bins,
-            logp=logp,
+            action_tokens=action_tokens,
+            log_probs=log_probs,
             prompt_ids=prompts,
-            actions=processor.codec.to_simulator(bins),
+            actions=processor.codec.to_simulator(action_tokens),
         )
 
     def dismiss(self) -> None:
@@ -74,12 +74,14 @@ def _answer(
     temperature: float,
     proprio: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Choose bins [n, T] and their logp [n, T], zeros where play is greedy, for the whole batch."""
+    """Sample bins [n, T] and their log-probs [n, T] (zeros if greedy) for the whole batch."""
     rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     rows = padded_rows(len(images), num_ranks)[rank::num_ranks]
     ids, mask = engine.processor.collate([prompts[row] for row in rows])
     answer = engine.choose(ids, mask, images[rows], noise[rows], temperature, proprio[rows])
     parts: list[Any] = [None] * num_ranks
     torch.distributed.all_gather_object(parts, answer)
-    bins, logp = (torch.stack(both, dim=1).flatten(0, 1) for both in zip(*parts, strict=True))
-    return bins[: len(images)], logp[: len(images)]
+    action_tokens, log_probs = (
+        torch.stack(both, dim=1).flatten(0, 1) for both in zip(*parts, strict=True)
+    )
+    return action_tokens[: len(images)], log_probs[: len(images)]

@@ -31,7 +31,7 @@ from verl_vla.policies.normalization import (
     save_statistics,
 )
 from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
-from verl_vla.policies.registry import check_adapters, load_processor, require_sound
+from verl_vla.policies.registry import check_adapters, load_processor, require_valid
 from verl_vla.rl.setup import (
     PUBLISHED_RENDER_SIZE,
     env_config,
@@ -40,7 +40,7 @@ from verl_vla.rl.setup import (
     starts,
     task_ids,
 )
-from verl_vla.runs.run_dir import claimed_folder
+from verl_vla.runs.run_dir import open_run_dir
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class SFTRun:
     policy_folder: Path
     """The policy that the run starts from, with the statistics of the demonstrations."""
     render_size: int
-    """Of the pictures that are learned from, pixels."""
+    """Of the images that are learned from, pixels."""
     env_config: EnvConfig
     """Of every simulator."""
     learned: tuple[Demo, ...]
@@ -121,19 +121,19 @@ def open_sft_run(recipe: SFTRecipe) -> Generator[SFTRun]:
     learned, held_out = read_demos(source, chosen, tasks, choice)
     if recipe.policy.path is not None:
         find_policy(recipe.policy.path)
-    if recipe.demos.pictures == "rerendered" or recipe.trainer.play_every:
+    if recipe.demos.images == "rerendered" or recipe.trainer.play_every:
         chosen.require_simulator()
     folder = Path(recipe.out).expanduser().resolve()
-    with claimed_folder(folder, recipe.as_dict(), MAY_CHANGE):
+    with open_run_dir(folder, recipe.as_dict(), MAY_CHANGE):
         statistics = measure_statistics(
             [demo.actions for demo in learned],
             key=env.suite + (NO_NOOPS_SUFFIX if choice.filter_noops else ""),
         )
         policy_folder = _first_policy(recipe, folder / "first_policy", statistics)
-        require_sound(policy_folder)
+        require_valid(policy_folder)
         check_adapters(policy_folder, recipe.policy.lora_rank, has_kl=False)
         render_size = learned[0].render_size
-        if recipe.demos.pictures == "rerendered":
+        if recipe.demos.images == "rerendered":
             render_size = PUBLISHED_RENDER_SIZE if env.render_size is None else env.render_size
             work = Rerendering(
                 source=source,
@@ -226,8 +226,8 @@ def _check_samples(run: SFTRun) -> None:
         processor.prompt(demo.instruction)
         if len(demo.cameras) < num_views:
             raise ConfigError(
-                f"the policy takes {num_views} images, but {demo.name} of {demo.file} has pictures "
-                f"of {' and '.join(demo.cameras)} alone; set demos.pictures=rerendered"
+                f"the policy takes {num_views} images, but {demo.name} of {demo.file} has images "
+                f"of {' and '.join(demo.cameras)} alone; set demos.images=rerendered"
             )
     logger.info(
         "%d episodes, %d samples to learn; %d episodes held out",

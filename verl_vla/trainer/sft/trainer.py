@@ -218,16 +218,16 @@ class SFTLoop:
         self._engine.save_checkpoint(str(folder / "ranks"), global_step=step)
         self._engine.export(folder / "policy")
 
-    def _newest_sound(self) -> int:
+    def _newest_valid(self) -> int:
         """As the first rank finds it; 0 where there is none."""
-        found = checkpoint.newest_sound(self._run.checkpoints) if self._is_first else None
+        found = checkpoint.newest_valid(self._run.checkpoints) if self._is_first else None
         step = torch.tensor(0 if found is None else found, device=get_device_id())
         torch.distributed.broadcast(step, src=0)
         return int(step)
 
     def _resume(self) -> int:
         """Load the newest whole checkpoint and finish its step; returns how many steps are done."""
-        done = self._newest_sound()
+        done = self._newest_valid()
         state: dict[str, Any] = {}
         if done:
             folder = checkpoint.step_folder(self._run.checkpoints, done)

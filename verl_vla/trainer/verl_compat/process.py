@@ -32,12 +32,12 @@ def choose_device(wanted: str) -> str:
     return wanted
 
 
-def prepare_verl(device: str, *, knob: str) -> None:
+def prepare_verl(device: str, *, option: str) -> None:
     """Check the release, and tell veRL which platform it is on before it is asked.
 
     Args:
         device: ``cuda`` or ``cpu``.
-        knob: of the recipe that chose it.
+        option: of the recipe that chose it.
 
     Raises:
         ConfigError: another release is installed, or veRL does not find the platform.
@@ -50,9 +50,9 @@ def prepare_verl(device: str, *, knob: str) -> None:
     os.environ["VERL_PLATFORM"] = "nvidia" if device == "cuda" else "cpu"
     if get_device_name() != device:
         raise ConfigError(
-            f"{knob} asks for {device}, but veRL found {get_device_name()}; "
+            f"{option} asks for {device}, but veRL found {get_device_name()}; "
             "install this project (pip install -e .) so that veRL finds its CPU platform, "
-            f"or set {knob}"
+            f"or set {option}"
         )
 
 

@@ -30,7 +30,7 @@ class RewardSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Contestant:
+class Entry:
     """One line of the table."""
 
     label: str
@@ -69,7 +69,7 @@ def read_rewards(words: str, arguments: Sequence[str]) -> dict[str, RewardSpec]:
     return specs
 
 
-def make_contestants(specs: Mapping[str, RewardSpec], seed: int) -> list[Contestant]:
+def make_entries(specs: Mapping[str, RewardSpec], seed: int) -> list[Entry]:
     """Make the rewards, and the controls after them.
 
     Args:
@@ -80,7 +80,7 @@ def make_contestants(specs: Mapping[str, RewardSpec], seed: int) -> list[Contest
         ConfigError: names the label, and what is wrong.
     """
     made = [
-        Contestant(label=label, reward=_make(label, spec, seed), is_control=False)
+        Entry(label=label, reward=_make(label, spec, seed), is_control=False)
         for label, spec in specs.items()
     ]
     controls = {
@@ -89,8 +89,7 @@ def make_contestants(specs: Mapping[str, RewardSpec], seed: int) -> list[Contest
         ORACLE: load_reward(ORACLE, {}),
     }
     return made + [
-        Contestant(label=label, reward=reward, is_control=True)
-        for label, reward in controls.items()
+        Entry(label=label, reward=reward, is_control=True) for label, reward in controls.items()
     ]
 
 
