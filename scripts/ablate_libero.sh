@@ -28,7 +28,7 @@ set_up_packages run
 set_up_renderer
 for name in "$@"; do
     read -ra changed <<<"${words[$name]}"
-    "$python" -m verl_vla train recipe=quickstart_libero_spatial policy.path="$out/base" out="$out/$name" gate.mode=off \
+    "$python" -m verl_vla train recipe=quickstart_libero_spatial policy.path="$out/base" out="$out/$name" cold_start.mode=off \
         trainer.eval_before=false trainer.eval_every=0 trainer.total_training_steps=6 "${changed[@]}"
     evaluate "$out/$name/checkpoints/latest/policy" "$out/sampled/$name"
 done

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from verl_vla.envs.robotwin import RoboTwin
-from verl_vla.policies.normalization import ActionStatistics, Ranges
+from verl_vla.policies.normalization import ActionStatistics, NormalizationStats
 from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
 
@@ -43,5 +43,5 @@ def two_armed_policy(instructions: list[str], *, chunk_length: int = 25) -> Open
             action_dim=JOINTS,
             proprio_dim=JOINTS,
         ),
-        proprio_ranges=Ranges(**span, key="two_arms", normalization="bounds"),
+        proprio_stats=NormalizationStats(**span, key="two_arms", normalization="bounds"),
     )

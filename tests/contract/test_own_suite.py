@@ -22,7 +22,7 @@ from verl_vla.evaluation.conditions import conditions
 from verl_vla.policies.registry import load_policy
 from verl_vla.rl.advantage import group_advantage
 from verl_vla.rl.loss import executed_mask, policy_loss, trajectory_weight
-from verl_vla.rl.rollout import NoiseSource, play
+from verl_vla.rl.rollout import NoiseSource, rollout
 from verl_vla.rl.setup import env_config
 from verl_vla.trainer.grpo.run import Run, open_run
 
@@ -73,7 +73,7 @@ def played(run: Run) -> Trajectories:
         for i in range(GROUP_SIZE)
     ]
     policy, noise = load_policy(run.policy_folder), NoiseSource(seed=0, stream=0)
-    return play(specs, policy, run.simulators, temperature=TEMPERATURE, noise=noise)
+    return rollout(specs, policy, run.simulators, temperature=TEMPERATURE, noise=noise)
 
 
 def test_a_suite_by_path_says_what_it_is(name: str) -> None:
@@ -83,7 +83,7 @@ def test_a_suite_by_path_says_what_it_is(name: str) -> None:
     assert chosen.action_dim == JOINTS
     assert chosen.init_state_ids(0, "held_out") == list(range(4, 100, 5))
     assert not set(chosen.init_state_ids(0, "train")) & set(chosen.init_state_ids(0, "held_out"))
-    for split, message in (("drawn", "has recorded ones alone"), ("some", "split is 'some'")):
+    for split, message in (("sampled", "has recorded ones alone"), ("some", "split is 'some'")):
         with pytest.raises(ConfigError, match=message):
             chosen.init_state_ids(0, split)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="SimpleVLA-RL never played two_arms"):
@@ -147,7 +147,7 @@ def test_a_policy_must_be_for_the_robot(name: str, folder: Path) -> None:
 
 
 def test_grippers_are_where_the_suite_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(suite(ROBOTWIN)), "grippers", (6, 13))
+    monkeypatch.setattr(type(suite(ROBOTWIN)), "gripper_dims", (6, 13))
     with pytest.raises(ConfigError, match=r"leave the values \[\] .* are at \[6, 13\]"):
         env_config(EnvironmentConfig(suite=ROBOTWIN), load_policy(folder).processor)
 

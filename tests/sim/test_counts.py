@@ -40,7 +40,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     count(simulator, "build_problem", "models built")
     count(rendering.Renderer, "__init__", "GL contexts")
-    count(rendering.Renderer, "draw", "images drawn")
+    count(rendering.Renderer, "render", "images rendered")
     count(controller.ArmControl, "start", "control steps")
     count(controller, "read", "arm readings by Python")
     count(controller, "follow", "calls of the inner loop")
@@ -59,7 +59,7 @@ def test_an_episode_costs_what_it_shows_and_not_more(counts: Counter[str]) -> No
         assert counts == {
             "models built": 1,
             "GL contexts": 1,
-            "images drawn": episode * POLICY_STEPS,
+            "images rendered": episode * POLICY_STEPS,
             "control steps": episode * steps,
             "arm readings by Python": episode * (steps - 1),
             "calls of the inner loop": episode * 3 * steps,

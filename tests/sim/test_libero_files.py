@@ -63,7 +63,7 @@ def test_the_instruction_is_the_tasks_or_the_files_own(mini_demos: Path) -> None
     assert demo.instruction == "please lift the red cube"
 
 
-def test_a_image_is_turned_as_policies_see_it(mini_demos: Path) -> None:
+def test_an_image_is_turned_as_policies_see_it(mini_demos: Path) -> None:
     demo = read_all(mini_demos)[3]
     env = make_libero_env(EnvConfig(suite="mini", render_size=RENDER_SIZE, image_size=28))
     env.reset(LIFT, 0)

@@ -11,7 +11,7 @@ import pytest
 from verl_vla.core.episode import Outcome
 from verl_vla.core.errors import ConfigError
 from verl_vla.envs.base import EnvConfig
-from verl_vla.envs.libero.env import DRAWN, LiberoEnv
+from verl_vla.envs.libero.env import EVALUATED, LiberoEnv
 from verl_vla.envs.libero.suite import make_libero_env
 from verl_vla.envs.mini import make_init_states
 from verl_vla.envs.mini.experts import EXPERTS
@@ -181,8 +181,8 @@ def test_demonstrations_start_where_neither_split_does(env: LiberoEnv) -> None:
 
 
 def test_evaluations_can_draw_starts_that_nothing_else_sees(env: LiberoEnv) -> None:
-    ids = env.suite.init_state_ids(STACK, "drawn")
-    drawn = [env.draw_start(STACK, DRAWN, start) for start in ids[:10]]
+    ids = env.suite.init_state_ids(STACK, "sampled")
+    drawn = [env.sample_start(STACK, EVALUATED, start) for start in ids[:10]]
     sampled = [sample_init_state(env, STACK, seed) for seed in ids[:10]]
     recorded = env.suite.load_init_states(STACK)
     assert len(np.unique(np.concatenate([drawn, sampled, recorded]), axis=0)) == 120
@@ -190,5 +190,5 @@ def test_evaluations_can_draw_starts_that_nothing_else_sees(env: LiberoEnv) -> N
     expected = env.simulator(STACK).state.physics
     env.reset(STACK, ids[3])
     assert np.array_equal(env.simulator(STACK).state.physics, expected)
-    with pytest.raises(ConfigError, match="1000 more can be drawn"):
+    with pytest.raises(ConfigError, match="1000 more can be sampled"):
         env.reset(STACK, ids[-1] + 1)

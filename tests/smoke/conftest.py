@@ -32,8 +32,8 @@ def small_words(base_of_two_datasets: Path, tmp_path_factory: pytest.TempPathFac
         "seed=12",  # in its third step one round is enough, as a test needs it
         f"reward='{write_documented_reward(tmp_path_factory.mktemp('reward'))}'",
         "loss.kl.coefficient=0.01",
-        "gate.episodes=8",
-        "gate.threshold=0.1",
+        "cold_start.episodes=8",
+        "cold_start.threshold=0.1",
         "environment.tasks=[0,6]",
         "sampling.groups_per_step=3",
         "sampling.group_size=6",

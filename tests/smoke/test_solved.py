@@ -67,7 +67,7 @@ def solved_run(folder: Path, failures: int) -> TrainingRun:
             "sampling.max_rounds=2",
             "optimizer.num_mini_batches=1",
             "evaluation.episodes_per_task=3",
-            "gate.mode=off",
+            "cold_start.mode=off",
             "trainer.total_training_steps=9",
             "trainer.save_every=5",
             "trainer.eval_before=false",

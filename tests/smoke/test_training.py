@@ -151,7 +151,7 @@ def test_a_run_that_ends_in_many_ways_goes_on_as_if_nothing_had_happened(
     run = TrainingRun(tmp_path / "run", [*small_words, f"reward='{reward}'"])
     checkpoints = run.folder / "checkpoints"
     # somebody asks for the end while the first step is played
-    process = run.start_until((run.folder / "gate.json").exists)
+    process = run.start_until((run.folder / "cold_start.json").exists)
     process.send_signal(signal.SIGTERM)
     said = run.await_end(process, EXIT_SIGNAL + signal.SIGTERM)
     assert "stopped: SIGTERM after step 1; the same command goes on from there" in said
@@ -376,7 +376,7 @@ def test_a_run_that_cannot_learn_stops_and_says_why(tmp_path: Path) -> None:
             "recipe=quickstart",
             "environment.tasks=[1]",
             "environment.step_limit=2",
-            "gate.mode=off",
+            "cold_start.mode=off",
             "sampling.groups_per_step=2",
             "sampling.group_size=2",
             "sampling.max_rounds=2",
@@ -399,7 +399,7 @@ def test_a_policy_that_never_succeeds_is_not_trained(tmp_path: Path) -> None:
             f"policy.path='{tmp_path / 'untrained'}'",
             "environment.tasks=[0]",
             "environment.step_limit=16",
-            "gate.episodes=4",
+            "cold_start.episodes=4",
             "trainer.eval_before=false",
         ],
     )
@@ -407,7 +407,7 @@ def test_a_policy_that_never_succeeds_is_not_trained(tmp_path: Path) -> None:
     assert "sampled at temperature 0.8 it solved 0 of 4 training episodes" in said
     assert f"{task.name}: greedy 0 of 4, sampled 0 of 4" in said
     assert "Fine-tune the policy further on demonstrations" in said
-    kept = json.loads((run.folder / "gate.json").read_text())
+    kept = json.loads((run.folder / "cold_start.json").read_text())
     assert not kept["passed"]
     assert kept["sampled"]["tasks"][task.name]["successes"] == 0
     assert not (run.folder / "metrics.jsonl").exists()

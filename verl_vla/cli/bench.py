@@ -28,7 +28,7 @@ PARTS = {
 def run(arguments: Sequence[str]) -> int:
     """Measure, then print the table and the JSON object."""
     options = _parser(arguments[:1]).parse_args(arguments)
-    options.words = list(arguments)
+    options.arguments = list(arguments)
     record = importlib.import_module(f"verl_vla.diagnostics.benchmarks.{options.part}").measure(
         options
     )

@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--height-error",
         type=float,
-        help="largest error of a careless operator, who takes objects to lie higher, metres; "
+        help="largest error of a biased expert, who takes objects to lie higher, metres; "
         f"{config.height_error_m}",
     )
     add("--image-size", type=int, help=f"what the policy sees, pixels; {IMAGE_SIZE}")

@@ -18,8 +18,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Everything that may stand behind ``eval``."""
-    words = argparse.ArgumentParser(prog="python -m verl_vla eval", description=description)
-    add = words.add_argument
+    made = argparse.ArgumentParser(prog="python -m verl_vla eval", description=description)
+    add = made.add_argument
     add("--policy", required=True, help="folder of a checkpoint")
     add(
         "--suite",
@@ -43,7 +43,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     add(
         "--states",
         choices=get_args(Split),
-        help="held_out (default); official: all recorded starts; drawn: new ones",
+        help="held_out (default); official: all recorded starts; sampled: new ones",
     )
     add("--sampling", help="greedy (default), or a temperature")
     add("--limit", help="step limit: published (default), simplevla, or a number")
@@ -61,7 +61,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     add("--control", help="earlier eval of the unperturbed suite; evaluated too if not given")
     add("--tasks-per-axis", type=int, help="at most so many perturbed tasks of each axis")
     add("--out", required=True, help="folder to write to")
-    return words
+    return made
 
 
 def temperature(sampling: str) -> float:

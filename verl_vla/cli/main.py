@@ -83,17 +83,17 @@ STOPPED = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code of the process."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    argv = list(sys.argv[1:] if arguments is None else arguments)
     _speak_plainly()
     _one_thread_each()
-    if not words or words[0] in ("-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(_help())
-        return 0 if words else EXIT_USAGE
+        return 0 if argv else EXIT_USAGE
     try:
-        if words[0] not in VERBS:
-            raise ConfigError(f"{words[0]!r} is no verb; {nearest(words[0], list(VERBS))}")
-        verb = importlib.import_module(f"verl_vla.cli.{words[0].replace('-', '_')}")
-        return verb.run(words[1:])
+        if argv[0] not in VERBS:
+            raise ConfigError(f"{argv[0]!r} is no verb; {nearest(argv[0], list(VERBS))}")
+        verb = importlib.import_module(f"verl_vla.cli.{argv[0].replace('-', '_')}")
+        return verb.run(argv[1:])
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_USAGE

@@ -28,10 +28,10 @@ GB = 1e9
 def run(arguments: Sequence[str]) -> int:
     """Print the plan; 1 where it does not fit."""
     options = _parser().parse_intermixed_args(arguments)
-    words = list(options.words)
+    overrides = list(options.overrides)
     if options.nodes is not None:
-        words.append(f"cluster.num_nodes={options.nodes}")
-    recipe = load_recipe(words)
+        overrides.append(f"cluster.num_nodes={options.nodes}")
+    recipe = load_recipe(overrides)
     if options.gpu is None and recipe.cluster.device != "cpu":
         raise ConfigError(f"which GPU? Say --gpu and one of {', '.join(GPUS)}")
     config, source = policy_config(recipe)
@@ -45,8 +45,8 @@ def run(arguments: Sequence[str]) -> int:
         print("No change that is known here makes it fit; take a larger GPU.")
     else:
         changes, changed = remedy
-        words = [f"{name}={str(value).lower()}" for name, value in changes.items()]
-        print(f"It would with {' '.join(words)}: {changed.device.peak / GB:.1f} GB.")
+        overrides = [f"{name}={str(value).lower()}" for name, value in changes.items()]
+        print(f"It would with {' '.join(overrides)}: {changed.device.peak / GB:.1f} GB.")
     return EXIT_TOO_LARGE
 
 
@@ -96,7 +96,7 @@ def show(plan: Plan) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m verl_vla plan", description=__doc__)
     add = parser.add_argument
-    add("words", nargs="*", help="recipe=NAME key=value ...")
+    add("overrides", nargs="*", help="recipe=NAME key=value ...")
     add("--gpu", choices=list(GPUS), help="of every rank")
     add("--nodes", type=int, help="cluster.num_nodes")
     return parser

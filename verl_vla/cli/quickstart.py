@@ -59,10 +59,10 @@ def _recipe_words(options: argparse.Namespace) -> list[str]:
     seed = 0 if options.seed is None else options.seed
     recipe = RECIPES[options.suite]
     out = f"runs/{recipe}_seed{seed}" if options.out is None else options.out
-    words = [f"recipe={recipe}", f"seed={seed}", f"out='{out}'"]
+    overrides = [f"recipe={recipe}", f"seed={seed}", f"out='{out}'"]
     if options.steps is not None:
-        words.append(f"trainer.total_training_steps={options.steps}")
-    return words
+        overrides.append(f"trainer.total_training_steps={options.steps}")
+    return overrides
 
 
 def _show(run: Run, wall_s: float) -> None:
@@ -133,7 +133,7 @@ def _record_and_count(
     before: Mapping[str, Any],
     after: Mapping[str, Any],
 ) -> int:
-    """Record the most telling held-out start with both policies; return the parameter count."""
+    """Record the most informative held-out start with both policies; return the parameter count."""
     start = _telling_start(before["episodes"], after["episodes"])
     policies = [load_policy(folder) for folder in folders]
     clips = [record_video(policy, run.env_config, start) for policy in policies]

@@ -65,7 +65,7 @@ RESULT_FILE = "reward_bench.json"
 EPISODES_FOLDER = "episodes"
 WEIGHTS = "weights"
 """Key of the digest of the policy's weights, in the record of the episodes."""
-PLAY_WORDS = (
+PLAY_OPTIONS = (
     "policy",
     "suite",
     "tasks",
@@ -153,8 +153,8 @@ def _find_episodes(
 
     Everything that can be wrong with them is found here.
     """
-    words = {name: value for name, value in vars(options).items() if name in PLAY_WORDS}
-    given = {name: value for name, value in words.items() if value is not None}
+    values = {name: value for name, value in vars(options).items() if name in PLAY_OPTIONS}
+    given = {name: value for name, value in values.items() if value is not None}
     if options.episodes is not None:
         if given:
             raise ConfigError(

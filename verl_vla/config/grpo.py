@@ -16,9 +16,9 @@ class EvaluationConfig:
     """Held-out starts per task, from the first on; null plays all of them once."""
     temperature: float = 0.0
     """0 plays greedily."""
-    states: Literal["held_out", "drawn"] = "held_out"
+    states: Literal["held_out", "sampled"] = "held_out"
     """``held_out``: recorded init states that are never trained on, 10 a task of LIBERO's suites;
-    ``drawn``: starts drawn from the tasks' regions, as many as ``episodes_per_task`` says."""
+    ``sampled``: starts sampled from the tasks' regions, as many as ``episodes_per_task`` says."""
 
     def __post_init__(self) -> None:
         if self.episodes_per_task is not None and self.episodes_per_task < 1:
@@ -110,14 +110,14 @@ class KLConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GateConfig:
+class ColdStartConfig:
     """Whether and when training is refused to a policy that hardly ever succeeds."""
 
     mode: Literal["stop", "off"] = "stop"
     """``off`` trains whatever the policy can do; needed where a dense reward teaches failures."""
     threshold: float = 0.15
     """Least success rate. Source: a VLA built from scratch for LIBERO-Spatial, whose authors set
-    this gate for GRPO; it solved 0 of 15 episodes, and GRPO without the gate taught it nothing."""
+    this threshold; it solved 0 of 15 episodes, and GRPO without the check taught it nothing."""
     episodes: int = 32
     """How many episodes are sampled, spread evenly over the tasks; fewer where there are fewer
     training starts."""
@@ -125,11 +125,13 @@ class GateConfig:
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
             raise ConfigError(
-                f"gate.threshold is {self.threshold}; it is a share of episodes, above 0 up to 1 "
-                "(gate.mode=off lets every policy pass)"
+                f"cold_start.threshold is {self.threshold}; it is a share of episodes, above 0 "
+                "up to 1 (cold_start.mode=off lets every policy pass)"
             )
         if self.episodes < 1:
-            raise ConfigError(f"gate.episodes is {self.episodes}; set at least 1, or gate.mode=off")
+            raise ConfigError(
+                f"cold_start.episodes is {self.episodes}; set at least 1, or cold_start.mode=off"
+            )
 
 
 LoraTargets = Literal["language_model", "all-linear"]
@@ -240,7 +242,7 @@ class OptimizerConfig:
     num_mini_batches: int = 1
     """Optimizer steps per training step."""
     micro_batch_size: int = 16
-    """PolicySteps per forward and backward pass of one rank."""
+    """Policy steps per forward and backward pass of one rank."""
     max_skipped_in_a_row: int = 3
     """Optimizer steps are left out where the loss or the gradient is not finite. One can be the
     fault of one batch; that many in a row are the fault of the weights, and end the run."""
@@ -355,7 +357,7 @@ class Recipe:
     """The only source of randomness of a run."""
     policy: PolicyConfig
     environment: EnvironmentConfig
-    gate: GateConfig = field(default_factory=GateConfig)
+    cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: str = "binary"
     """A file of ``rewards/``, or ``path/to/file.py:ClassName``."""

@@ -81,7 +81,7 @@ class DemosConfig:
     """Of LIBERO's files, one ``<task name>_demo.hdf5`` a task."""
     choice: DemoChoice = field(default_factory=DemoChoice)
     images: Literal["rerendered", "stored"] = "rerendered"
-    """``rerendered`` draws the recorded states at ``environment.render_size``, once for a run;
+    """``rerendered`` renders the recorded states at ``environment.render_size``, once for a run;
     LIBERO's own images have 128 px."""
     augment: bool = True
     """Change images at random, as published; evaluations then crop the centre."""

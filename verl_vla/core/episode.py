@@ -62,7 +62,7 @@ class Observation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """One place an episode can start from."""
+    """One init state of one task, from which episodes start."""
 
     task_id: int
     init_state_id: int

@@ -112,8 +112,8 @@ class Trajectories:
     """B arrays [policy steps + 1, G, 3]: before the first policy step, and after each."""
     crashes: dict[int, str] = field(default_factory=dict[int, str])
     final_images: tuple[npt.NDArray[np.uint8] | None, ...] = ()
-    """B images [V, H, W, 3] after the last step, None where none was drawn; empty where nobody
-    was asked to draw any."""
+    """B images [V, H, W, 3] after the last step, None where none was rendered; empty where nobody
+    was asked to render any."""
 
     def __post_init__(self) -> None:
         if len(self.prompt_ids) != len(self.policy_steps):

@@ -19,7 +19,7 @@ from verl_vla.policies.normalization import ActionStatistics
 LOW_QUANTILE, HIGH_QUANTILE = 0.01, 0.99
 """Of openvla-oft's action ranges (``prismatic/vla/datasets/rlds/utils/data_utils.py``)."""
 GRIPPER = -1
-"""Place of the gripper in an action."""
+"""Index of the gripper in an action."""
 
 
 NOOP_NORM = 1e-4

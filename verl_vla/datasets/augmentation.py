@@ -25,7 +25,7 @@ SATURATION = (0.8, 1.2)
 HUE = 0.05
 """Largest turn of the hue, of a whole turn."""
 STREAM = 2
-"""Keeps these numbers apart from what else is drawn from the same seed."""
+"""Keeps these numbers apart from what else is sampled from the same seed."""
 TO_BYTE = 255.5
 """TensorFlow's ``convert_image_dtype(saturate=True)`` multiplies by it and cuts off."""
 

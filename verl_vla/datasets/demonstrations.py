@@ -35,7 +35,7 @@ class Demonstration:
     actions: npt.NDArray[np.float32]
     """[S, A] the expert's answers, simulator units; at least ``horizon`` after each image."""
     num_steps: int
-    """Steps until the success, or until a careless operator had missed."""
+    """Steps until the success, or until a biased expert had missed."""
 
 
 class DemonstrationFile:

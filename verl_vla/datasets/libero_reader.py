@@ -3,7 +3,7 @@
 One HDF5 file a task, ``<task name>_demo.hdf5``: a group ``data`` with the attribute
 ``problem_info`` and, for each episode, ``demo_i/actions`` [T, 7], ``demo_i/states``
 [T, 1 + nq + nv] (time, positions, velocities) and, for each camera, the `IMAGES` [T, H, W, 3]
-uint8, stored bottom-up as OpenGL draws. Source: LIBERO ``scripts/create_dataset.py``.
+uint8, stored bottom-up as OpenGL renders. Source: LIBERO ``scripts/create_dataset.py``.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class FrameReader:
         """Return the image before ``demo.actions[index]``: [H, W, 3], upright.
 
         It is turned by 180 degrees, so that left and right are swapped, as openvla-oft does
-        (``experiments/robot/libero/libero_utils.py:33``) and as `Renderer.draw` shows it.
+        (``experiments/robot/libero/libero_utils.py:33``) and as `Renderer.render` shows it.
         """
         file = self._file(demo.file)
         stored = file[f"data/{demo.name}/{IMAGES[camera]}"][int(demo.steps[index])]

@@ -3,7 +3,7 @@
 Names, dtypes and attributes are those of LIBERO's ``scripts/create_dataset.py``, which follows
 robomimic: a group ``data`` and in it ``demo_0``, ``demo_1``, ... Two things to know:
 
-- Images are stored as LIBERO stores them, bottom row first, as OpenGL draws (the attribute
+- Images are stored as LIBERO stores them, bottom row first, as OpenGL renders (the attribute
   ``macros_image_convention``). Policies see them turned by 180 degrees.
 - Row t of ``obs`` was seen *before* action t, as in openvla's copy of the data
   (``experiments/robot/libero/regenerate_libero_dataset.py``). LIBERO's own script writes down what

@@ -5,7 +5,7 @@ its way (DART, arXiv:1703.09327, disturbs every step). Images are recorded only 
 then left alone for as long as a policy acts blindly: the actions after an image are exactly what
 led to what comes next.
 
-Operators may be careless: they misjudge how high objects lie, and what they fail at is recorded
+Experts may be biased: they misjudge how high objects lie, and what they fail at is recorded
 too. A policy that imitates them does the right thing at the wrong height, which no further
 imitation mends and reinforcement learning does.
 """
@@ -96,7 +96,7 @@ def record(
 
     The result depends on ``seed`` alone, not on ``workers``: the n-th attempt at a task is a pure
     function of the seed, the task and n, and the first attempts that ended are kept: in a success,
-    or, of careless operators, with a miss.
+    or, of biased experts, with a miss.
 
     Raises:
         ConfigError: an expert runs out of steps more often than not.
@@ -173,7 +173,7 @@ def play_expert(
 ) -> Demonstration | None:
     """Play the ``index``-th attempt at a task; None where it took too long.
 
-    The start is drawn from the task's regions and is in neither split of the suite.
+    The start is sampled from the task's regions and is in neither split of the suite.
     """
     rng = np.random.default_rng([seed, task_id, index])
     env.reset_to(task_id, sample_init_state(env, task_id, int(rng.integers(2**31))))

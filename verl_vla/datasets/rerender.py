@@ -2,9 +2,9 @@
 
 LIBERO's files hold images of 128 px; published policies were fine-tuned on 256. openvla plays the
 recorded actions again (``regenerate_libero_dataset.py``); here every recorded state is put into the
-simulator and drawn, so that no image depends on how well a replay follows the recording. What
-is drawn is the state itself; an image taken while stepping is up to two of robosuite's 25 physics
-steps older.
+simulator and rendered, so that no image depends on how well a replay follows the recording. What
+is rendered is the state itself; an image taken while stepping is up to two of robosuite's 25
+physics steps older.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ RGB = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rerendering:
-    """What is drawn again, and where it is kept."""
+    """What is rendered again, and where it is kept."""
 
     source: Path
     """Folder of LIBERO's files."""
     target: Path
     """Folder of the same files with other images; they hold nothing but what is learned from."""
     env: EnvConfig
-    """Its ``cameras`` are drawn, at its ``render_size``."""
+    """Its ``cameras`` are rendered, at its ``render_size``."""
 
 
 def rerender(work: Rerendering, tasks: Sequence[int], *, workers: int) -> None:
-    """Draw the files of ``tasks`` that are not there yet, each task in a process of its own.
+    """Render the files of ``tasks`` that are not there yet, each task in a process of its own.
 
     Raises:
         ConfigError: a file's states do not fit its task.
@@ -65,7 +65,7 @@ def rerender(work: Rerendering, tasks: Sequence[int], *, workers: int) -> None:
             num_frames = future.result()
             spent = time.perf_counter() - began
             logger.info(
-                "drawn again: %d/%d  %s  %d images  left %s",
+                "rendered again: %d/%d  %s  %d images  left %s",
                 done,
                 len(missing),
                 chosen.task(task).name,
@@ -75,7 +75,7 @@ def rerender(work: Rerendering, tasks: Sequence[int], *, workers: int) -> None:
 
 
 def rerender_task(work: Rerendering, task_id: int) -> int:
-    """Draw one file; it appears when it is whole. Returns how many images it has.
+    """Render one file; it appears when it is whole. Returns how many images it has.
 
     Raises:
         ConfigError: its states do not fit the task.

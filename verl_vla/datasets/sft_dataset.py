@@ -23,7 +23,7 @@ from verl_vla.policies.action_codec import ActionCodec
 
 WHOLE_IMAGE = 1.0
 ORDER_STREAM = 1
-"""Keeps the order of the samples apart from what else is drawn from the same seed."""
+"""Keeps the order of the samples apart from what else is sampled from the same seed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,8 +154,8 @@ class StepSampler(Sampler[list[Draw]]):
             yield [Draw(row=self._row(number), number=number) for number in numbers]
 
     def _row(self, number: int) -> int:
-        which, place = divmod(number, self._num_samples)
+        which, index = divmod(number, self._num_samples)
         if which != self._round:
             rng = np.random.default_rng([ORDER_STREAM, self._seed, which])
             self._round, self._order = which, rng.permutation(self._num_samples)
-        return int(self._order[place])
+        return int(self._order[index])

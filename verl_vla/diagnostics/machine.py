@@ -61,7 +61,7 @@ def examine_machine(folder: Path, num_gpus: int | None = None) -> list[Check]:
 
     Args:
         folder: where runs will be written.
-        num_gpus: how many devices draw an image; None takes all that torch sees.
+        num_gpus: how many devices render an image; None takes all that torch sees.
     """
     devices = torch.cuda.device_count() if num_gpus is None else num_gpus
     return [
@@ -150,7 +150,7 @@ def _driver() -> str:
 
 
 def _renders(device: int | None) -> Check:
-    """Draw an image in a process of its own, as a simulator would."""
+    """Render an image in a process of its own, as a simulator would."""
     subject = "GL" if device is None else f"GL, GPU {device}"
     environment = dict(os.environ)
     if device is not None:
@@ -174,7 +174,7 @@ def _renders(device: int | None) -> Check:
     share = int(done.stdout)
     return _check(
         subject,
-        f"drew a red box that fills {share}% of the image",
+        f"rendered a red box that fills {share}% of the image",
         is_fault=share == 0,
         fix=GL_REMEDY,
     )

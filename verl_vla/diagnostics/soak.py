@@ -13,7 +13,7 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.policies.base import Policy
 from verl_vla.rl.group_sampling import StartSampler
-from verl_vla.rl.rollout import NoiseSource, play
+from verl_vla.rl.rollout import NoiseSource, rollout
 
 SOAK_STREAM = 2
 """Stream of the noise source; training and evaluation have 0 and 1."""
@@ -62,8 +62,8 @@ def soak(
     noise = NoiseSource(seed=0, stream=SOAK_STREAM)
     episodes = crashes = 0
     while True:
-        specs = [spec for group in starts.draw(block) for spec in group]
-        played = play(specs, policy, pool, temperature=temperature, noise=noise)
+        specs = [spec for group in starts.next_groups(block) for spec in group]
+        played = rollout(specs, policy, pool, temperature=temperature, noise=noise)
         episodes += len(played.episodes)
         crashes += int((played.episodes.outcome == int(Outcome.CRASH)).sum())
         del played

@@ -48,7 +48,7 @@ class ChunkResult:
     """[2, G, 3], before the chunk and after it."""
     final_image: npt.NDArray[np.uint8] | None = None
     """[V, H, W, 3], what was to be seen after the last step, as in an observation; None where the
-    episode goes on, or where the environment was not told to draw it."""
+    episode goes on, or where the environment was not told to render it."""
 
 
 class Env(Protocol):
@@ -83,8 +83,8 @@ EnvFactory = Callable[[], Env]
 """Makes an environment inside a worker process; must be picklable (a `functools.partial`)."""
 
 
-Split = Literal["train", "held_out", "official", "drawn"]
-"""``official`` is every recorded start, as in published evaluations: trained on or not; ``drawn``
+Split = Literal["train", "held_out", "official", "sampled"]
+"""``official`` is every recorded start, as in published evaluations: trained on or not; ``sampled``
 starts are recorded nowhere."""
 StepLimit = Literal["published", "simplevla"] | int
 
@@ -117,7 +117,7 @@ class EnvConfig:
     """Height and width of what the policy sees, pixels."""
     cameras: tuple[str, ...] = ("agentview",)
     render_final: bool = False
-    """Draw what is to be seen after an episode's last step; a policy has no use for it, a reward
+    """Render what is to be seen after an episode's last step; a policy has no use for it, a reward
     that looks at images has."""
     settle_steps: int = 10
     """Of LIBERO: steps with an open, resting gripper before the first observation; objects drop
@@ -165,7 +165,7 @@ class Suite(ABC):
     """A, values of one action."""
     proprio_dim: int
     """P, values of `Observation.proprio`."""
-    grippers: tuple[int, ...]
+    gripper_dims: tuple[int, ...]
     """Places in an action that are commanded by sign, -1 opens and +1 closes, and that a policy's
     statistics therefore do not normalise; empty where all values are what the data says."""
 
@@ -242,7 +242,7 @@ class Suite(ABC):
         Every fifth (4, 9, .., of 50 the last is 49) is held out.
 
         Raises:
-            ConfigError: there is no such task or split, or nothing can be drawn.
+            ConfigError: there is no such task or split, or nothing can be sampled.
         """
         self.task(task_id)
         if split not in get_args(Split):
@@ -250,8 +250,8 @@ class Suite(ABC):
         ids = range(self.num_init_states)
         if split == "official":
             return list(ids)
-        if split == "drawn":
-            return self.drawn_ids()
+        if split == "sampled":
+            return self.sampled_ids()
         held_out = self.held_out_ids()
         return held_out if split == "held_out" else [i for i in ids if i not in held_out]
 
@@ -259,8 +259,9 @@ class Suite(ABC):
         """Recorded starts that are never trained on."""
         return list(range(HELD_OUT_EVERY - 1, self.num_init_states, HELD_OUT_EVERY))
 
-    def drawn_ids(self) -> list[int]:
-        """Starts that are drawn anew; their ids follow the recorded ones, nobody trains on them."""
+    def sampled_ids(self) -> list[int]:
+        """Starts that are sampled; their ids follow the recorded ones, nobody trains on them."""
         raise ConfigError(
-            f"starts shall be drawn, but {self.name} has recorded ones alone; choose another split"
+            f"starts shall be sampled, but {self.name} has recorded ones alone; choose "
+            "another split"
         )

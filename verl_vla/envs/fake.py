@@ -51,7 +51,7 @@ START_REACH = 0.25
 class FakeEnvConfig:
     """Sizes and difficulty of the stand-in.
 
-    With the defaults, actions drawn evenly from -1..1 in chunks of 8 solve one episode in six,
+    With the defaults, actions sampled evenly from -1..1 in chunks of 8 solve one episode in six,
     and heading straight for the target takes at most 4 steps.
     """
 
@@ -72,7 +72,7 @@ class FakeEnvConfig:
     proprio_dim: int = PROPRIO_DIM
     """The first two values are the dot's place, the others are zero."""
     render_final: bool = False
-    """Draw what is to be seen after the last step as well."""
+    """Render what is to be seen after the last step as well."""
 
     def __post_init__(self) -> None:
         for name in ("num_views", "step_limit", "stride", "tolerance", "num_init_states"):
@@ -132,7 +132,7 @@ class FakeEnv:
             outcome=outcome,
             observation=None if self._is_over else self._observe(),
             goals=np.stack([before, self._goals()]),
-            final_image=self._draw() if self._is_over and self._config.render_final else None,
+            final_image=self._render() if self._is_over and self._config.render_final else None,
         )
 
     def snapshot(self) -> Snapshot:
@@ -170,12 +170,12 @@ class FakeEnv:
         proprio = np.zeros(self._config.proprio_dim, dtype=np.float32)
         proprio[:2] = self._place
         return Observation(
-            image=self._draw(),
+            image=self._render(),
             proprio=proprio,
             instruction=f"move the dot to the {TARGETS[self._task_id].name} square",
         )
 
-    def _draw(self) -> npt.NDArray[np.uint8]:
+    def _render(self) -> npt.NDArray[np.uint8]:
         size = self._config.image_size
         image = np.empty((size, size, 3), dtype=np.uint8)
         image[...] = GROUND_RGB

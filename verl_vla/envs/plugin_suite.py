@@ -20,7 +20,7 @@ ATTRIBUTES = (
     "cameras",
     "action_dim",
     "proprio_dim",
-    "grippers",
+    "gripper_dims",
 )
 
 

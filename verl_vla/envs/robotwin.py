@@ -62,7 +62,7 @@ class RoboTwin(Suite):
     cameras = ("head_camera", "left_camera", "right_camera")
     action_dim = NUM_JOINTS
     proprio_dim = NUM_JOINTS
-    grippers = ()
+    gripper_dims = ()
     """Their openings are normalised like the joints (openvla-oft, ``oxe/materialize.py``)."""
 
     policy_sizes = MappingProxyType(

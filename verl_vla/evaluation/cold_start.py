@@ -1,4 +1,4 @@
-"""The cold-start gate: does the policy succeed often enough for GRPO to have something to compare?
+"""The cold-start check: does the policy succeed often enough for GRPO to have something to compare?
 
 GRPO compares episodes of one start. Where all of them fail nothing is learned, and a run that
 finds this out by itself plays hundreds of episodes for it. So before the first update the policy
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from verl_vla.config.grpo import EvaluationConfig, GateConfig
+from verl_vla.config.grpo import ColdStartConfig, EvaluationConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ColdStartError
 from verl_vla.core.files import atomic_write
@@ -33,11 +33,11 @@ from verl_vla.evaluation.evaluate import Evaluation, evaluate
 from verl_vla.policies.base import Policy
 from verl_vla.rl.rollout import Simulators
 
-GATE_FILE = "gate.json"
+COLD_START_FILE = "cold_start.json"
 """What was measured and decided, in the run's folder."""
 
-Split = Literal["train", "held_out", "drawn"]
-WORDS: dict[Split, str] = {"train": "training", "held_out": "held-out", "drawn": "drawn"}
+Split = Literal["train", "held_out", "sampled"]
+WORDS: dict[Split, str] = {"train": "training", "held_out": "held-out", "sampled": "sampled"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +95,8 @@ class Probe:
         )
         raise ColdStartError(
             f"the policy succeeds too seldom for GRPO to learn from: {self.summary()}; at least "
-            f"{100 * threshold:g}% are wanted (gate.threshold). By task: {tasks}. "
-            f"{self._remedy(threshold)}; gate.mode=off trains nevertheless"
+            f"{100 * threshold:g}% are wanted (cold_start.threshold). By task: {tasks}. "
+            f"{self._remedy(threshold)}; cold_start.mode=off trains nevertheless"
         )
 
     def summary(self) -> str:
@@ -109,7 +109,7 @@ class Probe:
             f"{WORDS[self.greedy.split]} ones"
         )
 
-    def as_json(self, config: GateConfig, task_names: dict[int, str]) -> dict[str, Any]:
+    def as_json(self, config: ColdStartConfig, task_names: dict[int, str]) -> dict[str, Any]:
         """What was measured and what follows from it."""
         return {
             "passed": self.passes(config.threshold),
@@ -183,12 +183,12 @@ def probe_starts(starts: Sequence[Start], episodes: int) -> tuple[Start, ...]:
 
 def keep(folder: Path, record: dict[str, Any]) -> None:
     """Write a probe's record into the run's folder, whole or not at all."""
-    atomic_write(folder / GATE_FILE, json.dumps(record, indent=1))
+    atomic_write(folder / COLD_START_FILE, json.dumps(record, indent=1))
 
 
 def was_passed(folder: Path) -> bool:
     """Whether the policy of this run has already passed."""
-    file = folder / GATE_FILE
+    file = folder / COLD_START_FILE
     return file.exists() and bool(json.loads(file.read_text())["passed"])
 
 

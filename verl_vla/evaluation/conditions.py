@@ -80,7 +80,7 @@ def conditions(
     chosen = suite(env.suite)
     return played_in(env, task_names) | {
         "states": states,
-        **_drawn_with(chosen),
+        **_rendered_with(chosen),
         "sampling": sampling_of(temperature),
         "seed": seed if temperature else None,
         "simulation": dict(chosen.versions),
@@ -88,8 +88,8 @@ def conditions(
     }
 
 
-def _drawn_with(chosen: Suite) -> dict[str, Any]:
-    """What LIBERO's images are drawn with; of a suite of one's own, its versions say it."""
+def _rendered_with(chosen: Suite) -> dict[str, Any]:
+    """What LIBERO's images are rendered with; of a suite of one's own, its versions say it."""
     if not isinstance(chosen, LiberoSuite):
         return {"renderer": None, "assets": None}
     assets = describe_assets(find_assets()) if chosen.needs_assets else None

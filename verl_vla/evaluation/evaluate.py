@@ -10,7 +10,7 @@ from verl_vla.core.episode import EpisodeSpec, Start
 from verl_vla.core.success_rate import SuccessRate, count
 from verl_vla.core.tables import Trajectories
 from verl_vla.policies.base import Policy
-from verl_vla.rl.rollout import NoiseSource, RolloutTimes, Simulators, play
+from verl_vla.rl.rollout import NoiseSource, RolloutTimes, Simulators, rollout
 
 EVALUATION_STREAM = 1
 """Stream of the noise source; training plays from stream 0."""
@@ -64,7 +64,7 @@ def evaluate(
         )
         for i, start in enumerate(starts)
     ]
-    trajectories = play(
+    trajectories = rollout(
         specs,
         policy,
         simulators,

@@ -119,10 +119,10 @@ def check_control(
     Raises:
         ConfigError: they differ in something else, or the control lacks a start.
     """
-    if conditions["states"] == "drawn":
+    if conditions["states"] == "sampled":
         raise ConfigError(
-            f"the init states of {conditions['suite']} are drawn, and the control's are other "
-            "draws, from other regions where the perturbation moved them; set --states official "
+            f"the init states of {conditions['suite']} are sampled, and the control's are other "
+            "samples, from other regions where the perturbation moved them; set --states official "
             "or held_out, or leave --perturbation and --control out"
         )
     here, there = ({key: r[key] for key in SAME} for r in (control, conditions))

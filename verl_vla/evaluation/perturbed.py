@@ -67,14 +67,14 @@ def plan_perturbed(
 
     Raises:
         ConfigError: there is no such perturbation of this suite, its package is not installed,
-            nothing would be evaluated, or starts shall be drawn.
+            nothing would be evaluated, or starts shall be sampled.
     """
     _check_names(suite, perturbations)
     _check_tasks(suite, tasks)
-    if states == "drawn":
+    if states == "sampled":
         raise ConfigError(
-            "--states is drawn with --perturbation, but perturbed tasks and their control would "
-            "draw other states; set --states official or held_out"
+            "--states is sampled with --perturbation, but perturbed tasks and their control would "
+            "sample other states; set --states official or held_out"
         )
     planned: list[Planned] = []
     for name in perturbations:
@@ -214,7 +214,7 @@ def spread(chosen: Suite, ids: Sequence[int], number: int | None) -> list[int]:
     for i in ids:
         axes.setdefault(chosen.tasks[i].axis, []).append(i)
     return sorted(
-        of_axis[place * len(of_axis) // min(number, len(of_axis))]
+        of_axis[index * len(of_axis) // min(number, len(of_axis))]
         for of_axis in axes.values()
-        for place in range(min(number, len(of_axis)))
+        for index in range(min(number, len(of_axis)))
     )

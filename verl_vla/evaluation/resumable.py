@@ -17,7 +17,7 @@ from verl_vla.core.tables import Trajectories
 from verl_vla.evaluation.evaluate import EVALUATION_STREAM
 from verl_vla.policies.action_codec import ActionCodec
 from verl_vla.policies.base import Policy
-from verl_vla.rl.rollout import NoiseSource, Simulators, play
+from verl_vla.rl.rollout import NoiseSource, Simulators, rollout
 from verl_vla.runs.episode_log import EpisodeLog, episode_lines
 
 ATTEMPTS = 3
@@ -43,7 +43,7 @@ def play_remaining(
     """Play every start that has no outcome yet, and write each into the episode log as it ends.
 
     Args:
-        starts: of the whole evaluation; the place of a start in it is the id of its episode.
+        starts: of the whole evaluation; the index of a start is the id of its episode.
         policy: what is judged.
         simulators: a pool whose slots are all free.
         codec: turns the policy's bins into the actions that are kept.
@@ -74,7 +74,7 @@ def play_remaining(
             )
             for i in remaining[:EPISODES_AT_ONCE]
         ]
-        play(
+        rollout(
             specs,
             policy,
             simulators,

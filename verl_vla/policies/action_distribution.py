@@ -16,7 +16,7 @@ from verl_vla.core.errors import ConfigError
 
 LEAST_LOGIT = -1e4
 """Below the largest one, after the temperature. Its probability is 0 in float64 too (which ends
-at exp(-745)), so no bin that can be drawn is changed."""
+at exp(-745)), so no bin that can be sampled is changed."""
 
 
 def sample(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:

@@ -217,7 +217,7 @@ class ActionSampler:
 
         Args:
             logits: [n, t, C] float32.
-            first: place of the first of them in the chunk.
+            first: index of the first of them in the chunk.
 
         Returns:
             [n, t] int64.

@@ -34,7 +34,7 @@ COLUMNS: dict[Normalization, tuple[str, str]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class Ranges:
+class NormalizationStats:
     """The range of every one of some values in the fine-tuning data.
 
     Args:
@@ -102,12 +102,12 @@ class Ranges:
         return np.where(self.mask, scaled, given)
 
 
-class ActionStatistics(Ranges):
+class ActionStatistics(NormalizationStats):
     """Of the action values; those with ``mask`` false are grippers, which are never normalised."""
 
     @property
-    def grippers(self) -> tuple[int, ...]:
-        """Their places in an action; none where all values are normalised."""
+    def gripper_dims(self) -> tuple[int, ...]:
+        """Their indices in an action; none where all values are normalised."""
         return tuple(np.flatnonzero(~self.mask).tolist())
 
 
@@ -133,11 +133,11 @@ def load_statistics(
     return ActionStatistics(low, high, mask, key, normalization)
 
 
-def load_proprio_ranges(
+def load_proprio_stats(
     folder: str | Path,
     unnorm_key: str | None = None,
     normalization: Normalization = "bounds_q99",
-) -> Ranges:
+) -> NormalizationStats:
     """Read the ranges of proprio: the ``proprio`` beside the ``action`` of `load_statistics`.
 
     Its values are all normalised; published files have no mask for them.
@@ -148,11 +148,11 @@ def load_proprio_ranges(
     key, dataset = _read_dataset(folder, unnorm_key)
     (proprio,) = _columns(folder, key, dataset, ("proprio",))
     low, high = _columns(folder, key, proprio, COLUMNS[normalization])
-    return Ranges(low, high, np.ones(len(low), dtype=np.bool_), key, normalization)
+    return NormalizationStats(low, high, np.ones(len(low), dtype=np.bool_), key, normalization)
 
 
 def save_statistics(
-    folder: str | Path, statistics: ActionStatistics, proprio: Ranges | None = None
+    folder: str | Path, statistics: ActionStatistics, proprio: NormalizationStats | None = None
 ) -> None:
     """Write ``statistics`` so that `load_statistics` reads them back exactly, and ``proprio``."""
     low, high = COLUMNS[statistics.normalization]

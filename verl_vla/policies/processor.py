@@ -16,7 +16,7 @@ from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.policies.action_codec import ActionCodec
 from verl_vla.policies.base import PolicyShape
 from verl_vla.policies.checkpoint import write_image_statistics
-from verl_vla.policies.normalization import ActionStatistics, Ranges, save_statistics
+from verl_vla.policies.normalization import ActionStatistics, NormalizationStats, save_statistics
 from verl_vla.policies.preprocessing import ImageStatistics, normalize_image
 
 
@@ -29,7 +29,7 @@ class TokenProcessor(ABC):
         image_statistics: one per vision tower.
         action_statistics: of the data that the model was fine-tuned on.
         render_size: of the camera images that it was fine-tuned on, pixels; None if unknown.
-        proprio_ranges: of the same data, for a policy that reads proprio.
+        proprio_stats: of the same data, for a policy that reads proprio.
 
     Raises:
         ConfigError: if the statistics are for another number of action or proprio values.
@@ -42,15 +42,15 @@ class TokenProcessor(ABC):
         image_statistics: Sequence[ImageStatistics],
         action_statistics: ActionStatistics,
         render_size: int | None,
-        proprio_ranges: Ranges | None = None,
+        proprio_stats: NormalizationStats | None = None,
     ) -> None:
-        num_ranges = 0 if proprio_ranges is None else len(proprio_ranges)
+        num_ranges = 0 if proprio_stats is None else len(proprio_stats)
         if num_ranges != shape.proprio_dim:
             raise ConfigError(
                 f"there are ranges of {num_ranges} proprio values, the policy reads "
                 f"{shape.proprio_dim}; choose the statistics of its data"
             )
-        self.proprio_ranges = proprio_ranges
+        self.proprio_stats = proprio_stats
         self.render_size = render_size
         self.tokenizer = tokenizer
         self.image_statistics = tuple(image_statistics)
@@ -70,7 +70,7 @@ class TokenProcessor(ABC):
         write_image_statistics(
             folder, self.image_statistics, self.shape.image_size, self.render_size
         )
-        save_statistics(folder, self.codec.statistics, self.proprio_ranges)
+        save_statistics(folder, self.codec.statistics, self.proprio_stats)
 
     def prompt(self, instruction: str) -> Tensor:
         """Tokenise the prompt of a task; every task is tokenised once.
@@ -105,13 +105,13 @@ class TokenProcessor(ABC):
             ContractError: the policy reads proprio, and there is none, or of another length.
         """
         inputs = {"pixel_values": self.pixel_values(images)}
-        if self.proprio_ranges is None:
+        if self.proprio_stats is None:
             return inputs
         expected = [len(images), self.shape.proprio_dim]
         if proprio is None or list(proprio.shape) != expected:
             found = None if proprio is None else list(proprio.shape)
             raise ContractError(f"proprio must be {expected}, got {found}")
-        ranged = torch.from_numpy(self.proprio_ranges.normalize(proprio.cpu().numpy()))
+        ranged = torch.from_numpy(self.proprio_stats.normalize(proprio.cpu().numpy()))
         return inputs | {"proprio": ranged.float().to(inputs["pixel_values"].device)}
 
     def collate(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

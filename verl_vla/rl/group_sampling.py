@@ -23,19 +23,19 @@ class StartSampler:
         self._starts = tuple(starts)
         self._seed = seed
         self._group_size = group_size
-        self.num_drawn = 0
+        self.num_groups_sampled = 0
         """Groups handed out since the run began; checkpointed with the run."""
 
-    def draw(self, num_groups: int) -> list[list[EpisodeSpec]]:
+    def next_groups(self, num_groups: int) -> list[list[EpisodeSpec]]:
         """Return the episodes of the next ``num_groups`` groups."""
-        first = self.num_drawn
-        self.num_drawn += num_groups
+        first = self.num_groups_sampled
+        self.num_groups_sampled += num_groups
         return [self._group(first + i) for i in range(num_groups)]
 
     def _group(self, group_id: int) -> list[EpisodeSpec]:
-        lap, place = divmod(group_id, len(self._starts))
-        order = np.random.default_rng([self._seed, lap]).permutation(len(self._starts))
-        start = self._starts[order[place]]
+        epoch, index = divmod(group_id, len(self._starts))
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._starts))
+        start = self._starts[order[index]]
         return [
             EpisodeSpec(
                 task_id=start.task_id,

@@ -80,10 +80,10 @@ class RolloutTimes:
     """Waiting for simulators."""
     total_s: float = 0.0
     policy_steps_for_ended: int = 0
-    """PolicySteps for episodes that had already ended; always 0, or the loop is wrong."""
+    """Policy steps for episodes that had already ended; always 0, or the loop is wrong."""
 
 
-def play(
+def rollout(
     specs: Sequence[EpisodeSpec],
     policy: Policy,
     simulators: Simulators,
@@ -104,7 +104,7 @@ def play(
         noise: gives the random numbers of each policy step.
         times: if given, the seconds spent are added to it.
         ended: if given, told of each episode as it ends, by a table of that episode alone.
-        num_parts: 2 lets the halves of the slots take turns; 1 has simulators and policy wait for
+        num_parts: 2 lets the slot groups alternate; 1 has simulators and policy wait for
             each other, as other projects do, and is there to be measured.
     """
     started = time.perf_counter()
@@ -112,14 +112,16 @@ def play(
     queue = deque(records)
     num_slots = min(simulators.num_slots, len(records))
     middle = -(-num_slots // num_parts)
-    game = _Game(policy, simulators, temperature, noise, queue, times or RolloutTimes(), ended)
-    halves = [_Half(range(middle)), _Half(range(middle, num_slots))]
-    for half in halves:
-        game.start_free_slots(half)
-    while any(half.playing for half in halves):
-        for half in halves:
-            game.turn(half)
-    game.times.total_s += time.perf_counter() - started
+    loop = _RolloutLoop(
+        policy, simulators, temperature, noise, queue, times or RolloutTimes(), ended
+    )
+    slot_groups = [_SlotGroup(range(middle)), _SlotGroup(range(middle, num_slots))]
+    for group in slot_groups:
+        loop.start_free_slots(group)
+    while any(group.active for group in slot_groups):
+        for group in slot_groups:
+            loop.advance(group)
+    loop.times.total_s += time.perf_counter() - started
     for record in records:
         if record.crash is not None:
             logger.warning("episode %d lost: %s", record.spec.episode_id, record.crash)
@@ -142,16 +144,16 @@ class _Record:
     crash: EpisodeCrashed | None = None
 
 
-class _Half:
+class _SlotGroup:
     """Half of the slots: their episodes move together."""
 
     def __init__(self, slots: range) -> None:
         self.slots = slots
-        self.playing: dict[int, _Record] = {}
+        self.active: dict[int, _Record] = {}
 
 
 @dataclass(slots=True)
-class _Game:
+class _RolloutLoop:
     policy: Policy
     simulators: Simulators
     temperature: float
@@ -160,39 +162,39 @@ class _Game:
     times: RolloutTimes
     ended: Callable[[Trajectories], None] | None
 
-    def start_free_slots(self, half: _Half) -> None:
-        """Give every free slot of ``half`` the next episode of the queue."""
+    def start_free_slots(self, group: _SlotGroup) -> None:
+        """Give every free slot of ``group`` the next episode of the queue."""
         starting: dict[int, EpisodeSpec] = {}
-        for slot in half.slots:
-            if slot not in half.playing and self.queue:
-                half.playing[slot] = self.queue.popleft()
-                starting[slot] = half.playing[slot].spec
+        for slot in group.slots:
+            if slot not in group.active and self.queue:
+                group.active[slot] = self.queue.popleft()
+                starting[slot] = group.active[slot].spec
         if starting:
             self.simulators.reset(starting)
 
-    def turn(self, half: _Half) -> None:
-        """Take what the simulators of ``half`` answered and decide what they do next."""
-        if not half.playing:
+    def advance(self, group: _SlotGroup) -> None:
+        """Take what the simulators of ``group`` answered and decide what they do next."""
+        if not group.active:
             return
         began = time.perf_counter()
-        answers = self.simulators.wait(list(half.playing))
+        answers = self.simulators.wait(list(group.active))
         self.times.wait_s += time.perf_counter() - began
         seen: dict[int, Observation] = {}
         for slot in sorted(answers):
-            observation = _note_answer(half.playing[slot], answers[slot])
+            observation = _note_answer(group.active[slot], answers[slot])
             if observation is None:
-                record = half.playing.pop(slot)
+                record = group.active.pop(slot)
                 if self.ended is not None:
                     self.ended(_tabulate([record], self.policy))
             else:
                 seen[slot] = observation
-        self.start_free_slots(half)
+        self.start_free_slots(group)
         if seen:
-            self._decide(half, seen)
+            self._decide(group, seen)
 
-    def _decide(self, half: _Half, seen: dict[int, Observation]) -> None:
+    def _decide(self, group: _SlotGroup, seen: dict[int, Observation]) -> None:
         began = time.perf_counter()
-        records = [half.playing[slot] for slot in seen]
+        records = [group.active[slot] for slot in seen]
         self.times.policy_steps_for_ended += sum(r.outcome is not None for r in records)
         num_tokens = self.policy.shape.num_tokens
         noise = np.stack(

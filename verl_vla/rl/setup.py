@@ -144,11 +144,11 @@ def _check_robot(processor: Processor, chosen: Suite) -> None:
             f"{chosen.proprio_dim}; use a policy for this robot"
         )
     statistics = processor.codec.statistics
-    if statistics.grippers != chosen.grippers:
+    if statistics.gripper_dims != chosen.gripper_dims:
         raise ConfigError(
-            f"statistics '{statistics.key}' leave the values {list(statistics.grippers)} of an "
+            f"statistics '{statistics.key}' leave the values {list(statistics.gripper_dims)} of an "
             f"action as they are, and the grippers of suite {chosen.name!r} are at "
-            f"{list(chosen.grippers)}: the mask must be false there and nowhere else"
+            f"{list(chosen.gripper_dims)}: the mask must be false there and nowhere else"
         )
 
 
@@ -163,16 +163,16 @@ def starts(
 
     A task that records fewer init states than the others of its suite has all of its own.
     """
-    if split == "drawn" and per_task is None:
+    if split == "sampled" and per_task is None:
         raise ConfigError(
-            "starts shall be drawn, and nothing says how many a task; set "
+            "starts shall be sampled, and nothing says how many a task; set "
             "evaluation.episodes_per_task, or --episodes of eval, e.g. to 100"
         )
     found: list[Start] = []
     for task in tasks:
         states = chosen.init_state_ids(task, split)
         own = isinstance(chosen, LiberoSuite) and chosen.tasks[task].num_init_states is not None
-        has_fewer = own and split != "drawn"
+        has_fewer = own and split != "sampled"
         if per_task is not None and per_task > len(states) and not has_fewer:
             raise ConfigError(
                 f"evaluation.episodes_per_task is {per_task}, but task {task} of "

@@ -29,7 +29,7 @@ class Progress:
         self._seconds_per_step: float | None = None
 
     def show_step(self, step: int, values: Mapping[str, float]) -> None:
-        """Report a training step by its most telling numbers."""
+        """Report a training step by its most informative numbers."""
         logger.info(
             "step %*d/%d  success %5.1f%% of %d  groups %d/%d in %d round%s  "
             "entropy %.2f  clip %.1f/%.1f%%  ratio %.4f  %.1f s  left %s",

@@ -33,12 +33,12 @@ Frame = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """What is drawn beside one image of an episode."""
+    """What is shown beside one image of an episode."""
 
     instruction: str
     chunk: npt.NDArray[np.float32]
     """[K, A], the actions of the policy step under way, simulator units."""
-    place: int
+    index: int
     """Of the action in the chunk that led to the image; -1 before the first."""
     step: int
     progress: float | None
@@ -63,7 +63,7 @@ def read_episode(folder: Path, episode: int) -> tuple[dict[str, Any], dict[str, 
 
 
 def replay(header: Mapping[str, Any], line: Mapping[str, Any]) -> list[Frame]:
-    """Play an episode again and draw every step of it.
+    """Play an episode again and render every step of it.
 
     Args:
         header: of the episode log, see `verl_vla.evaluation.conditions.played_in`.
@@ -87,13 +87,13 @@ def replay(header: Mapping[str, Any], line: Mapping[str, Any]) -> list[Frame]:
     try:
         instruction = env.reset(line["task"], line["init_state"]).instruction
 
-        def draw(policy_step: int, place: int) -> None:
+        def draw(policy_step: int, index: int) -> None:
             camera.restore(env.snapshot())
             seen = camera.simulator(line["task"]).render(config.cameras[0])
             scene = Scene(
                 instruction=instruction,
                 chunk=actions[policy_step],
-                place=place,
+                index=index,
                 step=step,
                 progress=_progress(line, policy_step + (outcome is not None)),
                 verdict=_verdict(line) if outcome is not None else "",
@@ -102,10 +102,10 @@ def replay(header: Mapping[str, Any], line: Mapping[str, Any]) -> list[Frame]:
 
         draw(0, -1)
         for policy_step, executed in enumerate(line["executed"]):
-            for place in range(executed):
-                outcome = env.step(actions[policy_step, place].astype(np.float64))
+            for index in range(executed):
+                outcome = env.step(actions[policy_step, index].astype(np.float64))
                 step += 1
-                draw(policy_step, place)
+                draw(policy_step, index)
     finally:
         env.close()
         camera.close()
@@ -184,4 +184,4 @@ def _draw_chunk(draw: ImageDraw.ImageDraw, scene: Scene, *, top: int, width: int
             height = float(np.clip(scene.chunk[action, value], -1, 1)) * reach
             x = left + action * bar
             box = (x, min(middle, middle - height), x + bar - 1, max(middle, middle - height))
-            draw.rectangle(box, fill=NOW if action == scene.place else BAR)
+            draw.rectangle(box, fill=NOW if action == scene.index else BAR)

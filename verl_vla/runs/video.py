@@ -1,7 +1,7 @@
 """Videos of single episodes, played again step by step.
 
 Snapshots make this cheap to get right: the episode runs as it always does, and a second
-simulator is put into each of its moments to draw a larger image.
+simulator is put into each of its moments to render a larger image.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class VideoClip:
 
 
 def record_video(policy: Policy, config: EnvConfig, start: Start) -> VideoClip:
-    """Play one episode greedily and draw every step of it.
+    """Play one episode greedily and render every step of it.
 
     Args:
         policy: decides as in an evaluation.
-        config: as in the evaluation; images are drawn larger beside it.
+        config: as in the evaluation; images are rendered larger beside it.
         start: the recorded start.
     """
     env = make_libero_env(config)

@@ -97,10 +97,10 @@ def test_the_last_of_two_overrides_wins(load):
 
 def test_off_is_a_word_in_a_file_too(load, file):
     """YAML reads it as false unless it is quoted."""
-    assert load("gate.mode=off").gate.mode == "off"
+    assert load("cold_start.mode=off").cold_start.mode == "off"
     for written in ("off", "'off'"):
-        file.write_text(f"{TEXT}gate: {{mode: {written}}}\n")
-        assert load().gate.mode == "off"
+        file.write_text(f"{TEXT}cold_start: {{mode: {written}}}\n")
+        assert load().cold_start.mode == "off"
 
 
 def test_a_value_with_special_characters_can_be_quoted(load):
@@ -176,8 +176,8 @@ def test_loading_twice_gives_the_same(load):
         ("cluster.ranks_per_node=0", "cluster.ranks_per_node is 0; set at least 1"),
         ("cluster.device=tpu", "cluster.device is 'tpu'; choose one of 'auto', 'cuda', 'cpu'"),
         ("evaluation.episodes_per_task=0", "evaluation.episodes_per_task is 0; set at least 1"),
-        ("gate.mode=no", "gate.mode is 'no'; choose one of 'stop', 'off'"),
-        ("gate.threshold=15", "gate.threshold is 15.0; it is a share of episodes"),
+        ("cold_start.mode=no", "cold_start.mode is 'no'; choose one of 'stop', 'off'"),
+        ("cold_start.threshold=15", "cold_start.threshold is 15.0; it is a share of episodes"),
         ("out=", "out is empty; name a folder for the run"),
         ("seed", "'seed' is no key=value; write e.g. seed=1"),
         ("~seed=1", "'~seed=1' is no key=value"),

@@ -35,7 +35,7 @@ def make_episodes(count: int, first_id: int = 0) -> Episodes:
 
 
 def make_policy_steps(episode: torch.Tensor, num_tokens: int = 4) -> PolicySteps:
-    """PolicySteps that carry a mark of their own in ``log_probs``: 100 * episode + place."""
+    """Policy steps that carry a mark of their own in ``log_probs``: 100 * episode + place."""
     count = len(episode)
     place = torch.tensor([int((episode[:i] == e).sum()) for i, e in enumerate(episode)])
     mark = (100 * episode + place).float() if count else torch.zeros(0)

@@ -19,7 +19,7 @@ Usage = namedtuple("Usage", "total used free")
 @pytest.fixture
 def no_image(monkeypatch):
     """Leave out the one look that takes seconds."""
-    drawn = Check(finding=Finding(subject="GL", says="drew", is_fault=False))
+    drawn = Check(finding=Finding(subject="GL", says="rendered", is_fault=False))
     monkeypatch.setattr(machine, "_renders", lambda _: drawn)
 
 
@@ -37,13 +37,13 @@ def test_this_machine_can_train(tmp_path):
 
 
 @pytest.mark.sim
-def test_a_image_is_really_drawn():
+def test_an_image_is_really_rendered():
     check = machine._renders(None)
     assert "drew a red box" in check.finding.says
     assert not check.finding.is_fault
 
 
-def test_a_image_that_cannot_be_drawn_is_a_fault(monkeypatch):
+def test_an_image_that_cannot_be_rendered_is_a_fault(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "glx")
     check = machine._renders(None)
     assert check.finding.is_fault

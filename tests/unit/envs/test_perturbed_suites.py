@@ -238,7 +238,7 @@ def test_one_recorded_state_is_for_evaluation_and_drawn_ones_are_for_training() 
     assert chosen.load_init_states(task).shape[0] == 1
     assert chosen.init_state_ids(task, "official") == [0]
     assert chosen.init_state_ids(task, "held_out") == [0]
-    train, drawn = (chosen.init_state_ids(task, split) for split in ("train", "drawn"))
+    train, drawn = (chosen.init_state_ids(task, split) for split in ("train", "sampled"))
     assert len(train) == 40
     assert min(drawn) == 50
     assert set(train) <= set(drawn)
@@ -261,8 +261,8 @@ def test_a_task_of_one_state_takes_no_episodes_from_the_others() -> None:
     assert [(s.task_id, s.init_state_id) for s in found] == [(single, 0), (many, 0), (many, 1)]
     with pytest.raises(ConfigError, match="is 51, but task 0 of 'libero_goal' has 50 official"):
         starts(libero_suite("libero_goal"), [0], "official", per_task=51)
-    with pytest.raises(ConfigError, match="has 1000 drawn init states"):
-        starts(chosen, [single], "drawn", per_task=1001)
+    with pytest.raises(ConfigError, match="has 1000 sampled init states"):
+        starts(chosen, [single], "sampled", per_task=1001)
 
 
 def test_every_state_of_a_layout_belongs_to_its_definition() -> None:

@@ -14,7 +14,7 @@ import torch
 from verl_vla.core.errors import ConfigError
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.suite import SUITES, instruction_of, make_libero_env
-from verl_vla.envs.libero.task import CAMERAS, MAX_DRAWN
+from verl_vla.envs.libero.task import CAMERAS, MAX_SAMPLED
 from verl_vla.envs.registry import step_limit, suite
 
 SIZES = {
@@ -98,8 +98,8 @@ def test_the_splits_share_nothing_and_leave_nothing_out(name: str) -> None:
 @pytest.mark.parametrize("name", ["mini", "libero_spatial"])
 def test_drawn_starts_are_no_recorded_ones(name: str) -> None:
     chosen = suite(name)
-    assert min(chosen.init_state_ids(0, "drawn")) == chosen.num_init_states
-    assert len(chosen.init_state_ids(0, "drawn")) == MAX_DRAWN
+    assert min(chosen.init_state_ids(0, "sampled")) == chosen.num_init_states
+    assert len(chosen.init_state_ids(0, "sampled")) == MAX_SAMPLED
 
 
 def test_split_rules() -> None:

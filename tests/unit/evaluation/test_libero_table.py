@@ -40,7 +40,7 @@ def write_evaluation(file: Path, number: int) -> None:
             "ci95": [number / STARTS - 0.05, number / STARTS + 0.05],
         },
         "episodes": [{"outcome": int(outcome)} for outcome in outcomes],
-        "states": "drawn",
+        "states": "sampled",
         "sampling": "greedy",
         "renderer": "egl",
         "step_limits": {"task": 112},

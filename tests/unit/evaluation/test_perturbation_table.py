@@ -158,8 +158,8 @@ def test_step_limits_are_compared_by_the_task_that_a_variant_was_made_from() -> 
 
 
 def test_drawn_states_are_no_pairs_and_are_refused() -> None:
-    swap, control = (record | {"states": "drawn"} for record in (SWAP, CONTROL))
-    with pytest.raises(ConfigError, match="the init states of libero_goal_swap are drawn"):
+    swap, control = (record | {"states": "sampled"} for record in (SWAP, CONTROL))
+    with pytest.raises(ConfigError, match="the init states of libero_goal_swap are sampled"):
         make_rows([swap], {"libero_goal": control})
 
 
@@ -256,8 +256,8 @@ def test_impossible_plans_are_refused() -> None:
         plan_perturbed("libero_goal", ["swap"], **(arguments | {"tasks": [1, 1]}))
     with pytest.raises(ConfigError, match=r"--tasks is \[3\], and no variant .* task can be built"):
         plan_perturbed("libero_spatial", ["task"], **(arguments | {"tasks": [3]}))
-    with pytest.raises(ConfigError, match="--states is drawn with --perturbation"):
-        plan_perturbed("libero_goal", ["swap"], **(arguments | {"states": "drawn"}))
+    with pytest.raises(ConfigError, match="--states is sampled with --perturbation"):
+        plan_perturbed("libero_goal", ["swap"], **(arguments | {"states": "sampled"}))
     with pytest.raises(ConfigError, match="no task of suite 'libero_goal_plus_light' can be built"):
         plan_perturbed("libero_goal", ["plus_light"], **arguments)
     with pytest.raises(ConfigError, match="--tasks-per-axis is 0; set at least 1"):

@@ -82,8 +82,8 @@ def test_a_row_has_nothing_that_the_table_does_not_know() -> None:
 
 def test_without_a_protocol_the_defaults_hold() -> None:
     assert complete(asked(protocol=None)) == DEFAULTS
-    chosen = complete(asked(protocol=None, suite="mini", states="drawn", render_size=64))
-    assert chosen == DEFAULTS | {"states": "drawn", "render_size": 64}
+    chosen = complete(asked(protocol=None, suite="mini", states="sampled", render_size=64))
+    assert chosen == DEFAULTS | {"states": "sampled", "render_size": 64}
 
 
 def test_the_protocol_is_that_of_the_published_evaluations() -> None:

@@ -13,7 +13,7 @@ from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.policies.action_codec import ActionCodec
 from verl_vla.policies.normalization import (
     ActionStatistics,
-    load_proprio_ranges,
+    load_proprio_stats,
     load_statistics,
     save_statistics,
 )
@@ -198,7 +198,7 @@ def test_statistics_cannot_be_written_to() -> None:
 def test_saved_statistics_are_read_back_exactly(tmp_path: Path) -> None:
     save_statistics(tmp_path, LIBERO_10)
     again = load_statistics(tmp_path)
-    assert again.key == LIBERO_10.key and again.grippers == (6,)
+    assert again.key == LIBERO_10.key and again.gripper_dims == (6,)
     for name in ("q01", "q99", "mask"):
         assert np.array_equal(getattr(again, name), getattr(LIBERO_10, name))
 
@@ -236,7 +236,7 @@ def test_two_grippers_are_commanded_by_sign_and_none_at_all_as_the_data_says() -
     arms = {name: values * 2 for name, values in one_arm.items()}
     two = ActionStatistics(**arms, mask=([True] * 6 + [False]) * 2)
     none = ActionStatistics(**arms, mask=[True] * 14)
-    assert (two.grippers, none.grippers) == ((6, 13), ())
+    assert (two.gripper_dims, none.gripper_dims) == ((6, 13), ())
     action_tokens = torch.zeros((1, 25 * 14), dtype=torch.int64)  # the largest value: open
     for statistics, at_grippers in ((two, -1.0), (none, 1.0)):
         codec = ActionCodec(NUM_BINS, 25, 14, statistics)
@@ -254,12 +254,12 @@ def test_bounds_are_read_from_other_columns_and_written_back(tmp_path: Path) -> 
     found = load_statistics(tmp_path, normalization="bounds")
     assert (found.q01.tolist(), found.q99.tolist()) == ([0, 0], [1, 2])
     assert load_statistics(tmp_path).q99.tolist() == [0.9, 0.9]
-    ranges = load_proprio_ranges(tmp_path, normalization="bounds")
+    ranges = load_proprio_stats(tmp_path, normalization="bounds")
     assert ranges.normalize([[0, 4, 5], [-9, 0, 7]]).round(6).tolist() == [[0, 1, 0], [-1, -1, 0]]
     with pytest.raises(ConfigError, match=r"'lift_pot_1k' lacks \['q01', 'q99'\]"):
-        load_proprio_ranges(tmp_path)
+        load_proprio_stats(tmp_path)
     save_statistics(tmp_path, found, ranges)
-    again = load_proprio_ranges(tmp_path, "lift_pot_1k", "bounds")
+    again = load_proprio_stats(tmp_path, "lift_pot_1k", "bounds")
     assert np.array_equal(again.q99, ranges.q99)
     assert load_statistics(tmp_path, normalization="bounds").q99.tolist() == [1, 2]
 
@@ -267,4 +267,4 @@ def test_bounds_are_read_from_other_columns_and_written_back(tmp_path: Path) -> 
 def test_a_policy_that_reads_proprio_needs_its_ranges(tmp_path: Path) -> None:
     write(tmp_path, {"a": entry()})
     with pytest.raises(ConfigError, match=r"'a' lacks \['proprio'\]"):
-        load_proprio_ranges(tmp_path)
+        load_proprio_stats(tmp_path)

@@ -13,9 +13,9 @@ import yaml
 
 from verl_vla.config.grpo import (
     ClusterConfig,
+    ColdStartConfig,
     EnvironmentConfig,
     EvaluationConfig,
-    GateConfig,
     KLConfig,
     OptimizerConfig,
     PolicyConfig,
@@ -192,7 +192,7 @@ def test_a_run_may_grow_longer_and_be_reported_elsewhere(recipe, no_simulators):
         recipe,
         trainer=TrainerConfig(total_training_steps=500, save_every=1, loggers=()),
         evaluation=EvaluationConfig(episodes_per_task=1),
-        gate=GateConfig(mode="off"),
+        cold_start=ColdStartConfig(mode="off"),
         cluster=ClusterConfig(address="auto"),
         environment=replace(recipe.environment, num_workers=7, timeout_s=77.0),
     )
@@ -288,12 +288,12 @@ def test_fewer_starts_are_the_first_of_each_task():
 
 def test_drawn_starts_are_as_many_as_wanted_and_no_others():
     tasks = (0, 5)
-    drawn = starts(MINI, tasks, "drawn", per_task=100)
+    drawn = starts(MINI, tasks, "sampled", per_task=100)
     assert [sum(start.task_id == task for start in drawn) for task in tasks] == [100, 100]
     recorded = {*starts(MINI, tasks, "train"), *starts(MINI, tasks, "held_out")}
     assert not recorded & set(drawn)
     with pytest.raises(ConfigError, match="says how many a task"):
-        starts(MINI, tasks, "drawn")
+        starts(MINI, tasks, "sampled")
 
 
 def test_more_starts_than_there_are_is_refused():

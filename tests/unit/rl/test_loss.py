@@ -24,7 +24,7 @@ CLIP = ClipRange()
 
 @dataclass(frozen=True)
 class Batch:
-    """PolicySteps of ``num_trajectories`` trajectories, one after the other."""
+    """Policy steps of ``num_trajectories`` trajectories, one after the other."""
 
     log_probs: torch.Tensor
     old_log_probs: torch.Tensor

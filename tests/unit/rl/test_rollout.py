@@ -15,7 +15,7 @@ from verl_vla.core.errors import EpisodeCrashed
 from verl_vla.core.tables import ActionChunk, Trajectories
 from verl_vla.envs.base import ChunkResult
 from verl_vla.policies.base import PolicyShape
-from verl_vla.rl.rollout import NoiseSource, RolloutTimes, play
+from verl_vla.rl.rollout import NoiseSource, RolloutTimes, rollout
 
 SHAPE = PolicyShape(num_views=1, image_size=2, chunk_length=4, action_dim=2, num_bins=16)
 NOISE = NoiseSource(seed=7, stream=0)
@@ -195,7 +195,7 @@ def play_scripts(scripts: Sequence[Script], num_slots: int, policy: ScriptedPoli
         {spec.episode_id: script for spec, script in zip(specs, scripts, strict=True)}, num_slots
     )
     policy = policy or ScriptedPolicy(simulators)
-    return play(specs, policy, simulators, temperature=1.5, noise=NOISE), simulators, policy
+    return rollout(specs, policy, simulators, temperature=1.5, noise=NOISE), simulators, policy
 
 
 def policy_steps_of(trajectories: Trajectories, row: int) -> torch.Tensor:
@@ -304,7 +304,7 @@ def test_in_one_part_nothing_simulates_while_the_policy_decides():
     specs = make_specs(6)
     simulators = ScriptedSimulators({s.episode_id: Script(policy_steps=3) for s in specs}, 4)
     policy = ScriptedPolicy(simulators)
-    alone = play(specs, policy, simulators, temperature=1.5, noise=NOISE, num_parts=1)
+    alone = rollout(specs, policy, simulators, temperature=1.5, noise=NOISE, num_parts=1)
     assert not any(policy.moving)
     in_halves, _, _ = play_scripts([Script(policy_steps=3)] * 6, 4)
     assert torch.equal(alone.policy_steps.action_tokens, in_halves.policy_steps.action_tokens)
@@ -327,7 +327,7 @@ def test_a_policy_step_for_an_ended_episode_would_be_counted():
     specs, times = make_specs(1), RolloutTimes()
     simulators = Forgetful({specs[0].episode_id: Script()}, 1)
     with pytest.raises(AssertionError, match="plays nothing"):
-        play(specs, ScriptedPolicy(), simulators, temperature=1.0, noise=NOISE, times=times)
+        rollout(specs, ScriptedPolicy(), simulators, temperature=1.0, noise=NOISE, times=times)
     assert times.policy_steps_for_ended == 1
 
 
@@ -378,7 +378,7 @@ def test_results_do_not_depend_on_how_many_play_at_a_time():
     tables = []
     for num_slots in (1, 2, 7, 64):
         simulators = ReactiveSimulators({s.episode_id: Script() for s in specs}, num_slots)
-        tables.append(play(specs, ScriptedPolicy(), simulators, temperature=1.0, noise=NOISE))
+        tables.append(rollout(specs, ScriptedPolicy(), simulators, temperature=1.0, noise=NOISE))
     first = tables[0]
     assert set(first.episodes.outcome.tolist()) == {0, 1, 2}, "the case should hold every outcome"
     for other in tables[1:]:
@@ -419,7 +419,7 @@ def test_times_add_up_over_rollouts():
     totals = []
     for _ in range(2):
         simulators = ScriptedSimulators({s.episode_id: Script(policy_steps=2) for s in specs}, 2)
-        play(specs, ScriptedPolicy(), simulators, temperature=0.0, noise=NOISE, times=times)
+        rollout(specs, ScriptedPolicy(), simulators, temperature=0.0, noise=NOISE, times=times)
         totals.append(times.total_s)
         assert 0 < times.policy_s + times.wait_s <= times.total_s
     assert totals[1] > totals[0]

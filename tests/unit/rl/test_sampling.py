@@ -47,20 +47,20 @@ def agreeing(group_id: int) -> GroupResult:
 
 
 def test_a_group_is_one_start_played_group_size_times():
-    for specs in make_sampler().draw(5):
+    for specs in make_sampler().next_groups(5):
         assert len(specs) == 4
         assert len({(s.task_id, s.init_state_id, s.group_id) for s in specs}) == 1
 
 
 def test_episode_and_group_ids_never_come_twice():
     sampler = make_sampler()
-    groups = sampler.draw(20) + sampler.draw(17)
+    groups = sampler.next_groups(20) + sampler.next_groups(17)
     assert [g[0].group_id for g in groups] == list(range(37))
     assert [s.episode_id for g in groups for s in g] == list(range(37 * 4))
 
 
 def test_each_lap_visits_every_start_once_in_an_order_of_its_own():
-    groups = make_sampler().draw(3 * len(STARTS))
+    groups = make_sampler().next_groups(3 * len(STARTS))
     visited = [Start(task_id=g[0].task_id, init_state_id=g[0].init_state_id) for g in groups]
     laps = [tuple(visited[i : i + len(STARTS)]) for i in range(0, len(visited), len(STARTS))]
     assert all(set(lap) == set(STARTS) for lap in laps)
@@ -70,20 +70,20 @@ def test_each_lap_visits_every_start_once_in_an_order_of_its_own():
 @given(st.lists(st.integers(0, 9), max_size=6))
 def test_the_groups_of_a_run_do_not_depend_on_how_many_are_drawn_at_a_time(numbers):
     sampler = make_sampler()
-    piecewise = [g for number in numbers for g in sampler.draw(number)]
-    assert piecewise == make_sampler().draw(sum(numbers))
-    assert sampler.num_drawn == sum(numbers)
+    piecewise = [g for number in numbers for g in sampler.next_groups(number)]
+    assert piecewise == make_sampler().next_groups(sum(numbers))
+    assert sampler.num_groups_sampled == sum(numbers)
 
 
 def test_a_restored_count_goes_on_where_the_run_stood():
-    whole = make_sampler().draw(30)
+    whole = make_sampler().next_groups(30)
     resumed = make_sampler()
-    resumed.num_drawn = 19
-    assert resumed.draw(11) == whole[19:]
+    resumed.num_groups_sampled = 19
+    assert resumed.next_groups(11) == whole[19:]
 
 
 def test_another_seed_is_another_order():
-    assert make_sampler(seed=0).draw(12) != make_sampler(seed=1).draw(12)
+    assert make_sampler(seed=0).next_groups(12) != make_sampler(seed=1).next_groups(12)
 
 
 @pytest.mark.parametrize(

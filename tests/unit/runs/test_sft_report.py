@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from verl_vla.trainer.sft import console
-from verl_vla.trainer.sft.console import SFTReport
+from verl_vla.trainer.sft.console import SFTConsole
 
 VALUES = {"sft/loss": 2.5, "sft/accuracy": 0.125, "sft/lr": 5e-4, "time/step_s": 2.0}
 
@@ -23,7 +23,7 @@ def test_the_time_left_leaves_out_what_the_first_step_waited_for(
 ) -> None:
     clock = iter([100.0, 103.0, 109.0])
     monkeypatch.setattr(console.time, "perf_counter", lambda: next(clock))
-    shown = SFTReport(tmp_path, total_steps=100, show_every=3)
+    shown = SFTConsole(tmp_path, total_steps=100, show_every=3)
     shown.show(1, VALUES)
     shown.show(2, VALUES)
     shown.show(3, VALUES | {"sft/held_out_accuracy": 0.25})
@@ -37,7 +37,7 @@ def test_the_time_left_leaves_out_what_the_first_step_waited_for(
 def test_the_first_the_last_and_every_tested_step_are_shown(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    shown = SFTReport(tmp_path, total_steps=9, show_every=4)
+    shown = SFTConsole(tmp_path, total_steps=9, show_every=4)
     for step in range(1, 10):
         shown.show(step, VALUES | ({"sft/held_out_accuracy": 0.5} if step == 6 else {}))
     assert [int(line.split("/")[0].removeprefix("step")) for line in caplog.messages] == [

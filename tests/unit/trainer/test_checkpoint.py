@@ -265,7 +265,7 @@ def test_a_file_that_the_system_refuses_ends_the_command_with_its_own_code(
 
 def test_the_state_of_a_run_comes_back_as_it_was(tmp_path):
     state = {
-        "num_drawn": 24,
+        "num_groups_sampled": 24,
         "reward": {"mean": torch.tensor([1.5, 2.0]), "seen": [1, "a", None], "by_task": {0: 0.5}},
     }
     save_run_state(tmp_path, state)
@@ -280,5 +280,5 @@ def test_a_state_that_could_not_be_read_back_is_refused_when_it_is_written(tmp_p
         pytest.raises(ContractError, match="change the reward's state_dict"),
         writing(tmp_path, 1) as folder,
     ):
-        save_run_state(folder, {"num_drawn": 1, "reward": {"x": value}})
+        save_run_state(folder, {"num_groups_sampled": 1, "reward": {"x": value}})
     assert complete_steps(tmp_path) == []

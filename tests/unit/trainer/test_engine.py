@@ -235,7 +235,7 @@ def test_another_optimizer_learns_as_adamw_and_goes_on_exactly(
 
 
 def decided(engine: VLAEngine, advantages: list[float], which: list[int]) -> TensorDict:
-    """PolicySteps of two episodes of four steps each; those in ``which`` are learned from."""
+    """Policy steps of two episodes of four steps each; those in ``which`` are learned from."""
     images, prompts, _ = seen(engine)
     action_tokens, log_probs = choose(engine)
     mask = torch.ones(len(action_tokens[0]), dtype=torch.long)

@@ -1,6 +1,6 @@
 """One simulator against the stock environment, each in a process of its own.
 
-robosuite neither chooses its GL context before it draws nor before it frees one, so it must not
+robosuite neither chooses its GL context before it renders nor before it frees one, so it must not
 share a process with another renderer.
 """
 
@@ -57,11 +57,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace) -> Record:
     """Time a chunk and a reset.
 
-    The peers' way: 8 steps of `OffScreenRenderEnv` with its two cameras, each drawn at every step,
-    nothing prepared for a policy; and a reset that rebuilds the model, sets the init state and
-    settles for 10 steps, whose images it cannot leave out. Ours: `LiberoEnv.step_chunk`, with one
-    view at the end, prepared for the policy; and `LiberoEnv.reset`, equal to the bit, in its two
-    parts: the settled state, and the first image.
+    The peers' way: 8 steps of `OffScreenRenderEnv` with its two cameras, each rendered at every
+    step, nothing prepared for a policy; and a reset that rebuilds the model, sets the init state
+    and settles for 10 steps, whose images it cannot leave out. Ours: `LiberoEnv.step_chunk`, with
+    one view at the end, prepared for the policy; and `LiberoEnv.reset`, equal to the bit, in its
+    two parts: the settled state, and the first image.
     """
     require_positive(options, "pairs", "resets", "render_size", "image_size")
     with _way(_stock, options) as stock, _way(_ours, options) as ours:

@@ -46,10 +46,10 @@ def take_turns(
     ``warm_up`` rounds before them fill caches and are not counted.
     """
     taken: dict[str, list[Seconds]] = {name: [] for name in ways}
-    for place in range(warm_up + rounds):
+    for index in range(warm_up + rounds):
         for name, work in ways.items():
             seconds = work()
-            if place >= warm_up:
+            if index >= warm_up:
                 taken[name].append(seconds)
     return taken
 
@@ -68,7 +68,7 @@ def record(name: str, options: argparse.Namespace, results: Mapping[str, Any]) -
     """Put a benchmark's results together with its command and conditions."""
     return {
         "bench": name,
-        "command": f"python -m verl_vla bench {shlex.join(options.words)}",
+        "command": f"python -m verl_vla bench {shlex.join(options.arguments)}",
         **results,
         "conditions": {
             "load_average_at_end": round(os.getloadavg()[0], 1),

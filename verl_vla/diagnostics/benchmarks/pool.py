@@ -29,7 +29,7 @@ from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.envs.registry import suite
 from verl_vla.policies.base import Policy, PolicyShape
 from verl_vla.policies.registry import load_policy
-from verl_vla.rl.rollout import RolloutTimes, play
+from verl_vla.rl.rollout import RolloutTimes, rollout
 
 SLOTS_PER_PROCESS = 2
 """One for each half of a rollout, so that no process waits for the policy."""
@@ -130,7 +130,7 @@ def _play(pool: EnvPool, policy: Policy, task: int, times: RolloutTimes | None =
         EpisodeSpec(task_id=task, init_state_id=0, group_id=0, episode_id=i)
         for i in range(max(LEAST_EPISODES, 2 * pool.num_slots))
     ]
-    return len(play(specs, policy, pool, temperature=1.0, noise=NOISE, times=times).policy_steps)
+    return len(rollout(specs, policy, pool, temperature=1.0, noise=NOISE, times=times).policy_steps)
 
 
 def _timed_play(pool: EnvPool, policy: Policy, task: int) -> Seconds:

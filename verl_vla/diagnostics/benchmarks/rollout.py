@@ -1,7 +1,7 @@
 """Playing with two halves that take turns, against simulators and policy that wait for each other.
 
 The peers' way is the same loop with all slots in one part: it also leaves out finished episodes
-and draws on demand, so what differs is the overlap alone.
+and renders on demand, so what differs is the overlap alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from verl_vla.envs.libero.suite import SUITES
 from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.policies.base import Policy
 from verl_vla.policies.registry import load_policy
-from verl_vla.rl.rollout import RolloutTimes, play
+from verl_vla.rl.rollout import RolloutTimes, rollout
 
 PARTS = {"peer": 1, "ours": 2}
 """Into how many parts the slots are split."""
@@ -69,13 +69,13 @@ def compare(
     pool: EnvPool, policy: Policy, specs: list[EpisodeSpec], *, rounds: int
 ) -> dict[str, Any]:
     """Measure both ways on ``specs``, after a round that builds the simulators."""
-    play(specs, policy, pool, temperature=1.0, noise=NOISE)
+    rollout(specs, policy, pool, temperature=1.0, noise=NOISE)
     times = {name: RolloutTimes() for name in PARTS}
     policy_steps = dict.fromkeys(PARTS, 0)
 
     def one_round(name: str) -> Seconds:
         def work() -> None:
-            played = play(
+            played = rollout(
                 specs,
                 policy,
                 pool,

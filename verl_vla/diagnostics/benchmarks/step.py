@@ -26,7 +26,7 @@ PUSHING = (
     "trainer.eval_every=0 trainer.save_every=0"
 )
 """Of today's base, whose format the spine reads, on a task that it has: push the red cube."""
-LATER = "gate.mode=off"
+LATER = "cold_start.mode=off"
 PARTS = ("step", "rollout", "update", "transfer")
 """Of a training step, as ``time/..._s`` reports them."""
 
@@ -37,15 +37,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare what can be chosen."""
     add = parser.add_argument
     add("--against", default=SPINE, help="the other commit")
-    add("--training", default=PUSHING, help="words of both runs, as for train, in quotes")
-    add("--now", default=LATER, help="words of today's run, which the other does not know")
+    add("--training", default=PUSHING, help="arguments of both runs, as for train, in quotes")
+    add("--now", default=LATER, help="arguments of today's run, which the other does not know")
     add("--pairs", type=int, default=2, help="runs of each commit; they take turns")
 
 
 def measure(options: argparse.Namespace) -> Record:
     """Run both commits in turn. The first step of a run builds simulators and is not counted."""
     require_positive(options, "pairs")
-    words = options.training.format(project=PROJECT_FOLDER).split()
+    arguments = options.training.format(project=PROJECT_FOLDER).split()
     runs: dict[str, list[Lines]] = {"then": [], "now": []}
     with _checkout(options.against) as then, tempfile.TemporaryDirectory() as folder:
         for pair in range(options.pairs):
@@ -54,7 +54,7 @@ def measure(options: argparse.Namespace) -> Record:
                 ("now", PROJECT_FOLDER, options.now.split()),
             ):
                 out = Path(folder) / f"{name}{pair}"
-                runs[name].append(_train(tree, [*words, *own], out))
+                runs[name].append(_train(tree, [*arguments, *own], out))
     results = {"against": options.against, "training": options.training, "pairs": options.pairs}
     return record("step", options, results | compare(runs["then"], runs["now"]))
 
@@ -86,9 +86,9 @@ def _seconds(runs: Sequence[Lines], part: str) -> list[float]:
     return [line[f"time/{part}_s"] for lines in runs for line in lines[1:]]
 
 
-def _train(tree: Path, words: list[str], out: Path) -> Lines:
+def _train(tree: Path, arguments: list[str], out: Path) -> Lines:
     done = subprocess.run(
-        [sys.executable, "-m", "verl_vla", "train", *words, f"out={out}"],
+        [sys.executable, "-m", "verl_vla", "train", *arguments, f"out={out}"],
         cwd=tree,
         env={**os.environ, "PYTHONPATH": str(tree)},
         capture_output=True,
@@ -96,8 +96,8 @@ def _train(tree: Path, words: list[str], out: Path) -> Lines:
     )
     if done.returncode:
         raise ConfigError(
-            f"train {' '.join(words)} ended with {done.returncode} in {tree}; its last words:\n"
-            f"{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            f"train {' '.join(arguments)} ended with {done.returncode} in {tree}; its last "
+            f"output:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         )
     lines = read_metrics(out / "metrics.jsonl")
     if len(lines) < 2:
@@ -116,7 +116,7 @@ def _checkout(commit: str) -> Generator[Path]:
             _git("worktree", "remove", "--force", str(tree))
 
 
-def _git(*words: str) -> None:
-    done = subprocess.run(["git", *words], cwd=PROJECT_FOLDER, capture_output=True, text=True)
+def _git(*arguments: str) -> None:
+    done = subprocess.run(["git", *arguments], cwd=PROJECT_FOLDER, capture_output=True, text=True)
     if done.returncode:
-        raise ConfigError(f"git {' '.join(words)} failed: {done.stderr.strip()}")
+        raise ConfigError(f"git {' '.join(arguments)} failed: {done.stderr.strip()}")

@@ -31,7 +31,7 @@ class Load:
 
     @property
     def rows(self) -> float:
-        """PolicySteps that are trained on."""
+        """Policy steps that are trained on."""
         return self.policy_steps * self.share_kept
 
 

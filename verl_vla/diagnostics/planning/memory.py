@@ -69,13 +69,13 @@ class DeviceMemory:
 
 
 def rows_per_pass(micro_batch_size: int, shape: PolicyShape) -> int:
-    """PolicySteps that veRL puts into one pass: its budget counts tokens, of which prompts vary."""
+    """Policy steps that veRL puts into one pass: its budget counts tokens, and prompts vary."""
     budget = micro_batch_size * (MAX_PROMPT_TOKENS + shape.num_tokens)
     return max(1, budget // (PROMPT_TOKENS + shape.num_tokens))
 
 
 def rollout_batch(recipe: Recipe) -> int:
-    """PolicySteps that one rank makes at once: one half of the slots, over all ranks."""
+    """Policy steps that one rank makes at once: one half of the slots, over all ranks."""
     half = (recipe.environment.num_slots + 1) // 2
     return -(-half // num_ranks(recipe))
 

@@ -61,7 +61,7 @@ class Trace:
     root: int
     """Weights of no such layer, which are gathered for the whole pass."""
     batch: int
-    """PolicySteps in the pass."""
+    """Policy steps in the pass."""
     training_bytes: int
     """Most that lives at once in forward and backward beside weights and their gradients."""
     forward_bytes: int

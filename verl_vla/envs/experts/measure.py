@@ -1,8 +1,8 @@
 """Measure the scripted experts: ``python -m verl_vla.envs.experts.measure SUITE``.
 
-Each plays its task's first training starts without an image being drawn. A success is a task that
-is solved within the published step limit *and still* solved when the hand has let go and left; its
-steps are counted until then.
+Each plays its task's first training starts without an image being rendered. A success is a task
+that is solved within the published step limit *and still* solved when the hand has let go and left;
+its steps are counted until then.
 """
 
 from __future__ import annotations

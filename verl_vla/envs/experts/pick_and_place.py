@@ -80,7 +80,7 @@ class PickAndPlace(Expert):
         return self._phase == self._stay
 
     def has_missed(self) -> bool:
-        """Whether it goes on without the object, as only a careless one does."""
+        """Whether it goes on without the object, as only a biased one does."""
         return self._has_lost
 
     def _enter(self, phase: Callable[[], Floats]) -> None:

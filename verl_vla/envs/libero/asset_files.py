@@ -107,7 +107,7 @@ def _absent(folder: Path, names: frozenset[str]) -> list[str]:
     for model in [name for name in needed if name.endswith(".xml") and (folder / name).is_file()]:
         text = (folder / model).read_text(encoding="utf-8")
         files = (posixpath.join(posixpath.dirname(model), f) for f in _REFERENCE.findall(text))
-        # LIBERO's release lacks a few files that its models refer to and never draw
+        # LIBERO's release lacks a few files that its models refer to and never render
         needed |= {posixpath.normpath(file) for file in files} & known.keys()
     return sorted(name for name in needed if not (folder / name).is_file())
 

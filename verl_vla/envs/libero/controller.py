@@ -22,8 +22,8 @@ from robosuite.utils.control_utils import set_goal_orientation
 
 from verl_vla.core.errors import ContractError
 from verl_vla.envs.libero.controller_kernels import (
-    Aim,
     Arm,
+    ControllerTarget,
     Floats,
     Kinematics,
     Physics,
@@ -137,8 +137,8 @@ class ArmControl:
         follow(substeps, self._physics, self._now, self._arm, self._aim)
 
     @property
-    def _aim(self) -> Aim:
-        return Aim(self._goal_pos, self._goal_ori, self._gripper, self._finger_drive)
+    def _aim(self) -> ControllerTarget:
+        return ControllerTarget(self._goal_pos, self._goal_ori, self._gripper, self._finger_drive)
 
     def _set_goal(self, action: Floats, now: Kinematics) -> None:
         delta = np.clip(action, -1.0, 1.0) * self._scale

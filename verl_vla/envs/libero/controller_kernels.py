@@ -70,7 +70,7 @@ class Arm(NamedTuple):
     """View of the commands to the fingers."""
 
 
-class Aim(NamedTuple):
+class ControllerTarget(NamedTuple):
     """Where the controller drives to during one control step."""
 
     goal_pos: Floats
@@ -121,7 +121,7 @@ _mj_full_m: Any = types.ExternalFunction("mj_fullM", types.void(_ADDRESS, _ADDRE
 
 
 @_compiled
-def command(now: Kinematics, arm: Arm, aim: Aim) -> None:
+def command(now: Kinematics, arm: Arm, aim: ControllerTarget) -> None:
     """Set the torques that drive the arm, as it is now, to its aim, and move the fingers on."""
     force = (aim.goal_pos - now.ee_pos) * arm.kp_pos + -now.ee_pos_vel * arm.kd_pos
     turn = orientation_error(aim.goal_ori, now.ee_ori)
@@ -173,7 +173,9 @@ def warm_up(physics: Physics) -> None:
 
 
 @_compiled
-def follow(substeps: int, physics: Physics, now: Kinematics, arm: Arm, aim: Aim) -> None:
+def follow(
+    substeps: int, physics: Physics, now: Kinematics, arm: Arm, aim: ControllerTarget
+) -> None:
     """Drive the arm to its aim for ``substeps`` physics steps."""
     for _ in range(substeps):
         _mj_step1(physics.model, physics.data)

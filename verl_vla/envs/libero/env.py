@@ -25,7 +25,7 @@ from verl_vla.envs.libero.gl import check_gl
 from verl_vla.envs.libero.image_noise import disturb
 from verl_vla.envs.libero.memory import available_bytes
 from verl_vla.envs.libero.mujoco_version import require_libero_physics
-from verl_vla.envs.libero.task import ACTION_DIM, CAMERAS, MAX_DRAWN
+from verl_vla.envs.libero.task import ACTION_DIM, CAMERAS, MAX_SAMPLED
 from verl_vla.envs.mini.geometry import ASSETS, HIDDEN_BODIES
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 LIBERO_SPARE_BYTES, MINI_SPARE_BYTES = 4_000_000_000, 1_000_000_000
 """Memory that must be left before one more simulator is kept: two processes may build the largest
 of LIBERO's, 1.8 GB, at the same moment (docs/benchmarks.md, Simulator memory)."""
-RECORDED, SAMPLED, DRAWN = 0, 1, 2
+RECORDED, DEMONSTRATED, EVALUATED = 0, 1, 2
 """Streams of placements: those of the mini suite's files, of demonstrations, of evaluations."""
 
 
@@ -85,23 +85,24 @@ class LiberoEnv:
     def reset(self, task_id: int, init_state_id: int) -> Observation:
         """Start an episode, settle, and return the first observation.
 
-        Ids of recorded init states are followed by those of starts drawn from the task's regions,
+        Ids of recorded init states are followed by those of starts sampled from the task's regions,
         each by a seed of its own.
 
         Raises:
             ConfigError: there is no such task or init state.
         """
-        num_recorded, first_drawn = self.suite.num_recorded(task_id), self.suite.num_init_states
+        num_recorded, first_sampled = self.suite.num_recorded(task_id), self.suite.num_init_states
         if init_state_id not in (
             *range(num_recorded),
-            *range(first_drawn, first_drawn + MAX_DRAWN),
+            *range(first_sampled, first_sampled + MAX_SAMPLED),
         ):
             raise ConfigError(
                 f"init state {init_state_id} is not in {self.suite.name}; its init states are "
-                f"0..{num_recorded - 1}, and {MAX_DRAWN} more can be drawn, from {first_drawn} on"
+                f"0..{num_recorded - 1}, and {MAX_SAMPLED} more can be sampled, "
+                f"from {first_sampled} on"
             )
-        if init_state_id >= first_drawn:
-            return self.reset_to(task_id, self.draw_start(task_id, DRAWN, init_state_id))
+        if init_state_id >= first_sampled:
+            return self.reset_to(task_id, self.sample_start(task_id, EVALUATED, init_state_id))
         return self.reset_to(task_id, self._load_init_states(task_id)[init_state_id])
 
     def reset_to(self, task_id: int, init_state: npt.NDArray[np.float64]) -> Observation:
@@ -110,7 +111,7 @@ class LiberoEnv:
         return self.observe()
 
     def settle(self, task_id: int, init_state: npt.NDArray[np.float64]) -> None:
-        """Start an episode from a state [1 + nq + nv] and settle, without drawing anything."""
+        """Start an episode from a state [1 + nq + nv] and settle, without rendering anything."""
         simulator = self.simulator(task_id)
         if len(init_state) != simulator.state_size:
             raise ConfigError(
@@ -124,8 +125,8 @@ class LiberoEnv:
         limit = self.suite.step_limit(self.config.step_limit, task_id)
         self._episode = _Episode(task_id, limit, simulator.goals())
 
-    def draw_start(self, task_id: int, stream: int, index: int) -> npt.NDArray[np.float64]:
-        """Draw a start [1 + nq + nv] from the task's regions; equal arguments give equal starts."""
+    def sample_start(self, task_id: int, stream: int, index: int) -> npt.NDArray[np.float64]:
+        """Sample a start [1 + nq + nv] from the task's regions, by a seed of the arguments."""
         seed = np.random.SeedSequence([stream, task_id, index]).generate_state(1)[0]
         return self.simulator(task_id).place_objects(int(seed))
 
@@ -152,11 +153,11 @@ class LiberoEnv:
             outcome=outcome,
             observation=None if has_ended else self.observe(),
             goals=np.stack([before, episode.goals]),
-            final_image=self._draw() if has_ended and self.config.render_final else None,
+            final_image=self._render() if has_ended and self.config.render_final else None,
         )
 
     def step(self, action: npt.NDArray[np.float64]) -> Outcome | None:
-        """Run one action [7] without drawing anything; `step_chunk` is made of these."""
+        """Run one action [7] without rendering anything; `step_chunk` is made of these."""
         episode = self._under_way()
         solved = self.simulator(episode.task_id).step(action)
         episode.num_steps += 1
@@ -166,10 +167,10 @@ class LiberoEnv:
         return Outcome.SUCCESS if solved else Outcome.TIMEOUT
 
     def observe(self) -> Observation:
-        """Draw the cameras and read the arm, as a policy sees them at this moment."""
+        """Render the cameras and read the arm, as a policy sees them at this moment."""
         task_id = self._under_way().task_id
         return Observation(
-            image=self._draw(),
+            image=self._render(),
             proprio=self.simulator(task_id).proprio(),
             instruction=self.suite.task(task_id).instruction,
         )
@@ -208,7 +209,7 @@ class LiberoEnv:
             self._simulators.popitem()[1].close()
         self._episode = None
 
-    def _draw(self) -> npt.NDArray[np.uint8]:
+    def _render(self) -> npt.NDArray[np.uint8]:
         """[V, H, W, 3], what the cameras see at this moment, also of an episode that has ended."""
         simulator, size = self.simulator(self._current().task_id), self.config.image_size
         noise = self.suite.task(self._current().task_id).change.noise
@@ -218,13 +219,13 @@ class LiberoEnv:
         return np.stack([prepare_image(image, size=size) for image in images.values()])
 
     def _build_simulator(self, task_id: int) -> Simulator:
-        from verl_vla.envs.libero.rendering import Look  # noqa: PLC0415 -- MuJoCo reads MUJOCO_GL first
+        from verl_vla.envs.libero.rendering import RenderOptions  # noqa: PLC0415 -- MuJoCo reads MUJOCO_GL first
         from verl_vla.envs.libero.simulator import Simulator  # noqa: PLC0415 -- LIBERO, its config
 
         task = self.suite.task(task_id)
         if task.refused is not None:
             raise ConfigError(f"{task.name} of {self.suite.name} cannot be built: {task.refused}")
-        look = Look(self.config.render_size, camera_move=task.change.camera)
+        look = RenderOptions(self.config.render_size, camera_move=task.change.camera)
         if not self.suite.needs_assets:
             importlib.import_module("verl_vla.envs.mini.problem")  # registers itself
             look = replace(

@@ -1,4 +1,4 @@
-"""Which GL the simulators draw with, decided before MuJoCo is imported."""
+"""Which GL the simulators render with, decided before MuJoCo is imported."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def check_gl() -> None:
     """Make a GL context and drop it; imports MuJoCo.
 
     Raises:
-        ConfigError: the library is there but no device that it can draw on.
+        ConfigError: the library is there but no device that it can render on.
     """
     chosen = prepare_gl()
     try:
@@ -62,7 +62,7 @@ def check_gl() -> None:
 
 
 def renderer_name() -> str:
-    """What draws, e.g. ``egl, llvmpipe (LLVM 15.0.6, 256 bits)``; two of them draw two images.
+    """What renders, e.g. ``egl, llvmpipe (LLVM 15.0.6, 256 bits)``; two of them render two images.
 
     Raises:
         ConfigError: as in `prepare_gl`.

@@ -16,16 +16,16 @@ import numpy.typing as npt
 from verl_vla.envs.libero.scene_change import CameraMove
 
 COLLISION_GROUP = 0
-"""Geoms of this group are shapes for contacts; robosuite does not draw them."""
+"""Geoms of this group are shapes for contacts; robosuite does not render them."""
 MOVED_CAMERA = "agentview"
 """The third-person view, the only one that a perturbation moves."""
 HIDDEN_GROUP = 4
-"""A group that MuJoCo does not draw unless it is asked to."""
+"""A group that MuJoCo does not render unless it is asked to."""
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """How images are drawn; whatever differs from the defaults changes pixels."""
+class RenderOptions:
+    """How images are rendered; whatever differs from the defaults changes pixels."""
 
     size: int
     """Height and width, pixels."""
@@ -40,15 +40,15 @@ class Look:
 class Renderer:
     """Draws one model; made at the first image, since a GL context costs a second."""
 
-    def __init__(self, model: mujoco.MjModel, look: Look) -> None:
+    def __init__(self, model: mujoco.MjModel, look: RenderOptions) -> None:
         _apply(look, model)
         self._options = mujoco.MjvOption()
         self._options.geomgroup[COLLISION_GROUP] = 0
         self._renderer = mujoco.Renderer(model, look.size, look.size)
         atexit.register(self.close)  # before MuJoCo's own handler, after which freeing fails
 
-    def draw(self, data: mujoco.MjData, camera: str) -> npt.NDArray[np.uint8]:
-        """Draw one camera: [size, size, 3] RGB, upright, mirrored as LIBERO's policies see it.
+    def render(self, data: mujoco.MjData, camera: str) -> npt.NDArray[np.uint8]:
+        """Render one camera: [size, size, 3] RGB, upright, mirrored as LIBERO's policies see it.
 
         LIBERO's own images are upside down. openvla-oft turns them by 180 degrees
         (``experiments/robot/libero/libero_utils.py:33``), so left and right are swapped.
@@ -66,7 +66,7 @@ class Renderer:
         self._renderer.close()
 
 
-def _apply(look: Look, model: mujoco.MjModel) -> None:
+def _apply(look: RenderOptions, model: mujoco.MjModel) -> None:
     model.vis.global_.offwidth = max(model.vis.global_.offwidth, look.size)
     model.vis.global_.offheight = max(model.vis.global_.offheight, look.size)
     if not look.has_shadows:

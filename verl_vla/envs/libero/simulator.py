@@ -21,17 +21,17 @@ from verl_vla.envs.libero.controller import ArmControl, ArmState
 from verl_vla.envs.libero.controller_kernels import Floats
 from verl_vla.envs.libero.goals import GoalMeter
 from verl_vla.envs.libero.problems import CONTROLLER, build_problem, seeded, trim_heap
-from verl_vla.envs.libero.rendering import Look, Renderer
+from verl_vla.envs.libero.rendering import Renderer, RenderOptions
 from verl_vla.envs.libero.scene_change import UNCHANGED, SceneChange
 
 PHYSICS_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 """Everything that MuJoCo's next step depends on, the solver's warm start included."""
 UNSEEN_SUBSTEPS = 2
-"""Physics steps at the end of a control step whose motion the observation misses; see `Seen`."""
+"""Physics steps at the end of a control step that the observation misses; see `ObservedState`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ObservedState:
     """What an observation shows, which is not quite the end of a step.
 
     robosuite samples its observables once in a step's 25 physics steps. After LIBERO's protocol, a
@@ -50,7 +50,7 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class SeenRobot:
+class ObservedRobot:
     """How an observation shows the robot."""
 
     hand_m: Floats
@@ -72,13 +72,15 @@ class SimulatorState:
     physics: Floats
     """`PHYSICS_STATE` as MuJoCo lays it out."""
     arm: ArmState
-    seen: Seen
+    seen: ObservedState
 
 
 class Simulator:
     """One task's physics, success test and cameras; knows nothing of episodes."""
 
-    def __init__(self, bddl_file: Path, look: Look, change: SceneChange = UNCHANGED) -> None:
+    def __init__(
+        self, bddl_file: Path, look: RenderOptions, change: SceneChange = UNCHANGED
+    ) -> None:
         """Build the task as ``env.seed(0); env.reset()`` leaves it in published evaluations."""
         with seeded(0):
             self._env = build_problem(bddl_file, change)
@@ -134,25 +136,25 @@ class Simulator:
         self._seen = state.seen
 
     def render(self, camera: str) -> npt.NDArray[np.uint8]:
-        """Draw what a camera has `Seen`; see `Renderer.draw`."""
+        """Render the `ObservedState` through a camera; see `Renderer.render`."""
         if self._renderer is None:
             self._renderer = Renderer(self._model, self._look)
         self._show()
-        return self._renderer.draw(self._shown, camera)
+        return self._renderer.render(self._shown, camera)
 
     def proprio(self) -> npt.NDArray[np.float32]:
-        """Return [8], as `Seen`: position (m), orientation (axis-angle, rad), two fingers (m)."""
+        """Return [8]: position (m), orientation (axis-angle, rad), two fingers (m), as observed."""
         seen = self.seen_robot()
         return np.concatenate([seen.hand_m, seen.hand_rad, seen.fingers_m]).astype(np.float32)
 
-    def seen_robot(self) -> SeenRobot:
-        """Return the robot as `Seen`."""
+    def seen_robot(self) -> ObservedRobot:
+        """Return the robot of the `ObservedState`."""
         self._show()
         position = np.array(self._shown.site_xpos[self._robot.eef_site_id])
         body = self._model.body(self._robot.robot_model.eef_name).id
         quaternion = convert_quat(np.array(self._shown.xquat[body]), to="xyzw")
         turn = quat2axisangle(quaternion)
-        return SeenRobot(position, quaternion, turn, self._seen.fingers_m, self._seen.arm_rad)
+        return ObservedRobot(position, quaternion, turn, self._seen.fingers_m, self._seen.arm_rad)
 
     def goals(self) -> GoalReadings:
         """Measure how far each goal of the task is, [G, 3]; see `Reading`."""
@@ -162,7 +164,7 @@ class Simulator:
         """Draw a start [1 + nq + nv] from the regions of the task; the episode played is lost.
 
         Cabinets and stoves, which are part of the model and of no state, stay where they are; what
-        is drawn upon one of them is off its middle by what it would have moved, up to 0.01 m.
+        is sampled upon one of them is off its middle by what it would have moved, up to 0.01 m.
         """
         position, turn = self._model.body_pos.copy(), self._model.body_quat.copy()
         with seeded(seed):
@@ -246,9 +248,9 @@ class Simulator:
             self._renderer = None
         self._env.close()
 
-    def _see(self) -> Seen:
+    def _see(self) -> ObservedState:
         alpha = np.array(self._model.site_rgba[:, 3])
-        return Seen(np.array(self._data.qpos), self._fingers(), self._arm_joints(), alpha)
+        return ObservedState(np.array(self._data.qpos), self._fingers(), self._arm_joints(), alpha)
 
     def _show(self) -> None:
         self._model.site_rgba[:, 3] = self._seen.site_alpha

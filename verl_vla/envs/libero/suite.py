@@ -26,7 +26,7 @@ from verl_vla.envs.libero.init_states import read_states
 from verl_vla.envs.libero.mujoco_version import require_libero_physics
 from verl_vla.envs.libero.plus_suites import PLUS_SUITES, plus_tasks
 from verl_vla.envs.libero.pro_suites import PRO_SUITES, pro_objects, pro_tasks
-from verl_vla.envs.libero.task import ACTION_DIM, CAMERAS, MAX_DRAWN, PROPRIO_DIM, LiberoTask
+from verl_vla.envs.libero.task import ACTION_DIM, CAMERAS, MAX_SAMPLED, PROPRIO_DIM, LiberoTask
 from verl_vla.envs.libero.task_packages import DISTRIBUTIONS, PLUS, PRO
 
 SIMULATION = ("mujoco", "robosuite", "hf-libero")
@@ -64,7 +64,7 @@ POSE = 7
 """Values of a pose: a position and a quaternion."""
 LIBERO_INIT_STATES = 50
 MINI_INIT_STATES = 100
-TRAINED_DRAWN = 40
+TRAINED_SAMPLED = 40
 """Of these, how many a task with a single recorded state is trained on: as many as LIBERO's tasks
 have for training."""
 _MINI = Path(__file__).resolve().parents[1] / "mini"
@@ -80,7 +80,7 @@ class LiberoSuite(Suite):
     cameras: tuple[str, ...] = CAMERAS
     action_dim: int = ACTION_DIM
     proprio_dim: int = PROPRIO_DIM
-    grippers: tuple[int, ...] = (ACTION_DIM - 1,)
+    gripper_dims: tuple[int, ...] = (ACTION_DIM - 1,)
     package: str | None = None
     """Package of the perturbed tasks; see `verl_vla.envs.libero.task_packages`."""
 
@@ -137,9 +137,9 @@ class LiberoSuite(Suite):
             return super().held_out_ids()
         return list(range(self.num_init_states // 2, self.num_init_states))
 
-    def drawn_ids(self) -> list[int]:
+    def sampled_ids(self) -> list[int]:
         """Those that an environment draws from the task's regions."""
-        return list(range(self.num_init_states, self.num_init_states + MAX_DRAWN))
+        return list(range(self.num_init_states, self.num_init_states + MAX_SAMPLED))
 
     def num_recorded(self, task_id: int) -> int:
         """Recorded init states of a task."""
@@ -149,13 +149,13 @@ class LiberoSuite(Suite):
     def init_state_ids(self, task_id: int, split: Split) -> list[int]:
         """See `Suite.init_state_ids`; a single recorded state is kept for evaluation.
 
-        Such a task is trained on starts drawn from its regions, the last of those that can be.
+        Such a task is trained on starts sampled from its regions, the last of those that can be.
         """
         number = self.task(task_id).num_init_states
-        if number is None or split == "drawn":
+        if number is None or split == "sampled":
             return super().init_state_ids(task_id, split)
         if split == "train":
-            return self.drawn_ids()[-TRAINED_DRAWN:]
+            return self.sampled_ids()[-TRAINED_SAMPLED:]
         return list(range(number))
 
     def load_init_states(self, task_id: int) -> npt.NDArray[np.float64]:

@@ -20,8 +20,8 @@ ACTION_DIM = 7
 PROPRIO_DIM = 8
 """End-effector position (m), axis-angle (rad), gripper joints (m)."""
 
-MAX_DRAWN = 1000
-"""Starts of a task that can be drawn besides its recorded ones, for evaluations that need more."""
+MAX_SAMPLED = 1000
+"""Starts of a task that can be sampled besides the recorded ones, for larger evaluations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ MISSED_M = 0.1
 
 
 class MiniExpert(Expert):
-    """An expert that may be careless: it can misjudge how high objects lie."""
+    """An expert that may be biased: it can misjudge how high objects lie."""
 
     def __init__(
         self, simulator: Simulator, pace: float, height_error_m: float, *, item: str

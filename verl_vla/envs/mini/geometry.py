@@ -25,5 +25,5 @@ HIDDEN_BODIES = (
         for part in ("base", "controller_box", "pedestal_feet", "torso", "pedestal")
     ),
 )
-"""The robot behind the upper edge of the image; drawing it takes a quarter of the time and shows
+"""The robot behind the upper edge of the image; rendering it takes a quarter of the time and shows
 a corner of the base."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from verl_vla.envs.base import EnvConfig
-from verl_vla.envs.libero.env import RECORDED, SAMPLED, LiberoEnv
+from verl_vla.envs.libero.env import DEMONSTRATED, RECORDED, LiberoEnv
 from verl_vla.envs.libero.suite import MINI_INIT_STATES, libero_suite, make_libero_env
 
 
@@ -22,14 +22,14 @@ def main(folder: Path) -> None:
     """Write one file a task into ``folder``."""
     env = make_libero_env(EnvConfig(suite="mini"))
     for task_id, task in enumerate(env.suite.tasks):
-        states = [env.draw_start(task_id, RECORDED, i) for i in range(MINI_INIT_STATES)]
+        states = [env.sample_start(task_id, RECORDED, i) for i in range(MINI_INIT_STATES)]
         np.savez_compressed(folder / f"{task.name}.npz", states=np.stack(states))
     env.close()
 
 
 def sample_init_state(env: LiberoEnv, task_id: int, seed: int) -> npt.NDArray[np.float64]:
     """Draw a start [1 + nq + nv] that is in neither split; the same seed gives the same start."""
-    return env.draw_start(task_id, SAMPLED, seed)
+    return env.sample_start(task_id, DEMONSTRATED, seed)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from verl_vla.core.errors import ConfigError
 from verl_vla.policies.checkpoint import read_tokenizer
 from verl_vla.policies.checks import Finding, describe_weights, look
-from verl_vla.policies.normalization import load_proprio_ranges, load_statistics
+from verl_vla.policies.normalization import load_proprio_stats, load_statistics
 from verl_vla.policies.openvla_oft.checkpoint import (
     read_config,
     read_image_statistics,
@@ -117,7 +117,7 @@ def _statistics(folder: str | Path, config: OpenVLAOFTConfig, unnorm_key: str | 
     statistics = load_statistics(folder, unnorm_key, config.normalization)
     found = {"an action": (len(statistics), config.action_dim)}
     if config.use_proprio:
-        ranges = load_proprio_ranges(folder, unnorm_key, config.normalization)
+        ranges = load_proprio_stats(folder, unnorm_key, config.normalization)
         found["proprio"] = (len(ranges), config.proprio_dim)
     for what, (num_ranges, size) in found.items():
         if num_ranges != size:

@@ -6,7 +6,7 @@ One forward pass scores every action token of a chunk. The sequence is
 
 where proprio is one token, of a policy that reads it. Every token attends to every other, except to
 padding. The logits of action token ``k`` are
-read one place before its zero vector, over the action ids alone. Source: openvla-oft,
+read one position before its zero vector, over the action ids alone. Source: openvla-oft,
 ``prismatic/extern/hf/modeling_prismatic.py``, with the attention of its transformers fork.
 """
 

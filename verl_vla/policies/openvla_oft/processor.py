@@ -12,8 +12,8 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.policies.checkpoint import read_render_size, read_tokenizer
 from verl_vla.policies.normalization import (
     ActionStatistics,
-    Ranges,
-    load_proprio_ranges,
+    NormalizationStats,
+    load_proprio_stats,
     load_statistics,
 )
 from verl_vla.policies.openvla_oft.checkpoint import read_config, read_image_statistics
@@ -31,7 +31,7 @@ class OpenVLAOFTProcessor(TokenProcessor):
         image_statistics: one per vision tower.
         action_statistics: of the data that the model was fine-tuned on.
         render_size: of the camera images that it was fine-tuned on, pixels; None if unknown.
-        proprio_ranges: of the same data, for a policy that reads proprio.
+        proprio_stats: of the same data, for a policy that reads proprio.
 
     Raises:
         ConfigError: if the parts do not belong together.
@@ -44,7 +44,7 @@ class OpenVLAOFTProcessor(TokenProcessor):
         image_statistics: Sequence[ImageStatistics],
         action_statistics: ActionStatistics,
         render_size: int | None = None,
-        proprio_ranges: Ranges | None = None,
+        proprio_stats: NormalizationStats | None = None,
     ) -> None:
         if len(image_statistics) != len(config.towers):
             raise ConfigError(
@@ -57,7 +57,7 @@ class OpenVLAOFTProcessor(TokenProcessor):
             image_statistics,
             action_statistics,
             render_size,
-            proprio_ranges,
+            proprio_stats,
         )
 
     @classmethod
@@ -74,7 +74,7 @@ class OpenVLAOFTProcessor(TokenProcessor):
             ConfigError: names the file that is missing or does not fit.
         """
         config = read_config(folder)
-        ranges = load_proprio_ranges if config.use_proprio else None
+        ranges = load_proprio_stats if config.use_proprio else None
         return cls(
             config,
             read_tokenizer(folder),

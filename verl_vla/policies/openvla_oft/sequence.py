@@ -39,12 +39,12 @@ def move_padding_last(
 
     Returns:
         ``embeddings`` with all padding at the end, and [B, L + T] bool, true where no padding
-        is, for all places but the first; None where there is no padding.
+        is, for all positions but the first; None where there is no padding.
     """
     if lengths is None:
         return embeddings, None
-    places = torch.arange(embeddings.shape[1], device=embeddings.device)
-    padding = (places >= lengths[:, None]) & (places < num_ids)
+    positions = torch.arange(embeddings.shape[1], device=embeddings.device)
+    padding = (positions >= lengths[:, None]) & (positions < num_ids)
     order = padding.int().argsort(dim=1, stable=True)
     moved = embeddings.gather(1, order.unsqueeze(-1).expand_as(embeddings))
     return moved, ~padding.gather(1, order)[:, 1:]

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from verl_vla.policies.normalization import ActionStatistics, Ranges
+from verl_vla.policies.normalization import ActionStatistics, NormalizationStats
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig, VisionTower
 from verl_vla.policies.openvla_oft.modelling import OpenVLAOFTModel
 from verl_vla.policies.openvla_oft.policy import OpenVLAOFTPolicy
@@ -141,7 +141,7 @@ def build_tiny_policy(
     *,
     sizes: TinySizes = TinySizes(),
     seed: int = 0,
-    proprio_ranges: Ranges | None = None,
+    proprio_stats: NormalizationStats | None = None,
 ) -> OpenVLAOFTPolicy:
     """Make an untrained policy for the given tasks.
 
@@ -150,7 +150,7 @@ def build_tiny_policy(
         statistics: of the actions it is to be trained on.
         sizes: of the model.
         seed: of the weights; the process's own random state is left as it was.
-        proprio_ranges: where ``sizes`` has a proprio.
+        proprio_stats: where ``sizes`` has a proprio.
     """
     tokenizer = build_tokenizer(instructions)
     config = tiny_config(tokenizer, sizes)
@@ -160,7 +160,7 @@ def build_tiny_policy(
         model = OpenVLAOFTModel(config)
     image_statistics = [DINO_STATISTICS, SIGLIP_STATISTICS][-len(config.towers) :]
     processor = OpenVLAOFTProcessor(
-        config, tokenizer, image_statistics, statistics, sizes.render_size, proprio_ranges
+        config, tokenizer, image_statistics, statistics, sizes.render_size, proprio_stats
     )
     return OpenVLAOFTPolicy(model, processor)
 

@@ -17,22 +17,22 @@ def align_right(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tenso
             "attention_mask has padding before a prompt's end; prompts are padded on the right"
         )
     lengths = attention_mask.sum(1, keepdim=True)
-    places = torch.arange(input_ids.shape[1], device=input_ids.device)
-    ids = input_ids.gather(1, (places + lengths) % input_ids.shape[1])
-    return ids, places >= input_ids.shape[1] - lengths
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    ids = input_ids.gather(1, (positions + lengths) % input_ids.shape[1])
+    return ids, positions >= input_ids.shape[1] - lengths
 
 
 def pairwise_mask(
     is_token: Tensor, num_queries: int, *, causal: bool, dtype: torch.dtype
 ) -> Tensor:
-    """[B, 1, Q, S], 0 where the place sees the other one and the least number where not.
+    """[B, 1, Q, S], 0 where the position sees the other one and the least number where not.
 
-    A padding place still sees the patches, so no row is empty, which would make it NaN.
+    A padding position still sees the patches, so no row is empty, which would make it NaN.
     """
     batch, num_keys = is_token.shape
     sees = is_token[:, None, None, :].expand(batch, 1, num_queries, num_keys)
     if causal:
-        places = torch.arange(num_keys, device=is_token.device)
-        sees = sees & (places <= places[-num_queries:, None])
+        positions = torch.arange(num_keys, device=is_token.device)
+        sees = sees & (positions <= positions[-num_queries:, None])
     hidden = torch.zeros(sees.shape, dtype=dtype, device=is_token.device)
     return hidden.masked_fill(~sees, torch.finfo(dtype).min)

@@ -2,9 +2,9 @@
 
     image patches | prompt | action tokens
 
-The logits of an action token are read one place before it, as a language model's always are, so
-the last token needs no place. Parallel decoding puts zero vectors in the places and lets every
-token see every other one; autoregressive decoding puts in the tokens chosen before and hides
+The logits of an action token are read one position before it, as a language model's always are, so
+the last token needs no position. Parallel decoding puts zero vectors in the positions and lets
+every token see every other one; autoregressive decoding puts in the tokens chosen before and hides
 what comes after. Padding lies between patches and prompt and is seen by nobody.
 """
 
@@ -178,13 +178,13 @@ class ScratchVLAModel(TokenModel):
         num_towers = len(self.vision_towers)
         views = pixel_values.unflatten(1, (self.config.num_views, num_towers, 3))
         by_tower = [
-            tower(views[:, :, place].flatten(0, 1)).last_hidden_state
-            for place, tower in enumerate(self.vision_towers)
+            tower(views[:, :, position].flatten(0, 1)).last_hidden_state
+            for position, tower in enumerate(self.vision_towers)
         ]
         return torch.cat(by_tower, dim=-1).unflatten(0, views.shape[:2]).flatten(1, 2)
 
     def _score_at_once(self, prefix: Prefix, inputs: Tensor, *, causal: bool) -> Tensor:
-        """[B, T, C] logits, given what is in the places of all tokens but the last."""
+        """[B, T, C] logits, given what is in the positions of all tokens but the last."""
         sequence = torch.cat([prefix.embeddings, inputs], dim=1)
         is_token = torch.cat([prefix.is_token, _all_true(inputs)], dim=1)
         hidden = self._encode(sequence, is_token, causal=causal)
@@ -196,13 +196,13 @@ class ScratchVLAModel(TokenModel):
         inputs, is_token = prefix.embeddings, prefix.is_token
         logits: list[Tensor] = []
         action_tokens: list[Tensor] = []
-        for place in range(self.config.num_action_tokens):
-            if place:
+        for position in range(self.config.num_action_tokens):
+            if position:
                 inputs = self._embed(action_tokens[-1]).to(prefix.embeddings.dtype)
                 is_token = torch.cat([is_token, _all_true(inputs)], dim=1)
             hidden = self._encode(inputs, is_token, causal=True, cache=cache)
             logits.append(self._score(hidden[:, -1:]))
-            action_tokens.append(sampler.choose(logits[-1], place))
+            action_tokens.append(sampler.choose(logits[-1], position))
         return ActionLogits(
             logits=torch.cat(logits, dim=1), action_tokens=torch.cat(action_tokens, dim=1)
         )
@@ -210,13 +210,13 @@ class ScratchVLAModel(TokenModel):
     def _encode(
         self, inputs: Tensor, is_token: Tensor, *, causal: bool, cache: Cache | None = None
     ) -> Tensor:
-        """Run the language model on the last places of a sequence.
+        """Run the language model on the last positions of a sequence.
 
         Args:
-            inputs: [B, Q, D], what is in the last Q places.
-            is_token: [B, S] bool, of all places.
-            causal: whether a place sees only those before it.
-            cache: holds the places before the last Q, and keeps these.
+            inputs: [B, Q, D], what is in the last Q positions.
+            is_token: [B, S] bool, of all positions.
+            causal: whether a position sees only those before it.
+            cache: holds the positions before the last Q, and keeps these.
 
         Returns:
             [B, Q, D].

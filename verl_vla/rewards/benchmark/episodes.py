@@ -22,7 +22,7 @@ from verl_vla.core.tables import Trajectories
 from verl_vla.core.trajectory_io import read_trajectories, write_trajectories
 from verl_vla.envs.base import StepLimit
 from verl_vla.policies.base import Policy
-from verl_vla.rl.rollout import NoiseSource, Simulators, play
+from verl_vla.rl.rollout import NoiseSource, Simulators, rollout
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def play_missing(
         first = index * GROUPS_PER_ROUND
         specs = [spec for group in groups[first : first + GROUPS_PER_ROUND] for spec in group]
         noise = NoiseSource(seed=seed, stream=BENCH_STREAM)
-        trajectories = play(specs, policy, simulators, temperature=temperature, noise=noise)
+        trajectories = rollout(specs, policy, simulators, temperature=temperature, noise=noise)
         write_trajectories(file, trajectories)
         solved = int(trajectories.episodes.success.sum())
         logger.info(

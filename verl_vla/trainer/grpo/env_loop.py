@@ -15,7 +15,7 @@ from verl_vla.core.episode import EpisodeSpec
 from verl_vla.core.errors import RewardError
 from verl_vla.core.tables import Trajectories
 from verl_vla.rewards import TrajectoryReward, learn, score
-from verl_vla.rl.rollout import NoiseSource, RolloutTimes, Simulators, play
+from verl_vla.rl.rollout import NoiseSource, RolloutTimes, Simulators, rollout
 from verl_vla.runs.episode_recorder import EpisodeRecorder
 from verl_vla.trainer.grpo.cluster_policy import ClusterPolicy
 from verl_vla.trainer.grpo.rows import group_key, group_of, make_rows
@@ -129,7 +129,7 @@ class EpisodeLoop:
         self.account.transfer_s += time.perf_counter() - began
 
     def _play(self, specs: list[EpisodeSpec]) -> Trajectories:
-        return play(
+        return rollout(
             specs,
             self._policy,
             self._simulators,

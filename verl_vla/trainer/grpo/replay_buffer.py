@@ -70,6 +70,6 @@ class GroupReplayBuffer(ReplayBuffer):
 
 
 def _order(key: str) -> tuple[int, int, int]:
-    """Group, member and place of a row."""
-    _, member, place = key.split("_")
-    return group_of(key), int(member), int(place)
+    """Group, member and index of a row."""
+    _, member, index = key.split("_")
+    return group_of(key), int(member), int(index)

@@ -70,9 +70,9 @@ def make_rows(
     for b, group in enumerate(episodes.group_id.tolist()):
         member = members[group] = members[group] + 1 if group in members else 0
         rows = torch.nonzero(policy_steps.episode == b).flatten().tolist()
-        for place, row in enumerate(rows):
-            keys.append(f"{group_key(group)}_{member}_{place}")
-            is_last = place == len(rows) - 1
+        for index, row in enumerate(rows):
+            keys.append(f"{group_key(group)}_{member}_{index}")
+            is_last = index == len(rows) - 1
             earned = float(score[b]) if is_last else 0.0
             prompt = trajectories.prompt_ids[row]
             fields.append(

@@ -33,7 +33,7 @@ MAY_CHANGE = (
     "out",
     "trainer",
     "evaluation",
-    "gate",
+    "cold_start",
     "cluster.address",
     "cluster.env_nodes",
     "environment.num_workers",

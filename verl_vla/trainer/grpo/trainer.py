@@ -131,13 +131,13 @@ class VLATrainer(PPOTrainerSync):
         keep_solved(self.run.folder, self.global_steps)
 
     def on_train_begin(self) -> None:
-        """Before the first update of a run, after its evaluation, ask the cold-start gate.
+        """Before the first update of a run, after its evaluation, make the cold-start check.
 
         Raises:
             ColdStartError: the policy succeeds too seldom to be trained.
         """
         super().on_train_begin()
-        config, folder = self.recipe.gate, self.run.folder
+        config, folder = self.recipe.cold_start, self.run.folder
         is_first = self.global_steps == 1
         if config.mode == "off" or not is_first or cold_start.was_passed(folder):
             return
@@ -151,7 +151,7 @@ class VLATrainer(PPOTrainerSync):
         )
         cold_start.keep(folder, found.as_json(config, self.run.task_names))
         found.require(config.threshold, self.run.task_names)
-        logger.info("gate: %s", found.summary())
+        logger.info("cold-start check: %s", found.summary())
 
     def on_step_begin(self) -> None:
         """Forget the groups of the last step and open a new account.
@@ -180,7 +180,7 @@ class VLATrainer(PPOTrainerSync):
 
     def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
         wanted = self.recipe.sampling.groups_per_step if num_prompts is None else num_prompts
-        groups = self.starts.draw(wanted)
+        groups = self.starts.next_groups(wanted)
         self._specs.update({group[0].group_id: group for group in groups})
         batch = tu.get_tensordict({"uid": [group_key(group[0].group_id) for group in groups]})
         tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
@@ -255,7 +255,7 @@ class VLATrainer(PPOTrainerSync):
     def _run_state(self) -> dict[str, Any]:
         """What veRL does not save, as it stands now."""
         reward = deepcopy(self.run.reward.state_dict())
-        return {"num_drawn": self.starts.num_drawn, "reward": reward}
+        return {"num_groups_sampled": self.starts.num_groups_sampled, "reward": reward}
 
     def _save_steps_before(self, step: int) -> str:
         """Write the checkpoint that ``step``, cut short before its update, began from.
@@ -293,7 +293,7 @@ class VLATrainer(PPOTrainerSync):
         self.config.trainer.resume_from_path = str(folder)
         super()._load_checkpoint()
         state = checkpoint.load_run_state(folder)
-        self.starts.num_drawn = state["num_drawn"]
+        self.starts.num_groups_sampled = state["num_groups_sampled"]
         self.run.reward.load_state_dict(state["reward"])
         self._last_saved = step
         logger.info("resumed after training step %d", self.global_steps)

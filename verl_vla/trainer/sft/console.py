@@ -17,7 +17,7 @@ from verl_vla.runs.run_dir import keep_evaluation
 logger = logging.getLogger(__name__)
 
 
-class SFTReport:
+class SFTConsole:
     """Follows one process's part of a run."""
 
     def __init__(self, folder: Path, total_steps: int, show_every: int) -> None:

@@ -17,7 +17,7 @@ from verl_vla.core.processes import end_with_parent
 from verl_vla.core.signals import leave_signals_to_parent, stop_requests
 from verl_vla.trainer.sft.engine import SFTEngine
 from verl_vla.trainer.sft.run import SFTRun
-from verl_vla.trainer.sft.trainer import SFTLoop
+from verl_vla.trainer.sft.trainer import SFTTrainer
 from verl_vla.trainer.verl_compat.process import choose_device, divert_output, prepare_verl
 
 
@@ -36,7 +36,7 @@ def train(run: SFTRun) -> None:
         plays = run.recipe.trainer.play_every > 0
         simulators = stack.enter_context(run.open_simulators(engine.processor)) if plays else None
         stop = stack.enter_context(stop_requests())
-        SFTLoop(run, engine, simulators, stop).play()
+        SFTTrainer(run, engine, simulators, stop).train()
 
 
 def _other_rank(rank: int, run: SFTRun, num_ranks: int, device: str, address: str) -> None:
@@ -45,7 +45,7 @@ def _other_rank(rank: int, run: SFTRun, num_ranks: int, device: str, address: st
     with _process_group(rank, num_ranks, device, address), divert_output(run.folder):
         engine = SFTEngine(run)
         engine.initialize()
-        SFTLoop(run, engine, None, None).play()
+        SFTTrainer(run, engine, None, None).train()
 
 
 @contextmanager

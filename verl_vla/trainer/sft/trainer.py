@@ -24,7 +24,7 @@ from verl_vla.runs.metrics import MetricsFile, read_metrics
 from verl_vla.runs.run_dir import evaluation_record
 from verl_vla.runs.sft_metrics import SFT_METRICS
 from verl_vla.trainer import checkpoint
-from verl_vla.trainer.sft.console import SFTReport
+from verl_vla.trainer.sft.console import SFTConsole
 from verl_vla.trainer.sft.engine import SFTEngine
 from verl_vla.trainer.sft.rank_policy import RankPolicy, serve
 from verl_vla.trainer.sft.run import SFTRun
@@ -36,7 +36,7 @@ VALUES = "values"
 """Key of a checkpoint's run state: what its step had measured before it was saved."""
 
 
-class SFTLoop:
+class SFTTrainer:
     """Steps, tests, evaluations and checkpoints of one run.
 
     A step is saved before it is tested and played, so that nothing that goes wrong there can cost
@@ -68,9 +68,9 @@ class SFTLoop:
         self._samples = run.samples(engine.processor)
         self._held_out = run.held_out_samples(engine.processor) if run.held_out else None
         self._metrics = MetricsFile(run.folder / "metrics.jsonl", SFT_METRICS)
-        self._report = SFTReport(run.folder, self._steps.total_steps, self._steps.show_every)
+        self._report = SFTConsole(run.folder, self._steps.total_steps, self._steps.show_every)
 
-    def play(self) -> None:
+    def train(self) -> None:
         """Learn from the newest whole checkpoint to the last step.
 
         Raises:

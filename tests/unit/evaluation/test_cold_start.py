@@ -1,4 +1,4 @@
-"""The cold-start gate: what is played, what decides, and what it says."""
+"""The cold-start check: what is played, what decides, and what it says."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from verl_vla.config.grpo import GateConfig
+from verl_vla.config.grpo import ColdStartConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ColdStartError, ConfigError
 from verl_vla.core.success_rate import SuccessRate
@@ -18,7 +18,7 @@ from verl_vla.evaluation.cold_start import Probe, Rates, keep, probe, probe_star
 from verl_vla.policies.normalization import ActionStatistics
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
 
-THRESHOLD = GateConfig().threshold
+THRESHOLD = ColdStartConfig().threshold
 NAMES = {0: "lift", 4: "push"}
 
 
@@ -60,7 +60,7 @@ def refusal(found: Probe) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("split", "word"), [("held_out", "held-out"), ("drawn", "drawn")])
+@pytest.mark.parametrize(("split", "word"), [("held_out", "held-out"), ("sampled", "sampled")])
 def test_a_probe_says_which_starts_it_played(split: str, word: str) -> None:
     found = Probe(greedy=rates(3, 100, split), sampled=rates(0, 32), temperature=1.6)
     assert f"greedily 3 of 100 {word} ones" in found.summary()
@@ -70,7 +70,7 @@ def test_a_refusal_says_what_was_measured_and_what_to_do() -> None:
     says = refusal(measured((0, 32), (3, 100)))
     assert "sampled at temperature 1.6 it solved 0 of 32 training episodes" in says
     assert "(95% interval 0.0-10.7%), greedily 3 of 100 held-out ones" in says
-    assert "at least 15% are wanted (gate.threshold)" in says
+    assert "at least 15% are wanted (cold_start.threshold)" in says
     assert "lift: greedy not played, sampled not played" in says
     assert "push: greedy 3 of 100, sampled 0 of 32" in says
     for remedy in (
@@ -78,7 +78,7 @@ def test_a_refusal_says_what_was_measured_and_what_to_do() -> None:
         "environment.tasks",
         "reward=reaching sampling.filter_on=reward",
         "docs/add-a-reward.md",
-        "gate.mode=off",
+        "cold_start.mode=off",
     ):
         assert remedy in says
 
@@ -100,28 +100,28 @@ def test_starts_are_the_first_of_every_task_in_turn() -> None:
 
 def test_a_record_is_kept_whole_and_read_back(tmp_path: Path) -> None:
     assert not was_passed(tmp_path)
-    config = GateConfig(threshold=0.5)
+    config = ColdStartConfig(threshold=0.5)
     for sampled, passed in (((1, 4), False), ((2, 4), True)):
         keep(tmp_path, measured(sampled, (0, 9)).as_json(config, NAMES))
         assert was_passed(tmp_path) == passed
-    kept = json.loads((tmp_path / "gate.json").read_text())
+    kept = json.loads((tmp_path / "cold_start.json").read_text())
     assert kept["greedy"]["states"] == "held_out"
     assert kept["sampled"]["tasks"]["push"]["successes"] == 2
     assert (kept["threshold"], kept["temperature"]) == (0.5, 1.6)
-    assert [file.name for file in tmp_path.iterdir()] == ["gate.json"]
+    assert [file.name for file in tmp_path.iterdir()] == ["cold_start.json"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threshold": 0.0}, "gate.threshold is 0.0; it is a share of episodes"),
-        ({"threshold": 15.0}, "gate.threshold is 15.0"),
-        ({"episodes": 0}, "gate.episodes is 0; set at least 1, or gate.mode=off"),
+        ({"threshold": 0.0}, "cold_start.threshold is 0.0; it is a share of episodes"),
+        ({"threshold": 15.0}, "cold_start.threshold is 15.0"),
+        ({"episodes": 0}, "cold_start.episodes is 0; set at least 1, or cold_start.mode=off"),
     ],
 )
 def test_an_impossible_gate_is_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        GateConfig(**options)
+        ColdStartConfig(**options)
 
 
 def test_a_real_policy_is_probed_on_real_processes() -> None:
