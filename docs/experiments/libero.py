@@ -34,12 +34,12 @@ COUNTS = {"episodes": "training episodes", "simulator_steps": "simulator steps"}
 ON_ITS_WAY = f"{MAIN}_step_"
 UNKNOWN = "\N{EM DASH}"
 STEP_VALUES = {
-    "rollout/success_rate": "solved",
-    "rollout/episodes": "episodes",
-    "rollout/steps": "simulator_steps",
-    "groups/played": "groups_played",
-    "groups/kept": "groups_kept",
-    "time/step_s": "seconds",
+    "env/success_rate": "solved",
+    "env/episodes": "episodes",
+    "env/steps": "simulator_steps",
+    "sampling/groups_played": "groups_played",
+    "sampling/groups_kept": "groups_kept",
+    "timing_s/step": "seconds",
 }
 """What a record keeps of a training step, and its name there."""
 

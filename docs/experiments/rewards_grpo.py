@@ -53,9 +53,9 @@ def read_arm(folder: Path) -> Arm:
 
     return Arm(
         solved=np.stack([_outcomes(seed) for seed in seeds]),
-        trained=column("rollout/success_rate"),
-        episodes=column("rollout/episodes"),
-        simulator_steps=column("rollout/steps"),
+        trained=column("env/success_rate"),
+        episodes=column("env/episodes"),
+        simulator_steps=column("env/steps"),
     )
 
 

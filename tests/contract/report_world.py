@@ -58,9 +58,9 @@ def add_step(folder: Path, step: int) -> None:
                 images = np.full((2, 8, 8, 3), 40 * member, dtype=np.uint8)
                 write_video(video_path(folder, episode), images, [8, 8])
     episode_log.append(lines)
-    values = {name: 0.5 for name in METRICS if not name.startswith("eval/")}
+    values = {name: 0.5 for name in METRICS if not name.startswith("val/")}
     MetricsFile(folder / "metrics.jsonl").append(
-        step, values | {"rollout/success_rate": 0.2, "rollout/episodes": 6, "rollout/crashes": 1}
+        step, values | {"env/success_rate": 0.2, "env/episodes": 6, "env/crashes": 1}
     )
 
 
@@ -85,9 +85,9 @@ def _evaluate(folder: Path, step: int, *, solved: int) -> None:
     MetricsFile(folder / "metrics.jsonl").append(
         step,
         {
-            "eval/success_rate": record["total"]["rate"],
-            "eval/episodes": 8,
-            "eval/ci_low": low,
-            "eval/ci_high": high,
+            "val/success_rate": record["total"]["rate"],
+            "val/episodes": 8,
+            "val/ci_low": low,
+            "val/ci_high": high,
         },
     )

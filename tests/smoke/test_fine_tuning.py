@@ -118,11 +118,11 @@ def test_a_run_reports_every_declared_metric(whole: tuple[FineTuning, str]) -> N
     lines = read_metrics(run.folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     seen = set().union(*lines) - {"step"}
-    assert {name for name in seen if not name.startswith("eval/task/")} == set(SFT_METRICS)
-    assert lines[-1]["eval/episodes"] == 2
-    assert lines[0]["sft/loss"] > lines[-1]["sft/loss"] > 0
-    assert lines[0]["sft/lr"] == pytest.approx(2e-3 * 0.55)
-    assert lines[-1]["sft/lr"] == pytest.approx(2e-4)
+    assert {name for name in seen if not name.startswith("val/task/")} == set(SFT_METRICS)
+    assert lines[-1]["val/episodes"] == 2
+    assert lines[0]["train/loss"] > lines[-1]["train/loss"] > 0
+    assert lines[0]["train/lr"] == pytest.approx(2e-3 * 0.55)
+    assert lines[-1]["train/lr"] == pytest.approx(2e-4)
     assert "step 6/6" in said
     assert "held-out after step 6" in said
     assert (run.folder / "curve.png").stat().st_size > 0
@@ -165,12 +165,12 @@ def test_two_ranks_learn_as_one(whole: tuple[FineTuning, str], tmp_path: Path) -
     words = ("trainer.total_steps=1", "trainer.play_every=1", "ranks.num_ranks=2")
     both = FineTuning(tmp_path / "two", whole[0].drawn, *words).here()
     one, (two,) = whole[0].reproducible()[0], both.reproducible()
-    assert two["sft/loss"] == pytest.approx(one["sft/loss"], abs=RANKS_DIFFER)
-    assert two["sft/held_out_loss"] == pytest.approx(one["sft/held_out_loss"], abs=1e-3)
-    assert two["sft/grad_norm"] == pytest.approx(one["sft/grad_norm"], rel=1e-4)
-    assert two["eval/episodes"] == 2
+    assert two["train/loss"] == pytest.approx(one["train/loss"], abs=RANKS_DIFFER)
+    assert two["val/loss"] == pytest.approx(one["val/loss"], abs=1e-3)
+    assert two["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=1e-4)
+    assert two["val/episodes"] == 2
     # at the first step, Adam moves every weight by its rate in the direction of its gradient's sign
-    assert largest_difference(whole[0].policy(1), both.policy(1)) < 2.1 * two["sft/lr"]
+    assert largest_difference(whole[0].policy(1), both.policy(1)) < 2.1 * two["train/lr"]
 
 
 def test_adapters_learn_are_resumed_and_merged(
@@ -178,7 +178,7 @@ def test_adapters_learn_are_resumed_and_merged(
 ) -> None:
     words = ("policy.lora_rank=4", "policy.gradient_checkpointing=true", "trainer.total_steps=4")
     run = FineTuning(tmp_path / "whole", mini_demos, *words).here()
-    losses = [line["sft/loss"] for line in run.reproducible()]
+    losses = [line["train/loss"] for line in run.reproducible()]
     assert losses[-1] < losses[0]
     model = AutoModel.from_pretrained(run.policy(4), trust_remote_code=False)
     assert isinstance(model, OpenVLAOFTModel)
@@ -198,7 +198,7 @@ def test_adapters_learn_are_resumed_and_merged(
         assert main(again.words) == EXIT_SIGNAL + signal.SIGINT
     assert complete_steps(again.folder / "checkpoints") == [1, 2, 3]
     again.here()
-    assert [line["sft/loss"] for line in again.reproducible()] == losses
+    assert [line["train/loss"] for line in again.reproducible()] == losses
     assert largest_difference(run.policy(4), again.policy(4)) == 0
 
 
@@ -218,7 +218,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_too_many_end_the_run(
     monkeypatch.setattr(SFTEngine, "_sft_forward", spoilt)
     assert main(run.words) == EXIT_DIVERGED
     lines = read_metrics(run.folder / "metrics.jsonl")
-    assert [line["sft/skipped"] for line in lines] == [0, 1, 0, 1, 1]
+    assert [line["train/skipped_steps"] for line in lines] == [0, 1, 0, 1, 1]
     assert largest_difference(run.policy(1), run.policy(2)) == 0
     assert 0 < largest_difference(run.policy(2), run.policy(4)) < math.inf
     kept = torch.load(run.folder / "diverged" / "batch_rank_0.pt", weights_only=True)
@@ -261,9 +261,11 @@ def test_a_scratch_vla_is_fine_tuned(
     # One token after the other, a new model repeats the last one, since its head is a copy of its
     # embedding; hands that rest repeat tokens too, so it guesses better than one of 256.
     repeats = "decoding" in choices
-    assert (0.94 if repeats else 0.97) < first["sft/loss"] / math.log(256) < 1.03, "as by guessing"
+    assert (0.94 if repeats else 0.97) < first["train/loss"] / math.log(256) < 1.03, (
+        "as by guessing"
+    )
     if PLAYED_AT_THE_END in words:
-        assert last["eval/episodes"] == 2
+        assert last["val/episodes"] == 2
     folder = run.policy(2)
     assert main(["doctor", "--checkpoint", str(folder)]) == 0
     assert load_policy(folder).processor.codec.statistics.key == "mini_no_noops"

@@ -56,7 +56,7 @@ def test_a_profile_trains(profile: str, words: list[str], tmp_path: Path) -> Non
     assert main(["train", *SMALL, f"profile={profile}", *words, f"out='{out}'"]) == 0
     (line,) = read_metrics(out / "metrics.jsonl")
     assert line["actor/grad_norm"] > 0
-    assert line["actor/skipped"] == 0
+    assert line["actor/skipped_steps"] == 0
     assert abs(line["actor/ratio_first"] - 1) < RATIO_TOLERANCE
     checkpoint = step_folder(out / "checkpoints", 1)
     before = load_file(PROJECT / "bases" / "mini" / "model.safetensors")

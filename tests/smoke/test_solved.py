@@ -82,9 +82,9 @@ def test_a_run_in_which_nothing_fails_any_more_is_saved_and_evaluated(tmp_path: 
     assert "every episode of step 2 of 9 was solved. Training step 1 was saved" in said
     assert "held-out after step 1: 100.0% of 3 episodes" in said
     (line,) = read_metrics(run.folder / "metrics.jsonl")
-    assert (line["step"], line["rollout/success_rate"]) == (1, 0.5)
-    assert (line["eval/success_rate"], line["eval/episodes"]) == (1.0, 3)
-    assert line["time/evaluation_s"] > 0
+    assert (line["step"], line["env/success_rate"]) == (1, 0.5)
+    assert (line["val/success_rate"], line["val/episodes"]) == (1.0, 3)
+    assert line["timing_s/testing"] > 0
     assert complete_steps(run.folder / "checkpoints") == [1]
     evaluation = run.folder / "evaluations" / "step_1.json"
     assert json.loads(evaluation.read_text())["total"]["successes"] == 3

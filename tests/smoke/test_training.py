@@ -86,7 +86,7 @@ def test_a_run_reports_every_declared_metric(complete_run: TrainingRun) -> None:
     assert all(name in METRICS or name.startswith(OPEN_FAMILIES) for name in seen)
     assert (complete_run.folder / "curve.png").stat().st_size > 0
     episodes = read_episodes(complete_run.folder)
-    assert len(episodes) == sum(line["rollout/episodes"] for line in lines)
+    assert len(episodes) == sum(line["env/episodes"] for line in lines)
     report = (complete_run.folder / "report.html").read_text()
     assert "ended after 4 training steps" in report
     assert "data:image/webp;base64," in report
@@ -100,11 +100,11 @@ def test_rollout_and_update_agree_on_the_log_probs(complete_run: TrainingRun) ->
 
 def test_nothing_is_decided_or_trained_on_in_vain(complete_run: TrainingRun) -> None:
     for line in read_metrics(complete_run.folder / "metrics.jsonl"):
-        assert line["rollout/policy_steps_for_ended"] == 0
+        assert line["env/policy_steps_after_end"] == 0
         assert line["actor/rows_without_gradient"] == 0
         assert line["actor/rows_left_out"] == 0, "the KL term moves every row"
         assert line["actor/rows"] > 0
-        assert line["actor/rows_of_padding"] == 0, "one rank, one optimizer step"
+        assert line["actor/padding_rows"] == 0, "one rank, one optimizer step"
 
 
 def test_a_training_step_moves_the_weights(complete_run: TrainingRun) -> None:
@@ -115,7 +115,7 @@ def test_a_training_step_moves_the_weights(complete_run: TrainingRun) -> None:
 
 def test_the_learner_is_held_to_the_policy_that_it_began_as(complete_run: TrainingRun) -> None:
     first, *later = (
-        line["actor/kl"] for line in read_metrics(complete_run.folder / "metrics.jsonl")
+        line["actor/kl_loss"] for line in read_metrics(complete_run.folder / "metrics.jsonl")
     )
     assert abs(first) < EQUAL_UPDATE
     assert min(later) > EQUAL_UPDATE
@@ -160,8 +160,8 @@ def test_a_run_that_ends_in_many_ways_goes_on_as_if_nothing_had_happened(
 
     # the reward is refused
     lines = read_metrics(complete_run.folder / "metrics.jsonl")
-    episode = int(sum(line["rollout/episodes"] for line in lines[:2]))
-    assert lines[2]["groups/rounds"] == 1, "or not all episodes of the third step are kept"
+    episode = int(sum(line["env/episodes"] for line in lines[:2]))
+    assert lines[2]["sampling/rounds"] == 1, "or not all episodes of the third step are kept"
     file = tmp_path / "brisk.py"
     right = file.read_text()
     file.write_text(right.replace("return RewardResult", BROKEN.format(episode=episode)))
@@ -180,7 +180,7 @@ def test_a_run_that_ends_in_many_ways_goes_on_as_if_nothing_had_happened(
 
     run.finish()
     third = read_metrics(run.folder / "metrics.jsonl")[2]
-    assert third["time/rollout_s"] == 0, "the episodes were played again"
+    assert third["timing_s/gen"] == 0, "the episodes were played again"
     assert not list(run.folder.glob("refused*"))
     assert reproducible(run.folder) == reproducible(complete_run.folder)
     assert largest_difference(weights(run, 4), weights(complete_run, 4)) == 0
@@ -222,11 +222,11 @@ def test_several_nodes_train_as_one_and_a_lost_one_costs_its_episodes(
         read_metrics(r.folder / "metrics.jsonl")[:n] for r, n in ((complete_run, 1), (run, 2))
     )
     for name, value in one[0].items():
-        if name.startswith(("rollout/", "groups/")) and is_reproducible(name):
+        if name.startswith(("env/", "sampling/", "critic/")) and is_reproducible(name):
             assert two[name] == value, name
-    lost = after["rollout/crashes"]
+    lost = after["env/crashes"]
     assert 0 < lost <= NUM_SLOTS / 2, "only what the lost node played"
-    assert after["rollout/episodes"] > lost
+    assert after["env/episodes"] > lost
     assert after["actor/grad_norm"] > 0
 
 
@@ -270,9 +270,9 @@ def test_the_embedded_policy_learns(tmp_path: Path) -> None:
     first, *steps = read_metrics(run.folder / "metrics.jsonl")
     assert first["step"] == 0
     for line in steps:
-        assert "actor/kl" not in line
-        assert line["actor/rows_without_gradient"] == line["rollout/policy_steps_for_ended"] == 0
-        assert line["actor/rows_of_padding"] < 4, "one rank, four optimizer steps"
+        assert "actor/kl_loss" not in line
+        assert line["actor/rows_without_gradient"] == line["env/policy_steps_after_end"] == 0
+        assert line["actor/padding_rows"] < 4, "one rank, four optimizer steps"
     before, after = (
         json.loads((run.folder / "evaluations" / f"step_{step}.json").read_text())["total"]
         for step in (0, 4)
@@ -324,24 +324,24 @@ def test_real_libero_spatial_is_learned_from_where_there_is_a_gradient(tmp_path:
     run.finish()
     none, half = read_metrics(run.folder / "metrics.jsonl")
     for line in (none, half):
-        assert line["rollout/episodes"] == 4
-        assert line["rollout/crashes"] == 0
-        assert line["rollout/steps"] == 96
+        assert line["env/episodes"] == 4
+        assert line["env/crashes"] == 0
+        assert line["env/steps"] == 96
         assert line["actor/rows_without_gradient"] == 0
-        assert line["rollout/policy_steps_for_ended"] == 0
+        assert line["env/policy_steps_after_end"] == 0
     assert none["actor/rows"] == 0
     assert none["actor/rows_left_out"] == 12
-    assert none["actor/skipped"] == 4
+    assert none["actor/skipped_steps"] == 4
     assert half["actor/rows"] == half["actor/rows_left_out"] == 6
-    assert half["actor/rows_of_padding"] == 2
-    assert half["actor/skipped"] == 0
+    assert half["actor/padding_rows"] == 2
+    assert half["actor/skipped_steps"] == 0
     assert half["actor/grad_norm"] > 0
     assert abs(half["actor/ratio_first"] - 1) < RATIO_TOLERANCE
     assert half["actor/lr"] == 2 * none["actor/lr"] > 0, "the warm-up counts training steps"
     before = load_file(tmp_path / "untrained" / "model.safetensors")
     assert largest_difference(before, weights(run, 1)) == 0
     assert largest_difference(before, weights(run, 2)) > 0
-    assert half["eval/episodes"] == 1
+    assert half["val/episodes"] == 1
 
 
 def test_a_perturbed_suite_is_trained_on(tmp_path: Path) -> None:
@@ -359,8 +359,8 @@ def test_a_perturbed_suite_is_trained_on(tmp_path: Path) -> None:
     )
     run.finish()
     (line,) = read_metrics(run.folder / "metrics.jsonl")
-    assert line["rollout/episodes"] == 4
-    assert line["rollout/crashes"] == 0
+    assert line["env/episodes"] == 4
+    assert line["env/crashes"] == 0
     assert line["actor/rows"] > 0
     assert line["actor/grad_norm"] > 0
     record = json.loads((run.folder / "evaluations" / "step_1.json").read_text())

@@ -74,7 +74,7 @@ def _show(run: Run, wall_s: float) -> None:
     policies = run.policy_folder, checkpoint.step_folder(run.checkpoints, steps) / "policy"
     summary["policy_parameters"] = _record_and_count(run, policies, before, after)
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
-    rates = [line["rollout/success_rate"] for line in lines if "rollout/success_rate" in line]
+    rates = [line["env/success_rate"] for line in lines if "env/success_rate" in line]
     logger.info("\n%s\n", success_table(before, after))
     logger.info(
         "training success by step  %s  %.0f%% to %.0f%%",
@@ -108,7 +108,7 @@ def _summary(
         "step_limits": before["step_limits"],
         "wall_s": wall_s,
         "episodes_played": int(
-            sum(line["rollout/episodes"] for line in lines if "rollout/episodes" in line)
+            sum(line["env/episodes"] for line in lines if "env/episodes" in line)
         ),
         "verl_version": metadata.version("verl"),
         "versions": provenance(),

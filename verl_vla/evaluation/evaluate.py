@@ -30,12 +30,12 @@ class Evaluation:
         """The numbers under the names of `verl_vla.runs.metrics`."""
         low, high = self.total.ci95
         pooled = {
-            "eval/success_rate": self.total.rate,
-            "eval/episodes": float(self.total.episodes),
-            "eval/ci_low": low,
-            "eval/ci_high": high,
+            "val/success_rate": self.total.rate,
+            "val/episodes": float(self.total.episodes),
+            "val/ci_low": low,
+            "val/ci_high": high,
         }
-        tasks = {f"eval/task/{task_names[t]}": rate.rate for t, rate in self.per_task.items()}
+        tasks = {f"val/task/{task_names[t]}": rate.rate for t, rate in self.per_task.items()}
         return pooled | tasks
 
 

@@ -25,28 +25,28 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "rollout/success_rate": Metric(
+    "env/success_rate": Metric(
         unit="share", meaning="solved / (played - crashed), all groups of the step, sampled"
     ),
-    "rollout/reward": Metric(unit="score", meaning="mean reward of the episodes played"),
-    "rollout/episodes": Metric(unit="count", meaning="episodes played, crashed ones included"),
-    "rollout/crashes": Metric(unit="count", meaning="episodes lost with their simulator"),
-    "rollout/steps": Metric(unit="count", meaning="simulator steps the policy chose"),
-    "rollout/policy_steps": Metric(unit="count", meaning="policy calls with an answer"),
-    "rollout/policy_steps_per_s": Metric(unit="1/s", meaning="policy steps / seconds of rollout"),
-    "rollout/policy_steps_for_ended": Metric(
+    "critic/score/mean": Metric(unit="score", meaning="mean reward of the episodes played"),
+    "env/episodes": Metric(unit="count", meaning="episodes played, crashed ones included"),
+    "env/crashes": Metric(unit="count", meaning="episodes lost with their simulator"),
+    "env/steps": Metric(unit="count", meaning="simulator steps the policy chose"),
+    "env/policy_steps": Metric(unit="count", meaning="policy calls with an answer"),
+    "perf/policy_steps_per_s": Metric(unit="1/s", meaning="policy steps / seconds of rollout"),
+    "env/policy_steps_after_end": Metric(
         unit="count", meaning="policy calls for episodes that had ended; always 0"
     ),
-    "rollout/env_wait_share": Metric(
+    "perf/env_wait_share": Metric(
         unit="share", meaning="of the rollout's seconds spent waiting for simulators"
     ),
-    "rollout/policy_share": Metric(unit="share", meaning="of the rollout's seconds spent deciding"),
-    "groups/played": Metric(unit="count", meaning="groups played in the step"),
-    "groups/kept": Metric(unit="count", meaning="groups trained on"),
-    "groups/rounds": Metric(unit="count", meaning="rounds of rollout, the first included"),
-    "actor/loss": Metric(unit="1", meaning="clipped loss, mean over the optimizer steps"),
+    "perf/policy_share": Metric(unit="share", meaning="of the rollout's seconds spent deciding"),
+    "sampling/groups_played": Metric(unit="count", meaning="groups played in the step"),
+    "sampling/groups_kept": Metric(unit="count", meaning="groups trained on"),
+    "sampling/rounds": Metric(unit="count", meaning="rounds of rollout, the first included"),
+    "actor/pg_loss": Metric(unit="1", meaning="clipped loss, mean over the optimizer steps"),
     "actor/grad_norm": Metric(unit="1", meaning="before clipping, mean of those that were finite"),
-    "actor/skipped": Metric(
+    "actor/skipped_steps": Metric(
         unit="count",
         meaning="optimizer steps left out: the loss or the gradient was not finite, or, where "
         "actor/rows is 0, no policy step of the training step had a gradient",
@@ -61,14 +61,18 @@ METRICS: dict[str, Metric] = {
     "actor/ratio_first_deviation": Metric(
         unit="1", meaning="largest distance of a token's ratio from 1 in the first mini-batch"
     ),
-    "actor/clip_low": Metric(unit="share", meaning="executed tokens stopped by the lower bound"),
-    "actor/clip_high": Metric(unit="share", meaning="executed tokens stopped by the upper bound"),
-    "actor/kl": Metric(
+    "actor/pg_clipfrac_low": Metric(
+        unit="share", meaning="executed tokens stopped by the lower bound"
+    ),
+    "actor/pg_clipfrac_high": Metric(
+        unit="share", meaning="executed tokens stopped by the upper bound"
+    ),
+    "actor/kl_loss": Metric(
         unit="nats",
         meaning="mean divergence from the starting policy per executed token; with loss.kl only",
     ),
     "actor/rows": Metric(unit="count", meaning="policy steps trained on, all ranks"),
-    "actor/rows_of_padding": Metric(
+    "actor/padding_rows": Metric(
         unit="count",
         meaning="rows without content, so that ranks and optimizer steps get equally many; fewer "
         "than ranks x optimizer steps",
@@ -81,45 +85,41 @@ METRICS: dict[str, Metric] = {
     "actor/rows_without_gradient": Metric(
         unit="count", meaning="policy steps trained on that no term of the loss moves; always 0"
     ),
-    "memory/process_peak": Metric(unit="GiB", meaning="peak resident memory of a learner process"),
-    "memory/device_peak": Metric(
+    "perf/max_process_memory_gb": Metric(
+        unit="GiB", meaning="peak resident memory of a learner process"
+    ),
+    "perf/max_memory_allocated_gb": Metric(
         unit="GiB", meaning="peak device memory allocated since the last report; 0 on a CPU"
     ),
-    "memory/device_reserved_peak": Metric(
+    "perf/max_memory_reserved_gb": Metric(
         unit="GiB", meaning="the same, with what torch keeps for later"
     ),
-    "time/step_s": Metric(unit="s", meaning="the whole training step"),
-    "time/rollout_s": Metric(unit="s", meaning="playing episodes"),
-    "time/reward_s": Metric(unit="s", meaning="scoring trajectories"),
-    "time/transfer_s": Metric(unit="s", meaning="moving rows to the learner's store"),
-    "time/update_s": Metric(unit="s", meaning="log-probs, advantages and optimizer steps"),
-    "time/checkpoint_s": Metric(
+    "timing_s/step": Metric(unit="s", meaning="the whole training step"),
+    "timing_s/gen": Metric(unit="s", meaning="playing episodes"),
+    "timing_s/reward": Metric(unit="s", meaning="scoring trajectories"),
+    "timing_s/transfer": Metric(unit="s", meaning="moving rows to the learner's store"),
+    "timing_s/update": Metric(unit="s", meaning="log-probs, advantages and optimizer steps"),
+    "timing_s/save_checkpoint": Metric(
         unit="s", meaning="writing the checkpoint before this step; 0 if there was none"
     ),
-    "time/evaluation_s": Metric(unit="s", meaning="held-out evaluation"),
-    "eval/success_rate": Metric(unit="share", meaning="held-out, greedy, all tasks pooled"),
-    "eval/episodes": Metric(unit="count", meaning="held-out episodes behind that rate"),
-    "eval/ci_low": Metric(unit="share", meaning="lower end of the Wilson 95% interval"),
-    "eval/ci_high": Metric(unit="share", meaning="upper end of the Wilson 95% interval"),
+    "timing_s/testing": Metric(unit="s", meaning="held-out evaluation"),
+    "val/success_rate": Metric(unit="share", meaning="held-out, greedy, all tasks pooled"),
+    "val/episodes": Metric(unit="count", meaning="held-out episodes behind that rate"),
+    "val/ci_low": Metric(unit="share", meaning="lower end of the Wilson 95% interval"),
+    "val/ci_high": Metric(unit="share", meaning="upper end of the Wilson 95% interval"),
 }
-"""Name to declaration; besides these, ``eval/task/...`` and ``reward/...`` are open families."""
+"""Name to declaration; besides these, ``val/task/...`` and ``reward/...`` are open families."""
 
-OPEN_FAMILIES = ("eval/task/", "reward/")
+OPEN_FAMILIES = ("val/task/", "reward/")
 
-TIMING_FAMILY = (
-    "time/",
-    "memory/",
-    "rollout/policy_steps_per_s",
-    "rollout/env_wait",
-    "rollout/policy",
-)
+TIMING_FAMILY = ("timing_s/", "perf/")
 """Prefixes of what may differ between two equal runs."""
 
 
 def is_reproducible(name: str) -> bool:
     """Whether two equal runs must report the same number, digit for digit, on a CPU.
 
-    >>> is_reproducible("actor/loss"), is_reproducible("time/step_s")
+    >>> is_reproducible("actor/pg_loss"), is_reproducible("timing_s/step")
     (True, False)
     """
     return not name.startswith(TIMING_FAMILY)

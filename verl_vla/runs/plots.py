@@ -29,20 +29,20 @@ def draw_curve(
     """
     figure = Figure(figsize=(7.2, 4.2), dpi=140, layout="constrained")
     axes = figure.subplots()
-    trained = [line for line in lines if "rollout/success_rate" in line]
+    trained = [line for line in lines if "env/success_rate" in line]
     axes.plot(
         [line["step"] for line in trained],
-        [100 * line["rollout/success_rate"] for line in trained],
+        [100 * line["env/success_rate"] for line in trained],
         marker=".",
         color="#8899aa",
         label="training episodes, sampled",
     )
-    judged = [line for line in lines if "eval/success_rate" in line]
+    judged = [line for line in lines if "val/success_rate" in line]
     if judged:
-        rate = [100 * line["eval/success_rate"] for line in judged]
-        low = [100 * (line["eval/success_rate"] - line["eval/ci_low"]) for line in judged]
-        high = [100 * (line["eval/ci_high"] - line["eval/success_rate"]) for line in judged]
-        episodes = int(judged[0]["eval/episodes"])
+        rate = [100 * line["val/success_rate"] for line in judged]
+        low = [100 * (line["val/success_rate"] - line["val/ci_low"]) for line in judged]
+        high = [100 * (line["val/ci_high"] - line["val/success_rate"]) for line in judged]
+        episodes = int(judged[0]["val/episodes"])
         axes.errorbar(
             [line["step"] for line in judged],
             rate,
@@ -70,10 +70,10 @@ def draw_sft_curve(path: Path, lines: Sequence[Mapping[str, float]], title: str)
     left = figure.subplots()
     right = left.twinx()
     curves = (
-        (left, "sft/loss", 1, "#8899aa", "loss"),
-        (right, "sft/accuracy", 100, "#aaccaa", "tokens right, training"),
-        (right, "sft/held_out_accuracy", 100, "#208040", "tokens right, held out"),
-        (right, "eval/success_rate", 100, "#c03020", "held-out starts solved"),
+        (left, "train/loss", 1, "#8899aa", "loss"),
+        (right, "train/accuracy", 100, "#aaccaa", "tokens right, training"),
+        (right, "val/accuracy", 100, "#208040", "tokens right, held out"),
+        (right, "val/success_rate", 100, "#c03020", "held-out starts solved"),
     )
     for axes, name, factor, color, label in curves:
         measured = [line for line in lines if name in line]

@@ -142,9 +142,9 @@ def test_an_update_is_the_same_however_it_is_cut() -> None:
 
 def test_steps_of_two_commits_are_compared_number_by_number() -> None:
     def lines(step_s: float, loss: float) -> list[dict[str, float]]:
-        times = {f"time/{part}_s": step_s for part in step.PARTS}
-        first = {"step": 1, "actor/loss": 0.5, "eval/x": math.nan, **times, "time/step_s": 99.0}
-        return [first, {"step": 2, "actor/loss": loss, "eval/x": math.nan, **times}]
+        times = {name: step_s for name, _ in step.PARTS.values()}
+        first = {"step": 1, "actor/pg_loss": 0.5, "val/x": math.nan, **times, "timing_s/step": 99.0}
+        return [first, {"step": 2, "actor/pg_loss": loss, "val/x": math.nan, **times}]
 
     found = step.compare([lines(4.0, 0.25)], [lines(2.0, 0.25)])
     assert found["step_times_faster"] == 2.0
@@ -152,7 +152,7 @@ def test_steps_of_two_commits_are_compared_number_by_number() -> None:
     assert found["numbers_compared"] == 3
     assert found["numbers_that_differ"] == []
     assert step.compare([lines(4.0, 0.25)], [lines(2.0, 0.2)])["numbers_that_differ"] == [
-        "actor/loss"
+        "actor/pg_loss"
     ]
 
 

@@ -118,12 +118,12 @@ def test_the_metrics_are_declared_and_carry_the_counts():
     check_declared(metrics)
     low, high = result.total.ci95
     assert metrics == {
-        "eval/success_rate": 0.5,
-        "eval/episodes": 4.0,
-        "eval/ci_low": low,
-        "eval/ci_high": high,
-        "eval/task/lift": 0.0,
-        "eval/task/push": pytest.approx(2 / 3),
+        "val/success_rate": 0.5,
+        "val/episodes": 4.0,
+        "val/ci_low": low,
+        "val/ci_high": high,
+        "val/task/lift": 0.0,
+        "val/task/push": pytest.approx(2 / 3),
     }
 
 

@@ -21,7 +21,7 @@ def write_run(folder: Path, high: float, solved: dict[int, int]) -> None:
     (folder / "evaluations").mkdir(parents=True)
     recipe = {"out": str(folder), "seed": 0, "loss": {"clip": {"high": high}}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    values = dict.fromkeys(SCRIPT.STEP_VALUES, 50.0) | {"rollout/success_rate": 0.5}
+    values = dict.fromkeys(SCRIPT.STEP_VALUES, 50.0) | {"env/success_rate": 0.5}
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": step} | values) + "\n" for step in (0, 1, 2))
     )

@@ -19,7 +19,7 @@ STARTS = 20
 
 def write_run(folder: Path, solved: int, episodes: int = 64) -> None:
     (folder / "evaluations").mkdir(parents=True)
-    line = {"rollout/success_rate": 0.5, "rollout/episodes": episodes, "rollout/steps": 1000}
+    line = {"env/success_rate": 0.5, "env/episodes": episodes, "env/steps": 1000}
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": step} | line) + "\n" for step in (1, 2, 3, 4))
     )

@@ -8,15 +8,18 @@ import math
 import pytest
 
 from verl_vla.core.errors import ContractError
+from verl_vla.core.files import PROJECT_FOLDER
 from verl_vla.runs.metrics import (
     METRICS,
     OPEN_FAMILIES,
     TIMING_FAMILY,
+    Metric,
     MetricsFile,
     check_declared,
     is_reproducible,
     read_metrics,
 )
+from verl_vla.runs.sft_metrics import SFT_METRICS
 
 
 @pytest.fixture
@@ -27,7 +30,7 @@ def path(tmp_path):
 def write_steps(path, *steps: int) -> MetricsFile:
     file = MetricsFile(path)
     for step in steps:
-        file.append(step, {"actor/loss": step / 10})
+        file.append(step, {"actor/pg_loss": step / 10})
     return file
 
 
@@ -38,41 +41,41 @@ def steps_in(path) -> list[float | None]:
 def test_what_is_appended_is_read_back_in_order(path):
     write_steps(path, 1, 2)
     assert read_metrics(path) == [
-        {"step": 1, "actor/loss": 0.1},
-        {"step": 2, "actor/loss": 0.2},
+        {"step": 1, "actor/pg_loss": 0.1},
+        {"step": 2, "actor/pg_loss": 0.2},
     ]
 
 
 def test_every_line_is_json_even_where_a_number_is_unknown(path):
-    MetricsFile(path).append(1, {"eval/success_rate": float("nan"), "actor/loss": float("inf")})
+    MetricsFile(path).append(1, {"val/success_rate": float("nan"), "actor/pg_loss": float("inf")})
 
     def refuse(word):
         pytest.fail(f"{word} is no JSON")
 
     record = json.loads(path.read_text(), parse_constant=refuse)
-    assert record == {"step": 1, "eval/success_rate": None, "actor/loss": None}
+    assert record == {"step": 1, "val/success_rate": None, "actor/pg_loss": None}
     (line,) = read_metrics(path)
-    assert math.isnan(line["eval/success_rate"])
+    assert math.isnan(line["val/success_rate"])
 
 
 def test_any_kind_of_number_is_written_as_one(path):
     torch = pytest.importorskip("torch")
-    MetricsFile(path).append(1, {"actor/lr": torch.tensor(0.5), "groups/kept": True})
-    assert read_metrics(path) == [{"step": 1, "actor/lr": 0.5, "groups/kept": 1.0}]
+    MetricsFile(path).append(1, {"actor/lr": torch.tensor(0.5), "sampling/groups_kept": True})
+    assert read_metrics(path) == [{"step": 1, "actor/lr": 0.5, "sampling/groups_kept": 1.0}]
 
 
 def test_an_undeclared_name_stops_the_run_and_writes_nothing(path):
     with pytest.raises(ContractError, match="'actor/los' is not declared; add it to METRICS"):
-        MetricsFile(path).append(1, {"actor/loss": 0.0, "actor/los": 0.0})
+        MetricsFile(path).append(1, {"actor/pg_loss": 0.0, "actor/los": 0.0})
     assert not path.exists()
 
 
-@pytest.mark.parametrize("name", [*METRICS, "eval/task/lift", "reward/progress"])
+@pytest.mark.parametrize("name", [*METRICS, "val/task/lift", "reward/progress"])
 def test_declared_names_and_open_families_pass(name):
     check_declared({name: 0.0})
 
 
-@pytest.mark.parametrize("name", ["", "eval/task", "rewards/x", "time/other_s", "step"])
+@pytest.mark.parametrize("name", ["", "val/task", "rewards/x", "timing_s/other", "step"])
 def test_others_do_not(name):
     with pytest.raises(ContractError, match="not declared"):
         check_declared({name: 0.0})
@@ -80,12 +83,12 @@ def test_others_do_not(name):
 
 def test_what_is_measured_later_joins_the_line_of_the_last_step(path):
     file = MetricsFile(path)
-    file.append(1, {"time/step_s": 1.0})
-    file.append(2, {"time/step_s": 2.0})
-    file.add_to_last({"time/evaluation_s": 3.0})
+    file.append(1, {"timing_s/step": 1.0})
+    file.append(2, {"timing_s/step": 2.0})
+    file.add_to_last({"timing_s/testing": 3.0})
     first, last = read_metrics(path)
-    assert first == {"step": 1, "time/step_s": 1.0}
-    assert last == {"step": 2, "time/step_s": 2.0, "time/evaluation_s": 3.0}
+    assert first == {"step": 1, "timing_s/step": 1.0}
+    assert last == {"step": 2, "timing_s/step": 2.0, "timing_s/testing": 3.0}
     with pytest.raises(ContractError, match="not declared"):
         file.add_to_last({"nobody/knows": 1.0})
     assert read_metrics(path) == [first, last]
@@ -95,11 +98,11 @@ def test_rewind_drops_the_steps_that_will_be_played_again(path):
     file = write_steps(path, 0, 1, 2, 3, 4)
     file.rewind(2)
     assert steps_in(path) == [0, 1, 2]
-    file.append(3, {"actor/loss": 0.0})
+    file.append(3, {"actor/pg_loss": 0.0})
     assert steps_in(path) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("torn", ['{"step": 3', '{"step": 2, "actor/loss": 0.2}', "x"])
+@pytest.mark.parametrize("torn", ['{"step": 3', '{"step": 2, "actor/pg_loss": 0.2}', "x"])
 def test_rewind_drops_a_line_that_was_cut_short(path, torn):
     """A line without its end may be half of one, even where it can be read."""
     file = write_steps(path, 1)
@@ -107,7 +110,7 @@ def test_rewind_drops_a_line_that_was_cut_short(path, torn):
         half.write(torn)
     file.rewind(5)
     assert steps_in(path) == [1]
-    file.append(2, {"actor/loss": 0.0})
+    file.append(2, {"actor/pg_loss": 0.0})
     assert steps_in(path) == [1, 2]
 
 
@@ -129,8 +132,8 @@ def test_rewind_leaves_no_other_file_behind(path):
 def test_what_two_equal_runs_must_share():
     reproducible = {name for name in METRICS if is_reproducible(name)}
     assert {n for n in METRICS if n.split("/")[0] in ("groups", "actor", "eval")} <= reproducible
-    assert "rollout/steps" in reproducible and "rollout/success_rate" in reproducible
-    assert {n for n in METRICS if n.startswith(("time/", "memory/"))}.isdisjoint(reproducible)
+    assert "env/steps" in reproducible and "env/success_rate" in reproducible
+    assert {n for n in METRICS if n.startswith(("timing_s/", "perf/"))}.isdisjoint(reproducible)
     assert {n for n in METRICS if n.endswith(("_per_s", "_share"))}.isdisjoint(reproducible)
 
 
@@ -144,3 +147,16 @@ def test_every_metric_has_a_unit_and_a_meaning():
         assert metric.unit and metric.meaning, name
         assert not name.startswith(OPEN_FAMILIES), f"{name} is declared twice"
         assert name.endswith("_s") == (metric.unit == "s") or metric.unit == "1/s", name
+
+
+@pytest.mark.parametrize("declared", [METRICS, SFT_METRICS])
+def test_the_page_says_of_every_metric_what_the_code_says(declared: dict[str, Metric]) -> None:
+    page = (PROJECT_FOLDER / "docs" / "metrics.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in page.splitlines()
+        if "`" in line
+    ]
+    told = {row[0].strip("`"): (row[3], row[4]) for row in rows if len(row) == 5}
+    for name, metric in declared.items():
+        assert told[name] == (metric.unit, metric.meaning), name

@@ -13,16 +13,16 @@ from verl_vla.runs.console import EVALUATION_LINES_EVERY_S, EvaluationProgress, 
 from verl_vla.runs.metrics import METRICS, check_declared
 
 VALUES = {
-    "rollout/success_rate": 0.25,
-    "rollout/episodes": 64.0,
-    "groups/kept": 4,
-    "groups/played": 8,
-    "groups/rounds": 2,
+    "env/success_rate": 0.25,
+    "env/episodes": 64.0,
+    "sampling/groups_kept": 4,
+    "sampling/groups_played": 8,
+    "sampling/rounds": 2,
     "actor/entropy": 1.234,
-    "actor/clip_low": 0.001,
-    "actor/clip_high": 0.0125,
+    "actor/pg_clipfrac_low": 0.001,
+    "actor/pg_clipfrac_high": 0.0125,
     "actor/ratio_first": 1.00004,
-    "time/step_s": 12.34,
+    "timing_s/step": 12.34,
 }
 
 
@@ -47,7 +47,7 @@ def test_it_shows_declared_metrics_alone():
 
 
 def test_one_round_is_not_rounds(lines):
-    Progress(total_steps=1).show_step(1, VALUES | {"groups/rounds": 1})
+    Progress(total_steps=1).show_step(1, VALUES | {"sampling/rounds": 1})
     assert "in 1 round  " in lines()[0]
 
 
@@ -59,7 +59,7 @@ def test_a_missing_number_is_not_hidden():
 def test_the_time_left_follows_the_steps_slowly(lines):
     shown = Progress(total_steps=12)
     for step, seconds in ((1, 10), (2, 10), (3, 30)):
-        shown.show_step(step, VALUES | {"time/step_s": seconds})
+        shown.show_step(step, VALUES | {"timing_s/step": seconds})
     left = [line.rsplit("left ", 1)[1] for line in lines()]
     # eleven steps of 10 s, ten of 10 s, then nine of 16 s: 0.7 of the past and 0.3 of 30 s
     assert left == ["1m50s", "1m40s", "2m24s"]

@@ -83,6 +83,6 @@ def test_a_refused_round_leaves_its_episodes_behind(tmp_path: Path) -> None:
     tu.assign_non_tensor_data(asked, "global_steps", STEP)
     with pytest.raises(RewardError, match=f"Unsure returned nan for episode {SIZE} "):
         loop.generate_sequences(asked)
-    assert loop.account.as_metrics()["rollout/episodes"] == len(SPECS)
-    assert np.isnan(loop.account.as_metrics()["rollout/policy_steps_per_s"])
+    assert loop.account.as_metrics()["env/episodes"] == len(SPECS)
+    assert np.isnan(loop.account.as_metrics()["perf/policy_steps_per_s"])
     assert kept.take(SPECS, STEP) is not None

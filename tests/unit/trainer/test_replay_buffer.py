@@ -86,14 +86,14 @@ def test_groups_that_disagree_are_taken_as_they_are(sample):
     batch, metrics, store = sample(1, 1)
     assert batch.keys == rows_of(0) + rows_of(1)
     assert len(batch.tags) == len(batch.keys)
-    assert metrics == {"groups/played": 2, "groups/kept": 2, "groups/rounds": 1}
+    assert metrics == {"sampling/groups_played": 2, "sampling/groups_kept": 2, "sampling/rounds": 1}
     assert store.played == [0, 1]
 
 
 def test_just_as_many_groups_are_played_again_as_were_dropped(sample):
     batch, metrics, store = sample(0, 1, 2, 1)
     assert batch.keys == rows_of(1) + rows_of(3)
-    assert metrics == {"groups/played": 4, "groups/kept": 2, "groups/rounds": 3}
+    assert metrics == {"sampling/groups_played": 4, "sampling/groups_kept": 2, "sampling/rounds": 3}
     assert store.played == [0, 1, 2, 3]
 
 
@@ -105,13 +105,13 @@ def test_nothing_of_a_dropped_group_and_no_prompt_stays_in_the_store(sample):
 def test_at_the_cap_the_step_goes_on_with_what_it_has(sample):
     batch, metrics, _ = sample(0, 0, 1, 0, 2)
     assert batch.keys == rows_of(2)
-    assert metrics == {"groups/played": 5, "groups/kept": 1, "groups/rounds": 3}
+    assert metrics == {"sampling/groups_played": 5, "sampling/groups_kept": 1, "sampling/rounds": 3}
 
 
 def test_a_group_that_was_lost_whole_is_replaced(sample):
     batch, metrics, store = sample(-1, 1, 1)
     assert batch.keys == rows_of(1) + rows_of(2)
-    assert (metrics["groups/played"], store.played) == (3, [0, 1, 2])
+    assert (metrics["sampling/groups_played"], store.played) == (3, [0, 1, 2])
 
 
 def test_a_step_that_teaches_nothing_stops_with_a_reason(sample):
@@ -122,7 +122,7 @@ def test_a_step_that_teaches_nothing_stops_with_a_reason(sample):
 def test_without_dynamic_sampling_agreeing_groups_are_trained_on(sample):
     batch, metrics, _ = sample(0, 2, dynamic=False)
     assert batch.keys == rows_of(0) + rows_of(1)
-    assert metrics["groups/rounds"] == 1
+    assert metrics["sampling/rounds"] == 1
 
 
 def test_groups_come_in_the_order_of_their_numbers(sample):

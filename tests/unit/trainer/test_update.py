@@ -192,7 +192,7 @@ def test_groups_that_agree_never_reach_the_loss_and_count_in_its_denominator(pla
     assert rank.num_trajectories == 6
     assert values["actor/rows"] == 6
     assert values["actor/rows_left_out"] == 12
-    assert values["actor/rows_without_gradient"] == values["actor/rows_of_padding"] == 0
+    assert values["actor/rows_without_gradient"] == values["actor/padding_rows"] == 0
     assert set(rank.rows) == set(learned.keys), "what was left out has left the store too"
 
 
@@ -207,7 +207,7 @@ def test_what_is_left_is_padded_anew(play):
         [UNIFORM, MIXED, MIXED[:1]], *SMALL, "optimizer.num_mini_batches=4"
     )
     assert len(learned) == 8
-    assert sum(map(is_padding, rank.seen)) == values["actor/rows_of_padding"] == 2
+    assert sum(map(is_padding, rank.seen)) == values["actor/padding_rows"] == 2
     assert values["actor/rows"] == 6
     assert values["actor/rows_without_gradient"] == 0
     assert rank.num_trajectories == 4 / 4
@@ -218,7 +218,7 @@ def test_where_all_have_a_gradient_nothing_is_touched(play):
     assert learned.keys == [k for g in (0, 1) for m in (0, 1) for k in rows_of(g, m)] + [
         key for key in rank.seen if is_padding(key)
     ]
-    assert (values["actor/rows"], values["actor/rows_of_padding"]) == (12, 3)
+    assert (values["actor/rows"], values["actor/padding_rows"]) == (12, 3)
     assert values["actor/rows_left_out"] == 0
 
 
@@ -229,9 +229,9 @@ def test_a_step_without_any_gradient_updates_nothing_and_the_schedule_goes_on(pl
     assert set(learned.keys) == set(rank.rows), "the trainer clears them, and needs a key for it"
     assert values["actor/rows"] == 0
     assert values["actor/rows_left_out"] == 12
-    assert values["actor/skipped"] == 2
+    assert values["actor/skipped_steps"] == 2
     assert values["actor/lr"] == LR
-    assert math.isnan(values["actor/loss"])
+    assert math.isnan(values["actor/pg_loss"])
 
 
 def test_with_a_kl_term_every_row_has_a_gradient(play):
@@ -261,7 +261,7 @@ def test_no_shipped_recipe_trains_on_rows_without_a_gradient(play, words):
     mini_batches = rank.recipe.optimizer.num_mini_batches
     assert values["actor/rows"] > 0
     assert values["actor/rows_without_gradient"] == 0
-    assert values["actor/rows_of_padding"] < mini_batches
+    assert values["actor/padding_rows"] < mini_batches
     is_dropped_before = rank.recipe.sampling.dynamic
     left_out = [0.5] * (size - 2) + [0.0] * (0 if is_dropped_before else 3 * size)
     assert values["actor/rows_left_out"] == PLACES * len(left_out)

@@ -34,17 +34,17 @@ def test_the_sums_become_the_declared_metrics():
     check_declared(values)
     assert values == pytest.approx(
         {
-            "actor/loss": 1.25 / 2,
+            "actor/pg_loss": 1.25 / 2,
             "actor/grad_norm": 4.0,
-            "actor/skipped": 0.0,
+            "actor/skipped_steps": 0.0,
             "actor/lr": 2e-4,
             "actor/entropy": 120 / 60,
             "actor/ratio_first": 40.2 / 40,
             "actor/ratio_first_deviation": 0.02,
-            "actor/clip_low": 3 / 60,
-            "actor/clip_high": 6 / 60,
+            "actor/pg_clipfrac_low": 3 / 60,
+            "actor/pg_clipfrac_high": 6 / 60,
             "actor/rows": 9,
-            "actor/rows_of_padding": 1,
+            "actor/padding_rows": 1,
             "actor/rows_left_out": 5,
             "actor/rows_without_gradient": 2,
         }
@@ -56,10 +56,10 @@ def test_a_step_without_an_update_reports_the_same_numbers():
     assert values.keys() == summarise(REPORTED).keys()
     known = {name: value for name, value in values.items() if not np.isnan(value)}
     assert known == {
-        "actor/skipped": 4,
+        "actor/skipped_steps": 4,
         "actor/lr": 1e-4,
         "actor/rows": 0,
-        "actor/rows_of_padding": 0,
+        "actor/padding_rows": 0,
         "actor/rows_left_out": 7,
         "actor/rows_without_gradient": 0,
     }
@@ -72,14 +72,14 @@ def test_a_step_without_an_update_reports_the_same_numbers():
 def test_a_step_that_was_left_out_is_counted_and_not_averaged(norms, mean, skipped):
     values = summarise(REPORTED | {"grad_norm": norms})
     assert values["actor/grad_norm"] == pytest.approx(mean, nan_ok=True)
-    assert values["actor/skipped"] == skipped
+    assert values["actor/skipped_steps"] == skipped
 
 
 def test_the_divergence_is_reported_where_the_loss_has_a_kl_term():
-    assert "actor/kl" not in summarise(REPORTED)
+    assert "actor/kl_loss" not in summarise(REPORTED)
     values = summarise(REPORTED | {"kl_sum": [0.0, 0.2, 1.0]})
     check_declared(values)
-    assert values["actor/kl"] == pytest.approx(1.2 / 60)
+    assert values["actor/kl_loss"] == pytest.approx(1.2 / 60)
 
 
 def nest(values):
@@ -130,7 +130,7 @@ def test_the_split_into_micro_batches_does_not_show():
 def test_an_update_without_a_token_is_zero_and_not_an_error():
     nothing = {name: [0.0] for name in REPORTED}
     values = summarise(nothing)
-    assert values["actor/entropy"] == values["actor/clip_low"] == 0
+    assert values["actor/entropy"] == values["actor/pg_clipfrac_low"] == 0
 
 
 def test_a_missing_report_is_not_hidden():

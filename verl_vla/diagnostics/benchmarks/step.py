@@ -27,8 +27,13 @@ PUSHING = (
 )
 """Of today's base, whose format the spine reads, on a task that it has: push the red cube."""
 LATER = "cold_start.mode=off"
-PARTS = ("step", "rollout", "update", "transfer")
-"""Of a training step, as ``time/..._s`` reports them."""
+PARTS = {
+    "step": ("timing_s/step", "time/step_s"),
+    "rollout": ("timing_s/gen", "time/rollout_s"),
+    "update": ("timing_s/update", "time/update_s"),
+    "transfer": ("timing_s/transfer", "time/transfer_s"),
+}
+"""Parts of a training step: today's metric, and its name in commits before docs/metrics.md."""
 
 Lines = list[dict[str, float]]
 
@@ -83,7 +88,11 @@ def _equal(a: Mapping[str, float], b: Mapping[str, float], name: str) -> bool:
 
 
 def _seconds(runs: Sequence[Lines], part: str) -> list[float]:
-    return [line[f"time/{part}_s"] for lines in runs for line in lines[1:]]
+    return [
+        next(line[name] for name in PARTS[part] if name in line)
+        for lines in runs
+        for line in lines[1:]
+    ]
 
 
 def _train(tree: Path, arguments: list[str], out: Path) -> Lines:

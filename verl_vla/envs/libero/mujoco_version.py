@@ -1,7 +1,7 @@
 """Which MuJoCo simulates LIBERO as published policies saw it.
 
 LIBERO pins no MuJoCo, and newer ones settle and colour its scenes differently. What was measured
-stands in docs/policy steps/0011-mujoco-3.3.2.md.
+stands in docs/decisions/0011-mujoco-3.3.2.md.
 """
 
 from __future__ import annotations

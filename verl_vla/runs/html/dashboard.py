@@ -120,8 +120,6 @@ def _row(name: str, view: RunView) -> dict[str, str]:
         "suite": view.recipe["environment"]["suite"],
         "reward": view.recipe["reward"],
         "seed": str(view.recipe["seed"]),
-        "training": f"{100 * trained[0]['rollout/success_rate']:.1f}%"
-        if trained
-        else "\N{EM DASH}",
+        "training": f"{100 * trained[0]['env/success_rate']:.1f}%" if trained else "\N{EM DASH}",
         "held_out": share_with_counts(last[0]["total"] if last else None),
     }

@@ -21,12 +21,12 @@ INK, GRID = "#30363d", "#d8dee4"
 COLORS = ("#2563eb", "#d97706", "#059669", "#c026d3", "#dc2626", "#0891b2", "#65a30d", "#7c3aed")
 """Told apart at a glance; tasks and runs beyond them begin again."""
 PARTS = {
-    "time/rollout_s": "playing",
-    "time/reward_s": "scoring",
-    "time/transfer_s": "transfer",
-    "time/update_s": "update",
-    "time/checkpoint_s": "checkpoint",
-    "time/evaluation_s": "evaluation",
+    "timing_s/gen": "playing",
+    "timing_s/reward": "scoring",
+    "timing_s/transfer": "transfer",
+    "timing_s/update": "update",
+    "timing_s/save_checkpoint": "checkpoint",
+    "timing_s/testing": "evaluation",
 }
 KINDS = {
     "mixed": "#2563eb",
@@ -151,8 +151,8 @@ def time_by_part(view: RunView) -> str:
 def waits(view: RunView) -> str:
     """What share of the rollout's seconds was spent on whom."""
     shares = {
-        "rollout/env_wait_share": "waiting for simulators",
-        "rollout/policy_share": "policy deciding",
+        "perf/env_wait_share": "waiting for simulators",
+        "perf/policy_share": "policy deciding",
     }
 
     def draw(axes: Axes) -> None:
@@ -166,7 +166,7 @@ def waits(view: RunView) -> str:
 
 def memory(view: RunView) -> str:
     """Peak memory of a learner process, and of its device where there is one."""
-    kinds = {"memory/process_peak": "process", "memory/device_peak": "device"}
+    kinds = {"perf/max_process_memory_gb": "process", "perf/max_memory_allocated_gb": "device"}
 
     def draw(axes: Axes) -> None:
         for i, (name, label) in enumerate(kinds.items()):
@@ -218,7 +218,7 @@ def compared(views: Mapping[str, RunView]) -> str:
 
 def _training_curve(axes: Axes, view: RunView, color: str, label: str) -> None:
     rates = [
-        _counted(line["rollout/success_rate"], line["rollout/episodes"] - line["rollout/crashes"])
+        _counted(line["env/success_rate"], line["env/episodes"] - line["env/crashes"])
         for line in view.trained
     ]
     steps = [line["step"] for line in view.trained]
@@ -230,9 +230,9 @@ def _training_curve(axes: Axes, view: RunView, color: str, label: str) -> None:
 def _held_out_curve(axes: Axes, view: RunView, color: str, label: str) -> None:
     if not view.judged:
         return
-    rate = np.array([100 * line["eval/success_rate"] for line in view.judged])
-    low = rate - [100 * line["eval/ci_low"] for line in view.judged]
-    high = np.array([100 * line["eval/ci_high"] for line in view.judged]) - rate
+    rate = np.array([100 * line["val/success_rate"] for line in view.judged])
+    low = rate - [100 * line["val/ci_low"] for line in view.judged]
+    high = np.array([100 * line["val/ci_high"] for line in view.judged]) - rate
     axes.errorbar(
         [line["step"] for line in view.judged],
         rate,

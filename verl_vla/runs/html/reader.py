@@ -44,12 +44,12 @@ class RunView:
     @property
     def trained(self) -> list[Mapping[str, float]]:
         """The lines of training steps."""
-        return [line for line in self.lines if "rollout/success_rate" in line]
+        return [line for line in self.lines if "env/success_rate" in line]
 
     @property
     def judged(self) -> list[Mapping[str, float]]:
         """The lines with a held-out evaluation."""
-        return [line for line in self.lines if "eval/success_rate" in line]
+        return [line for line in self.lines if "val/success_rate" in line]
 
     @property
     def total_steps(self) -> int:

@@ -45,19 +45,19 @@ class StepStats:
         judged = self.episodes - self.crashes
         rollout_s = self.times.total_s or math.nan
         return {
-            "rollout/success_rate": self.solved / judged if judged else math.nan,
-            "rollout/reward": self.score_sum / judged if judged else math.nan,
-            "rollout/episodes": float(self.episodes),
-            "rollout/crashes": float(self.crashes),
-            "rollout/steps": float(self.steps),
-            "rollout/policy_steps": float(self.policy_steps),
-            "rollout/policy_steps_per_s": self.policy_steps / rollout_s,
-            "rollout/policy_steps_for_ended": float(self.times.policy_steps_for_ended),
-            "rollout/env_wait_share": self.times.wait_s / rollout_s,
-            "rollout/policy_share": self.times.policy_s / rollout_s,
-            "time/rollout_s": self.times.total_s,
-            "time/reward_s": self.reward_s,
-            "time/transfer_s": self.transfer_s,
+            "env/success_rate": self.solved / judged if judged else math.nan,
+            "critic/score/mean": self.score_sum / judged if judged else math.nan,
+            "env/episodes": float(self.episodes),
+            "env/crashes": float(self.crashes),
+            "env/steps": float(self.steps),
+            "env/policy_steps": float(self.policy_steps),
+            "perf/policy_steps_per_s": self.policy_steps / rollout_s,
+            "env/policy_steps_after_end": float(self.times.policy_steps_for_ended),
+            "perf/env_wait_share": self.times.wait_s / rollout_s,
+            "perf/policy_share": self.times.policy_s / rollout_s,
+            "timing_s/gen": self.times.total_s,
+            "timing_s/reward": self.reward_s,
+            "timing_s/transfer": self.transfer_s,
         } | {f"reward/{name}": value for name, value in self.reward_metrics.items()}
 
 

@@ -44,9 +44,9 @@ class GroupReplayBuffer(ReplayBuffer):
             self.refill_fn(group_filter.num_to_refill)
         group_filter.check_not_starved()
         metrics = {
-            "groups/played": len(group_filter.played),
-            "groups/kept": len(group_filter.kept),
-            "groups/rounds": group_filter.num_rounds,
+            "sampling/groups_played": len(group_filter.played),
+            "sampling/groups_kept": len(group_filter.kept),
+            "sampling/rounds": group_filter.num_rounds,
         }
         rows = dict(sorted(self.partitions[partition_id].items(), key=lambda item: _order(item[0])))
         kept = [group_key(group) for group in group_filter.kept]

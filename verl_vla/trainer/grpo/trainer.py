@@ -127,7 +127,7 @@ class VLATrainer(PPOTrainerSync):
         logger.info("every episode of step %d of %d was solved. %s", step, wanted, saved)
         if self.recipe.trainer.eval_every and not self.run.was_evaluated(self.global_steps):
             values = self._validate()
-            self.metrics_file.add_to_last(values | {"time/evaluation_s": self._evaluation_s})
+            self.metrics_file.add_to_last(values | {"timing_s/testing": self._evaluation_s})
         keep_solved(self.run.folder, self.global_steps)
 
     def on_train_begin(self) -> None:
@@ -210,7 +210,7 @@ class VLATrainer(PPOTrainerSync):
         self.progress.show_evaluation(self.global_steps, result.total)
         self.run.keep_evaluation(self.global_steps, result)
         if self.global_steps == 0:
-            self.metrics_file.append(0, values | {"time/evaluation_s": self._evaluation_s})
+            self.metrics_file.append(0, values | {"timing_s/testing": self._evaluation_s})
             played = self.recipe.evaluation
             if played.temperature == 0:
                 self._greedy_before = cold_start.Rates.of(result, played.states)
@@ -225,18 +225,18 @@ class VLATrainer(PPOTrainerSync):
         epoch: int,
     ) -> None:
         """Replace what veRL collected by the declared metrics of the step, and report them."""
-        declared = ("groups/", "actor/", "eval/")
+        declared = ("sampling/", "actor/", "val/")
         values = {k: float(v) for k, v in metrics.items() if k.startswith(declared)}
         values |= self.loop.account.as_metrics()
         values |= memory_metrics(self.actor_rollout_wg.peak_memory())
         parts = {"old_log_prob", "ref", "adv", "update_actor"}
         values |= {
-            "time/step_s": timing_raw["step"],
-            "time/update_s": sum(timing_raw[part] for part in parts & timing_raw.keys()),
-            "time/checkpoint_s": self._checkpoint_s,
+            "timing_s/step": timing_raw["step"],
+            "timing_s/update": sum(timing_raw[part] for part in parts & timing_raw.keys()),
+            "timing_s/save_checkpoint": self._checkpoint_s,
         }
         if "testing" in timing_raw:
-            values["time/evaluation_s"] = self._evaluation_s
+            values["timing_s/testing"] = self._evaluation_s
         metrics.clear()
         metrics.update(values)
         self.metrics_file.append(global_steps, values)

@@ -30,22 +30,22 @@ def summarise_update(
     norm = _array(reported["grad_norm"])
     taken = norm[np.isfinite(norm)]
     values = {
-        "actor/loss": float(_array(reported["loss_sum"]).sum()) / steps,
+        "actor/pg_loss": float(_array(reported["loss_sum"]).sum()) / steps,
         "actor/grad_norm": float(taken.mean()) if len(taken) else math.nan,
-        "actor/skipped": float(steps * (1 - len(taken) / len(norm))),
+        "actor/skipped_steps": float(steps * (1 - len(taken) / len(norm))),
         "actor/lr": float(_array(reported["lr"])[-1]),
         "actor/entropy": float(_array(reported["entropy_sum"]).sum()) / total,
         "actor/ratio_first": float(_array(reported["ratio_sum"])[first].sum()) / first_tokens,
         "actor/ratio_first_deviation": float(_array(reported["ratio_deviation"])[first].max()),
-        "actor/clip_low": float(_array(reported["num_clipped_low"]).sum()) / total,
-        "actor/clip_high": float(_array(reported["num_clipped_high"]).sum()) / total,
+        "actor/pg_clipfrac_low": float(_array(reported["num_clipped_low"]).sum()) / total,
+        "actor/pg_clipfrac_high": float(_array(reported["num_clipped_high"]).sum()) / total,
         "actor/rows": float(_array(reported["num_rows"]).sum()) - num_padding,
-        "actor/rows_of_padding": float(num_padding),
+        "actor/padding_rows": float(num_padding),
         "actor/rows_left_out": float(num_left_out),
         "actor/rows_without_gradient": float(_array(reported["num_rows_idle"]).sum()) - num_padding,
     }
     if "kl_sum" in reported:
-        values["actor/kl"] = float(_array(reported["kl_sum"]).sum()) / total
+        values["actor/kl_loss"] = float(_array(reported["kl_sum"]).sum()) / total
     return values
 
 
@@ -54,10 +54,10 @@ def summarise_no_update(num_left_out: int, num_mini_batches: int, lr: float) -> 
     unknown = ("loss", "grad_norm", "entropy", "ratio_first", "ratio_first_deviation")
     values = {f"actor/{name}": math.nan for name in (*unknown, "clip_low", "clip_high")}
     return values | {
-        "actor/skipped": float(num_mini_batches),
+        "actor/skipped_steps": float(num_mini_batches),
         "actor/lr": lr,
         "actor/rows": 0.0,
-        "actor/rows_of_padding": 0.0,
+        "actor/padding_rows": 0.0,
         "actor/rows_left_out": float(num_left_out),
         "actor/rows_without_gradient": 0.0,
     }

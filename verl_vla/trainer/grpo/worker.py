@@ -134,9 +134,9 @@ def memory_metrics(peaks: Sequence[tuple[int, int, int]]) -> dict[str, float]:
         max(of_ranks) / BYTES_PER_GIB for of_ranks in zip(*peaks, strict=True)
     )
     return {
-        "memory/process_peak": process,
-        "memory/device_peak": allocated,
-        "memory/device_reserved_peak": reserved,
+        "perf/max_process_memory_gb": process,
+        "perf/max_memory_allocated_gb": allocated,
+        "perf/max_memory_reserved_gb": reserved,
     }
 
 

@@ -29,25 +29,23 @@ class SFTConsole:
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Report a step now and then, the first, the last and every tested one always."""
-        left_s = self._time_left_s(step, values["time/step_s"])
-        is_telling = "sft/held_out_accuracy" in values or step in (1, self._total_steps)
+        left_s = self._time_left_s(step, values["timing_s/step"])
+        is_telling = "val/accuracy" in values or step in (1, self._total_steps)
         if step % self._show_every and not is_telling:
             return
         held_out = (
-            f"  held out {100 * values['sft/held_out_accuracy']:.1f}%"
-            if "sft/held_out_accuracy" in values
-            else ""
+            f"  held out {100 * values['val/accuracy']:.1f}%" if "val/accuracy" in values else ""
         )
         logger.info(
             "step %*d/%d  loss %.3f  tokens right %4.1f%%%s  rate %.1e  %.2f s  left %s",
             len(str(self._total_steps)),
             step,
             self._total_steps,
-            values["sft/loss"],
-            100 * values["sft/accuracy"],
+            values["train/loss"],
+            100 * values["train/accuracy"],
             held_out,
-            values["sft/lr"],
-            values["time/step_s"],
+            values["train/lr"],
+            values["timing_s/step"],
             format_seconds(left_s),
         )
 

@@ -98,7 +98,7 @@ class SFTEngine(VLAEngine):
         """Take one optimizer step on this rank's part of a step's batch.
 
         Returns:
-            ``sft/loss``, ``sft/accuracy``, ``sft/grad_norm``, ``sft/skipped`` and ``sft/lr``, of
+            ``train/loss``, ``train/accuracy``, ``train/grad_norm``, ``train/skipped_steps`` and ``train/lr``, of
             all ranks together.
 
         Raises:
@@ -124,11 +124,11 @@ class SFTEngine(VLAEngine):
         total = self._add_up(sums)
         num_samples = self._run.recipe.optimizer.batch_size
         return {
-            "sft/loss": total[LOSS] / num_samples,
-            "sft/accuracy": total[ACCURACY] / num_samples,
-            "sft/grad_norm": norm,
-            "sft/skipped": float(not math.isfinite(norm)),
-            "sft/lr": rate,
+            "train/loss": total[LOSS] / num_samples,
+            "train/accuracy": total[ACCURACY] / num_samples,
+            "train/grad_norm": norm,
+            "train/skipped_steps": float(not math.isfinite(norm)),
+            "train/lr": rate,
         }
 
     @torch.no_grad()

@@ -82,12 +82,12 @@ class SFTTrainer:
             loaded = time.perf_counter()
             values = self._engine.learn(batch)
             values |= {
-                "time/data_s": loaded - began,
-                "time/step_s": time.perf_counter() - loaded,
+                "timing_s/data": loaded - began,
+                "timing_s/step": time.perf_counter() - loaded,
             }
             must_end = self._must_end()
             if self._is_due(step, self._steps.save_every) or step == 1 or must_end:
-                values["time/checkpoint_s"] = self._save(step, values)
+                values["timing_s/save_checkpoint"] = self._save(step, values)
             self._finish(step, values)
             if must_end:
                 if self._stop is not None:
@@ -153,9 +153,9 @@ class SFTTrainer:
         began = time.perf_counter()
         loss, accuracy = self._engine.test(list(self._test_batches()), len(self._held_out))
         return {
-            "sft/held_out_loss": loss,
-            "sft/held_out_accuracy": accuracy,
-            "time/test_s": time.perf_counter() - began,
+            "val/loss": loss,
+            "val/accuracy": accuracy,
+            "timing_s/validation": time.perf_counter() - began,
         }
 
     def _test_batches(self) -> Iterator[tuple[SampleBatch, Tensor]]:
@@ -197,7 +197,7 @@ class SFTTrainer:
         record = evaluation_record(episode_entries(result.trajectories), given, names)
         self._report.keep_evaluation(step, result, record)
         values = result.as_metrics(self._run.task_names)
-        return values | {"time/evaluation_s": time.perf_counter() - began}
+        return values | {"timing_s/testing": time.perf_counter() - began}
 
     def _save(self, step: int, values: dict[str, float]) -> float:
         """Write a checkpoint; returns the seconds it took."""
