@@ -67,8 +67,8 @@ def test_it_leaves_a_record_images_and_episodes(out: Path) -> None:
     outcomes = found["outcomes"].values()
     assert sum(task["episodes"] + task["crashes"] for task in outcomes) == GROUPS * SIZE
     assert all(task["step_limit"] == LIMIT for task in outcomes)
-    assert found["judged"]["groups"] == GROUPS // 2
-    assert found["judged"]["failures"] + found["judged"]["successes"] == GROUPS * SIZE // 2
+    assert found["test"]["groups"] == GROUPS // 2
+    assert found["test"]["failures"] + found["test"]["successes"] == GROUPS * SIZE // 2
     assert list(found["table"]) == [
         *("binary", "knn_align", "knn_align, shuffled", "clock", "random", "oracle")
     ]

@@ -107,16 +107,16 @@ def run(arguments: Sequence[str]) -> int:
     if options.episodes is None:
         _play(folder, played, _environment(played, options.workers))
     trajectories = read_rounds(folder, played.groups)
-    learned, judged = halve(make_sample(trajectories, suite=played.suite, split="train"))
-    rows = measure(entries, learned, judged, config)
+    train, test = halve(make_sample(trajectories, suite=played.suite, split="train"))
+    rows = measure(entries, train, test, config)
     result |= {
         "outcomes": _outcomes(trajectories, played),
-        "judged": describe(judged),
+        "test": describe(test),
         "table": table_as_json(rows, verdicts(rows)),
         "wall_s": time.perf_counter() - began,
     }
     _write(out, result)
-    _show(out, rows, judged, result)
+    _show(out, rows, test, result)
     return 0
 
 
@@ -246,8 +246,8 @@ def _write(out: Path, result: dict[str, Any]) -> None:
         atomic_write(out / RESULT_FILE, json.dumps(result, indent=1, allow_nan=False))
 
 
-def _show(out: Path, rows: Sequence[BenchRow], judged: Sample, result: dict[str, Any]) -> None:
-    success, truth = judged.batch.success, judged.truth
+def _show(out: Path, rows: Sequence[BenchRow], test: Sample, result: dict[str, Any]) -> None:
+    success, truth = test.batch.success, test.truth
     draw_progress(out / "progress.png", rows, success)
     draw_reliability(out / "reliability.png", rows, truth, success)
     draw_features(out / "features.png", rows, truth, success)
@@ -260,9 +260,9 @@ def _show(out: Path, rows: Sequence[BenchRow], judged: Sample, result: dict[str,
             rate["crashes"],
             rate["step_limit"],
         )
-    found = result["judged"]
+    found = result["test"]
     logger.info(
-        "judged: %d groups, %d failures, of which %d near-misses and %d far misses\n",
+        "test split: %d groups, %d failures, of which %d near-misses and %d far misses\n",
         found["groups"],
         found["failures"],
         found["near_misses"],

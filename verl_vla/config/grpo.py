@@ -88,7 +88,7 @@ class ClipRange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KLConfig:
-    """How strongly the learner is held to the starting policy; SRPO's published objective does so.
+    """How strongly the learner is held to the reference policy; SRPO's published objective does so.
 
     The paper gives no coefficient, and its release none above 0.
     """
@@ -105,7 +105,7 @@ class KLConfig:
 
     @property
     def is_on(self) -> bool:
-        """Whether a starting policy is needed."""
+        """Whether a reference policy is needed."""
         return self.coefficient > 0
 
 

@@ -122,7 +122,7 @@ def check_adapters(folder: str | Path, lora_rank: int | None, *, has_kl: bool) -
     Args:
         folder: of the checkpoint.
         lora_rank: of new adapters, or None for none.
-        has_kl: whether the starting policy is asked as well, which is the learner without its
+        has_kl: whether the reference policy is asked as well, which is the learner without its
             adapters.
 
     Raises:
@@ -141,7 +141,7 @@ def check_adapters(folder: str | Path, lora_rank: int | None, *, has_kl: bool) -
     if has_kl:
         raise ConfigError(
             f"policy.lora_rank is {lora_rank} and loss.kl.coefficient is above 0, but {folder} is "
-            "a scratch VLA, which without its adapters is not the starting policy, since its "
+            "a scratch VLA, which without its adapters is not the reference policy, since its "
             "projector is trained too; set one of them to null or 0"
         )
 

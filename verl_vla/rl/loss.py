@@ -98,15 +98,15 @@ def policy_loss(
 
 
 def divergence(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
-    """Estimate KL(current || starting policy) of each token from the one bin that was sampled.
+    """Estimate KL(current || reference policy) of each token from the one bin that was sampled.
 
-    ``r - 1 - log r`` with ``r`` the starting policy's probability over the current one's: unbiased
+    ``r - 1 - log r`` with ``r`` the reference policy's probability over the current one's: unbiased
     while the bins were sampled by the current policy, never negative, and of low variance (GRPO,
     arXiv:2402.03300, equation 4; "k3" in Schulman, "Approximating KL divergence", 2020).
 
     Args:
         log_probs: [N, T] nats, current policy, carries the gradient.
-        ref_log_probs: [N, T] nats, starting policy, at the same temperature.
+        ref_log_probs: [N, T] nats, reference policy, at the same temperature.
         mask: [N, T] bool, from `executed_mask`.
 
     Returns:

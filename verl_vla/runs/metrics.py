@@ -69,7 +69,7 @@ METRICS: dict[str, Metric] = {
     ),
     "actor/kl_loss": Metric(
         unit="nats",
-        meaning="mean divergence from the starting policy per executed token; with loss.kl only",
+        meaning="mean divergence from the reference policy per executed token; with loss.kl only",
     ),
     "actor/rows": Metric(unit="count", meaning="policy steps trained on, all ranks"),
     "actor/padding_rows": Metric(

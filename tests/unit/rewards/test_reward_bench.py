@@ -122,12 +122,12 @@ def test_the_same_call_gives_the_same_numbers(halves, rows):
 
 
 def test_nothing_is_learned_from_the_half_that_is_judged(halves):
-    learned, judged = halves
+    train, test = halves
     (knn,) = make_entries(read_rewards("knn_align", ["knn_align.encoder=pixels"]), seed=0)[:1]
-    measure([knn], learned, judged, replace(CONFIG, groups_per_update=5))
+    measure([knn], train, test, replace(CONFIG, groups_per_update=5))
     memory: Any = knn.reward.state_dict()["memory"]
     kept = {r["episode_id"] for task in memory["tasks"].values() for r in task}
-    assert kept <= set(learned.batch.episode_id[learned.batch.success].tolist())
+    assert kept <= set(train.batch.episode_id[train.batch.success].tolist())
     # eight groups, five to an update
     assert kept and memory["num_updates"] == 2
 
@@ -218,10 +218,10 @@ def test_tables_and_images_hold_every_row(rows, halves, tmp_path: Path):
 
 
 def test_what_there_is_to_rank_is_counted(halves):
-    judged = halves[1]
-    found = describe(judged)
-    failures = judged.truth[~judged.batch.success]
-    assert found["failures"] == len(failures) == len(judged) - found["successes"]
+    test = halves[1]
+    found = describe(test)
+    failures = test.truth[~test.batch.success]
+    assert found["failures"] == len(failures) == len(test) - found["successes"]
     assert found["near_misses"] == (failures >= 0.7).sum()
     assert found["far misses"] == (failures <= 0.3).sum()
     assert found["groups"] == NUM_GROUPS // 2

@@ -171,7 +171,7 @@ def test_adapters_must_go_with_the_checkpoint(recipe, tmp_path, no_simulators):
     assert "has adapters of rank 4 already" in refusal(own)
     open_and_close(none)
     held = replace(none, loss=replace(none.loss, kl=KLConfig(coefficient=0.1)))
-    assert "which without its adapters is not the starting policy" in refusal(held)
+    assert "which without its adapters is not the reference policy" in refusal(held)
 
 
 def test_the_folder_holds_the_whole_recipe(recipe, no_simulators):

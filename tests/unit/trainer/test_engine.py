@@ -155,7 +155,7 @@ def test_adapters_learn_are_resumed_and_merged(
     update(engine, action_tokens)
     assert moved(before, weights(engine)) == adapters
     with engine.disable_adapter():
-        assert torch.equal(choose(engine)[1], log_probs), "the starting policy, for the KL term"
+        assert torch.equal(choose(engine)[1], log_probs), "the reference policy, for the KL term"
     in_all = any("vision" in name for name in adapters) and any("lm_head" in n for n in adapters)
     assert in_all == ("policy.lora_targets=all-linear" in words)
 

@@ -20,7 +20,7 @@ ADVANTAGES = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
 TOKENS = torch.tensor([[1, 1], [1, 0]])
 """Two trajectories of one policy step each, of two steps and of one."""
 KL = math.expm1(-0.1) + 0.1
-"""Of the one token that moved, the starting policy being the one that acted."""
+"""Of the one token that moved, the reference policy being the one that acted."""
 
 
 def jagged(rows: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from verl_vla.rewards import (
     learn,
     looks_at_images,
 )
-from verl_vla.rewards.benchmark.curves import JUDGED, LEARNED, FeatureShelf, follow
+from verl_vla.rewards.benchmark.curves import TEST, TRAIN, FeatureShelf, follow
 from verl_vla.rewards.benchmark.entries import Entry
 from verl_vla.rewards.benchmark.paper import PaperNumbers, paper_numbers
 from verl_vla.rewards.benchmark.samples import Sample, take
@@ -67,7 +67,7 @@ class BenchConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readings:
-    """What a reward said of the judged episodes."""
+    """What a reward said of the test episodes."""
 
     progress: Floats
     """[B]"""
@@ -116,34 +116,34 @@ class BenchRow:
 
 
 def measure(
-    entries: Sequence[Entry], learned: Sample, judged: Sample, config: BenchConfig
+    entries: Sequence[Entry], train: Sample, test: Sample, config: BenchConfig
 ) -> list[BenchRow]:
     """Let every reward learn and judge it; a reward that looks at frames has a second line.
 
     Args:
         entries: fresh rewards; they are changed.
-        learned: what they may learn from.
-        judged: on other starts, split ``held_out``.
+        train: what they may learn from.
+        test: on other starts, split ``held_out``.
         config: see there.
 
     Returns:
         The rows, in the order of the entries.
     """
     shelf = FeatureShelf()
-    shuffled = judged.shuffle_failures(config.seed)
+    shuffled = test.shuffle_failures(config.seed)
     rows: list[BenchRow] = []
     for entry in entries:
         reward = entry.reward
-        _let_learn(reward, shelf.fill(reward, LEARNED, learned.batch)[0], config)
+        _let_learn(reward, shelf.fill(reward, TRAIN, train.batch)[0], config)
         curves = follow(
             reward,
             shelf,
-            learned,
-            judged,
+            train,
+            test,
             num_groups=config.curve_groups,
             num_points=config.curve_points,
         )
-        rows.append(_row(entry, entry.label, shelf, JUDGED, judged, curves, config))
+        rows.append(_row(entry, entry.label, shelf, TEST, test, curves, config))
         if looks_at_images(reward):
             label = entry.label + SHUFFLED
             row = _row(entry, label, shelf, _SHUFFLED_PART, shuffled, (), config)

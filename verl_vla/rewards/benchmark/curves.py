@@ -13,7 +13,7 @@ from verl_vla.rewards.base import HasEncoder
 from verl_vla.rewards.benchmark.samples import Indices, Sample, join, prefix_lengths, take
 from verl_vla.rewards.encoders.base import ImageEncoder
 
-LEARNED, JUDGED = "learned", "judged"
+TRAIN, TEST = "train", "test"
 """The two halves of the episodes, as parts of the shelf."""
 
 
@@ -42,40 +42,40 @@ class FeatureShelf:
 def follow(
     reward: TrajectoryReward,
     shelf: FeatureShelf,
-    learned: Sample,
-    judged: Sample,
+    train: Sample,
+    test: Sample,
     *,
     num_groups: int,
     num_points: int,
 ) -> tuple[Floats, ...]:
-    """Ask for progress along the episodes of the first judged groups, as if each had ended there.
+    """Ask for progress along the episodes of the first test groups, as if each had ended there.
 
     No outcome is told. References are the successes that the reward learned from.
 
     Args:
         reward: has learned.
         shelf: of the features of both halves.
-        learned: the half that the reward learned from.
-        judged: the other.
-        num_groups: of the judged ones, how many are followed.
+        train: the training half.
+        test: the other.
+        num_groups: of the test groups, how many are followed.
         num_points: moments of an episode, at most.
 
     Returns:
-        For the first episodes of ``judged``, progress at their `prefix_lengths`.
+        For the first episodes of ``test``, progress at their `prefix_lengths`.
     """
-    groups = np.unique(judged.batch.group_id)[:num_groups]
-    followed = np.flatnonzero(np.isin(judged.batch.group_id, groups))
+    groups = np.unique(test.batch.group_id)[:num_groups]
+    followed = np.flatnonzero(np.isin(test.batch.group_id, groups))
     if not len(followed):
         return ()
     assert followed[-1] == len(followed) - 1, "groups stand in the order of their ids"
-    sample = judged.take(followed)
-    solved = np.flatnonzero(learned.batch.success)
-    references = take(shelf.fill(reward, LEARNED, learned.batch)[0], solved)
+    sample = test.take(followed)
+    solved = np.flatnonzero(train.batch.success)
+    references = take(shelf.fill(reward, TRAIN, train.batch)[0], solved)
     lengths = [prefix_lengths(len(e), num_points) for e in sample.executed]
     values: list[list[float]] = [[] for _ in lengths]
     for point in range(max(map(len, lengths))):
         cut_at = np.array([ends[min(point, len(ends) - 1)] for ends in lengths])
-        batch = _encode_cut(reward, shelf, judged, sample, cut_at, point)
+        batch = _encode_cut(reward, shelf, test, sample, cut_at, point)
         progress = judge(reward, join(batch, references)).progress[: len(batch)]
         for row, ends in enumerate(lengths):
             if point < len(ends):
@@ -86,7 +86,7 @@ def follow(
 def _encode_cut(
     reward: TrajectoryReward,
     shelf: FeatureShelf,
-    judged: Sample,
+    test: Sample,
     sample: Sample,
     cut_at: Indices,
     point: int,
@@ -102,7 +102,7 @@ def _encode_cut(
     encoder = cast("HasEncoder", reward).encoder
     if not isinstance(encoder, ImageEncoder):
         return shelf.fill(reward, f"point {point}", batch)[0]
-    whole = shelf.fill(reward, JUDGED, judged.batch)[0].features
+    whole = shelf.fill(reward, TEST, test.batch)[0].features
     assert whole is not None
     features = tuple(rows[: length + 1] for rows, length in zip(whole, cut_at, strict=False))
     space = encoder.feature_space

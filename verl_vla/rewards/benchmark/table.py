@@ -30,12 +30,12 @@ def table_as_json(rows: Sequence[BenchRow], found: Mapping[str, Verdict]) -> dic
     return {row.label: row.as_json() | {"verdict": asdict(found[row.label])} for row in rows}
 
 
-def describe(judged: Sample) -> dict[str, Any]:
+def describe(test: Sample) -> dict[str, Any]:
     """What there is to rank: without failures that differ, no number means anything."""
-    truth = judged.truth[~judged.batch.success]
+    truth = test.truth[~test.batch.success]
     return {
-        "groups": len(np.unique(judged.batch.group_id)),
-        "successes": int(judged.batch.success.sum()),
+        "groups": len(np.unique(test.batch.group_id)),
+        "successes": int(test.batch.success.sum()),
         "failures": len(truth),
         "near_misses": int((truth >= NEAR_MISS).sum()),
         "far misses": int((truth <= FAR_MISS).sum()),

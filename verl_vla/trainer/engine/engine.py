@@ -289,7 +289,7 @@ class VLAEngine(FSDPEngine):
             load_trained(self.module, local_path)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Answer as the starting policy, which the KL term asks for."""
+        """Answer as the reference policy, which the KL term asks for."""
         return without_adapters(self.module)
 
     def export(self, folder: Path) -> None:

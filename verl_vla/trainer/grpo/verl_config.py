@@ -147,7 +147,7 @@ def _actor(run: Run) -> Options:
         "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz": True,
         "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": budget,
         **_fsdp(f"{actor}.fsdp_config", run),
-        # The starting policy computes as the learner does, so that they begin equal to the bit.
+        # The reference policy computes as the learner does, so that they begin equal to the bit.
         **_fsdp("actor_rollout_ref.ref.fsdp_config", run),
         f"{actor}.checkpoint.save_contents": checkpoint_contents(has_adapters=has_adapters),
         f"{optim}.optimizer": recipe.optimizer.name,

@@ -94,12 +94,12 @@ class SFTEngine(VLAEngine):
         schedule: ScheduleConfig = self._run.recipe.optimizer
         return torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.lr_factor)
 
-    def learn(self, batch: SampleBatch) -> dict[str, float]:
+    def train_step(self, batch: SampleBatch) -> dict[str, float]:
         """Take one optimizer step on this rank's part of a step's batch.
 
         Returns:
-            ``train/loss``, ``train/accuracy``, ``train/grad_norm``, ``train/skipped_steps`` and ``train/lr``, of
-            all ranks together.
+            ``train/loss``, ``train/accuracy``, ``train/grad_norm``, ``train/skipped_steps`` and
+            ``train/lr``, of all ranks together.
 
         Raises:
             DivergedError: too many steps in a row were left out.

@@ -80,7 +80,7 @@ class SFTTrainer:
         began = time.perf_counter()
         for step, batch in enumerate(self._batches(done), done + 1):
             loaded = time.perf_counter()
-            values = self._engine.learn(batch)
+            values = self._engine.train_step(batch)
             values |= {
                 "timing_s/data": loaded - began,
                 "timing_s/step": time.perf_counter() - loaded,
