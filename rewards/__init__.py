@@ -1,1 +1,1 @@
-"""Reward plug-ins; each file stands alone and imports only the interface."""
+"""Reward plug-ins; each file is self-contained and imports only the interface."""

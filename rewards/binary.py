@@ -1,4 +1,4 @@
-"""1 for a solved task, 0 otherwise: the reward every other one is compared with."""
+"""1 for a solved task, 0 otherwise: the baseline of all other rewards."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from verl_vla.rewards import RewardResult, StatelessReward, TrajectoryBatch
 
 
 class BinaryReward(StatelessReward):
-    """Reads the simulator's own success flag; has no parameters."""
+    """A reward of the simulator's success flag, without parameters."""
 
     def __call__(self, batch: TrajectoryBatch) -> RewardResult:
-        """Score each episode by its outcome alone."""
+        """Score each episode by its outcome only."""
         return RewardResult(
             score=batch.success.astype(np.float32),
             progress=batch.success.astype(np.float32),

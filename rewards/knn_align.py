@@ -1,8 +1,8 @@
-"""How far an episode got along the successes of its task, frame by frame; nothing is trained.
+"""Progress by nearest-neighbour alignment with the successes of the task; nothing is trained.
 
-Each row of an episode looks for its nearest rows among all successes; they vote with how much of
-their own episode lay behind them. Init-centred nearest-neighbour alignment ranks failures almost
-perfectly in a planted world where pooled features fail, so it is what a trained head must beat.
+The progress of each row is the mean normalised time of its nearest rows among all successes. Rows
+are relative to the first row of their episode. This alignment ranks failures almost perfectly in a
+synthetic test world where pooled features fail, so it is the baseline of a trained head.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from verl_vla.rewards.encoders import make_encoder
 
 
 class KnnAlignReward(ReferenceReward):
-    """Mean normalised time of the nearest reference rows, over the end of an episode."""
+    """A reward of the mean normalised time of the nearest reference rows, at an episode's end."""
 
     def __init__(
         self,
@@ -32,17 +32,17 @@ class KnnAlignReward(ReferenceReward):
         memory_max_age: int = 100,
         max_invalid_share: float = 0.05,
     ) -> None:
-        """Make one without references.
+        """Make a reward without references.
 
         Args:
             encoder: see `verl_vla.rewards.encoders.make_encoder`.
-            encoder_args: its arguments.
-            alpha: what the best conceivable failure is worth, in (0, 1).
+            encoder_args: arguments of the encoder.
+            alpha: score of the best possible failure, in (0, 1).
             anneal: see `ReferenceReward`.
-            num_neighbours: reference rows that vote on one row.
-            final_share: of the rows of an episode, the last ones, over which votes are averaged.
+            num_neighbours: nearest reference rows whose times are averaged for one row.
+            final_share: share of an episode's rows, at its end, over which progress is averaged.
             memory_capacity: successes kept of each task.
-            memory_max_age: updates after which they are forgotten.
+            memory_max_age: updates after which they are removed.
             max_invalid_share: see `ReferenceReward`.
 
         Raises:
@@ -78,5 +78,5 @@ class KnnAlignReward(ReferenceReward):
         )
 
     def quality(self, task_key: str, measures: Floats) -> Floats:
-        """Progress is a quality already."""
+        """Return the measures, which are progress from 0 to 1 already."""
         return measures

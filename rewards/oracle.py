@@ -1,6 +1,6 @@
-"""Progress as the simulator itself knows it: the upper bound for rewards that look at images.
+"""Progress from the simulator's state: the upper bound for rewards that are computed from images.
 
-For benchmarks and experiments. A policy trained with it has learned from what no robot can see.
+It is for benchmarks and experiments only: it uses information that a real robot does not have.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from verl_vla.rewards import Need, RewardResult, StatelessReward, TrajectoryBatc
 
 
 class OracleReward(StatelessReward):
-    """1 for a success; for a failure, a share of how far the goals were reached at its end."""
+    """A reward of 1 for a success, and of ``alpha`` times the final true progress for a failure."""
 
     requires: frozenset[Need] = frozenset({"goals"})
 
     def __init__(self, alpha: float = 0.6) -> None:
-        """Make one.
+        """Set the scale of failures.
 
         Args:
-            alpha: what the best conceivable failure is worth, in (0, 1).
+            alpha: score of the best possible failure, in (0, 1).
 
         Raises:
             ConfigError: ``alpha`` outside its range.
@@ -30,7 +30,7 @@ class OracleReward(StatelessReward):
         self._alpha = alpha
 
     def __call__(self, batch: TrajectoryBatch) -> RewardResult:
-        """Score each episode by itself."""
+        """Score each episode independently of the others."""
         assert batch.goals is not None
         progress = np.array([goal_progress(readings)[-1] for readings in batch.goals])
         score = np.where(batch.success, 1.0, self._alpha * progress)

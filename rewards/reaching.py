@@ -1,7 +1,7 @@
-"""How near the gripper came to what it must move, and a bonus for solving the task.
+"""Distance from the gripper to the object that it must move, with a bonus for solving the task.
 
-A dense signal for a policy that never succeeds: it gives the groups of such a policy an advantage
-where the outcome gives none. It is no substitute for a base that sometimes succeeds.
+It is a dense signal for a policy that never succeeds: groups of such a policy have an advantage
+where the outcome gives none. It does not replace a base policy that sometimes succeeds.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.rewards import Need, RewardResult, StatelessReward, TrajectoryBatch, smallest_reach
 
 Form = Literal["minimum", "potential"]
-"""``minimum``: the negative of the smallest distance of the episode. ``potential``: what the
-distance lost from the start to the end, the sum of a potential-based shaping term without
-discounting, which leaves the best policy as it is (Ng, Harada, Russell 1999)."""
+"""Form of the reward. ``minimum``: the negative of the smallest distance of the episode.
+``potential``: the decrease of the distance from the start to the end, which is the sum of a
+potential-based shaping term without discounting and keeps the best policy (Ng, Harada, Russell
+1999)."""
 
 
 class ReachingReward(StatelessReward):
-    """Distances in metres, so that a success outweighs any of them."""
+    """A reward of distances in metres; they are small compared with the bonus for a success."""
 
     requires: frozenset[Need] = frozenset({"goals"})
 
     def __init__(self, form: Form = "minimum", success_score: float = 10.0) -> None:
-        """Make one.
+        """Set the form and the bonus.
 
         Args:
             form: see `Form`.
-            success_score: what is added for a solved task.
+            success_score: bonus for a solved task.
 
         Raises:
-            ConfigError: an unknown form, or a success that is worth nothing.
+            ConfigError: an unknown form, or a bonus that is not positive.
         """
         if form not in get_args(Form):
             raise ConfigError(f"form is {form!r}; choose 'minimum' or 'potential'")
@@ -44,7 +45,7 @@ class ReachingReward(StatelessReward):
         self._success_score = success_score
 
     def __call__(self, batch: TrajectoryBatch) -> RewardResult:
-        """Score each episode by itself."""
+        """Score each episode independently of the others."""
         assert batch.goals is not None
         reached = np.array([self._reached(readings) for readings in batch.goals])
         score = reached + self._success_score * batch.success

@@ -1,9 +1,9 @@
 """SigLIP-T: progress from image features, with the temporal part that its authors never trained.
 
-Three temporal parts are told apart. ``none``: frame features as they are. ``additive``: a random
-embedding of the frame's number is added, which is what was published; added before a mean it cannot
-tell one order of frames from another. ``causal``: a progress head, trained on the run's own
-successes each time the reward learns, which is what was meant.
+There are three temporal parts. ``none``: frame features without change. ``additive``: the published
+one, which adds a random embedding of the frame index; since it is added before a mean, it cannot
+distinguish orders of frames. ``causal``: the intended one, a progress head that is trained on the
+run's successes at each update.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ from verl_vla.rewards.encoders import make_encoder
 
 FREQUENCIES = 256
 MAX_PERIOD = 10_000.0
-"""Of the published time embedding (siglip-grpo ``temporal_embedding.py``)."""
+"""Size and longest period of the published time embedding (siglip-grpo
+``temporal_embedding.py``)."""
 NUM_NEIGHBOURS = 5
 NO_HEAD = 0.5
-"""Quality while the head has seen no success: it knows nothing, so all are the same."""
+"""Quality of all failures before the head was trained on a success."""
 
 Pooling = Literal["mean", "last_k", "align"]
 Temporal = Literal["none", "additive", "causal"]
 
 
 class SiglipTReward(ReferenceReward):
-    """Similarity to successes, or a trained head's progress, over pooled frames."""
+    """A reward of pooled frames: their similarity to successes, or a trained head's progress."""
 
     def __init__(
         self,
@@ -59,28 +60,28 @@ class SiglipTReward(ReferenceReward):
         max_invalid_share: float = 0.05,
         seed: int = 0,
     ) -> None:
-        """Make an untrained one.
+        """Make an untrained reward.
 
         Args:
             encoder: see `verl_vla.rewards.encoders.make_encoder`; ``policy_towers`` with
-                ``tower: last`` is the published one, ``siglip`` the pretrained tower by itself.
-            encoder_args: its arguments.
+                ``tower: last`` is the published one, ``siglip`` the pretrained tower only.
+            encoder_args: arguments of the encoder.
             temporal: ``none``, ``additive`` or ``causal``.
-            pooling: what of an episode's rows counts: their ``mean``, the ``last_k``, or, without
-                a head, where they ``align`` with successes.
-            last_k: rows; a row is a policy step. The publication pooled 20 frames, which at 8 steps
-                a policy step are 3 rows.
-            alpha: what the best conceivable failure is worth, in (0, 1).
+            pooling: pooling of an episode's rows: ``mean`` of all, mean of the ``last_k``, or,
+                without a head, the mean of the ``last_k`` after `align` with successes.
+            last_k: number of rows; a row is a policy step. The publication pooled 20 frames, which
+                at 8 steps per policy step are 3 rows.
+            alpha: score of the best possible failure, in (0, 1).
             anneal: see `ReferenceReward`.
-            head_width: of the causal head.
-            head_steps: its optimizer steps in one update.
+            head_width: hidden size of the causal head.
+            head_steps: optimizer steps of the head in one update.
             memory_capacity: successes kept of each task.
-            memory_max_age: updates after which they are forgotten.
+            memory_max_age: updates after which they are removed.
             max_invalid_share: see `ReferenceReward`.
-            seed: of the random weights and of the head's training.
+            seed: seed of the random weights and of the head's training.
 
         Raises:
-            ConfigError: an unknown word, a number outside its range, or ``align`` with a head.
+            ConfigError: an unknown option, a number outside its range, or ``align`` with a head.
         """
         if temporal not in ("none", "additive", "causal"):
             raise ConfigError(f"temporal is {temporal!r}; choose 'none', 'additive' or 'causal'")
@@ -127,13 +128,13 @@ class SiglipTReward(ReferenceReward):
         return np.array([_cosine(self._pool(rows), centre) for rows in timed])
 
     def quality(self, task_key: str, measures: Floats) -> Floats:
-        """Progress is a quality already; a cosine is moved to 0 to 1."""
+        """Return progress without change; map a cosine from -1 to 1 onto 0 to 1."""
         if self._temporal == "causal" or self._pooling == "align":
             return measures
         return (1 + measures) / 2
 
     def update(self, batch: TrajectoryBatch) -> Mapping[str, float]:
-        """Remember the successes, and train the head on all that are remembered."""
+        """Add the successes to the memory, and train the head on all successes in it."""
         metrics = dict(super().update(batch))
         memory = self._memory
         kept = {key: [r.features for r in memory.of_task(key)] for key in memory.tasks}
@@ -146,12 +147,12 @@ class SiglipTReward(ReferenceReward):
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """The references and the head."""
+        """Return the references and the head."""
         head = None if self._head is None else self._head.state_dict()
         return {**super().state_dict(), "head": head}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Restore what `state_dict` returned."""
         super().load_state_dict(state)
         self._head = None
         if state["head"] is not None:
@@ -171,7 +172,7 @@ class SiglipTReward(ReferenceReward):
         return chosen.astype(np.float64).mean(axis=0)
 
     def _timed(self, features: Rows) -> Rows:
-        """Rows less the first one and, if additive, plus the embedding of their numbers."""
+        """Subtract the first row and, if additive, add the embedding of the row indices."""
         rows = center_on_start(features)
         if self._temporal != "additive":
             return rows
@@ -182,7 +183,7 @@ class SiglipTReward(ReferenceReward):
 
 
 def _time_embedding(feature_size: int, seed: int) -> nn.Module:
-    """The published network, untrained as it was published."""
+    """Make the published network, which is untrained in the publication too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(
@@ -191,7 +192,7 @@ def _time_embedding(feature_size: int, seed: int) -> nn.Module:
 
 
 def _sinusoids(num_rows: int) -> torch.Tensor:
-    """[T, FREQUENCIES], cosines then sines of the row's number."""
+    """Return [T, FREQUENCIES], cosines then sines of the row index."""
     half = FREQUENCIES // 2
     rates = torch.exp(-np.log(MAX_PERIOD) * torch.arange(half) / half)
     angles = torch.arange(num_rows)[:, None] * rates[None]

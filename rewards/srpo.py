@@ -1,9 +1,9 @@
-"""SRPO (arXiv:2511.15605): a failure is worth more the closer it came to a cluster of successes.
+"""SRPO (arXiv:2511.15605): a failure scores higher the closer it is to a cluster of successes.
 
-The formula is the paper's, with what its release left out: every episode has features of its own,
-clustering has a scale at which it fires, and the z-score enters with the sign that rewards *near*
-failures (printed as it is, equation 5 would reward far ones). Mean and spread of the distances are
-taken from earlier steps once there are enough, so that no failure moves the score of another.
+The formula is the paper's, with corrections of its release: every episode has separate features,
+the scale of clustering is such that clusters are found, and the z-score has the sign that rewards
+*near* failures (equation 5 as printed would reward far ones). Mean and spread of the distances come
+from earlier steps once there are enough, so that no failure changes the score of another.
 """
 
 from __future__ import annotations
@@ -21,24 +21,28 @@ from verl_vla.rewards import (
     Rows,
     TrajectoryBatch,
     center_on_start,
-    is_sound,
+    is_valid,
 )
 from verl_vla.rewards.encoders import make_encoder
 
 MIN_SAMPLES = 2
-"""Successes that make a cluster; the release's value."""
+"""Least number of successes in a cluster; the release's value."""
 SCALE = 1.5
-"""DBSCAN's radius, in medians of the distance to the nearest success. The release standardises
-every feature and takes 0.5: in 1408 dimensions successes are then 50 to 75 apart, and no cluster
+"""Radius of DBSCAN, in medians of the distance to the nearest success. The release standardises
+every feature and uses 0.5: in 1408 dimensions successes are then 50 to 75 apart, and no cluster
 is ever found."""
 ENOUGH_DISTANCES = 8
-"""Earlier failures of a task from which mean and spread are taken alone; a group's worth."""
+"""Number of earlier failures of a task from which mean and spread are computed without the current
+ones; the size of a group."""
 KEPT_DISTANCES = 256
-"""Of the newest failures of each task."""
+"""Number of distances kept of each task, those of the newest failures."""
 
 
 class SrpoReward(ReferenceReward):
-    """``alpha * sigmoid(-z)`` of the distance to the nearest centre of the task's successes."""
+    """A reward of ``alpha * sigmoid(-z)``, where z is the z-score of a failure's distance.
+
+    The distance is to the nearest cluster centre of the task's successes.
+    """
 
     def __init__(
         self,
@@ -51,17 +55,17 @@ class SrpoReward(ReferenceReward):
         memory_max_age: int = 100,
         max_invalid_share: float = 0.05,
     ) -> None:
-        """Make one without references.
+        """Make a reward without references.
 
         Args:
             encoder: see `verl_vla.rewards.encoders.make_encoder`; the paper's is ``vjepa2``.
-            encoder_args: its arguments.
-            alpha: what the best conceivable failure is worth; 0.8 was best in the paper.
+            encoder_args: arguments of the encoder.
+            alpha: score of the best possible failure; 0.8 was best in the paper.
             anneal: see `ReferenceReward`.
             from_start: subtract an episode's first row, so that layouts can be pooled. The paper
                 does not.
             memory_capacity: successes kept of each task.
-            memory_max_age: updates after which they are forgotten.
+            memory_max_age: updates after which they are removed.
             max_invalid_share: see `ReferenceReward`.
 
         Raises:
@@ -91,18 +95,18 @@ class SrpoReward(ReferenceReward):
         earlier = self._distances[task_key] if task_key in self._distances else []
         known = earlier if len(earlier) >= ENOUGH_DISTANCES else [*earlier, *-measures]
         spread = float(np.std(known))
-        # one distance, or equal ones, say nothing of what is far
+        # one distance, or equal ones, have no spread to define what is far
         z = (-measures - np.mean(known)) / spread if spread > 0 else np.zeros(len(measures))
         return 1 / (1 + np.exp(np.clip(z, -50, 50)))
 
     def update(self, batch: TrajectoryBatch) -> Mapping[str, float]:
-        """Remember the distances of the failures, as they were scored, and the successes."""
+        """Keep the distances of the failures, as they were scored, and the successes."""
         features = batch.features or ()
         fresh: dict[str, list[tuple[int, float]]] = {}
         for row in np.flatnonzero(~batch.success):
             key = batch.task_key[row]
             references = self._memory.select(batch, key, int(batch.init_state_id[row])).items
-            if references and is_sound(features[row]):
+            if references and is_valid(features[row]):
                 distance = -float(self.measure(key, [features[row]], references)[0])
                 fresh.setdefault(key, []).append((int(batch.episode_id[row]), distance))
         metrics = super().update(batch)
@@ -113,12 +117,12 @@ class SrpoReward(ReferenceReward):
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """The references and the distances of earlier failures."""
+        """Return the references and the distances of earlier failures."""
         distances = {key: list(kept) for key, kept in self._distances.items()}
         return {**super().state_dict(), "distances": distances}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Restore what `state_dict` returned."""
         super().load_state_dict(state)
         self._distances = {key: list(kept) for key, kept in state["distances"].items()}
 
@@ -128,20 +132,20 @@ class SrpoReward(ReferenceReward):
 
 
 def cluster_centres(embeddings: Floats) -> Floats:
-    """Centres of DBSCAN's clusters; what belongs to none is a centre of its own.
+    """Compute the centres of DBSCAN's clusters; an outlier is a cluster of one.
 
     Args:
         embeddings: [R, D], one or more.
 
     Returns:
-        [C, D]. A success that stands alone is still a way to succeed, so it is not dropped.
+        [C, D]. Outliers are kept because an unusual success is a way to succeed too.
     """
     num = len(embeddings)
     if num < MIN_SAMPLES + 1:
         return embeddings.mean(axis=0, keepdims=True)
     distance = np.linalg.norm(embeddings[:, None] - embeddings[None], axis=2)
     nearest = np.where(np.eye(num, dtype=bool), np.inf, distance).min(axis=1)
-    # where most are duplicates the radius is 0, which scikit-learn refuses
+    # where most are duplicates the radius is 0, which scikit-learn rejects
     radius = max(SCALE * float(np.median(nearest)), float(np.finfo(np.float64).tiny))
     _, labels = dbscan(distance, eps=radius, min_samples=MIN_SAMPLES, metric="precomputed")
     members = [labels == label for label in range(labels.max() + 1)]

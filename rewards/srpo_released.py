@@ -1,9 +1,9 @@
-"""The reward that siiRL released for SRPO, bug for bug, to be compared with. Do not train on it.
+"""The reward that siiRL released for SRPO, with its bugs, for comparison. Do not train on it.
 
-Facts are of siiRL's ``utils/reward_score/embodied.py`` and ``rollout/embodied_rollout.py``. Frames
-are filed under the name of the start, which all episodes of a group share: they are interleaved in
-one video, and the whole group has one embedding. Every failure of a group is then worth the same,
-and GRPO's advantages are those of the outcome alone. Clustering never fires on other embeddings.
+Sources: siiRL's ``utils/reward_score/embodied.py`` and ``rollout/embodied_rollout.py``. Frames are
+stored under the name of the start, which all episodes of a group share: they are interleaved in one
+video, and the group has a single embedding. Every failure of a group then has the same score, and
+GRPO's advantages are those of the outcome only. On other embeddings no cluster is ever found.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Aliasing = Literal["group", "pair", "none"]
 
 
 class SrpoReleasedReward(StatelessReward):
-    """Min-max of the distance to the mean success, through a sigmoid, times 0.6."""
+    """A reward of the min-max normalised distance to the mean success, by a sigmoid, times 0.6."""
 
     requires: frozenset[Need] = frozenset({"frames"})
 
@@ -41,17 +41,17 @@ class SrpoReleasedReward(StatelessReward):
         encoder_args: Mapping[str, Any] | None = None,
         aliasing: Aliasing = "group",
     ) -> None:
-        """Make one.
+        """Make the reward.
 
         Args:
             encoder: see `verl_vla.rewards.encoders.make_encoder`; the release's is ``vjepa2``.
-            encoder_args: its arguments.
-            aliasing: whose frames make one video: the whole ``group`` (branch
-                feature/srpo-embodied, which its guide names), a ``pair`` (its main branch), or each
-                episode by itself (``none``: the formula as it was meant).
+            encoder_args: arguments of the encoder.
+            aliasing: episodes whose frames are merged into one video: all of the ``group`` (branch
+                feature/srpo-embodied, which its guide names), a ``pair`` (its main branch), or
+                each episode separately (``none``: the intended formula).
 
         Raises:
-            ConfigError: an unknown word.
+            ConfigError: an unknown aliasing.
         """
         if aliasing not in ("group", "pair", "none"):
             raise ConfigError(f"aliasing is {aliasing!r}; choose 'group', 'pair' or 'none'")
@@ -95,10 +95,10 @@ def sample_frames(video: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 def released_scores(
     embeddings: Floats, success: npt.NDArray[np.bool_], task_key: tuple[str, ...]
 ) -> Floats:
-    """The formula.
+    """Compute the release's scores.
 
     Args:
-        embeddings: [B, D]; all zeros is the release's word for "no video".
+        embeddings: [B, D]; in the release a row of zeros means "no video".
         success: [B]
         task_key: B tasks; all starts of a task are pooled.
 
@@ -128,7 +128,7 @@ def _failure_scores(successes: Floats, failures: Floats) -> Floats:
 
 
 def _released_centres(successes: Floats) -> Floats:
-    """Clusters of standardised features; their means in raw space, or the mean of everything."""
+    """Cluster standardised features; return raw means of the clusters, or of all without any."""
     standard = StandardScaler().fit_transform(successes)
     _, labels = dbscan(standard, eps=RADIUS, min_samples=MIN_SAMPLES)
     found = [successes[labels == label].mean(axis=0) for label in np.unique(labels[labels >= 0])]
@@ -136,7 +136,7 @@ def _released_centres(successes: Floats) -> Floats:
 
 
 def _episodes_of_one_video(batch: TrajectoryBatch, aliasing: Aliasing) -> list[list[int]]:
-    """Rows whose frames are filed under one name, in the order of their episode ids."""
+    """Return the rows whose frames are stored under one name, in the order of their episode ids."""
     order = np.argsort(batch.episode_id, kind="stable")
     groups = [[int(r) for r in order if batch.group_id[r] == g] for g in np.unique(batch.group_id)]
     size = {"group": len(batch), "pair": 2, "none": 1}[aliasing]

@@ -1,9 +1,9 @@
-"""A reward function written for plain veRL, used as it is.
+"""Adapter for a reward function that was written for plain veRL.
 
-veRL calls ``compute_score(data_source, solution_str, ground_truth, extra_info)`` once a sample
+veRL calls ``compute_score(data_source, solution_str, ground_truth, extra_info)`` once per sample
 (``verl/experimental/reward_loop/reward_manager/naive.py``). Here a sample is an episode and there
 is no text, so the outcome takes its place: ``solution_str`` is ``success`` or ``failure`` and
-``ground_truth`` is ``success``. Everything else that is known of the episode is in ``extra_info``.
+``ground_truth`` is ``success``. Ids, length and outcome of the episode are in ``extra_info``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCORE = "score"
 
 
 class VerlFunctionReward(StatelessReward):
-    """Calls a veRL reward function, plain or async, once for each episode.
+    """A reward that calls a veRL reward function, plain or async, once for each episode.
 
     It may return a number or a mapping that holds ``score``; other numbers of the mapping are
     averaged over the batch and logged. As under veRL, all episodes must return the same keys.
@@ -42,10 +42,10 @@ class VerlFunctionReward(StatelessReward):
         """Import the function.
 
         Args:
-            path: of the Python file that defines it.
-            function: its name.
-            reward_kwargs: passed by keyword besides the four; as in veRL, they win over the four.
-            max_score: the largest score it may return.
+            path: path of the Python file that defines the function.
+            function: name of the function.
+            reward_kwargs: further keyword arguments; as in veRL, they override the four above.
+            max_score: the largest score that the function may return.
 
         Raises:
             ConfigError: no such file or function.
@@ -62,7 +62,7 @@ class VerlFunctionReward(StatelessReward):
         self._max_score = max_score
 
     def __call__(self, batch: TrajectoryBatch) -> RewardResult:
-        """Score each episode on its own."""
+        """Score each episode independently of the others."""
         answers = [self._call(batch, row) for row in range(len(batch))]
         for row, answer in enumerate(answers):
             if SCORE not in answer or answer.keys() != answers[0].keys():

@@ -1,11 +1,10 @@
-"""A served vision-language model says how far a failure came.
+"""Progress of failures, estimated by a vision-language model on a server.
 
-The server speaks OpenAI's protocol, as a local vLLM does (the extra ``vllm``, in a process of
-its own):
+The server has OpenAI's API, for example a local vLLM (the extra ``vllm``, in a separate process):
 
-    vllm serve MODEL_FOLDER --port 8000 --limit-mm-per-prompt '{"image": 8}'
+    vllm serve MODEL_FOLDER --port 8000 --step-limit-mm-per-prompt '{"image": 8}'
 
-Only failures are shown to it, so it can never change the reward of a success.
+Only failures are sent to it, so it can never change the reward of a success.
 """
 
 from __future__ import annotations
@@ -43,16 +42,16 @@ ANSWER = {
         },
     },
 }
-"""OpenAI's ``response_format``; vLLM lets the model write nothing else."""
+"""``response_format`` of OpenAI's API; vLLM then generates this JSON only."""
 MAX_ANSWER_TOKENS = 16
 JPEG_QUALITY = 90
 FULL_PROGRESS = 100
 LOST = (OSError, http.client.HTTPException, urllib.error.URLError)
-"""A server that is not there, or went away in the middle."""
+"""Exceptions of a server that cannot be reached, or that disconnects during a request."""
 
 
 class VlmJudgeReward(StatelessReward):
-    """``alpha`` times the progress that the judge sees, for failures; 1 for a success."""
+    """A reward of ``alpha`` times the judge's progress for a failure, 1 for a success."""
 
     requires = frozenset({"frames"})
 
@@ -67,17 +66,17 @@ class VlmJudgeReward(StatelessReward):
         timeout_s: float = 120.0,
         max_lost_share: float = 0.05,
     ) -> None:
-        """Find the server.
+        """Check the arguments, and that the server has the model.
 
         Args:
-            model: the name that the server gives it.
-            instructions: what the robot was told, by ``suite/task_id``.
-            url: of the server, up to and with its version.
-            alpha: what the best conceivable failure is worth, above 0 and below 1.
-            num_frames: images of an episode, evenly spaced, the last one among them.
-            num_requests: episodes that are judged at the same time.
-            timeout_s: for one answer.
-            max_lost_share: of failures that may stay without an answer; they score 0.
+            model: name of the model on the server.
+            instructions: instruction of each task, by ``suite/task_id``.
+            url: base URL of the server's API, including the version.
+            alpha: score of the best possible failure, above 0 and below 1.
+            num_frames: images sent of an episode, evenly spaced, including the last one.
+            num_requests: number of concurrent requests, one per episode.
+            timeout_s: timeout of one request.
+            max_lost_share: largest share of failures without an answer; they score 0.
 
         Raises:
             ConfigError: a number outside its range, no server, or one without this model.
@@ -94,11 +93,11 @@ class VlmJudgeReward(StatelessReward):
         self._require_model()
 
     def __call__(self, batch: TrajectoryBatch) -> RewardResult:
-        """Judge the failures, several at a time.
+        """Score the failures, several at a time.
 
         Raises:
             ConfigError: a task has no instruction.
-            RewardError: more failures stayed without an answer than may.
+            RewardError: the share of failures without an answer exceeds ``max_lost_share``.
         """
         assert batch.frames is not None
         failures = np.flatnonzero(~batch.success)
@@ -129,7 +128,7 @@ class VlmJudgeReward(StatelessReward):
         )
 
     def _judge(self, frames: npt.NDArray[np.uint8], task_key: str) -> float:
-        """0 to 1, or NaN where the server gave no answer."""
+        """Return the progress, 0 to 1, or NaN if the server gave no valid answer."""
         rows = np.linspace(0, len(frames) - 1, min(self._num_frames, len(frames))).round()
         images = [frames[int(row), 0] for row in rows]
         question = QUESTION.format(instruction=self._instructions[task_key], count=len(images))
@@ -163,7 +162,7 @@ class VlmJudgeReward(StatelessReward):
             )
 
     def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """GET, or POST ``body``, and read the JSON of the answer."""
+        """Send a GET, or a POST of ``body``, and decode the JSON of the answer."""
         request = urllib.request.Request(
             f"{self._url}/{path}",
             data=None if body is None else json.dumps(body).encode(),

@@ -77,7 +77,9 @@ def test_words_that_a_policy_does_not_know_are_refused_before_the_first_episode(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = shlex.split("eval --policy bases/libero_spatial --suite libero_spatial --tasks 0 2")
-    perturbed = shlex.split("--perturbation swap language --states official --episodes 1 --out")
+    perturbed = shlex.split(
+        "--perturbation swap language --states official --episodes-per-task 1 --out"
+    )
     assert main([*command, *perturbed, str(tmp_path / "out")]) == EXIT_USAGE
     assert "'lift the black bowl" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

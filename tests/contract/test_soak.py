@@ -117,7 +117,7 @@ def test_what_is_measured_is_there():
 def test_the_command_plays_real_physics_and_keeps_the_record(tmp_path, monkeypatch):
     monkeypatch.setattr("verl_vla.cli.soak.growth", lambda samples: dict.fromkeys(BOUNDS, 0.0))
     out = tmp_path / "soak.json"
-    words = ["--episodes", "2", "--block", "2", "--slots", "2", "--workers", "1"]
+    words = ["--episodes", "2", "--block", "2", "--num-slots", "2", "--num-workers", "1"]
     assert main(["soak", *words, "--crash-share", "0", "--out", str(out)]) == 0
     record = json.loads(out.read_text())
     assert record["episodes"] == 2

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from verl_vla.envs.base import EnvConfig
-from verl_vla.envs.libero.suite import SUITES, make_libero_env
+from verl_vla.envs.libero.suite import make_libero_env
+from verl_vla.envs.names import SUITES
 
 pytestmark = pytest.mark.sim
 

@@ -43,7 +43,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(rendering.Renderer, "render", "images rendered")
     count(controller.ArmControl, "start", "control steps")
     count(controller, "read", "arm readings by Python")
-    count(controller, "follow", "calls of the inner loop")
+    count(controller, "apply_torques", "calls of the inner loop")
     return seen
 
 
@@ -82,6 +82,6 @@ def test_the_inner_loop_is_compiled_once() -> None:
     for compiled in (
         controller_kernels.command,
         controller_kernels.read,
-        controller_kernels.follow,
+        controller_kernels.apply_torques,
     ):
         assert len(compiled.signatures) == 1, compiled.signatures

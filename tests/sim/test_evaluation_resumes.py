@@ -33,8 +33,8 @@ FORK = multiprocessing.get_context("fork")
 def words(out: Path, *more: str) -> list[str]:
     return [
         *("--policy", "bases/mini", "--suite", "mini", "--tasks", "0"),
-        *("--episodes", str(EPISODES), "--sampling", "0.8", "--seed", "3"),
-        *("--slots", "4", "--workers", "1", "--out", str(out), *more),
+        *("--episodes-per-task", str(EPISODES), "--temperature", "0.8", "--seed", "3"),
+        *("--num-slots", "4", "--num-workers", "1", "--out", str(out), *more),
     ]
 
 
@@ -106,7 +106,7 @@ def test_every_action_is_kept(undisturbed: Path) -> None:
 
 def test_another_evaluation_in_the_same_folder_is_refused(undisturbed: Path) -> None:
     with pytest.raises(ConfigError, match=r"step_limits.*48 -> 20.*choose another folder"):
-        eval_verb.run(words(undisturbed, "--limit", "20"))
+        eval_verb.run(words(undisturbed, "--step-limit", "20"))
 
 
 def test_two_evaluations_do_not_share_a_folder(undisturbed: Path) -> None:

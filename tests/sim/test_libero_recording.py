@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from verl_vla.cli import demos
+from verl_vla.cli.arguments import parse
 from verl_vla.core.errors import ConfigError
 from verl_vla.datasets.record_libero import play_episode
 from verl_vla.envs.base import EnvConfig
@@ -60,8 +61,11 @@ def played_again(simulator: Simulator, states: np.ndarray, actions: np.ndarray) 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("demos") / "lift.hdf5"
-    words = f"--suite mini --task {LIFT} --episodes 2 --render-size {SIZE} --workers 1 --out {path}"
-    assert demos.run(words.split()) == 0
+    words = (
+        f"--suite mini --tasks {LIFT} --episodes-per-task 2 --render-size {SIZE} --num-workers 1 "
+        f"--out {path}"
+    )
+    assert demos.run(parse("demos", words.split())) == 0
     return path
 
 
@@ -102,8 +106,11 @@ def test_stored_actions_give_the_stored_states_again_to_the_bit(written: Path) -
 
 
 def test_a_folder_gets_a_file_a_task_whatever_the_workers(written: Path, tmp_path: Path) -> None:
-    words = f"--suite mini --tasks {LIFT} {CAN} --episodes 1 --render-size {SIZE} --workers 2"
-    assert demos.run([*words.split(), "--out", str(tmp_path / "new")]) == 0
+    words = (
+        f"--suite mini --tasks {LIFT} {CAN} --episodes-per-task 1 --render-size {SIZE} "
+        "--num-workers 2"
+    )
+    assert demos.run(parse("demos", [*words.split(), "--out", str(tmp_path / "new")])) == 0
     names = sorted(path.name for path in (tmp_path / "new").iterdir())
     assert names == ["lift_the_can_demo.hdf5", "lift_the_red_cube_demo.hdf5"]
     with h5py.File(written) as one, h5py.File(tmp_path / "new" / names[1]) as two:
@@ -156,7 +163,7 @@ def test_a_spatial_episode_is_played_again_to_the_bit() -> None:
 )
 def test_impossible_recordings_are_refused(words: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        demos.run(words.split())
+        demos.run(parse("demos", words.split()))
 
 
 def children_of(pid: int) -> set[int]:
@@ -172,7 +179,7 @@ def is_alive(pid: int) -> bool:
 
 
 def test_a_killed_parent_leaves_no_process_behind(tmp_path: Path) -> None:
-    words = f"demos --suite mini --task {STACK} --episodes 500 --render-size {SIZE} --out"
+    words = f"demos --suite mini --tasks {STACK} --episodes-per-task 500 --render-size {SIZE} --out"
     command = [sys.executable, "-m", "verl_vla", *words.split(), str(tmp_path / "x.hdf5")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=dict(os.environ)) as parent:
         partial = tmp_path / "x.hdf5.partial"

@@ -197,8 +197,8 @@ def test_check_suite_counts_what_fails(tmp_path: Path, capsys: pytest.CaptureFix
 def test_one_command_plays_the_perturbed_suites_and_their_control(tmp_path: Path) -> None:
     words = [
         *("--policy", "bases/mini", "--suite", "libero_spatial", "--tasks", "3"),
-        *("--perturbation", "language", "task", "--states", "official", "--episodes", "2"),
-        *("--limit", "4", "--workers", "1", "--slots", "1", "--out", str(tmp_path)),
+        *("--perturbation", "language", "task", "--states", "official", "--episodes-per-task", "2"),
+        *("--step-limit", "4", "--num-workers", "1", "--num-slots", "1", "--out", str(tmp_path)),
     ]
     assert eval_verb.run(words) == 0
     language, task = json.loads((tmp_path / TABLE).read_text())

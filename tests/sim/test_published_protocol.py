@@ -21,7 +21,7 @@ def test_what_was_played_already_is_set_beside_published_rates(
     """The protocol is one word for options that can be written out: the same evaluation."""
     words = [
         *("eval", "--policy", "bases/mini", "--suite", "libero_spatial", "--out", str(tmp_path)),
-        *("--tasks", "5", "--episodes", "1", "--workers", "1", "--slots", "1"),
+        *("--tasks", "5", "--episodes-per-task", "1", "--num-workers", "1", "--num-slots", "1"),
     ]
     assert main([*words, "--states", "official", "--render-size", "256"]) == 0
     played = read_episodes(tmp_path)

@@ -34,10 +34,21 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def words(policy: Path) -> list[str]:
     """A small play of two tasks."""
-    sizes = ["--groups", str(GROUPS), "--group-size", str(SIZE), "--limit", str(LIMIT)]
+    sizes = ["--groups", str(GROUPS), "--group-size", str(SIZE), "--step-limit", str(LIMIT)]
     return [
         *("reward-bench", "--policy", str(policy), "--suite", "mini", "--tasks", "0", "1"),
-        *(*sizes, "--render-size", "32", "--slots", "4", "--workers", "1", "--seed", "3", *REWARDS),
+        *(
+            *sizes,
+            "--render-size",
+            "32",
+            "--num-slots",
+            "4",
+            "--num-workers",
+            "1",
+            "--seed",
+            "3",
+            *REWARDS,
+        ),
     ]
 
 
@@ -99,7 +110,7 @@ def test_recorded_episodes_are_read_from_where_they_are(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reward_bench, "open_simulators", no_simulators)
-    call = ["reward-bench", "--episodes", str(out / "episodes"), "--rewards", "binary"]
+    call = ["reward-bench", "--episodes-from", str(out / "episodes"), "--rewards", "binary"]
     assert main([*call, "--seed", "3", "--out", str(tmp_path)]) == 0
     assert result(tmp_path)["played"] == result(out)["played"]
     mine, theirs = (result(folder)["table"]["random"] for folder in (tmp_path, out))
@@ -128,11 +139,14 @@ def test_a_stopped_play_goes_on_and_the_rule_stood_there_before(
     [
         (["--seed", "4"], "holds other episodes (seed: 3 -> 4)"),
         (["--groups", "3"], "groups is 3 for 2 tasks"),
-        (["--limit", "soon"], "step_limit"),
+        (["--step-limit", "soon"], "step_limit"),
         (["--render-size", "20"], "render at least that large"),
-        (["--workers", "0"], "num_workers is 0"),
+        (["--num-workers", "0"], "num_workers is 0"),
         (["--policy", "nowhere"], "there is no config.json"),
-        (["--episodes", "somewhere"], "would say what is played, but --episodes names what was"),
+        (
+            ["--episodes-from", "somewhere"],
+            "would say what is played, but --episodes-from names what was",
+        ),
         (["--rewards", "knn_aling"], "did you mean 'knn_align'"),
     ],
 )

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import tomllib
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -235,6 +236,24 @@ def test_every_imported_package_is_declared() -> None:
     used = set[str]().union(*map(top_levels, CODE)) - sys.stdlib_module_names - OURS
     packages = (PACKAGE_OF[name] if name in PACKAGE_OF else name for name in sorted(used))
     expect_none(f"{name} is not in pyproject.toml" for name in packages if name not in declared)
+
+
+def test_page_contract_and_tree_have_the_same_rooms() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    layers = [sorted(layer.split(" | ")) for layer in contracts["contracts"][0]["layers"]]
+    rooms = {room for layer in layers for room in layer} - {"__main__"}
+    package = ROOT / "verl_vla"
+    assert rooms == {path.parent.name for path in package.glob("*/__init__.py")}
+    assert {path.name for path in package.glob("*.py")} == {"__init__.py", "__main__.py"}
+    page = (ROOT / "docs" / "architecture.md").read_text().split("\n## Rooms\n")[1]
+    block = page.split("```text\n")[1].split("```")[0]
+    assert [sorted(line.split(", ")) for line in block.splitlines()] == layers[1:]
+
+
+def test_unit_tests_lie_in_the_room_that_they_test() -> None:
+    rooms = {path.parent.name for path in (ROOT / "verl_vla").glob("*/__init__.py")}
+    folders = {path.parent.name for path in (ROOT / "tests" / "unit").glob("*/test_*.py")}
+    assert folders <= rooms
 
 
 def test_importing_the_core_starts_no_framework() -> None:

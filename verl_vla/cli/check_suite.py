@@ -1,11 +1,10 @@
-"""``check-suite --suite NAME``: build every task of a suite, and count what fails, by reason."""
+"""Build every task of a suite, and count what fails, by reason."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from verl_vla.core.errors import ConfigError
@@ -17,14 +16,13 @@ from verl_vla.envs.registry import absolute_name, suite
 logger = logging.getLogger(__name__)
 
 PROGRESS_EVERY = 50
-"""Tasks between two lines of progress."""
+"""Number of tasks between two lines of progress."""
 EXIT_FAULTY = 1
-"""A task failed that the suite itself does not refuse."""
+"""Exit code if a task failed that the suite itself does not declare as broken."""
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Print each task that fails, and the counts; 0 where all went as the suite foresaw."""
-    options = _parser().parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """Print each task that fails, and the counts; return 0 if the suite declared every failure."""
     chosen = suite(options.suite)
     out = None if options.out is None else Path(options.out)
     if out is not None:
@@ -55,18 +53,8 @@ def run(arguments: Sequence[str]) -> int:
     return EXIT_FAULTY if is_new else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m verl_vla check-suite", description=__doc__)
-    add = parser.add_argument
-    add("--suite", required=True, help="any suite, such as libero_spatial_swap or libero_plus")
-    add("--tasks", type=int, nargs="+", help="task ids; all if not given")
-    add("--every", type=int, default=1, help="check only every so many of the tasks")
-    add("--out", help="JSON file to write the results to, as they come")
-    return parser
-
-
 class _Progress:
-    """Prints each task that fails; now and then says how far the check is, and writes it down."""
+    """Progress of the check: logs failing tasks, and at intervals saves the results so far."""
 
     def __init__(self, total: int, out: Path | None) -> None:
         self._total = total
@@ -74,7 +62,7 @@ class _Progress:
         self._checks: list[TaskCheck] = []
 
     def show(self, check: TaskCheck) -> None:
-        """Take note of one more task."""
+        """Add the result of one task."""
         self._checks.append(check)
         if check.fault is not None and not check.was_foreseen:
             logger.info("task %d, %s: %s", check.task_id, check.name, check.fault)
@@ -83,7 +71,7 @@ class _Progress:
             self.write()
 
     def write(self) -> None:
-        """Put the results so far into the file that was asked for."""
+        """Write the results so far to the file of ``--out``."""
         if self._out is not None:
             rows = [check.as_json() for check in self._checks]
             atomic_write(self._out, json.dumps(rows, indent=1))

@@ -1,6 +1,6 @@
-"""``compare A B``: which of two evaluated policies is better, on the starts that both played.
+"""Compare two evaluated policies on the starts of both.
 
-A and B are folders of ``eval``, or files of a training run's ``evaluations/``.
+A and B are folders of ``eval``, or files in a training run's ``evaluations/``.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from verl_vla.evaluation.compare import as_json, pair, read_evaluation, table, told_differences
@@ -16,9 +15,8 @@ from verl_vla.evaluation.compare import as_json, pair, read_evaluation, table, t
 logger = logging.getLogger(__name__)
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Print the table, and what differs between the two beside the policies."""
-    options = _parser().parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """Print the table, and the differences in the reported conditions."""
     first, second = (read_evaluation(Path(path)) for path in (options.first, options.second))
     pairs = pair(first, second)
     logger.info("A  %s\nB  %s\n\n%s", options.first, options.second, table(pairs))
@@ -33,11 +31,3 @@ def run(arguments: Sequence[str]) -> int:
     if options.out is not None:
         Path(options.out).write_text(json.dumps(as_json(pairs), indent=1))
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m verl_vla compare", description=__doc__)
-    parser.add_argument("first", metavar="A")
-    parser.add_argument("second", metavar="B")
-    parser.add_argument("--out", help="file to write the same numbers to, as JSON")
-    return parser

@@ -1,7 +1,7 @@
-"""``demos --out PLACE ...``: record demonstrations of scripted experts.
+"""Record demonstrations of scripted experts.
 
-A PLACE that ends in .npz is one file as `sft --demos` reads it; one in .hdf5 is one task in
-LIBERO's own layout, and any other is a folder of such files, one a task.
+A PLACE that ends in .npz is a file for `sft --demos`. One that ends in .hdf5 is a file of one task
+in LIBERO's layout. Any other PLACE is a folder of such files, one per task.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from verl_vla.datasets.libero_writer import LiberoEpisode, file_name, write_libe
 from verl_vla.datasets.record import RecordingConfig, record
 from verl_vla.datasets.record_libero import record_episodes
 from verl_vla.envs.base import EnvConfig
-from verl_vla.envs.experts.choice import SUITES_WITH_EXPERTS, check_experts
+from verl_vla.envs.experts.choice import check_experts
 from verl_vla.envs.libero.suite import LiberoSuite, libero_suite
 from verl_vla.envs.libero.task import CAMERAS
 from verl_vla.rl.setup import task_ids
@@ -30,22 +30,22 @@ logger = logging.getLogger(__name__)
 
 ARCHIVE, ONE_TASK = ".npz", ".hdf5"
 ARCHIVE_ONLY = ("noise", "every", "height_error", "image_size")
-"""Options of images that a policy sees between disturbances; LIBERO's layout has neither."""
+"""Options of disturbances and of preprocessed images, which LIBERO's layout does not have."""
 IMAGE_SIZE = 112
 MAX_SIMULATORS = 2
-"""Recording goes task by task; only what replaces a failed attempt reaches back to another."""
+"""Simulators kept per process. Recording is task by task; only a replacement of a failed attempt
+needs an earlier task."""
 REPORTS = 20
-"""Lines of progress, about."""
+"""Approximate number of progress lines."""
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Record, say how it goes, and write the file or files."""
-    options = _parser().parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """Record with progress lines, and write the file or files."""
     chosen = libero_suite(options.suite)
     check_experts(chosen.name)
     tasks = task_ids(chosen, options.tasks)
-    if options.episodes < 1 or options.workers < 1:
-        raise ConfigError("--episodes and --workers must be at least 1")
+    if options.episodes_per_task < 1 or options.num_workers < 1:
+        raise ConfigError("--episodes-per-task and --num-workers must be at least 1")
     out = Path(options.out)
     if out.suffix == ARCHIVE:
         _record_archive(out, chosen, tasks, options)
@@ -73,12 +73,12 @@ def _record_archive(
     demonstrations = record(
         env,
         tasks,
-        episodes=options.episodes,
+        episodes=options.episodes_per_task,
         config=config,
         seed=options.seed,
-        workers=options.workers,
+        workers=options.num_workers,
     )
-    shown = _show(demonstrations, chosen, options.episodes * len(tasks))
+    shown = _show(demonstrations, chosen, options.episodes_per_task * len(tasks))
     write(
         out,
         shown,
@@ -112,36 +112,16 @@ def _record_libero_files(
     folder = out.parent if out.suffix == ONE_TASK else out
     folder.mkdir(parents=True, exist_ok=True)
     episodes = record_episodes(
-        env, tasks, episodes=options.episodes, seed=options.seed, workers=options.workers
+        env,
+        tasks,
+        episodes=options.episodes_per_task,
+        seed=options.seed,
+        workers=options.num_workers,
     )
-    shown = _show(episodes, chosen, options.episodes * len(tasks))
+    shown = _show(episodes, chosen, options.episodes_per_task * len(tasks))
     for task_id, of_task in groupby(shown, key=lambda episode: episode.task_id):
         name = out.name if out.suffix == ONE_TASK else file_name(chosen.task(task_id).name)
         write_libero_file(folder / name, of_task)
-
-
-def _parser() -> argparse.ArgumentParser:
-    config = RecordingConfig()
-    parser = argparse.ArgumentParser(prog="python -m verl_vla demos", description=__doc__)
-    add = parser.add_argument
-    add("--suite", default="mini", help=", ".join(SUITES_WITH_EXPERTS))
-    add("--tasks", "--task", type=int, nargs="+", help="task ids; all if not given")
-    add("--episodes", type=int, default=60, help="solved episodes per task")
-    add("--render-size", type=int, default=128, help="camera image, pixels")
-    add("--seed", type=int, default=0)
-    add("--workers", type=int, default=2, help="simulator processes")
-    add("--out", required=True, help="file to write, .npz or .hdf5, or a folder")
-    add = parser.add_argument_group(f"{ARCHIVE} files only").add_argument
-    add("--noise", type=float, help=f"of the executed translations; {config.noise}")
-    add("--every", type=int, help=f"steps between images; {config.every}")
-    add(
-        "--height-error",
-        type=float,
-        help="largest error of a biased expert, who takes objects to lie higher, metres; "
-        f"{config.height_error_m}",
-    )
-    add("--image-size", type=int, help=f"what the policy sees, pixels; {IMAGE_SIZE}")
-    return parser
 
 
 Recorded = TypeVar("Recorded", Demonstration, LiberoEpisode)

@@ -1,6 +1,6 @@
-"""``eval --policy DIR --suite NAME --out DIR ...``: measure a policy; the same command resumes.
+"""Evaluate a policy; the same command resumes.
 
-Needs neither veRL nor Ray: the model runs in this process, the simulators beside it.
+It does not need veRL or Ray: the model runs in this process, the simulators in others.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 
-from verl_vla.cli.eval_arguments import DTYPES, parser, step_limit, temperature
 from verl_vla.config.grpo import EnvironmentConfig, EvaluationConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import atomic_write, folder_lock
 from verl_vla.core.success_rate import count_entries
-from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.base import EnvConfig, StepLimit
 from verl_vla.envs.libero.suite import PERTURBED
 from verl_vla.envs.registry import suite
 from verl_vla.evaluation.compare import RESULT
@@ -40,7 +39,7 @@ from verl_vla.evaluation.perturbed import (
 )
 from verl_vla.evaluation.published import compare_with_published, complete, published_table
 from verl_vla.evaluation.resumable import last_of_each, play_remaining, unplayed
-from verl_vla.policies.base import Processor, TrainablePolicy
+from verl_vla.policies.base import DTYPES, Processor, TrainablePolicy
 from verl_vla.policies.checkpoint import fingerprint
 from verl_vla.policies.registry import load_policy, load_processor
 from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, task_ids
@@ -51,9 +50,8 @@ from verl_vla.runs.run_dir import evaluation_record
 logger = logging.getLogger(__name__)
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Play what is not yet played, count, print a table, and write ``evaluation.json``."""
-    options = _parser().parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """Roll out the remaining episodes, print a table, and write ``evaluation.json``."""
     vars(options).update(complete(vars(options)))
     if options.perturbation:
         if options.protocol is not None:
@@ -68,7 +66,7 @@ def run(arguments: Sequence[str]) -> int:
     tasks = spread(chosen, task_ids(chosen, options.tasks), options.tasks_per_axis)
     controls = _known_controls(options, tasks)
     names = {task: chosen.tasks[task].name for task in tasks}
-    chosen_starts = starts(chosen, tasks, options.states, per_task=options.episodes)
+    chosen_starts = starts(chosen, tasks, options.states, per_task=options.episodes_per_task)
     part = _prepare(options, options.suite, names, chosen_starts)
     part.check(controls)
     record = _evaluate(options, part, out)
@@ -77,12 +75,8 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    return parser(__doc__)
-
-
 def _known_controls(options: argparse.Namespace, tasks: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Evaluations that ``--control`` names, by suite."""
+    """Read the evaluations of ``--control``, by suite."""
     if options.control is None:
         return {}
     if options.suite not in PERTURBED:
@@ -94,7 +88,7 @@ def _known_controls(options: argparse.Namespace, tasks: Sequence[int]) -> dict[s
 
 
 def _run_perturbed(options: argparse.Namespace) -> None:
-    """Evaluate perturbed suites and their control, each in a folder of its own, and compare."""
+    """Evaluate perturbed suites and their control, each in a separate folder, and compare."""
     out = Path(options.out)
     planned = plan_perturbed(
         options.suite,
@@ -102,7 +96,7 @@ def _run_perturbed(options: argparse.Namespace) -> None:
         tasks=options.tasks,
         tasks_per_axis=options.tasks_per_axis,
         states=options.states,
-        episodes=options.episodes,
+        episodes=options.episodes_per_task,
     )
     control = plan_control(planned)
     bases = [part.suite for part in control]
@@ -126,7 +120,7 @@ def _run_perturbed(options: argparse.Namespace) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """One suite, and everything that is known before its first episode."""
+    """One suite, with the settings that are known before its first episode."""
 
     suite: str
     names: Mapping[int, str]
@@ -137,10 +131,10 @@ class _Part:
     simulated: EnvConfig
     device: str
     given: Mapping[str, Any]
-    """Its conditions."""
+    """Conditions of the evaluation."""
 
     def check(self, controls: Mapping[str, Mapping[str, Any]]) -> None:
-        """Refuse controls that will not compare with it."""
+        """Check that the controls are comparable with it."""
         for control in controls.values():
             chosen_starts = [(start.task_id, start.init_state_id) for start in self.starts]
             check_control(self.given, chosen_starts, control)
@@ -149,17 +143,17 @@ class _Part:
 def _prepare(
     options: argparse.Namespace, name: str, names: Mapping[int, str], chosen_starts: Sequence[Start]
 ) -> _Part:
-    """Look at everything that decides an evaluation; loads no weights, starts no simulator."""
+    """Determine and check the conditions of an evaluation, without weights and simulators."""
     folder = find_policy(options.policy)
     env = EnvironmentConfig(
         suite=name,
-        step_limit=step_limit(options.limit),
+        step_limit=_step_limit(options.step_limit),
         render_size=options.render_size,
-        num_workers=options.workers,
-        num_slots=options.slots,
+        num_workers=options.num_workers,
+        num_slots=options.num_slots,
     )
     config = EvaluationConfig(
-        episodes_per_task=options.episodes, temperature=temperature(options.sampling)
+        episodes_per_task=options.episodes_per_task, temperature=options.temperature
     )
     chosen = suite(name)
     chosen.require_simulator()
@@ -193,12 +187,12 @@ def _prepare(
 
 
 def _evaluate(options: argparse.Namespace, part: _Part, out: Path) -> dict[str, Any]:
-    """Play what ``out`` lacks of the starts, and write the record."""
+    """Roll out the starts that ``out`` lacks, and write the record."""
     torch.set_num_threads(1)
     began = time.perf_counter()
     policy = partial(_load, part.folder, options.dtype, options.unnorm_key, part.device)
     if unplayed(read_episodes(out), len(part.starts)):
-        policy()  # before the folder is made: weights that cannot be loaded leave none behind
+        policy()  # before the folder is created, so that a loading error leaves no folder behind
     with ExitStack() as stack:
         stack.enter_context(folder_lock(out))
         played = [[s.task_id, s.init_state_id] for s in part.starts]
@@ -216,7 +210,7 @@ def _evaluate(options: argparse.Namespace, part: _Part, out: Path) -> dict[str, 
                 part.processor.codec,
                 episode_log,
                 found,
-                temperature=temperature(options.sampling),
+                temperature=options.temperature,
                 seed=options.seed,
                 show=EvaluationProgress(len(part.starts), found).show,
             )
@@ -245,7 +239,7 @@ def _fingerprint(folder: Path) -> str:
 
 @cache
 def _load(folder: Path, dtype: str, unnorm_key: str | None, device: str) -> TrainablePolicy:
-    """The policy; read once, however many suites it plays."""
+    """Load the policy once for all suites."""
     policy = load_policy(folder, DTYPES[dtype], unnorm_key)
     torch.nn.Module.to(policy.model, device)
     return policy
@@ -273,3 +267,18 @@ def _show(lines: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> None:
 def _write(file: Path, record: Mapping[str, Any]) -> None:
     atomic_write(file, json.dumps(record, indent=1))
     logger.info("written to %s", file)
+
+
+def _step_limit(limit: str) -> StepLimit:
+    """Parse ``--step-limit``.
+
+    Raises:
+        ConfigError: it is not a known name or a number of steps.
+    """
+    if limit.isdigit():
+        return int(limit)
+    if limit not in ("published", "simplevla"):
+        raise ConfigError(
+            f"--step-limit is {limit!r}; write published, simplevla, or a number of steps"
+        )
+    return limit

@@ -1,9 +1,10 @@
-"""``explain recipe=NAME key=value ...``: every option with value, origin and meaning."""
+"""``explain recipe=NAME key=value ...``: print every option with value, origin and meaning."""
 
 from __future__ import annotations
 
+import argparse
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from verl_vla.config.compose import RECIPES_FOLDER, Composition, compose_recipe, leaves
@@ -12,12 +13,12 @@ from verl_vla.core.schema import meanings, parse
 
 DEFAULT = "default"
 WIDTH = 100
-"""Columns of a line."""
+"""Width of a line in columns."""
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Print three lines or more an option; needs neither the policy nor a simulator."""
-    composition = compose_recipe(arguments, RECIPES_FOLDER)
+def run(options: argparse.Namespace) -> int:
+    """Print three or more lines per option; this works without the policy and simulators."""
+    composition = compose_recipe(options.overrides, RECIPES_FOLDER)
     recipe = parse(Recipe, composition.values)
     for group, file in composition.choices.items():
         print(f"{group}={file}")
@@ -28,10 +29,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def explain(recipe: Recipe, composition: Composition) -> Iterator[tuple[str, Any, str, str]]:
-    """Each option's name, value, origin and meaning, in the order of `Recipe`.
+    """Yield each option's name, value, origin and meaning, in the order of `Recipe`.
 
-    The sections ``reward_args`` and ``verl`` hold what others define; each of their entries is
-    named, and the meaning is the section's.
+    The sections ``reward_args`` and ``verl`` hold options that are defined elsewhere; each of their
+    entries is listed, with the meaning of the section.
     """
     values = recipe.as_dict()
     for option, meaning in meanings(Recipe):
@@ -43,7 +44,7 @@ def explain(recipe: Recipe, composition: Composition) -> Iterator[tuple[str, Any
 
 
 def _origin(name: str, composition: Composition) -> str:
-    """Where the option, or a section around it that was set as a whole, got its value."""
+    """Return the origin of an option's value, or of a section around it that was set as a unit."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         key = ".".join(parts[:length])
@@ -53,7 +54,7 @@ def _origin(name: str, composition: Composition) -> str:
 
 
 def _plain(value: Any) -> str:
-    """As it is written on the command line."""
+    """Format a value as it is written on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,7 +1,7 @@
-"""Find the verb and run it.
+"""Entry point of the command line: find the verb and run it.
 
-A verb's module is imported when it is called, so that ``recipes`` answers at once and ``eval``
-needs neither veRL nor Ray.
+A verb's module is imported only when it is called, so that ``recipes`` is fast and ``eval`` works
+without veRL and Ray.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from verl_vla.cli.arguments import COMMANDS, parse
 from verl_vla.core.errors import (
     EXIT_SIGNAL,
     CheckpointError,
@@ -26,49 +27,26 @@ from verl_vla.core.errors import (
 )
 from verl_vla.core.text import nearest
 
-VERBS = {
-    "train": "improve a policy: train recipe=NAME key=value ...",
-    "eval": "measure a policy on held-out starts: eval --policy DIR --suite NAME ...",
-    "compare": "say which of two evaluated policies is better: compare A B",
-    "replay": "make a video of an episode that was played: replay RUN --episode ID",
-    "report": "write report.html of a training run: report RUN",
-    "dashboard": "a local page on runs, also those that are going: dashboard RUNS_DIR",
-    "doctor": "say whether this machine, or a checkpoint, can train: doctor [--checkpoint DIR] "
-    "[--libero]",
-    "check-suite": "build every task of a suite and count what fails: check-suite --suite NAME",
-    "demos": "record demonstrations of scripted experts: demos --suite NAME --out PLACE ...",
-    "sft": "fine-tune on demonstrations: sft recipe=NAME ..., or sft --demos FILE ...",
-    "new-policy": "put a policy together: new-policy --language DIR --vision DIR --demos DIR ...",
-    "reward-bench": "measure rewards before training on them: reward-bench --rewards A,B --out DIR",
-    "quickstart": "train the embedded policy and show what it learned",
-    "soak": "play thousands of episodes while simulators crash, and see that nothing grows",
-    "bench": "measure the speed of a part: bench env|pool|rollout|update|step|gpu|images ...",
-    "recipes": "list the recipes that come with the project",
-    "plan": "say whether a recipe fits and how long it takes: plan recipe=NAME --gpu a100-80 ...",
-    "explain": "say what every option of a recipe is, and why: explain recipe=NAME key=value ...",
-}
-"""Verb to its one-line help; each is a module of `verl_vla.cli`."""
-
 EXIT_USAGE = 2
-"""Something was asked for that cannot be; nothing was started."""
+"""Exit code of an invalid request; nothing was started."""
 
 EXIT_STARVED = 3
-"""Training stopped because nothing could be learned."""
+"""Exit code if training stopped because nothing could be learned."""
 
 EXIT_COLD_START = 4
-"""Training did not begin: the policy succeeds too seldom to learn from its own episodes."""
+"""Exit code if training did not begin: the policy succeeds too rarely to learn from it."""
 
 EXIT_REWARD = 5
-"""The reward raised, or gave an answer that cannot be trained on."""
+"""Exit code if the reward raised, or gave scores that cannot be trained on."""
 
 EXIT_CHECKPOINT = 6
-"""A checkpoint could not be written, or none is sound."""
+"""Exit code if a checkpoint could not be written, or none is valid."""
 
 EXIT_DIVERGED = 7
-"""Training stopped because losses or gradients were no longer finite."""
+"""Exit code if training stopped because losses or gradients were no longer finite."""
 
 EXIT_LEARNER_LOST = 8
-"""Training stopped because a process of the learner died."""
+"""Exit code if training stopped because a process of the learner died."""
 
 STOPPED = {
     StarvedError: EXIT_STARVED,
@@ -78,7 +56,7 @@ STOPPED = {
     DivergedError: EXIT_DIVERGED,
     LearnerLostError: EXIT_LEARNER_LOST,
 }
-"""What ends a command for a reason that its message explains; each with its exit code."""
+"""Exit codes of errors that end a command and whose message explains the reason."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,10 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(_help())
         return 0 if argv else EXIT_USAGE
     try:
-        if argv[0] not in VERBS:
-            raise ConfigError(f"{argv[0]!r} is no verb; {nearest(argv[0], list(VERBS))}")
-        verb = importlib.import_module(f"verl_vla.cli.{argv[0].replace('-', '_')}")
-        return verb.run(argv[1:])
+        if argv[0] not in COMMANDS:
+            raise ConfigError(f"{argv[0]!r} is no command; {nearest(argv[0], list(COMMANDS))}")
+        options = parse(argv[0], argv[1:])
+        command = importlib.import_module(f"verl_vla.cli.{argv[0].replace('-', '_')}")
+        return command.run(options)
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_USAGE
@@ -109,25 +88,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _speak_plainly() -> None:
-    """Our own lines go to the console as they are; libraries keep their own ways."""
+    """Log our own messages to stdout without prefixes; loggers of libraries do not change."""
     console = logging.StreamHandler(sys.stdout)
     console.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("verl_vla")
     ours.addHandler(console)
     ours.setLevel(logging.INFO)
     ours.propagate = False
-    # it says at every import which of its faster kernels is missing
+    # bitsandbytes warns at every import about missing optional kernels
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _one_thread_each() -> None:
-    """Many small processes share the cores; more threads in each only get in the way."""
+    """Limit math libraries to one thread, since many small processes share the cores."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         if name not in os.environ:
             os.environ[name] = "1"
 
 
 def _help() -> str:
-    width = max(map(len, VERBS))
-    lines = [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
-    return "python -m verl_vla VERB ...\n\n" + "\n".join(lines) + "\n"
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.__doc__}" for name, command in COMMANDS.items()]
+    return "verl-vla COMMAND ...; verl-vla COMMAND --help\n\n" + "\n".join(lines) + "\n"

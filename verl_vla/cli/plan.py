@@ -1,19 +1,21 @@
-"""``plan recipe=NAME key=value ... --gpu KIND --nodes N``: will it fit, and how long will it take?
+"""Estimate memory and time of a recipe.
 
-Nothing is started, and neither the policy's weights nor a GPU is needed.
+Nothing is started; the policy's weights and a GPU are not needed.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from verl_vla.config.compose import load_recipe
 from verl_vla.config.grpo import Recipe
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.text import format_seconds
-from verl_vla.diagnostics.planning import GPUS, Plan, find_remedy, make_plan
+from verl_vla.diagnostics.planning.gpus import GPUS
+from verl_vla.diagnostics.planning.plan import Plan, make_plan
+from verl_vla.diagnostics.planning.remedies import find_remedy
 from verl_vla.diagnostics.planning.trace import ModelConfig
 from verl_vla.envs.registry import suite
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig
@@ -21,16 +23,15 @@ from verl_vla.policies.registry import load_config
 from verl_vla.rl.setup import find_policy
 
 EXIT_TOO_LARGE = 1
-"""The recipe does not fit."""
+"""Exit code if the recipe does not fit."""
 GB = 1e9
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Print the plan; 1 where it does not fit."""
-    options = _parser().parse_intermixed_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """Print the plan; return 1 if it does not fit."""
     overrides = list(options.overrides)
-    if options.nodes is not None:
-        overrides.append(f"cluster.num_nodes={options.nodes}")
+    if options.num_nodes is not None:
+        overrides.append(f"cluster.num_nodes={options.num_nodes}")
     recipe = load_recipe(overrides)
     if options.gpu is None and recipe.cluster.device != "cpu":
         raise ConfigError(f"which GPU? Say --gpu and one of {', '.join(GPUS)}")
@@ -51,10 +52,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def policy_config(recipe: Recipe) -> tuple[ModelConfig, str]:
-    """The sizes of the recipe's policy, and where they are from.
+    """Return the configuration of the recipe's policy, and a description of its source.
 
-    A recipe may name a folder that is not on this machine; then it is taken for the policy that was
-    published for the suite.
+    If the recipe's folder is not on this machine, the sizes of the policy published for the suite
+    are used.
     """
     try:
         folder = find_policy(recipe.policy.path)
@@ -91,15 +92,6 @@ def show(plan: Plan) -> None:
     for name, seconds in plan.seconds.items():
         print(f"  {name:<28} {format_seconds(seconds):>9}")
     print(f"together {format_seconds(plan.total_seconds)}; simulators and policy play side by side")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m verl_vla plan", description=__doc__)
-    add = parser.add_argument
-    add("overrides", nargs="*", help="recipe=NAME key=value ...")
-    add("--gpu", choices=list(GPUS), help="of every rank")
-    add("--nodes", type=int, help="cluster.num_nodes")
-    return parser
 
 
 def _table(title: str, parts: Mapping[str, Any]) -> None:

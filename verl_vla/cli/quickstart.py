@@ -1,4 +1,4 @@
-"""``quickstart [--suite NAME] [--steps N] [--seed S] [--out DIR]``: train a base and show it.
+"""Train a base, show the result.
 
 Writes ``summary.json``, ``metrics.jsonl``, ``curve.png`` and ``before_after.mp4``.
 """
@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from verl_vla.cli.arguments import QUICKSTARTS
 from verl_vla.cli.train import improve
 from verl_vla.config.compose import load_recipe
 from verl_vla.config.grpo import Recipe
@@ -30,13 +31,10 @@ from verl_vla.trainer.grpo.run import Run, open_run
 
 logger = logging.getLogger(__name__)
 
-RECIPES = {"mini": "quickstart", "libero_spatial": "quickstart_libero_spatial"}
-"""Recipe of each suite that a base comes with."""
 
-
-def run(arguments: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Train, then print a table and a curve."""
-    recipe = load_recipe(_recipe_words(_parser().parse_args(arguments)))
+    recipe = load_recipe(recipe_overrides(options))
     began = time.perf_counter()
     with open_run(recipe) as opened:
         logger.info("run folder %s", opened.folder)
@@ -46,18 +44,10 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="quickstart.sh", description=__doc__)
-    parser.add_argument("--suite", choices=RECIPES, default="mini", help="mini if not given")
-    parser.add_argument("--steps", type=int, help="training steps; the recipe's if not given")
-    parser.add_argument("--seed", type=int, help="of the run; 0 if not given")
-    parser.add_argument("--out", help="run folder; runs/RECIPE_seedS if not given")
-    return parser
-
-
-def _recipe_words(options: argparse.Namespace) -> list[str]:
+def recipe_overrides(options: argparse.Namespace) -> list[str]:
+    """Return the recipe of the suite and the overrides that the options stand for."""
     seed = 0 if options.seed is None else options.seed
-    recipe = RECIPES[options.suite]
+    recipe = QUICKSTARTS[options.suite]
     out = f"runs/{recipe}_seed{seed}" if options.out is None else options.out
     overrides = [f"recipe={recipe}", f"seed={seed}", f"out='{out}'"]
     if options.steps is not None:
@@ -66,8 +56,8 @@ def _recipe_words(options: argparse.Namespace) -> list[str]:
 
 
 def _show(run: Run, wall_s: float) -> None:
-    """Write what the run brought, and print the heart of it."""
-    steps = evaluated_steps(run.folder)[-1]  # less than asked for, where all was solved before
+    """Write the results of the run, and print a summary."""
+    steps = evaluated_steps(run.folder)[-1]  # below the requested number if all was solved before
     before, after = _evaluation(run, 0), _evaluation(run, steps)
     lines = read_metrics(run.folder / "metrics.jsonl")
     summary = _summary(run.recipe, steps, before, after, lines, _wall_s(run, wall_s))
@@ -120,7 +110,7 @@ def _evaluation(run: Run, step: int) -> dict[str, Any]:
 
 
 def _wall_s(run: Run, wall_s: float) -> float:
-    """Seconds of training over all starts of this run: a resumed one adds to what it had."""
+    """Return the seconds of training over all processes of this run, and store the sum."""
     file = run.folder / "wall_s.json"
     earlier = json.loads(file.read_text()) if file.exists() else 0.0
     file.write_text(json.dumps(earlier + wall_s))
@@ -134,7 +124,7 @@ def _record_and_count(
     after: Mapping[str, Any],
 ) -> int:
     """Record the most informative held-out start with both policies; return the parameter count."""
-    start = _telling_start(before["episodes"], after["episodes"])
+    start = _informative_start(before["episodes"], after["episodes"])
     policies = [load_policy(folder) for folder in folders]
     clips = [record_video(policy, run.env_config, start) for policy in policies]
     write_side_by_side(
@@ -144,10 +134,10 @@ def _record_and_count(
     return sum(p.numel() for p in policies[0].model.parameters())
 
 
-def _telling_start(
+def _informative_start(
     before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
 ) -> Start:
-    """The first start that was learned, or simply the first one."""
+    """Return the first start that failed before and succeeded after training, else the first."""
     pairs = list(zip(before, after, strict=True))
     learned = [
         new

@@ -1,10 +1,9 @@
-"""``report RUN``: write ``report.html`` of a training run as it is now; it stands alone."""
+"""Write a self-contained ``report.html`` of a training run as it is now."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from verl_vla.runs.html.report import write_report
@@ -12,10 +11,7 @@ from verl_vla.runs.html.report import write_report
 logger = logging.getLogger(__name__)
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Write the report and say where it is."""
-    parser = argparse.ArgumentParser(prog="python -m verl_vla report", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="folder of a training run, going or ended")
-    options = parser.parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """Write the report and print its path."""
     logger.info("written to %s", write_report(Path(options.run)))
     return 0

@@ -1,7 +1,7 @@
-"""``reward-bench --rewards A,B ...``: do rewards rank failures as the simulator does?
+"""Measure whether rewards rank failures as the simulator does.
 
-Plays groups of episodes from training starts, or reads recorded ones, lets every reward learn from
-one half of the starts and judges it on the other. Needs neither veRL nor Ray.
+Rolls out groups of episodes from training starts, or reads recorded ones, lets every reward learn
+from one half of the starts and tests it on the other. Does not need veRL or Ray.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from verl_vla.core.provenance import provenance
 from verl_vla.core.schema import parse
 from verl_vla.core.success_rate import count
 from verl_vla.core.tables import Trajectories
-from verl_vla.envs.libero.suite import SUITES
 from verl_vla.envs.registry import suite
 from verl_vla.policies.checkpoint import weight_files
 from verl_vla.policies.registry import load_policy, load_processor
@@ -64,7 +63,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RESULT_FILE = "reward_bench.json"
 EPISODES_FOLDER = "episodes"
 WEIGHTS = "weights"
-"""Key of the digest of the policy's weights, in the record of the episodes."""
+"""Key of the digest of the policy's weights in ``played.json``."""
 PLAY_OPTIONS = (
     "policy",
     "suite",
@@ -76,14 +75,13 @@ PLAY_OPTIONS = (
     "render_size",
     "dtype",
     "unnorm_key",
-    "slots",
+    "num_slots",
 )
-"""Options that say what is played; their defaults stand in `PlayConfig`."""
+"""Options that decide the episodes; their defaults are in `PlayConfig`."""
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Play or read, measure, print tables, and write JSON and images."""
-    options = _parser().parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """Roll out or read episodes, measure, print tables, and write JSON and plots."""
     began = time.perf_counter()
     torch.set_num_threads(1)
     specs = read_rewards(options.rewards, options.reward_args)
@@ -102,10 +100,10 @@ def run(arguments: Sequence[str]) -> int:
         "played": record,
         "versions": provenance(),
     }
-    # the rule stands in the result before there is anything to judge
+    # the rule is written before the measurement, so that it cannot be fitted to the result
     _write(out, result)
-    if options.episodes is None:
-        _play(folder, played, _environment(played, options.workers))
+    if options.episodes_from is None:
+        _play(folder, played, _environment(played, options.num_workers))
     trajectories = read_rounds(folder, played.groups)
     train, test = halve(make_sample(trajectories, suite=played.suite, split="train"))
     rows = measure(entries, train, test, config)
@@ -120,48 +118,22 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m verl_vla reward-bench", description=__doc__)
-    add = parser.add_argument
-    add("--rewards", required=True, help="NAME,LABEL=NAME,... or a .yaml file of them")
-    add("--reward-args", nargs="+", default=[], metavar="LABEL.KEY=VALUE", help="constructors'")
-    add("--out", required=True, help="folder to write to; the same call again reads its episodes")
-    add("--episodes", help="folder of episodes that were played before; plays none")
-    add("--seed", type=int, default=0, help="of starts, noise, rewards and intervals")
-    add("--groups-per-update", type=int, default=8, help="groups that a reward learns from at once")
-    add("--curve-groups", type=int, default=16, help="groups whose progress is followed; 0: none")
-    add("--workers", type=int, default=2, help="simulator processes")
-    play = parser.add_argument_group("what is played").add_argument
-    play("--policy", help="folder of a checkpoint")
-    play("--suite", help=f"one of {', '.join(SUITES)}")
-    play("--tasks", type=int, nargs="+", help="task ids; all if not given")
-    play("--groups", type=int, help="in all, each from a training start of its own")
-    play("--group-size", type=int, help="episodes of a group")
-    play("--temperature", type=float, help="of the action tokens")
-    play("--limit", dest="step_limit", help="step limit: published, simplevla, or a number")
-    play("--render-size", type=int, help="camera image, px; the policy's own if not given")
-    play("--dtype", choices=sorted(DTYPES))
-    play("--unnorm-key", help="entry of dataset_statistics.json")
-    play("--slots", type=int, help="episodes under way at the same time")
-    return parser
-
-
 def _find_episodes(
     options: argparse.Namespace, out: Path
 ) -> tuple[Path, PlayConfig, dict[str, Any]]:
-    """The folder of the episodes, how they are played, and the record of that.
+    """Return the folder of the episodes, their settings, and the record of these settings.
 
-    Everything that can be wrong with them is found here.
+    Errors in the settings are found here, before any rollout.
     """
     values = {name: value for name, value in vars(options).items() if name in PLAY_OPTIONS}
     given = {name: value for name, value in values.items() if value is not None}
-    if options.episodes is not None:
+    if options.episodes_from is not None:
         if given:
             raise ConfigError(
-                f"{', '.join(given)} would say what is played, but --episodes names what was; "
+                f"{', '.join(given)} would say what is played, but --episodes-from names what was; "
                 "leave one of them out"
             )
-        folder = Path(options.episodes)
+        folder = Path(options.episodes_from)
         record = played_with(folder)
         values = {name: value for name, value in record.items() if name != WEIGHTS}
         return folder, parse(PlayConfig, values), record
@@ -174,7 +146,7 @@ def _find_episodes(
     _groups(played)
     policy = find_policy(played.policy)
     processor = load_processor(policy, played.unnorm_key)
-    simulated = env_config(_environment(played, options.workers), processor)
+    simulated = env_config(_environment(played, options.num_workers), processor)
     played = replace(played, render_size=simulated.render_size)
     record = asdict(played) | {WEIGHTS: _digest(policy)}
     folder = out / EPISODES_FOLDER
@@ -188,12 +160,12 @@ def _environment(played: PlayConfig, workers: int) -> EnvironmentConfig:
         step_limit=played.step_limit,
         render_size=played.render_size,
         num_workers=workers,
-        num_slots=played.slots,
+        num_slots=played.num_slots,
     )
 
 
 def _play(folder: Path, played: PlayConfig, env: EnvironmentConfig) -> None:
-    """Play what is missing; where nothing is, neither policy nor simulator is loaded."""
+    """Roll out the missing rounds; without any, load no policy and start no simulator."""
     if is_complete(folder, played.groups):
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -220,7 +192,7 @@ def _groups(played: PlayConfig) -> list[list[EpisodeSpec]]:
 
 
 def _digest(folder: Path) -> str:
-    """SHA-256 of a policy's weights: what is in a folder of the same name may have changed."""
+    """Return the SHA-256 of a policy's weights, since the contents of a folder may change."""
     digest = hashlib.sha256()
     for file in weight_files(folder):
         with file.open("rb") as stream:
@@ -230,7 +202,7 @@ def _digest(folder: Path) -> str:
 
 
 def _outcomes(trajectories: Trajectories, played: PlayConfig) -> dict[str, Any]:
-    """Counts and step limits of all that was played, by task."""
+    """Return success counts and step limits of all episodes, by task."""
     chosen = suite(played.suite)
     return {
         chosen.tasks[task].name: count(trajectories, [task]).as_json()
@@ -240,7 +212,7 @@ def _outcomes(trajectories: Trajectories, played: PlayConfig) -> dict[str, Any]:
 
 
 def _write(out: Path, result: dict[str, Any]) -> None:
-    """Write the result, whole or not at all."""
+    """Write the result atomically."""
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
         atomic_write(out / RESULT_FILE, json.dumps(result, indent=1, allow_nan=False))
@@ -266,7 +238,7 @@ def _show(out: Path, rows: Sequence[BenchRow], test: Sample, result: dict[str, A
         found["groups"],
         found["failures"],
         found["near_misses"],
-        found["far misses"],
+        found["far_misses"],
     )
     logger.info("%s\n", ranking_table(rows, verdicts(rows)))
     logger.info("%s\n", paper_table(rows))

@@ -1,7 +1,7 @@
-"""``sft``: fine-tune a policy on demonstrations.
+"""Fine-tune a policy on demonstrations.
 
-``sft recipe=NAME key=value ...`` learns from LIBERO's files, in as many processes as there are
-GPUs; ``sft --demos FILE --out DIR ...`` trains a tiny policy from scratch on a file of `demos`.
+``sft recipe=NAME key=value ...`` trains on LIBERO's files, with one process per GPU. ``sft --demos
+FILE --out DIR ...`` trains a tiny policy from scratch on a file of `demos`.
 """
 
 from __future__ import annotations
@@ -15,44 +15,44 @@ from pathlib import Path
 import torch
 
 from verl_vla.cli.train import start_training
+from verl_vla.config.choices import ARCHITECTURES
 from verl_vla.config.sft import load_sft_recipe
 from verl_vla.core.errors import ConfigError
 from verl_vla.datasets.demonstrations import Demonstration, DemonstrationFile
-from verl_vla.envs.libero.suite import SUITES
+from verl_vla.envs.names import SUITES
 from verl_vla.envs.registry import suite
 from verl_vla.policies.base import TrainablePolicy
 from verl_vla.policies.openvla_oft import tiny as tiny_openvla_oft
 from verl_vla.policies.scratch_vla import tiny as tiny_scratch_vla
-from verl_vla.policies.scratch_vla.configuration import DECODINGS
 from verl_vla.trainer.sft.fit import SFTConfig, StepReport, action_statistics, fit, make_samples
 from verl_vla.trainer.sft.run import open_sft_run
 
 logger = logging.getLogger(__name__)
 
-ARCHITECTURES = ("openvla_oft", "scratch_vla")
 SHOW_EVERY = 20
-"""Steps between lines on the console."""
+"""Number of steps between two lines on the console."""
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Fit, say how it goes, and write a checkpoint folder."""
-    if any(argument.startswith("recipe=") for argument in arguments):
-        return _run_recipe(arguments)
-    options = _parser().parse_args(arguments)
-    config = SFTConfig(
-        steps=options.steps,
-        batch_size=options.batch_size,
-        lr=options.lr,
-        smoothing=options.smoothing,
-        seed=options.seed,
-    )
-    if options.threads < 1:
-        raise ConfigError(f"--threads is {options.threads}; set at least 1")
-    torch.set_num_threads(options.threads)
+def run(options: argparse.Namespace) -> int:
+    """Train with progress lines, and write a checkpoint folder."""
+    if options.overrides:
+        return _run_recipe(options.overrides)
+    for name in ("demos", "out"):
+        if vars(options)[name] is None:
+            raise ConfigError(
+                f"--{name} is missing; name a recipe, as in recipe=sft_libero, or set --demos and "
+                "--out to make a tiny policy from scratch"
+            )
+    names = ("steps", "batch_size", "lr", "smoothing", "seed")
+    config = SFTConfig(**{n: vars(options)[n] for n in names if vars(options)[n] is not None})
+    threads = 1 if options.threads is None else options.threads
+    if threads < 1:
+        raise ConfigError(f"--threads is {threads}; set at least 1")
+    torch.set_num_threads(threads)
     with DemonstrationFile(Path(options.demos)) as file:
         demonstrations = _chosen(file, options.tasks, options.per_task)
         key, render_size = file.suite, file.render_size
-    policy = _new_policy(options, demonstrations, key, render_size)
+    policy = _new_policy(options, demonstrations, key, render_size, config.seed)
     samples = make_samples(demonstrations, policy.processor.codec)
     logger.info(
         "%.2f M parameters, %d demonstrations, %d images",
@@ -67,35 +67,11 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _run_recipe(arguments: Sequence[str]) -> int:
-    """Carry out a recipe; the same command again resumes."""
+    """Run a recipe; the same command resumes it."""
     with open_sft_run(load_sft_recipe(arguments)) as opened:
         logger.info("run folder %s", opened.folder)
         start_training(opened, kind="sft")
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    config = SFTConfig()
-    parser = argparse.ArgumentParser(prog="python -m verl_vla sft", description=__doc__)
-    add = parser.add_argument
-    add("--demos", required=True, help="file that `demos` wrote")
-    add("--architecture", choices=ARCHITECTURES, default=ARCHITECTURES[0])
-    add("--decoding", choices=DECODINGS, help="of scratch_vla: parallel if not given")
-    add(
-        "--chunk-length",
-        type=int,
-        help="of scratch_vla: actions of one policy step, 8 if not given",
-    )
-    add("--tasks", type=int, nargs="+", help="task ids to learn; all in the file if not given")
-    add("--per-task", type=int, help="demonstrations of each task to use; all if not given")
-    add("--steps", type=int, default=config.steps, help="optimizer steps")
-    add("--batch-size", type=int, default=config.batch_size, help="images per step")
-    add("--lr", type=float, default=config.lr, help="highest learning rate")
-    add("--smoothing", type=float, default=config.smoothing, help="of the targets, in bins")
-    add("--seed", type=int, default=0, help="of the weights and of the order of the images")
-    add("--threads", type=int, default=1, help="of this process; part of what decides the result")
-    add("--out", required=True, help="checkpoint folder to write")
-    return parser
 
 
 def _new_policy(
@@ -103,10 +79,11 @@ def _new_policy(
     demonstrations: Sequence[Demonstration],
     key: str,
     render_size: int,
+    seed: int,
 ) -> TrainablePolicy:
-    """Build an untrained tiny policy for what the demonstrations show."""
+    """Build an untrained tiny policy that fits the demonstrations' images and actions."""
     _, num_views, image_size, _, _ = demonstrations[0].images.shape
-    # the words of every suite, so that any of them can be played with these weights
+    # the words of every suite, so that the policy's tokenizer can encode all their instructions
     instructions = [task.instruction for name in SUITES for task in suite(name).tasks]
     statistics = action_statistics(demonstrations, key=key)
     chosen = {
@@ -114,19 +91,20 @@ def _new_policy(
         for name, value in (("decoding", options.decoding), ("chunk_length", options.chunk_length))
         if value is not None
     }
-    if options.architecture == "scratch_vla":
+    architecture = ARCHITECTURES[0] if options.architecture is None else options.architecture
+    if architecture == "scratch_vla":
         return tiny_scratch_vla.build_tiny_policy(
             instructions,
             statistics,
             sizes=tiny_scratch_vla.ScratchSizes(
                 image_size=image_size, num_views=num_views, render_size=render_size, **chosen
             ),
-            seed=options.seed,
+            seed=seed,
         )
     if chosen:
         raise ConfigError(
             f"{sorted(chosen)} can be chosen for scratch_vla alone, and --architecture is "
-            f"{options.architecture}; leave them out or choose --architecture scratch_vla"
+            f"{architecture}; leave them out or choose --architecture scratch_vla"
         )
     return tiny_openvla_oft.build_tiny_policy(
         instructions,
@@ -134,14 +112,14 @@ def _new_policy(
         sizes=tiny_openvla_oft.TinySizes(
             image_size=image_size, num_views=num_views, render_size=render_size
         ),
-        seed=options.seed,
+        seed=seed,
     )
 
 
 def _chosen(
     file: DemonstrationFile, tasks: Sequence[int] | None, per_task: int | None
 ) -> list[Demonstration]:
-    """The first ``per_task`` demonstrations of each task."""
+    """Return the first ``per_task`` demonstrations of each task."""
     by_task: dict[int, list[Demonstration]] = {}
     for demonstration in file:
         by_task.setdefault(demonstration.task_id, []).append(demonstration)

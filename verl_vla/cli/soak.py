@@ -1,6 +1,7 @@
-"""``soak``: play many episodes of the mini suite while simulators crash; nothing may grow.
+"""Run many episodes of the mini suite with crashing simulators, and check for leaks.
 
-Prints a line a block and writes one JSON object; exit code 1 where something grew beyond its bound.
+Prints a line per block and writes one JSON object; the exit code is 1 if memory or open files grew
+beyond a bound.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -32,15 +32,14 @@ from verl_vla.rl.setup import env_config, find_policy, starts, task_ids
 logger = logging.getLogger(__name__)
 
 TEMPERATURE = 0.8
-"""As the quickstart plays."""
+"""Sampling temperature, as in the quickstart."""
 TIMEOUT_S = 120.0
-"""As the profile of two cores."""
+"""Timeout of a simulator in seconds, as in the profile of two cores."""
 EXIT_GREW = 1
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Play, measure, judge."""
-    options = _parser().parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """Run the episodes, measure the growth, and return 1 if it exceeds a bound."""
     for name in ("episodes", "block", "limit", "workers", "slots"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} is {getattr(options, name)}; set at least 1")
@@ -55,9 +54,9 @@ def run(arguments: Sequence[str]) -> int:
         "crash_share": options.crash_share,
         "wall_s": round(time.perf_counter() - began, 1),
         "tasks": options.tasks,
-        "step_limit": options.limit,
-        "workers": options.workers,
-        "slots": options.slots,
+        "step_limit": options.step_limit,
+        "workers": options.num_workers,
+        "slots": options.num_slots,
         "growth": {name: round(value, 1) for name, value in grown.items()},
         "bounds": BOUNDS,
         "versions": provenance(),
@@ -70,32 +69,17 @@ def run(arguments: Sequence[str]) -> int:
     return EXIT_GREW if excesses(grown) else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m verl_vla soak", description=__doc__)
-    add = parser.add_argument
-    add("--policy", default="bases/mini", help="folder of a checkpoint")
-    add("--tasks", type=int, nargs="+", default=[0, 6], help="task ids of the mini suite")
-    add("--episodes", type=int, default=2000, help="at least that many are played")
-    add("--block", type=int, default=80, help="episodes between two samples")
-    add("--limit", type=int, default=16, help="steps of an episode; few, so that many are played")
-    add("--crash-share", type=float, default=0.01, help="of the episodes")
-    add("--workers", type=int, default=2, help="simulator processes")
-    add("--slots", type=int, default=16, help="episodes under way at the same time")
-    add("--out", default="soak.json", help="file to write")
-    return parser
-
-
 def _play(options: argparse.Namespace) -> list[Sample]:
     torch.set_num_threads(1)
     policy = load_policy(find_policy(options.policy))
-    env = EnvironmentConfig(suite="mini", step_limit=options.limit)
+    env = EnvironmentConfig(suite="mini", step_limit=options.step_limit)
     config, shape = env_config(env, policy.processor), policy.shape
     chosen = suite("mini")
     played = starts(chosen, task_ids(chosen, options.tasks), "train")
     with EnvPool(
         partial(make_crashing, partial(make_libero_env, config), options.crash_share),
-        num_workers=options.workers,
-        num_slots=options.slots,
+        num_workers=options.num_workers,
+        num_slots=options.num_slots,
         image_shape=shape.image_shape,
         timeout_s=TIMEOUT_S,
         worker_env={},

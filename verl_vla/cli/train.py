@@ -1,12 +1,12 @@
-"""``train recipe=NAME key=value ...``: improve a policy with GRPO under veRL."""
+"""``train recipe=NAME key=value ...``: train a policy with GRPO under veRL."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import logging
 import os
 import warnings
-from collections.abc import Sequence
 from typing import Literal
 
 from verl_vla.config.compose import load_recipe
@@ -20,16 +20,16 @@ from verl_vla.trainer.sft.run import SFTRun
 logger = logging.getLogger(__name__)
 
 TRANSFER_THREADS = 8
-"""TransferQueue's own number of threads (``client.py``, ``TQ_NUM_THREADS``), read when it is
-imported."""
+"""TransferQueue's default number of threads (``client.py``, ``TQ_NUM_THREADS``), which it reads
+when it is imported."""
 
 NOT_OURS = ".* engine is not available"
-"""Start of veRL's warnings about back ends that are not installed and not used."""
+"""Pattern of veRL's warnings about back ends that are not installed and not used."""
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Train; the same command again resumes."""
-    recipe = load_recipe(arguments)
+def run(options: argparse.Namespace) -> int:
+    """Train; the same command resumes."""
+    recipe = load_recipe(options.overrides)
     with open_run(recipe) as opened:
         logger.info("run folder %s", opened.folder)
         improve(opened)
@@ -47,12 +47,12 @@ def improve(opened: Run) -> None:
 
 
 def start_training(opened: Run | SFTRun, kind: Literal["grpo", "sft"] = "grpo") -> None:
-    """Hand a checked run to veRL, by the launcher of its kind in `verl_vla.trainer`.
+    """Pass a checked run to veRL, by the launcher of its kind in `verl_vla.trainer`.
 
-    veRL is imported only here: a wrong recipe answers in seconds, and the simulators start while
-    the import runs.
+    veRL is imported only here: an error in a recipe is then reported in seconds, and the simulators
+    start while the import runs.
     """
-    # as many threads as there may be cores, or it warns at every transfer
+    # no more threads than half of the cores, or TransferQueue warns at every transfer
     threads = max(1, min(TRANSFER_THREADS, (os.cpu_count() or 1) // 2))
     os.environ.setdefault("TQ_NUM_THREADS", str(threads))
     warnings.filterwarnings("ignore", message=NOT_OURS, category=UserWarning)

@@ -1,1 +1,1 @@
-"""Every section that a recipe can set, and how YAML becomes one."""
+"""Sections and options of a recipe, and their composition from YAML files."""

@@ -1,4 +1,4 @@
-"""From ``recipe=NAME key=value ...`` to a checked `Recipe`: Hydra merges, dataclasses check."""
+"""Composition of ``recipe=NAME key=value ...``: Hydra merges the files, dataclasses check them."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ from verl_vla.core.schema import parse
 from verl_vla.core.text import nearest
 
 RECIPES_FOLDER = PROJECT_FOLDER / "recipes"
-"""Where recipes with a plain name live; its folders are the groups that a recipe chooses from."""
+"""Folder of the recipes with a plain name; its subfolders are Hydra's config groups."""
 
 COMMAND_LINE = "command line"
-"""Where an option's value came from, if not from a file."""
+"""Origin of a value that no file sets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Composition:
-    """What a recipe says, and where it says so."""
+    """A merged recipe, with the origin of each value."""
 
     values: dict[str, Any]
-    """Nested, as `parse` wants them."""
+    """Nested values, as `parse` expects them."""
     origins: dict[str, str]
-    """The file, or `COMMAND_LINE`, that had the last word on each option that any of them sets."""
+    """The file, or `COMMAND_LINE`, that set each option last; options at their default are absent.
+    """
     choices: dict[str, str]
-    """The file taken from each group."""
+    """Name of the file chosen from each config group."""
 
 
 def load_recipe(arguments: Sequence[str]) -> Recipe:
@@ -49,18 +50,18 @@ def load_recipe(arguments: Sequence[str]) -> Recipe:
     ``recipe`` is a name in `RECIPES_FOLDER` or a path to a YAML file; other keys override it.
 
     Raises:
-        ConfigError: no recipe named, unknown recipe or key, or a value that cannot be.
+        ConfigError: no recipe named, unknown recipe or key, or an impossible value.
     """
     return parse(Recipe, compose_recipe(arguments, RECIPES_FOLDER).values)
 
 
 def compose_recipe(arguments: Sequence[str], folder: Path) -> Composition:
-    """Let Hydra merge the recipe that ``arguments`` name, the files it builds on, and overrides.
+    """Merge the recipe that ``arguments`` name, the files it builds on, and the overrides.
 
-    Where the recipe builds on a group, e.g. ``suite: spatial``, the override ``suite=object`` takes
-    another file of it. Any other override sets an option, also one that no file mentions; `parse`
-    refuses those that nobody knows. A recipe of the user's own may build on the project's recipes
-    and groups.
+    Where the recipe builds on a config group, e.g. ``suite: spatial``, the override
+    ``suite=object`` chooses another file of the group. Any other override sets an option, even if
+    no file mentions it; `parse` refuses unknown options. A user's recipe outside ``folder`` may
+    build on the recipes and groups in ``folder``.
 
     A plain name is looked up in ``folder``.
 
@@ -84,6 +85,7 @@ def compose_recipe(arguments: Sequence[str], folder: Path) -> Composition:
                 parts = _parts(file.stem, [*words, *search])
             composed = compose(config_name=file.stem, overrides=[*words, *search])
         origins = dict(_origins(parts, (file.parent, folder)))
+        # Hydra refuses to override an option that no file mentions, so options are set here
         for option in options:
             OmegaConf.update(composed, option.key_or_group, option.value(), force_add=True)
             origins |= {key: COMMAND_LINE for key, _ in leaves(option.value(), option.key_or_group)}
@@ -95,17 +97,17 @@ def compose_recipe(arguments: Sequence[str], folder: Path) -> Composition:
 
 
 def recipe_names(folder: Path = RECIPES_FOLDER) -> list[str]:
-    """Names of the recipes in a folder, those of training that come with the project."""
+    """Return the names of the recipes in ``folder``; by default the project's GRPO recipes."""
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def group_options(group: str, folder: Path = RECIPES_FOLDER) -> list[str]:
-    """Names of the files in a group of recipes."""
+    """Return the names of the files in a config group."""
     return sorted(path.stem for path in (folder / group).glob("*.yaml"))
 
 
 def leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Walk a nested mapping: the dotted name of each value, and the value; {} is one."""
+    """Yield the dotted name and the value of each leaf of a nested mapping; {} is a leaf."""
     if not isinstance(values, Mapping) or not values:
         yield path, values
         return
@@ -114,7 +116,11 @@ def leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def find_recipe(name: str, folder: Path = RECIPES_FOLDER) -> Path:
-    """The YAML file that ``name`` stands for; ``folder`` as of `recipe_names`."""
+    """Return the YAML file of a recipe: a path if ``name`` ends in .yaml, else in ``folder``.
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
     if name.endswith(".yml"):
         raise ConfigError(f"recipe is {name!r}, but Hydra reads .yaml alone; rename the file")
     if name.endswith(".yaml"):
@@ -128,7 +134,11 @@ def find_recipe(name: str, folder: Path = RECIPES_FOLDER) -> Path:
 
 
 def _read_override(word: str) -> Override:
-    """Refuse what Hydra would not read, or would read as something else than an option."""
+    """Parse an override; refuse what Hydra cannot read or would not read as setting an option.
+
+    Raises:
+        ConfigError: it is not ``key=value``, sets an option of Hydra, or names several values.
+    """
     if "=" not in word or word.startswith("~"):
         raise ConfigError(f"{word!r} is no key=value; write e.g. seed=1")
     try:
@@ -148,10 +158,10 @@ def _read_override(word: str) -> Override:
 def _split(
     overrides: Sequence[Override], choices: Mapping[str, str], folder: Path
 ) -> tuple[list[str], list[Override]]:
-    """Words for Hydra that choose another file of a group, and the overrides that set options.
+    """Split overrides into those that choose a file of a group (for Hydra) and the others.
 
-    A group may share its name with an option, as ``reward`` does. Then a value that is no file of
-    the group is the option's.
+    A group may share its name with an option, as ``reward`` does. Then a value that names no file
+    of the group is a value of the option.
     """
     words: list[str] = []
     options: list[Override] = []
@@ -168,19 +178,19 @@ def _split(
 
 
 def _parts(name: str, words: list[str]) -> DefaultsList:
-    """The files that Hydra merges, in order."""
+    """Return the list of the files that Hydra merges, in order."""
     loader = GlobalHydra.instance().config_loader()
     return loader.compute_defaults_list(name, words, RunMode.RUN)
 
 
 def _choices(parts: DefaultsList) -> dict[str, str]:
-    """The groups that a recipe builds on, and the file that it takes from each."""
+    """Return the config groups that a recipe builds on, and the file chosen from each."""
     known = parts.overrides.known_choices
     return {group: str(taken) for group, taken in known.items() if not group.startswith("hydra/")}
 
 
 def _origins(parts: DefaultsList, folders: Sequence[Path]) -> Iterator[tuple[str, str]]:
-    """Each option and the file that sets it, in the order of merging."""
+    """Yield each option and the file that sets it, in the order of merging."""
     for part in parts.defaults:
         relative = f"{part.config_path}.yaml"
         for file in [f / relative for f in folders if (f / relative).is_file()][:1]:

@@ -1,4 +1,4 @@
-"""What a recipe can say of low-rank adapters, apart from what makes them, which imports slowly."""
+"""A GRPO recipe: every option with its default and its check. Imports nothing that is slow."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from verl_vla.core.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig:
-    """What an evaluation plays."""
+    """Episodes and temperature of an evaluation."""
 
     episodes_per_task: int | None = None
-    """Held-out starts per task, from the first on; null plays all of them once."""
+    """Number of episodes per task, on the first held-out starts; null plays each of them once."""
     temperature: float = 0.0
-    """0 plays greedily."""
+    """Sampling temperature of the action tokens; 0 decodes greedily."""
     states: Literal["held_out", "sampled"] = "held_out"
-    """``held_out``: recorded init states that are never trained on, 10 a task of LIBERO's suites;
-    ``sampled``: starts sampled from the tasks' regions, as many as ``episodes_per_task`` says."""
+    """``held_out``: recorded init states that are never trained on, 10 per task in LIBERO's suites;
+    ``sampled``: ``episodes_per_task`` starts per task, sampled from its regions."""
 
     def __post_init__(self) -> None:
         if self.episodes_per_task is not None and self.episodes_per_task < 1:
@@ -34,22 +34,22 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
-    """How many groups make a training step, and how long to look for them."""
+    """Number and size of a training step's groups, and the filter that they must pass."""
 
     groups_per_step: int = 64
-    """Informative groups wanted per training step (SimpleVLA-RL: 64)."""
+    """Number of informative groups wanted per training step (SimpleVLA-RL: 64)."""
     group_size: int = 8
-    """Episodes that share one init state and are compared with each other."""
+    """Number of episodes that share one init state and are compared with each other."""
     temperature: float = 1.6
-    """Of the action tokens, in the rollout and in the update alike (SimpleVLA-RL: 1.6)."""
+    """Sampling temperature of the action tokens, in rollout and update (SimpleVLA-RL: 1.6)."""
     dynamic: bool = True
-    """Replace groups that agree with themselves by new ones played under the same weights."""
+    """Dynamic sampling: replace uninformative groups by new ones, played with the same weights."""
     filter_on: Literal["outcome", "reward"] = "outcome"
-    """What a group must disagree in. ``reward`` also keeps groups in which all fail, or all
-    succeed, where the reward tells them apart."""
+    """Quantity that must differ within an informative group. ``reward`` also keeps groups in which
+    all episodes fail, or all succeed, if their rewards differ."""
     max_rounds: int = 4
-    """Rounds of rollout in one training step, the first included; then the step goes on with
-    the informative groups it has, and stops if it has none."""
+    """Largest number of rollout rounds in one training step, the first included; then the step
+    uses the informative groups that it has, and the run stops if it has none."""
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
@@ -69,13 +69,13 @@ class SamplingConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipRange:
-    """How far the probability ratio may move before its gradient stops."""
+    """Range of the probability ratio outside which its gradient is cut off."""
 
     low: float = 0.2
-    """The ratio's lower bound is ``1 - low``."""
+    """Distance of the probability ratio's lower bound below 1: the bound is ``1 - low``."""
     high: float = 0.28
-    """The upper bound is ``1 + high``: wider upward, so that rare actions can still grow
-    (DAPO, arXiv:2503.14476, section 3.1; SimpleVLA-RL uses the same pair)."""
+    """Distance of the ratio's upper bound above 1; larger than ``low``, so that rare actions can
+    still become likelier (DAPO, arXiv:2503.14476, section 3.1; SimpleVLA-RL has the same pair)."""
 
     def __post_init__(self) -> None:
         for name, value in (("low", self.low), ("high", self.high)):
@@ -88,13 +88,13 @@ class ClipRange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KLConfig:
-    """How strongly the learner is held to the reference policy; SRPO's published objective does so.
+    """KL term of the loss, which keeps the learner near the reference policy, as in SRPO.
 
-    The paper gives no coefficient, and its release none above 0.
+    SRPO's published objective has it; the paper gives no coefficient, its release none above 0.
     """
 
     coefficient: float = 0.0
-    """Of the divergence in the loss. 0 builds no second model and computes nothing."""
+    """Weight of the KL divergence in the loss. 0 computes none and loads no reference policy."""
 
     def __post_init__(self) -> None:
         if self.coefficient < 0:
@@ -105,22 +105,22 @@ class KLConfig:
 
     @property
     def is_on(self) -> bool:
-        """Whether a reference policy is needed."""
+        """True where a reference policy is needed."""
         return self.coefficient > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColdStartConfig:
-    """Whether and when training is refused to a policy that hardly ever succeeds."""
+    """Check before training that the policy succeeds often enough for GRPO to learn anything."""
 
     mode: Literal["stop", "off"] = "stop"
-    """``off`` trains whatever the policy can do; needed where a dense reward teaches failures."""
+    """``stop`` ends the run if the policy succeeds too seldom; ``off`` skips the check, which is
+    needed where a dense reward is to learn from failures."""
     threshold: float = 0.15
-    """Least success rate. Source: a VLA built from scratch for LIBERO-Spatial, whose authors set
-    this threshold; it solved 0 of 15 episodes, and GRPO without the check taught it nothing."""
+    """Lowest success rate that is trained. Source: set by the authors of a VLA from scratch for
+    LIBERO-Spatial, which solved 0 of 15 episodes; GRPO without the check taught it nothing."""
     episodes: int = 32
-    """How many episodes are sampled, spread evenly over the tasks; fewer where there are fewer
-    training starts."""
+    """Number of probe episodes, spread evenly over the tasks; fewer if there are fewer starts."""
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
@@ -135,39 +135,40 @@ class ColdStartConfig:
 
 
 LoraTargets = Literal["language_model", "all-linear"]
-"""Where a policy gets its adapters; see `verl_vla.policies.token_model.TokenModel.add_adapters`."""
+"""Layers that get adapters; see `verl_vla.policies.token_model.TokenModel.add_adapters`."""
 
 LORA_ALPHA = 16
-"""Over a rank of 32. Source: openvla-oft, ``vla-scripts/finetune.py``, ``min(lora_rank, 16)``."""
+"""Default alpha (openvla-oft, ``vla-scripts/finetune.py``: ``min(lora_rank, 16)``, rank 32)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyConfig:
-    """Which policy is improved, and how it is held."""
+    """The policy that is trained: its checkpoint, precision, attention and adapters."""
 
     path: str
     """Folder of a checkpoint, OpenVLA-OFT or scratch VLA: weights, config, tokenizer and
     statistics. A relative path starts at the project's root."""
     unnorm_key: str | None = None
-    """Which entry of ``dataset_statistics.json``; null where there is only one."""
+    """Entry of ``dataset_statistics.json`` to normalize with; null where there is only one."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the arithmetic, the head's excepted, and of frozen weights under adapters; what is trained
-    is held in float32, and the head is always computed in it."""
+    """Dtype of the arithmetic and of frozen weights under adapters. Trained weights are kept in
+    float32, and the head is always computed in float32."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Back end of the language model's attention, bidirectional in all. The last one needs a CUDA
-    device and the package flash-attn."""
+    """Back end of the language model's attention, which is bidirectional in all three.
+    ``flash_attention_2`` needs a CUDA device and the package flash-attn."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     lora_rank: int | None = None
-    """Rank of low-rank adapters, the only weights that then are trained; null trains them all. A
-    checkpoint of the run holds adapters alone, an exported policy has them merged."""
+    """Rank of LoRA adapters, which then are the only trained weights (of a scratch VLA, besides its
+    projector and action rows); null trains all weights. The run's checkpoints hold only trained
+    weights; an exported policy has the adapters merged."""
     lora_alpha: int = LORA_ALPHA
-    """The adapters' product is scaled by ``lora_alpha / lora_rank``."""
+    """Numerator of the adapters' scale, which is ``lora_alpha / lora_rank``."""
     lora_targets: LoraTargets = "language_model"
-    """``language_model`` puts them on its layers; ``all-linear`` also on head, projector and vision
-    towers, as openvla-oft fine-tunes. A scratch VLA has them on its language model in both."""
+    """Layers with adapters: ``language_model`` its own; ``all-linear`` also head, projector and
+    vision towers, as openvla-oft fine-tunes. A scratch VLA: always its language model's only."""
     quantization: Literal["none", "nf4"] = "none"
-    """``nf4`` holds the language model's layers under their adapters in 4 bits (QLoRA), on one
+    """``nf4`` keeps the language model's layers under their adapters in 4 bits (QLoRA), on one
     rank. Rollout and update use the same 4-bit weights. Needs the extra ``qlora``."""
 
     def __post_init__(self) -> None:
@@ -189,26 +190,26 @@ class PolicyConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvironmentConfig:
-    """Which simulators are played, and by how many processes."""
+    """The suite and tasks that are played, and the processes that simulate them."""
 
     suite: str
     """``mini``, ``libero_spatial``, ``libero_object``, ``libero_goal``, ``libero_10``,
-    ``libero_90``, or one of your own: ``path/to/file.py:ClassName``."""
+    ``libero_90``, or your own suite: ``path/to/file.py:ClassName``."""
     tasks: tuple[int, ...] | None = None
     """Task ids within the suite; null plays all."""
     step_limit: Literal["published", "simplevla"] | int = "published"
-    """Steps after which an episode has failed: openvla-oft's table, SimpleVLA-RL's 512 for all,
-    or a number."""
+    """Number of simulator steps after which an episode has failed: openvla-oft's table,
+    SimpleVLA-RL's 512 for all suites, or a number."""
     render_size: int | None = None
-    """Height and width of a camera's image before it is prepared for the policy, pixels; null
-    takes what the policy was fine-tuned on, and openvla-oft's 256 where its folder does not say."""
+    """Height and width of a camera's image before it is prepared for the policy, px; null takes
+    the size that the policy was fine-tuned on, or openvla-oft's 256 if its folder does not say."""
     num_workers: int = 8
-    """Simulator processes of each machine that simulates."""
+    """Number of simulator processes on each machine that simulates."""
     num_slots: int = 64
-    """Episodes under way at the same time."""
+    """Number of episodes that run at the same time."""
     timeout_s: float = 300.0
-    """A simulator that does not answer within this time is killed and its episode lost. Covers
-    the building of a simulator and all its chunk."""
+    """Time within which a simulator must answer a request, s, including the time to build it and
+    to run an action chunk; one that does not is killed, and its episode counts as crashed."""
 
     def __post_init__(self) -> None:
         for name in ("num_workers", "num_slots", "render_size"):
@@ -226,26 +227,26 @@ class OptimizerConfig:
     """AdamW, and how a training step is cut into optimizer steps and micro-batches."""
 
     name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "deepspeed_cpu_adam"] = "adamw"
-    """AdamW in float32; with its state in 8 bits, which the paged one moves to host memory where
-    the device has none left (extra ``qlora``); or DeepSpeed's on the CPU, with weights, gradients
-    and state in host memory (extra ``deepspeed``)."""
+    """``adamw``: float32. ``adamw_8bit``: state in 8 bits; ``paged_adamw_8bit`` moves it to host
+    memory where the device has none left (both: extra ``qlora``). ``deepspeed_cpu_adam``: on the
+    CPU, with weights, gradients and state in host memory (extra ``deepspeed``)."""
     lr: float = 5e-6
-    """Constant after warm-up (SimpleVLA-RL: 5e-6, full fine-tuning)."""
+    """Learning rate, constant after warm-up (SimpleVLA-RL: 5e-6, full fine-tuning)."""
     warmup_steps: int = 0
-    """Training steps over which the rate rises linearly."""
+    """Number of training steps over which the learning rate rises linearly."""
     weight_decay: float = 0.01
-    """AdamW's, independent of the gradient; scaled by the rate."""
+    """AdamW's decoupled weight decay, scaled by the learning rate."""
     betas: tuple[float, ...] = (0.9, 0.999)
-    """How slowly AdamW forgets the mean of the gradients, and of their squares."""
+    """AdamW's decay rates of the running means of the gradient and of its square."""
     clip_grad: float = 1.0
-    """Bound on the gradient's norm."""
+    """Upper bound of the gradient's norm."""
     num_mini_batches: int = 1
-    """Optimizer steps per training step."""
+    """Number of optimizer steps per training step."""
     micro_batch_size: int = 16
-    """Policy steps per forward and backward pass of one rank."""
+    """Number of policy steps per forward and backward pass of one rank."""
     max_skipped_in_a_row: int = 3
-    """Optimizer steps are left out where the loss or the gradient is not finite. One can be the
-    fault of one batch; that many in a row are the fault of the weights, and end the run."""
+    """Number of skipped optimizer steps in a row that ends the run. A step is skipped where loss or
+    gradient is not finite: one can be due to its batch, that many in a row to the weights."""
 
     def __post_init__(self) -> None:
         for name in ("num_mini_batches", "micro_batch_size", "max_skipped_in_a_row"):
@@ -266,38 +267,38 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossConfig:
-    """The policy-gradient loss. As it stands there is no KL term and no second model."""
+    """The policy-gradient loss. By default it has no KL term and needs no reference policy."""
 
     clip: ClipRange = field(default_factory=ClipRange)
     kl: KLConfig = field(default_factory=KLConfig)
     recompute_log_probs: bool = False
-    """Recompute the log-probs of the rollout with the learner before the update. Needed only
-    where ``actor/ratio_first_deviation`` shows that the two differ."""
+    """Recompute the rollout's log-probs with the learner before the update. Needed only where
+    ``actor/ratio_first_deviation`` shows that rollout and learner differ."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerConfig:
-    """How long to train, what to keep and where to report."""
+    """Length of a run, and the intervals of checkpoints, evaluations and recordings."""
 
     total_training_steps: int = 100
-    """Of the whole run, over all its restarts."""
+    """Number of training steps of the run, counted over all its restarts."""
     save_every: int = 20
     """Training steps between checkpoints; the last step is always saved, and the step at which
-    SIGINT or SIGTERM ends the run. 0 saves only then."""
+    SIGINT or SIGTERM ends the run. 0 saves only these."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints that are kept; older ones are deleted."""
     eval_every: int = 10
     """Training steps between held-out evaluations; the last step is always evaluated.
     0 evaluates nothing."""
     eval_before: bool = True
-    """Evaluate the policy before the first step."""
+    """Evaluate the policy before the first training step."""
     keep_groups: int = 1
-    """Of how many groups a training step the actions and a video of every episode are kept, some
-    20 kB each; ``replay`` plays them again. 0 keeps none."""
+    """Number of groups per training step of which every episode's actions and a video are kept,
+    some 20 kB per episode, for ``replay``. 0 keeps none."""
     loggers: tuple[str, ...] = ("tensorboard",)
-    """Besides the console and ``metrics.jsonl``: any of veRL's tracking back ends."""
+    """veRL's tracking back ends to log to, in addition to the console and ``metrics.jsonl``."""
     project: str = "verl_vla"
-    """Name of the project in those back ends."""
+    """Project name in the tracking back ends."""
 
     def __post_init__(self) -> None:
         if self.total_training_steps < 1:
@@ -316,22 +317,22 @@ class TrainerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
-    """Where the learner's ranks run."""
+    """Machines and processes of the learner, and the machines that simulate."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """``auto`` takes the GPUs where there are any."""
+    """Device of the learner; ``auto`` takes the GPUs if there are any."""
     num_nodes: int = 1
-    """Machines that hold ranks."""
+    """Number of machines that run learner processes (ranks)."""
     ranks_per_node: int = 1
-    """Data-parallel learner processes on each node, one GPU each."""
+    """Number of data-parallel learner processes on each node, one GPU each."""
     gather_once: bool = True
-    """Several ranks gather the weights once for a rollout and hold them all while they play, in
-    ``policy.dtype``; false gathers them for every policy step and needs room for two layers. An
-    optimizer that keeps weights in host memory always does the latter."""
+    """Gather the sharded weights once per rollout, in ``policy.dtype``, so that each rank holds
+    all of them; false gathers them at every policy step and needs memory for two layers only.
+    Always false with an optimizer that keeps weights in host memory."""
     address: str | None = None
-    """Of a running Ray cluster; null starts one on this machine."""
+    """Address of a running Ray cluster; null starts one on this machine."""
     env_nodes: int = 0
-    """How many nodes of that cluster simulate, of those that were started with
+    """Number of the cluster's nodes that simulate, out of those that were started with
     ``--resources '{"env_node": 1}'``; 0 simulates on this machine."""
 
     def __post_init__(self) -> None:
@@ -349,18 +350,18 @@ class ClusterConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Everything that decides a run."""
+    """All options of a GRPO run."""
 
     out: str
     """Folder of the run: configuration, metrics, checkpoints. The same command resumes it."""
     seed: int = 0
-    """The only source of randomness of a run."""
+    """Seed of all of the run's randomness."""
     policy: PolicyConfig
     environment: EnvironmentConfig
     cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: str = "binary"
-    """A file of ``rewards/``, or ``path/to/file.py:ClassName``."""
+    """Name of a file in ``rewards/``, or ``path/to/file.py:ClassName``."""
     reward_args: dict[str, Any] = field(default_factory=dict[str, Any])
     """Arguments of the reward's constructor."""
     loss: LossConfig = field(default_factory=LossConfig)
@@ -369,8 +370,7 @@ class Recipe:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     verl: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Overrides of veRL's own configuration, handed on as they are; veRL refuses what it does
-    not know."""
+    """Overrides of veRL's own configuration, passed on unchanged; veRL refuses unknown keys."""
 
     def __post_init__(self) -> None:
         if not self.out:
@@ -381,7 +381,7 @@ class Recipe:
             self._check_one_rank()
 
     def _check_one_rank(self) -> None:
-        """Weights in 4 bits are not sharded."""
+        """Refuse several ranks or offloading, since weights in 4 bits are not sharded."""
         num_ranks = self.cluster.num_nodes * self.cluster.ranks_per_node
         if num_ranks > 1:
             raise ConfigError(
@@ -396,5 +396,5 @@ class Recipe:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain nested mapping, ready for YAML."""
+        """Return a plain nested mapping, ready for YAML."""
         return asdict(self)

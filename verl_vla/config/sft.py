@@ -1,4 +1,4 @@
-"""A fine-tuning run, as its author writes it: every option, its default and its check."""
+"""A fine-tuning recipe: every option with its default and its check."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Wording = Literal["task_name", "problem_info"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoChoice:
-    """Which episodes of each task are read."""
+    """The demonstrations of each task that are read."""
 
     per_task: Literal["all"] | int = "all"
-    """Episodes of each task to learn, the first ones; 1 is SimpleVLA-RL's one-trajectory set."""
+    """Number of first episodes of each task to train on; 1 is SimpleVLA-RL's one-trajectory set."""
     held_out_per_task: int = 1
-    """Episodes of each task that are only tested, the last ones."""
+    """Number of last episodes of each task that are only tested on."""
     filter_noops: bool = True
     """Leave out steps without motion, as openvla-oft's ``_no_noops`` data do."""
     wording: Wording = "task_name"
-    """``task_name`` spells the instruction by the file's name, as openvla-oft's data and every
-    evaluation do; ``problem_info`` takes the sentence inside the file, which is the BDDL file's and
-    differs in 29 of LIBERO's 130 tasks, all of Spatial and Object among them."""
+    """Source of the instruction: ``task_name`` is the file's name, as in openvla-oft's data and in
+    every evaluation; ``problem_info`` is the BDDL file's sentence, stored in the file, which
+    differs in 29 of LIBERO's 130 tasks, including all of Spatial and Object."""
 
     def __post_init__(self) -> None:
         if self.per_task != "all" and self.per_task < 1:
@@ -39,30 +39,30 @@ class DemoChoice:
 
 
 SFT_RECIPES_FOLDER = RECIPES_FOLDER / "sft"
-"""Where fine-tuning recipes with a plain name live."""
+"""Folder of the fine-tuning recipes with a plain name."""
 WARMUP_FLOOR = 0.1
-"""Share of the rate that a warm-up starts from (openvla-oft ``finetune.py``)."""
+"""Share of the learning rate that a warm-up starts from (openvla-oft ``finetune.py``)."""
 DECAY = 0.1
 """``MultiStepLR``'s factor (openvla-oft ``finetune.py:944``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerConfig:
-    """Which policy is fine-tuned, how much of it, and how it is held."""
+    """The policy that is fine-tuned: its checkpoint, adapters, precision and attention."""
 
     path: str | None = None
     """Folder of a checkpoint, OpenVLA-OFT or scratch VLA; null makes a tiny policy from scratch. A
     relative path starts at the project's root."""
     lora_rank: int | None = None
-    """Rank of new adapters: on all linear layers of OpenVLA-OFT, on those of a scratch VLA's
-    language model; null trains what the checkpoint itself trains. Adapters are merged into the
-    weights of the policy that is saved."""
+    """Rank of new LoRA adapters: on all linear layers of OpenVLA-OFT, on those of a scratch VLA's
+    language model; null trains the weights that are trainable in the checkpoint itself. Adapters
+    are merged into the weights of the policy that is saved."""
     lora_alpha: int = LORA_ALPHA
-    """The adapters' product is scaled by ``lora_alpha / lora_rank``."""
+    """Numerator of the adapters' scale, which is ``lora_alpha / lora_rank``."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the arithmetic and of the saved weights; the head is always float32."""
+    """Dtype of the arithmetic and of the saved weights; the head is always float32."""
     attention: Literal["sdpa", "eager"] = "sdpa"
-    """Back end of the language model's attention, bidirectional in both."""
+    """Back end of the language model's attention, which is bidirectional in both."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
 
@@ -75,18 +75,18 @@ class LearnerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemosConfig:
-    """Which demonstrations are learned, and what is seen of them."""
+    """The demonstrations that are learned, and the images made of them."""
 
     folder: str
-    """Of LIBERO's files, one ``<task name>_demo.hdf5`` a task."""
+    """Folder of LIBERO's demonstrations, one file ``<task name>_demo.hdf5`` per task."""
     choice: DemoChoice = field(default_factory=DemoChoice)
     images: Literal["rerendered", "stored"] = "rerendered"
-    """``rerendered`` renders the recorded states at ``environment.render_size``, once for a run;
-    LIBERO's own images have 128 px."""
+    """``rerendered`` renders the recorded states at ``environment.render_size``, once per run;
+    ``stored`` reads LIBERO's own images, which have 128 px."""
     augment: bool = True
-    """Change images at random, as published; evaluations then crop the centre."""
+    """Augment images at random, as published; evaluations then crop the centre."""
     num_loaders: int = 2
-    """Processes that read and prepare images on each rank; 0 reads between the steps."""
+    """Number of processes per rank that read and prepare images; 0 reads between the steps."""
 
     def __post_init__(self) -> None:
         if not self.folder:
@@ -97,25 +97,27 @@ class DemosConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleConfig:
-    """AdamW, its rate over the steps, and how a step's batch is cut."""
+    """AdamW, its learning-rate schedule, and the sizes of batch and micro-batch."""
 
     lr: float = 5e-4
-    """openvla-oft ``vla-scripts/finetune.py:89``."""
+    """Learning rate between warm-up and decay (openvla-oft ``vla-scripts/finetune.py:89``)."""
     warmup_steps: int = 0
-    """Steps over which the rate rises linearly from a tenth."""
+    """Number of steps over which the learning rate rises linearly from a tenth."""
     decay_at: tuple[int, ...] = (100_000,)
-    """Steps after which the rate falls to a tenth (``finetune.py:91``)."""
+    """Steps from which on the learning rate is multiplied by 0.1 (``finetune.py:91``)."""
     weight_decay: float = 0.01
+    """AdamW's decoupled weight decay, scaled by the learning rate."""
     betas: tuple[float, ...] = (0.9, 0.999)
+    """AdamW's decay rates of the running means of the gradient and of its square."""
     clip_grad: float | None = None
-    """Bound on the gradient's norm; null does not clip, as openvla-oft."""
+    """Upper bound of the gradient's norm; null does not clip, as openvla-oft."""
     batch_size: int = 64
-    """Samples of a step, all ranks together (openvla-oft: 8 on each of 8)."""
+    """Number of samples per step, over all ranks (openvla-oft: 8 on each of 8)."""
     micro_batch_size: int = 8
-    """Samples per forward and backward pass of one rank."""
+    """Number of samples per forward and backward pass of one rank."""
     max_skipped_in_a_row: int = 3
-    """Optimizer steps are left out where the loss or the gradient is not finite. One can be the
-    fault of one batch; that many in a row are the fault of the weights, and end the run."""
+    """Number of skipped optimizer steps in a row that ends the run. A step is skipped where loss or
+    gradient is not finite: one can be due to its batch, that many in a row to the weights."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "micro_batch_size", "max_skipped_in_a_row"):
@@ -137,7 +139,7 @@ class ScheduleConfig:
             )
 
     def lr_factor(self, step: int) -> float:
-        """Share of ``lr`` that a step takes, counted from 0 (``finetune.py``, warm-up and decay).
+        """Return the share of ``lr`` at a step, counted from 0 (``finetune.py``: warm-up, decay).
 
         >>> schedule = ScheduleConfig(warmup_steps=9, decay_at=(20, 30))
         >>> [round(schedule.lr_factor(step), 3) for step in (0, 8, 19, 20, 30)]
@@ -151,19 +153,20 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepsConfig:
-    """How long to learn, what to keep and how often to look."""
+    """Length of a run, and the intervals of checkpoints, tests and evaluations."""
 
     total_steps: int = 150_000
+    """Number of optimizer steps of the run, counted over all its restarts."""
     save_every: int = 1000
-    """Steps between checkpoints; the first and the last step are always saved, so that a run that
-    cannot save says so at once, and so is the step at which SIGINT or SIGTERM ends the run."""
+    """Steps between checkpoints. The first step is always saved, so that a run that cannot save
+    fails at once; so are the last step and the one at which SIGINT or SIGTERM ends the run."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints that are kept; older ones are deleted."""
     test_every: int = 1000
     """Steps between open-loop tests on held-out episodes; 0 never tests."""
     play_every: int = 10_000
     """Steps between closed-loop evaluations on held-out init states; the last step is always
-    played. 0 never plays."""
+    evaluated. 0 never evaluates."""
     show_every: int = 20
     """Steps between lines on the console."""
 
@@ -178,12 +181,12 @@ class StepsConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RanksConfig:
-    """Where the ranks run: on one machine, one process each."""
+    """Processes of the learner: all on one machine, one per rank."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """``auto`` takes the GPUs where there are any."""
+    """Device of the learner; ``auto`` takes the GPUs if there are any."""
     num_ranks: int = 1
-    """Data-parallel processes, one GPU each."""
+    """Number of data-parallel processes, one GPU each."""
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1:
@@ -192,15 +195,15 @@ class RanksConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SFTRecipe:
-    """Everything that decides a fine-tuning run."""
+    """All options of a fine-tuning run."""
 
     out: str
     """Folder of the run: configuration, metrics, checkpoints. The same command resumes it."""
     seed: int = 0
-    """The only source of randomness of a run."""
+    """Seed of all of the run's randomness."""
     demos: DemosConfig
     environment: EnvironmentConfig
-    """The suite and tasks that are learned and played."""
+    """Suite and tasks that are learned and evaluated."""
     policy: LearnerConfig = field(default_factory=LearnerConfig)
     optimizer: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: StepsConfig = field(default_factory=StepsConfig)
@@ -224,7 +227,7 @@ class SFTRecipe:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain nested mapping, ready for YAML."""
+        """Return a plain nested mapping, ready for YAML."""
         return asdict(self)
 
 
@@ -234,6 +237,6 @@ def load_sft_recipe(arguments: Sequence[str]) -> SFTRecipe:
     ``recipe`` is a name in `SFT_RECIPES_FOLDER` or a path to a YAML file; other keys override it.
 
     Raises:
-        ConfigError: no recipe named, unknown recipe or key, or a value that cannot be.
+        ConfigError: no recipe named, unknown recipe or key, or an impossible value.
     """
     return parse(SFTRecipe, compose_recipe(arguments, SFT_RECIPES_FOLDER).values)

@@ -1,1 +1,1 @@
-"""Types, errors and files that every other room uses; no framework."""
+"""Types, errors and file primitives that every other package uses; imports no framework."""

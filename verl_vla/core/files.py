@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever a process ends."""
+"""Atomic file writes and folder locks: a file is complete or absent whenever a process ends."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from verl_vla.core.errors import ConfigError
 
 
 def partial_file(file: Path) -> Path:
-    """Where ``file`` is written before it takes its place; a killed process may leave it."""
+    """Return the path that ``file`` is written to before it is renamed; a kill may leave it."""
     return file.with_suffix(".tmp")
 
 
 def require_place(file: Path, option: str) -> None:
-    """Refuse, before the work, a file that could not be written after it.
+    """Refuse a file that could not be written, before the work whose result it is to hold.
 
     Raises:
-        ConfigError: its folder is not there, or it is a folder itself.
+        ConfigError: its folder does not exist, or it is a folder itself.
     """
     if not file.parent.is_dir():
         raise ConfigError(f"{option} is {file}, but there is no folder {file.parent}; make it")
@@ -30,25 +30,25 @@ def require_place(file: Path, option: str) -> None:
 
 
 def atomic_write(file: Path, text: str) -> None:
-    """Write ``file``, or leave what was there."""
+    """Write ``file`` completely, or leave its old content."""
     partial = partial_file(file)
     partial.write_text(text)
     partial.replace(file)
 
 
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]
-"""The checkout; relative paths of a recipe are also looked up here."""
+"""Root of the checkout; relative paths in a recipe are also looked up here."""
 
 LOCK = "lock"
-"""Name of the file that is locked; it stays, and says who had the folder last."""
+"""Name of the lock file; it is never deleted, and names the last process that held the folder."""
 
 
 @contextmanager
 def writing_to(folder: Path) -> Generator[None]:
-    """Turn the system's refusal to write in ``folder`` into one that says what to do.
+    """Turn an ``OSError`` from writing in ``folder`` into an error that says what to do.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the folder cannot be written.
     """
     try:
         yield
@@ -61,10 +61,10 @@ def writing_to(folder: Path) -> Generator[None]:
 
 @contextmanager
 def folder_lock(folder: Path) -> Generator[None]:
-    """Make ``folder`` if need be, and hold it; the system lets go when the process ends.
+    """Create ``folder`` if needed and lock it; the system releases the lock if the process dies.
 
     Raises:
-        ConfigError: the folder cannot be written, or another process holds it.
+        ConfigError: the folder cannot be written, or another process has locked it.
     """
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)

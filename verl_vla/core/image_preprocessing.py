@@ -1,11 +1,10 @@
-"""From a simulator's frame to the image that the policy was fine-tuned on.
+"""Preprocessing of a rendered image into the one that the policy was fine-tuned on.
 
 Follows openvla-oft's LIBERO evaluation (``experiments/robot/openvla_utils.py``), which runs on
 TensorFlow: a JPEG round trip, a Lanczos resize, a centre crop. Here they are numpy, in the order
 of TensorFlow's float32 operations, so that the bytes are the same.
 
 Needs no torch, whose import would cost each simulator process seconds and hundreds of megabytes.
-Everybody else takes these names from `verl_vla.policies.preprocessing`.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ JPEG_SUBSAMPLING_420 = 2
 def prepare_image(
     render: Pixels, *, size: int = 224, jpeg: bool = True, crop_area: float = 0.9
 ) -> Pixels:
-    """Turn an upright frame into the image that the policy sees.
+    """Turn a rendered image into the one that the policy sees.
 
     Args:
         render: [H, W, 3] RGB, upright.
-        size: of the result, pixels.
+        size: height and width of the result, pixels.
         jpeg: whether to add the artefacts of JPEG; the fine-tuning data were stored as JPEG.
-        crop_area: share of the area that a centre crop keeps; fine-tuning cropped at random to
-            this share. 1 keeps everything.
+        crop_area: share of the area that the centre crop keeps; fine-tuning cropped to this share
+            at random positions. 1 keeps everything.
 
     Returns:
         [size, size, 3] RGB.
@@ -64,9 +63,10 @@ def prepare_image(
 def prepare_images(
     renders: Pixels, *, size: int = 224, jpeg: bool = True, crop_area: float = 0.9
 ) -> Pixels:
-    """Apply `prepare_image` to [n, H, W, 3]; returns [n, size, size, 3], equal to the bit.
+    """Apply `prepare_image` to [n, H, W, 3]; return [n, size, size, 3], equal to the bit.
 
-    One after the other: an image and what is computed of it fit a core's cache, a batch does not.
+    Images are processed one at a time: one and its intermediate results fit into a core's cache, a
+    batch does not.
     """
     images = np.empty((len(renders), size, size, 3), np.uint8)
     for image, render in zip(images, renders, strict=True):
@@ -75,10 +75,10 @@ def prepare_images(
 
 
 def _round_trip(pixels: Pixels) -> Pixels:
-    """Encode and decode as JPEG.
+    """Encode as JPEG and decode again.
 
-    Pillow writes TensorFlow's bytes; simplejpeg can decode them with the fast integer transform
-    that TensorFlow uses, which Pillow cannot.
+    Pillow writes the same bytes as TensorFlow. simplejpeg decodes them, since it has the fast
+    integer transform that TensorFlow uses and Pillow does not.
     """
     file = io.BytesIO()
     Image.fromarray(pixels).save(
@@ -90,7 +90,7 @@ def _round_trip(pixels: Pixels) -> Pixels:
 
 
 def _resize(pixels: Floats, size: int) -> Floats:
-    """Resize [H, W, 3] by an antialiased Lanczos kernel; returns whole numbers [W, H, 3]."""
+    """Resize [H, W, 3] by an antialiased Lanczos kernel; return integers as float32 [W, H, 3]."""
     rows = _weigh_rows(pixels, size)
     both = _weigh_rows(_turn(rows), size)
     np.rint(both, out=both)
@@ -98,11 +98,11 @@ def _resize(pixels: Floats, size: int) -> Floats:
 
 
 def _weigh_rows(pixels: Floats, size: int) -> Floats:
-    """Replace the rows of ``pixels`` by ``size`` weighted sums of neighbours.
+    """Replace the rows of ``pixels`` by ``size`` weighted sums of neighbouring rows.
 
     The sum runs over the neighbours in order, one float32 product and one float32 addition each,
-    as TensorFlow's does: SciPy's sparse product is such a loop. A dense product adds in another
-    order and differs in single pixels.
+    as in TensorFlow: SciPy's sparse product is such a loop. A dense product adds in another order,
+    which changes single pixels.
     """
     if len(pixels) == size:
         return pixels
@@ -112,7 +112,7 @@ def _weigh_rows(pixels: Floats, size: int) -> Floats:
 
 @lru_cache(maxsize=16)
 def _lanczos_weights(num_in: int, num_out: int) -> csr_array:
-    """Say how much of which rows makes up a resized row: [num_out, num_in].
+    """Return the weight of each input row in each resized row, [num_out, num_in].
 
     Source: ``tf.image.resize(method="lanczos3", antialias=True)``, scale_and_translate_op.cc,
     with its float32 roundings.
@@ -144,10 +144,10 @@ def _lanczos(distance: Floats) -> Floats:
 
 
 def _crop(columns_first: Floats, area: float) -> Floats:
-    """Cut out the centre of [W, H, 3] in 0..255 and enlarge it again; returns [H, W, 3].
+    """Cut out the centre of [W, H, 3] in 0..255 and enlarge it again; return [H, W, 3].
 
     Source: ``tf.image.crop_and_resize`` on values in 0..1, then
-    ``tf.image.convert_image_dtype(saturate=True)``, which rounds down from 255.5.
+    ``tf.image.convert_image_dtype(saturate=True)``, which multiplies by 255.5 and rounds down.
     """
     share = columns_first * np.float32(1 / 255)
     across = _blend_rows(share, area)
@@ -169,7 +169,7 @@ def _blend_rows(pixels: Floats, area: float) -> Floats:
 
 
 def _turn(pixels: Floats) -> Floats:
-    """Swap rows and columns; a pixel moves as one item, which is three times as fast."""
+    """Swap rows and columns, copying each pixel as one item, which is three times as fast."""
     height, width, channels = pixels.shape
     whole = pixels.view(np.dtype((np.void, channels * pixels.itemsize)))[..., 0]
     return np.ascontiguousarray(whole.T).view(np.float32).reshape(width, height, channels)
@@ -177,7 +177,10 @@ def _turn(pixels: Floats) -> Floats:
 
 @lru_cache(maxsize=16)
 def _crop_positions(size: int, area: float) -> tuple[Indices, Indices, Floats]:
-    """Say between which two rows every row of the enlarged crop lies, and how far: [size, 1]."""
+    """Return, for each row of the enlarged crop, the two rows around it and the second's share.
+
+    The shares have the shape [size, 1].
+    """
     side = np.sqrt(np.float32(area))
     start = (np.float32(1) - side) / np.float32(2)
     stop = start + side

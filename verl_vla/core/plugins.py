@@ -1,4 +1,4 @@
-"""Packages that only some recipes need, and which extra of the project brings them."""
+"""Optional packages with the extras that install them, and import of single Python files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from verl_vla.core.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Extra:
-    """A package, and the extra in ``pyproject.toml`` that holds it."""
+    """A package, and the extra in ``pyproject.toml`` that installs it."""
 
     package: str
     name: str
@@ -29,14 +29,14 @@ EXTRAS = {
     ("trainer.loggers", "mlflow"): Extra("mlflow", "tracking"),
     ("trainer.loggers", "swanlab"): Extra("swanlab", "tracking"),
 }
-"""By option and value."""
+"""Extras by option and value."""
 
 
 def require_extras(options: Mapping[str, str]) -> None:
-    """Refuse values of options whose package is not installed.
+    """Refuse option values whose package is not installed.
 
     Raises:
-        ConfigError: names the extra.
+        ConfigError: a package is missing; names the extra that installs it.
     """
     for option, value in options.items():
         extra = EXTRAS.get((option, value))

@@ -10,7 +10,7 @@ EXIT_ORPHANED = 1
 
 
 def end_with_parent() -> None:
-    """Let this process end when its parent does, however that ends; call it once, at its start."""
+    """End this process when its parent ends, even by a kill; call it once, at the start."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "only processes that multiprocessing started have a parent"
 

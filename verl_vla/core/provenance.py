@@ -1,4 +1,4 @@
-"""What a number was measured with."""
+"""Versions, machine and commit that a number was measured with."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import os
 import platform
 import subprocess
 from importlib import metadata
-from pathlib import Path
+
+from verl_vla.core.files import PROJECT_FOLDER
 
 PACKAGES = ("verl", "torch", "transformers", "hf-libero", "robosuite", "mujoco", "ray", "numpy")
 
 
 def provenance() -> dict[str, str]:
-    """Versions, machine and commit, for the record beside every measured number."""
+    """Return versions, machine and commit, to be stored with every measured number."""
     return {name: _version(name) for name in PACKAGES} | {
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -28,12 +29,14 @@ def _version(package: str) -> str:
 
 
 def commit() -> str:
-    """Commit of this checkout, ``-dirty`` where files were changed, ``unknown`` outside git."""
-    folder = Path(__file__).resolve().parent
+    """Return this checkout's commit, ``-dirty`` if files were changed, ``unknown`` without git."""
+    # an installed copy may lie in another repository, whose commit would say nothing
+    if not (PROJECT_FOLDER / ".git").exists():
+        return "unknown"
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--exclude=*"],
-            cwd=folder,
+            cwd=PROJECT_FOLDER,
             capture_output=True,
             text=True,
             check=True,

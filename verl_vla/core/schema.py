@@ -1,4 +1,4 @@
-"""From a mapping to typed options.
+"""Typed options from a mapping.
 
 A recipe is a plain mapping, composed by Hydra from YAML files and command-line overrides;
 `parse` turns it into frozen dataclasses. The dataclasses own every default and every check, so
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def parse(schema: type[T], values: Mapping[str, Any], path: str = "") -> T:
-    """Build ``schema`` from ``values``; ``path`` names the part being read, for messages.
+    """Build ``schema`` from ``values``; ``path`` is the section's dotted name, for messages.
 
     Raises:
         ConfigError: an unknown key (with the nearest known one), a missing key, or a value of
@@ -53,9 +53,10 @@ def parse(schema: type[T], values: Mapping[str, Any], path: str = "") -> T:
 
 
 def meanings(schema: type[Any], path: str = "") -> Iterator[tuple[str, str]]:
-    """Name every option of ``schema`` and of its sections, with the docstring below its field.
+    """Yield every option of ``schema`` and its sections, with the docstring below its field.
 
-    The section's class must stand in a file: Python keeps no docstring of an attribute.
+    The docstrings are read from the source, since Python keeps none for an attribute; so the class
+    of each section must be defined in a file.
     """
     hints, documented = get_type_hints(schema), _docstrings(schema)
     for f in fields(schema):
@@ -67,7 +68,7 @@ def meanings(schema: type[Any], path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(schema: type[Any]) -> dict[str, str]:
-    """The string that stands below each field; Python itself does not keep them."""
+    """Return the string literal below each field, by the field's name."""
     [definition] = ast.parse(textwrap.dedent(inspect.getsource(schema))).body
     assert isinstance(definition, ast.ClassDef)
     found: dict[str, str] = {}
@@ -93,7 +94,7 @@ def _unknown_key(key: str, known: list[str], path: str) -> str:
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
-    """Check ``value`` against the type ``hint`` and convert it where nothing is lost."""
+    """Check ``value`` against the type ``hint`` and convert it where no information is lost."""
     if is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} is {value!r}; it is a section, set {path}.KEY instead")
@@ -112,7 +113,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 def _choice(choices: tuple[Any, ...], value: Any, path: str) -> Any:
     if value is False and "off" in choices:
-        return "off"  # which YAML reads as false unless it is quoted
+        return "off"  # YAML reads an unquoted off as false
     if value not in choices:
         raise ConfigError(f"{path} is {value!r}; choose one of {', '.join(map(repr, choices))}")
     return value

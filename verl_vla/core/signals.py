@@ -1,4 +1,4 @@
-"""An end that somebody asks for: the step under way is finished and kept first."""
+"""Stop on SIGINT or SIGTERM: the current step is finished and saved first."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from typing import NoReturn
 from verl_vla.core.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""Ctrl-C, and what ``kill``, container engines and schedulers send first."""
+"""SIGINT comes from Ctrl-C; SIGTERM from ``kill``, container engines and schedulers."""
 
 
 class StopRequest:
-    """Whether this process was asked to stop."""
+    """A request to stop this process, which may not have been made yet."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
 
     @property
     def is_made(self) -> bool:
-        """Whether somebody asked."""
+        """True once a signal has arrived."""
         return self.signal_number is not None
 
     def carry_out(self, step: int) -> NoReturn:
-        """End, with the signal's exit code.
+        """Raise the error that ends the process with the signal's exit code.
 
         Args:
-            step: the last one that is done and kept; 0 where there is none.
+            step: the last step that is done and saved; 0 where there is none.
 
         Raises:
             Interrupted: always.
@@ -45,14 +45,14 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Generator[StopRequest]:
-    """Take the first SIGINT or SIGTERM as a request; the second ends the process at once."""
+    """Record the first SIGINT or SIGTERM as a request; a second one ends the process at once."""
     request = StopRequest()
 
     def ask(number: int, _: FrameType | None) -> None:
         request.signal_number = number
         for one in SIGNALS:
             signal.signal(one, signal.SIG_DFL)
-        # not print or logging: what was interrupted may be in the middle of either
+        # not print or logging: the signal may have interrupted either, and neither is reentrant
         said = f"{signal.Signals(number).name}: stopping after this step; once more stops at once\n"
         assert sys.__stderr__ is not None
         os.write(sys.__stderr__.fileno(), said.encode())
@@ -66,5 +66,5 @@ def stop_requests() -> Generator[StopRequest]:
 
 
 def leave_signals_to_parent(_: int = 0) -> None:
-    """Ignore Ctrl-C, which a terminal sends to every process of a run; the first one decides."""
+    """Ignore Ctrl-C, which a terminal sends to all processes of a run; the main one handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

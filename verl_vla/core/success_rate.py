@@ -1,4 +1,4 @@
-"""Success rates, each with its counts and its interval."""
+"""Success rates with their counts and confidence intervals."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ WILSON_Z = 1.959963984540054
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SuccessRate:
-    """A rate that never travels without its counts."""
+    """A success rate together with the counts that it comes from."""
 
     successes: int
     episodes: int
-    """Episodes that count: played and not crashed."""
+    """Number of episodes that were played and did not crash."""
     crashes: int
 
     @property
     def rate(self) -> float:
-        """Successes / episodes; NaN where every simulator was lost."""
+        """Successes / episodes; NaN where every episode crashed."""
         return self.successes / self.episodes if self.episodes else math.nan
 
     @property
     def ci95(self) -> tuple[float, float]:
-        """Wilson score interval (Wilson 1927), lower and upper end.
+        """Lower and upper end of the 95% Wilson score interval (Wilson 1927).
 
         >>> SuccessRate(successes=8, episodes=10, crashes=0).ci95
         (0.4901..., 0.9433...)
@@ -43,12 +43,12 @@ class SuccessRate:
         centre = p + z * z / (2 * n)
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         scale = 1 + z * z / n
-        # the rate itself bounds what rounding makes of the ends 0 and 1
+        # rounding can put an end past a rate of exactly 0 or 1; the rate itself bounds it
         low, high = min(p, (centre - half) / scale), max(p, (centre + half) / scale)
         return (max(0.0, low), min(1.0, high))
 
     def as_json(self) -> dict[str, Any]:
-        """The rate (null where every simulator was lost), its counts, and its interval."""
+        """Return the rate (null where every episode crashed), its counts, and its interval."""
         return {
             "rate": self.rate if self.episodes else None,
             "successes": self.successes,
@@ -59,7 +59,7 @@ class SuccessRate:
 
 
 def count(trajectories: Trajectories, tasks: Sequence[int]) -> SuccessRate:
-    """Count the episodes of some tasks; a crash is no failure of the policy."""
+    """Count the episodes of some tasks; crashes are counted apart from failures."""
     episodes = trajectories.episodes
     of_tasks = torch.isin(episodes.task_id, torch.tensor(tasks, dtype=torch.int64))
     crashes = int((episodes.crashed & of_tasks).sum())
@@ -71,7 +71,7 @@ def count(trajectories: Trajectories, tasks: Sequence[int]) -> SuccessRate:
 
 
 def count_entries(entries: Sequence[Mapping[str, Any]], tasks: Collection[int]) -> SuccessRate:
-    """Count as `count` does, from what `episode_entries` wrote down."""
+    """Count as `count` does, from entries made by `episode_entries`."""
     outcomes = [entry["outcome"] for entry in entries if entry["task"] in tasks]
     crashes = outcomes.count(Outcome.CRASH)
     return SuccessRate(
@@ -82,9 +82,9 @@ def count_entries(entries: Sequence[Mapping[str, Any]], tasks: Collection[int]) 
 
 
 def episode_entries(trajectories: Trajectories) -> list[dict[str, Any]]:
-    """Where each episode began and how it ended, as plain values in the order of the episodes.
+    """Return start and outcome of each episode as plain values, in the order of the episodes.
 
-    ``crash`` is why the simulator was lost, else None.
+    ``crash`` is the reason why the simulator was lost, or None.
     """
     episodes = trajectories.episodes
     columns = zip(

@@ -1,4 +1,4 @@
-"""The data that flows: two tables and one key.
+"""Tables that carry rollout data: episodes and policy steps, linked by one key.
 
 An *episode* is one attempt at a task. A *policy step* is one call of the policy inside an
 episode; it yields one action chunk. Episodes differ in length, so policy steps are stored flat,
@@ -7,7 +7,7 @@ without padding, and ``PolicySteps.episode`` says which episode each one belongs
 Dimensions, used in every shape in this package:
 
     B  episodes in the batch            N  policy steps in the batch, over all episodes
-    n  policy steps taken at once          V  camera views
+    n  policy steps taken at once       V  camera views
     H, W  image height and width, px    L  prompt tokens of one policy step
     K  actions in one chunk             A  values in one action
     T  action tokens in one chunk, always K * A
@@ -34,12 +34,12 @@ Table = TypeVar("Table")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActionChunk:
-    """What the policy answers to ``n`` observations."""
+    """The policy's output for ``n`` observations."""
 
     action_tokens: Tensor
-    """[n, T] int64, index of the chosen class among the action ids."""
+    """[n, T] int64, index of the sampled class among the action ids."""
     log_probs: Tensor
-    """[n, T] float32, nats, at the temperature that was asked for; zeros when greedy."""
+    """[n, T] float32, nats, at the requested temperature; zeros when greedy."""
     prompt_ids: list[Tensor]
     """n tensors [L] int64, the prompt each policy step was conditioned on, unpadded."""
     actions: npt.NDArray[np.float32]
@@ -47,7 +47,7 @@ class ActionChunk:
 
 
 def column(*dims: str, dtype: torch.dtype, doc: str) -> Any:
-    """Declare one tensor column of a table; shape, dtype and meaning live in one place."""
+    """Declare one tensor column of a table: its shape, dtype and meaning."""
     return field(metadata={"dims": dims, "dtype": dtype, "doc": doc})
 
 
@@ -75,13 +75,13 @@ class Episodes:
 
     @property
     def crashed(self) -> Tensor:
-        """[B] bool, true where the simulator was lost."""
+        """[B] bool, true where the simulator crashed."""
         return self.outcome == Outcome.CRASH
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicySteps:
-    """One row per policy call. Images stay raw bytes until the learner needs them."""
+    """One row per policy step. Images stay uint8 until the learner needs them."""
 
     episode: Tensor = column("N", dtype=torch.int64, doc="row of `Episodes`")
     image: Tensor = column("N", "V", "H", "W", "3", dtype=torch.uint8, doc="RGB, 0..255")
@@ -99,7 +99,7 @@ class PolicySteps:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectories:
-    """What a rollout returns: episodes, their policy steps in order, and their prompts.
+    """Result of a rollout: episodes, their policy steps in order, and their prompts.
 
     ``crashes`` holds the reason of every crashed episode, by ``episode_id``.
     """
@@ -112,8 +112,8 @@ class Trajectories:
     """B arrays [policy steps + 1, G, 3]: before the first policy step, and after each."""
     crashes: dict[int, str] = field(default_factory=dict[int, str])
     final_images: tuple[npt.NDArray[np.uint8] | None, ...] = ()
-    """B images [V, H, W, 3] after the last step, None where none was rendered; empty where nobody
-    was asked to render any."""
+    """B images [V, H, W, 3] after the last step, None where none was rendered; empty where the
+    environments were not asked to render any."""
 
     def __post_init__(self) -> None:
         if len(self.prompt_ids) != len(self.policy_steps):
@@ -139,7 +139,7 @@ class Trajectories:
         """Keep the episodes where ``keep`` ([B] bool) is true, and their policy steps.
 
         Raises:
-            ContractError: ``keep`` is not bool, or not as long as there are episodes.
+            ContractError: ``keep`` is not bool, or its length is not the number of episodes.
         """
         if keep.dtype != torch.bool or keep.shape != (len(self.episodes),):
             raise ContractError(
@@ -161,13 +161,13 @@ class Trajectories:
 
     @staticmethod
     def concat(parts: Sequence[Trajectories]) -> Trajectories:
-        """Stack batches; rows of the key are shifted, group ids must already differ."""
+        """Stack batches, shifting ``PolicySteps.episode``; group ids must already differ."""
         offsets = np.cumsum([0] + [len(p.episodes) for p in parts])[:-1]
         moved = [
             replace(p.policy_steps, episode=p.policy_steps.episode + int(offset))
             for p, offset in zip(parts, offsets, strict=True)
         ]
-        # a part that lost every episode at its start knows no widths
+        # a part whose episodes all crashed at their start does not know the columns' widths
         with_rows = [policy_steps for policy_steps in moved if len(policy_steps)]
         return Trajectories(
             episodes=concat_tables([p.episodes for p in parts]),
@@ -183,7 +183,7 @@ def check_table(table: Any) -> dict[str, int]:
     """Compare every column with its declaration and return the size of each dimension.
 
     Raises:
-        ContractError: names the column, what it must be and what it is.
+        ContractError: a column differs; names the column, what it must be and what it is.
     """
     sizes: dict[str, int] = {}
     for f in fields(table):

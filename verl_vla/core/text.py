@@ -1,4 +1,4 @@
-"""Text for messages: the nearest known name, what differs, a time span."""
+"""Text for messages: the nearest known name, differences of mappings, time spans."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def nearest(name: str, choices: Sequence[str], others: Sequence[str] = ()) -> str:
-    """Say which of ``choices`` was probably meant by ``name``, as the end of a message.
+    """Return the end of a message: which known name ``name`` probably meant, and the ``choices``.
 
-    One of ``others`` may be meant too; they are too many to be listed.
+    ``others`` are searched too, but not listed, since there are too many of them.
 
     >>> nearest("libero_spacial", ["libero_spatial", "mini"])
     "did you mean 'libero_spatial'? Known: libero_spatial, mini"
@@ -26,7 +26,10 @@ def differences(
     may_change: Sequence[str] = (),
     path: str = "",
 ) -> list[str]:
-    """What differs and may not between two nested mappings, as ``key: old -> new``."""
+    """List, as ``key: old -> new``, the differences of two nested mappings that are not allowed.
+
+    ``may_change`` are the dotted names that are allowed to differ.
+    """
     found: list[str] = []
     for key in sorted(before.keys() | after.keys()):
         name = f"{path}.{key}" if path else key
@@ -41,7 +44,7 @@ def differences(
 
 
 def format_seconds(seconds: float) -> str:
-    """Short and readable.
+    """Return a short, readable time span.
 
     >>> format_seconds(8.4), format_seconds(125), format_seconds(7260)
     ('8s', '2m05s', '2h01m')

@@ -1,4 +1,4 @@
-"""Trajectories on disk: one compressed file of plain arrays, whole or not there."""
+"""Trajectories on disk: one compressed file of plain arrays, written atomically."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import Tensor
 from verl_vla.core.tables import Episodes, PolicySteps, Trajectories
 
 NO_IMAGE = np.zeros((0, 0, 0, 3), dtype=np.uint8)
-"""Stands for a final image that was not rendered."""
+"""Placeholder for a final image that was not rendered."""
 
 
 def write_trajectories(file: Path, trajectories: Trajectories) -> None:
-    """Write everything that was recorded of some episodes; the file is never seen half-written."""
+    """Write trajectories to ``file``, which never holds partial content."""
     tables: dict[str, npt.NDArray[Any]] = {}
     for table in (trajectories.episodes, trajectories.policy_steps):
         for f in fields(table):
@@ -38,7 +38,7 @@ def write_trajectories(file: Path, trajectories: Trajectories) -> None:
 
 
 def read_trajectories(file: Path) -> Trajectories:
-    """Read `write_trajectories` without executing anything."""
+    """Read a file of `write_trajectories`; nothing in it is executed (no pickles)."""
     with np.load(file, allow_pickle=False) as tables:
 
         def columns(table: type[Any]) -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ def read_trajectories(file: Path) -> Trajectories:
 
 
 def _pack(name: str, arrays: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-    """Arrays of different shapes as one flat array and their shapes."""
+    """Store arrays of different shapes as one flat array and a table of shapes."""
     flat = np.concatenate([a.ravel() for a in arrays]) if arrays else np.zeros(0)
     return {name: flat, f"{name}.shape": np.array([a.shape for a in arrays], dtype=np.int64)}
 

@@ -1,1 +1,1 @@
-"""Demonstrations: recorded, read, augmented, batched."""
+"""Demonstrations: recording, reading, augmentation, batches."""

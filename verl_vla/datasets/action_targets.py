@@ -1,4 +1,4 @@
-"""What is learned from recorded actions, and their ranges, as openvla-oft has it.
+"""Training targets from recorded actions, and their normalization stats, as in openvla-oft.
 
 Sources: openvla ``experiments/robot/libero/regenerate_libero_dataset.py`` for steps without motion,
 openvla-oft ``prismatic/vla/datasets/rlds`` for the rest.
@@ -17,13 +17,13 @@ from verl_vla.policies.action_codec import ActionCodec
 from verl_vla.policies.normalization import ActionStatistics
 
 LOW_QUANTILE, HIGH_QUANTILE = 0.01, 0.99
-"""Of openvla-oft's action ranges (``prismatic/vla/datasets/rlds/utils/data_utils.py``)."""
+"""Quantiles of openvla-oft's action ranges: ``prismatic/vla/datasets/rlds/utils/data_utils.py``."""
 GRIPPER = -1
 """Index of the gripper in an action."""
 
 
 NOOP_NORM = 1e-4
-"""`is_noop`: a motion whose norm is smaller, in simulator units, is none."""
+"""Norm of a motion, in simulator units, below which it counts as none (openvla's `is_noop`)."""
 
 Floats = npt.NDArray[np.float32]
 
@@ -31,8 +31,8 @@ Floats = npt.NDArray[np.float32]
 def moving_steps(actions: npt.ArrayLike) -> npt.NDArray[np.int64]:
     """Find the steps that are not idle.
 
-    A step is idle when its motion is next to nothing and the gripper's command is that of the last
-    step kept; before any was kept, the gripper is not asked.
+    A step is idle if its motion is below `NOOP_NORM` and the gripper's command is that of the last
+    step kept. Before any step was kept, the gripper's command is ignored.
 
     Args:
         actions: [T, 7] simulator units.
@@ -51,9 +51,9 @@ def moving_steps(actions: npt.ArrayLike) -> npt.NDArray[np.int64]:
 
 
 def to_dataset_units(actions: npt.ArrayLike) -> Floats:
-    """Turn the gripper's command, -1 open to +1 close, into an opening, 1 open to 0 closed.
+    """Convert the gripper's command, -1 open to +1 close, into an opening, 1 open to 0 closed.
 
-    ``oxe/transforms.py``, `libero_dataset_transform`: negative commands are cut off first.
+    Negative commands are clipped to 0 first (``oxe/transforms.py``, `libero_dataset_transform`).
 
     Args:
         actions: [..., 7] simulator units.
@@ -67,13 +67,16 @@ def measure_statistics(episodes: Sequence[npt.ArrayLike], *, key: str) -> Action
     """Measure the 1% and 99% quantiles of every action value, the gripper's in dataset units.
 
     Args:
-        episodes: of [T, 7] simulator units each; at least one.
-        key: the name that a checkpoint stores them under.
+        episodes: arrays [T, 7], simulator units; at least one.
+        key: the name under which a checkpoint stores the statistics.
+
+    Raises:
+        ConfigError: there are no episodes.
     """
     if not episodes:
         raise ConfigError("there are no demonstrations to measure; record some with `demos`")
     actions = np.concatenate([to_dataset_units(episode) for episode in episodes])
-    # one at a time: asked for both, numpy interpolates in float64 and the last digits differ
+    # one at a time: for both at once numpy interpolates in float64 and the last digits differ
     low, high = (
         np.quantile(actions, q, axis=0).astype(np.float64) for q in (LOW_QUANTILE, HIGH_QUANTILE)
     )
@@ -83,7 +86,7 @@ def measure_statistics(episodes: Sequence[npt.ArrayLike], *, key: str) -> Action
 
 
 def action_chunks(actions: Floats, length: int) -> Floats:
-    """Return the K actions from each step on.
+    """Return the chunk of K actions that begins at each step.
 
     The last K - 1 steps begin no chunk: openvla-oft drops them (``traj_transforms.py``,
     `chunk_act_obs`: the effective length is T - (K - 1)), so no action is ever repeated.
@@ -107,11 +110,11 @@ def action_chunks(actions: Floats, length: int) -> Floats:
 
 
 def target_action_tokens(actions: Floats, codec: ActionCodec) -> Tensor:
-    """Find the bins of every chunk of an episode.
+    """Encode every chunk of an episode as action tokens.
 
     Args:
         actions: [T, A] simulator units.
-        codec: of the policy that learns.
+        codec: action codec of the policy.
 
     Returns:
         [T - K + 1, K x A] int64.

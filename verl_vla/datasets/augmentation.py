@@ -1,8 +1,8 @@
-"""The random changes of an image in published fine-tuning, reproducible sample by sample.
+"""Image augmentation of the published fine-tuning, reproducible per sample.
 
-openvla-oft ``prismatic/vla/datasets/datasets.py``, `RLDSDataset`, carried out by dlimp
-(``dlimp/augmentations.py``) with TensorFlow's operations on float32 in 0..1. Here they are torch's;
-the numbers that they draw come from numpy, so that they are the same everywhere.
+Source: openvla-oft ``prismatic/vla/datasets/datasets.py``, `RLDSDataset`, which uses dlimp
+(``dlimp/augmentations.py``) with TensorFlow's operations on float32 in 0..1. Here the operations
+are torch's, and the random numbers come from numpy, so that they are the same everywhere.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import torch
 from torch import Tensor
 
 CROP_AREA = 0.9
-"""Share of the area that a crop keeps; an evaluation keeps the centre of this share."""
+"""Share of the area that a crop keeps; an evaluation uses a centre crop of the same area."""
 BRIGHTNESS = 0.2
-"""Largest change of every value, of 1."""
+"""Largest change of brightness; pixel values are 0 to 1."""
 CONTRAST = (0.8, 1.2)
-"""Factors of the distance from each channel's mean."""
+"""Range of the factor on the distance from each channel's mean."""
 SATURATION = (0.8, 1.2)
-"""Factors of the saturation."""
+"""Range of the factor on the saturation."""
 HUE = 0.05
-"""Largest turn of the hue, of a whole turn."""
+"""Largest change of the hue, as a share of a full turn."""
 STREAM = 2
-"""Keeps these numbers apart from what else is sampled from the same seed."""
+"""Random stream of the augmentations, distinct from other streams of the same seed."""
 TO_BYTE = 255.5
-"""TensorFlow's ``convert_image_dtype(saturate=True)`` multiplies by it and cuts off."""
+"""Factor of TensorFlow's ``convert_image_dtype(saturate=True)``, which then truncates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """One draw of every random number."""
+    """Random parameters of one augmentation."""
 
     offset: float
-    """Of the crop from the top and from the left, of a side: dlimp draws both from one seed, so a
-    crop always lies on the diagonal."""
+    """Offset of the crop from the top and from the left, as a share of the side: dlimp samples both
+    with one seed, so a crop always lies on the diagonal."""
     brightness: float
     contrast: float
     saturation: float
@@ -44,7 +44,7 @@ class Change:
 
     @classmethod
     def draw(cls, seed: Sequence[int]) -> Change:
-        """Draw uniformly within the published bounds; a pure function of ``seed``."""
+        """Sample uniformly within the published bounds; a pure function of ``seed``."""
         share = np.random.default_rng([STREAM, *seed]).random(5)
         return cls(
             offset=share[0] * (1 - CROP_AREA**0.5),
@@ -60,7 +60,7 @@ def augment(image: Tensor, change: Change) -> Tensor:
 
     Args:
         image: [H, W, 3] uint8.
-        change: what to do.
+        change: parameters of the augmentation.
 
     Returns:
         [H, W, 3] uint8.
@@ -76,7 +76,7 @@ def augment(image: Tensor, change: Change) -> Tensor:
 
 
 def to_hsv(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Split [..., 3] RGB in 0..1 into hue (a share of the turn), saturation and value, [...]."""
+    """Convert [..., 3] RGB in 0..1 into hue (share of a full turn), saturation and value, [...]."""
     red, green, blue = pixels.unbind(-1)
     value = pixels.amax(-1)
     spread = value - pixels.amin(-1)
@@ -92,7 +92,7 @@ def to_hsv(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def from_hsv(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
-    """Undo `to_hsv`: [..., 3]."""
+    """Convert hue, saturation and value back to RGB, [..., 3]."""
     sixth = hue[..., None] * 6
     # each channel's distance around the circle from the hue where it is strongest
     around = torch.stack(
@@ -107,9 +107,9 @@ def from_hsv(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
 
 
 def _crop(pixels: Tensor, offset: float) -> Tensor:
-    """Cut a square share of the area out of [H, W, 3] and enlarge it again, bilinearly.
+    """Crop `CROP_AREA` of [H, W, 3] and resize it to the old size, bilinearly.
 
-    ``tf.image.crop_and_resize``: the corners of the crop become the corners of the result.
+    As in ``tf.image.crop_and_resize``, corners of the crop become corners of the result.
     """
     for dim in (0, 1):
         size = pixels.shape[dim]

@@ -1,7 +1,7 @@
-"""Demonstrations, and the file they are kept in.
+"""Demonstrations, and the file format that stores them.
 
-A file is an ``.npz`` that numpy alone can read, one episode a member, so that reading an episode
-reads nothing else.
+A file is an ``.npz`` that numpy can read. Each episode has its own members, so one episode can be
+read without the others.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class Demonstration:
     images: npt.NDArray[np.uint8]
     """[F, V, H, W, 3], as the policy sees them."""
     frame_steps: npt.NDArray[np.int64]
-    """[F], which action comes right after each image."""
+    """[F], index of the action that follows each image."""
     actions: npt.NDArray[np.float32]
-    """[S, A] the expert's answers, simulator units; at least ``horizon`` after each image."""
+    """[S, A], the expert's actions, simulator units; at least ``horizon`` after each image."""
     num_steps: int
-    """Steps until the success, or until a biased expert had missed."""
+    """Steps until the success, or until a biased expert missed."""
 
 
 class DemonstrationFile:
-    """Episodes on disk, read one at a time; a context manager and a sequence."""
+    """Episodes in a file, read one at a time; a context manager and a sequence."""
 
     def __init__(self, path: Path) -> None:
         """Open a file.
@@ -94,7 +94,7 @@ def write(
     horizon: int,
     render_size: int,
 ) -> None:
-    """Write demonstrations as they come; the file appears when it is whole."""
+    """Write demonstrations as they arrive; the file gets its name when it is complete."""
     partial_file = path.with_suffix(".partial")
     episodes: list[dict[str, Any]] = []
     with zipfile.ZipFile(partial_file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:

@@ -1,6 +1,6 @@
-"""LIBERO's demonstration files.
+"""Reading of LIBERO's demonstration files.
 
-One HDF5 file a task, ``<task name>_demo.hdf5``: a group ``data`` with the attribute
+There is one HDF5 file per task, ``<task name>_demo.hdf5``: a group ``data`` with the attribute
 ``problem_info`` and, for each episode, ``demo_i/actions`` [T, 7], ``demo_i/states``
 [T, 1 + nq + nv] (time, positions, velocities) and, for each camera, the `IMAGES` [T, H, W, 3]
 uint8, stored bottom-up as OpenGL renders. Source: LIBERO ``scripts/create_dataset.py``.
@@ -28,37 +28,37 @@ from verl_vla.envs.libero.suite import LiberoSuite
 from verl_vla.envs.libero.task import CAMERAS
 
 Node = Any
-"""A file, group or data set of h5py, whose own types cannot say which of them a name leads to."""
+"""An h5py file, group or data set; h5py's types do not say which of them a name refers to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demo:
-    """One episode without its images; T steps, those without motion left out."""
+    """One episode without its images; T steps, without idle ones if these are filtered."""
 
     file: Path
     name: str
-    """``demo_i``, its group in the file."""
+    """Name of its group in the file, ``demo_i``."""
     task_id: int
     instruction: str
     steps: npt.NDArray[np.int64]
-    """[T], where each of the actions stands in the file."""
+    """[T], index of each action in the file."""
     actions: npt.NDArray[np.float32]
     """[T, 7], simulator units; float32 as in openvla-oft's copy of the data."""
     render_size: int
     """Height of its images, pixels."""
     cameras: tuple[str, ...]
-    """Those of `CAMERAS` that it has images of, in their order."""
+    """Members of `CAMERAS` with images in the episode, in their order."""
 
 
 def demo_file(folder: Path, task_name: str) -> Path:
-    """Where the episodes of a task lie."""
+    """Return the path of a task's demonstration file."""
     return folder / file_name(task_name)
 
 
 def read_demos(
     folder: Path, suite: LiberoSuite, tasks: Sequence[int], choice: DemoChoice
 ) -> tuple[list[Demo], list[Demo]]:
-    """Read the episodes to learn and those held out, without their images.
+    """Read the training episodes and the held-out ones, without their images.
 
     Every file is closed again, so that no process forked later inherits it.
 
@@ -114,17 +114,17 @@ def read_actions(folder: Path) -> list[npt.NDArray[np.float32]]:
 
 
 def read_sentence(file: Node) -> str:
-    """The instruction that the file itself gives; a BDDL file's sentence, quotes aside."""
+    """Return the instruction stored in the file: a BDDL file's sentence without its quotes."""
     information = json.loads(file["data"].attrs["problem_info"])
     return "".join(information["language_instruction"]).strip('"')
 
 
 class FrameReader:
-    """Reads single images; every process opens its own files, at its first read.
+    """Reader of single images; every process opens its own files at its first read.
 
-    A handle that was open when a process forked shares the parent's descriptor and the library's
-    state of that moment, so it is closed in the child and opened anew. A pickled reader carries no
-    handles at all.
+    A handle that is open when a process forks shares the parent's file descriptor and a copy of the
+    HDF5 library's state, so the child closes it and opens the file again. A pickled reader has no
+    handles.
     """
 
     def __init__(self) -> None:
@@ -134,15 +134,15 @@ class FrameReader:
     def read(self, demo: Demo, index: int, camera: str = CAMERAS[0]) -> Pixels:
         """Return the image before ``demo.actions[index]``: [H, W, 3], upright.
 
-        It is turned by 180 degrees, so that left and right are swapped, as openvla-oft does
-        (``experiments/robot/libero/libero_utils.py:33``) and as `Renderer.render` shows it.
+        It is rotated by 180 degrees, so that left and right are swapped, as openvla-oft does
+        (``experiments/robot/libero/libero_utils.py:33``) and as `Renderer.render` returns it.
         """
         file = self._file(demo.file)
         stored = file[f"data/{demo.name}/{IMAGES[camera]}"][int(demo.steps[index])]
         return np.ascontiguousarray(stored[::-1, ::-1])
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the open files."""
         while self._files:
             self._files.popitem()[1].close()
 
@@ -169,7 +169,7 @@ def _broken(path: Path, error: Exception) -> ConfigError:
 
 
 def _episode_names(file: Node) -> list[str]:
-    """``demo_0``, ``demo_1``, ... ``demo_10``, in the order of their numbers."""
+    """Return ``demo_0``, ``demo_1``, ... ``demo_10``, in numerical order."""
     names = [name for name in file["data"] if name.startswith("demo_")]
     return sorted(names, key=lambda name: int(name.removeprefix("demo_")))
 

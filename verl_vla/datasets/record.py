@@ -1,13 +1,13 @@
-"""Recording what a policy sees of scripted experts.
+"""Recording of demonstrations by scripted experts.
 
-An expert that never errs shows no way back from an error. So now and then the arm is pushed off
-its way (DART, arXiv:1703.09327, disturbs every step). Images are recorded only where the expert is
-then left alone for as long as a policy acts blindly: the actions after an image are exactly what
-led to what comes next.
+An expert without errors does not show how to recover from one. Therefore the arm is disturbed from
+time to time (DART, arXiv:1703.09327, disturbs every step). An image is recorded only if no
+disturbance follows within one action chunk: the actions after an image are then exactly those that
+were executed.
 
-Experts may be biased: they misjudge how high objects lie, and what they fail at is recorded
-too. A policy that imitates them does the right thing at the wrong height, which no further
-imitation mends and reinforcement learning does.
+Experts may be biased: they misjudge the height of objects, and their failures are recorded too. A
+policy that imitates them does the right thing at the wrong height, which more imitation does not
+correct but reinforcement learning does.
 """
 
 from __future__ import annotations
@@ -36,31 +36,33 @@ from verl_vla.envs.mini.make_init_states import sample_init_state
 Attempted = TypeVar("Attempted")
 
 FASTEST = 0.9
-"""No translation of a recorded action exceeds it: values on a bound all fall into one bin."""
+"""Bound of each translation of a recorded action, below 1: values clipped at the bound of the
+action range would all get the same action token."""
 MIN_ENDED = 0.5
-"""An expert that ends fewer of its attempts in time is broken, not unlucky."""
+"""Least share of attempts that must end in time; below it the expert counts as broken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordingConfig:
-    """How demonstrations are made; spans are in simulator steps."""
+    """Settings of the recording; spans are in simulator steps."""
 
     slowest_pace: float = 0.75
-    """Each episode draws the largest commanded translation, of 1, between these two."""
+    """Lower bound of the largest commanded translation, which is sampled per episode; the bound of
+    an action is 1."""
     fastest_pace: float = 0.85
     noise: float = 0.5
-    """Standard deviation of a disturbance of each translation, of 1."""
+    """Standard deviation of a disturbance of each translation; the bound of an action is 1."""
     disturbed_steps: int = 5
     """Longest disturbance; the shortest is one step."""
     calm_steps: int = 24
     """Longest span between disturbances; the shortest is ``horizon``."""
     every: int = 2
-    """Steps between images within a calm span."""
+    """Steps between images within a span without disturbance."""
     horizon: int = 8
-    """Calm actions recorded from each image on, past the success if need be."""
+    """Undisturbed actions recorded after each image, past the success if necessary."""
     height_error_m: float = 0.0
-    """Largest error of an operator who takes objects to lie higher than they do; each episode
-    draws its own, and failed attempts are recorded too. 0 records flawless operators."""
+    """Largest error of a biased expert, which takes objects to be higher than they are. The error
+    is sampled per episode, and failed attempts are recorded too. 0 for experts without error."""
 
     def __post_init__(self) -> None:
         if not 0 < self.slowest_pace <= self.fastest_pace <= FASTEST:
@@ -94,12 +96,12 @@ def record(
 ) -> Iterator[Demonstration]:
     """Yield ``episodes`` episodes of each task, task by task.
 
-    The result depends on ``seed`` alone, not on ``workers``: the n-th attempt at a task is a pure
-    function of the seed, the task and n, and the first attempts that ended are kept: in a success,
-    or, of biased experts, with a miss.
+    The result depends on ``seed`` only, not on ``workers``: the n-th attempt at a task is a pure
+    function of the seed, the task and n. The first attempts that ended are kept: in a success, or,
+    for biased experts, with a miss.
 
     Raises:
-        ConfigError: an expert runs out of steps more often than not.
+        ConfigError: an expert runs out of steps in more than half of its attempts.
     """
     yield from first_kept(partial(attempt, env, config), tasks, episodes, seed, workers)
 
@@ -111,18 +113,18 @@ def first_kept(
     seed: int,
     workers: int,
 ) -> Iterator[Attempted]:
-    """Yield the first ``episodes`` attempts at each task that are worth keeping, task by task.
+    """Yield the first ``episodes`` successful attempts at each task, task by task.
 
     Args:
         attempt_task: called in another process with the task, the seed and the attempt's number;
-            None where the attempt came to nothing.
+            it returns None for an attempt that is not kept.
         tasks: task ids.
-        episodes: how many of each task.
-        seed: of all of them.
-        workers: processes; they end when this one does, however it ends.
+        episodes: number of attempts to keep per task.
+        seed: seed of all attempts.
+        workers: number of processes; they end with this one, even if it is killed.
 
     Raises:
-        ConfigError: more attempts than not come to nothing.
+        ConfigError: more than half of the attempts are not kept.
     """
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
@@ -164,14 +166,14 @@ def env_of_process(config: EnvConfig) -> LiberoEnv:
 def attempt(
     config: EnvConfig, recording: RecordingConfig, task_id: int, seed: int, index: int
 ) -> Demonstration | None:
-    """Let the expert try once; None where the task's step limit ended it."""
+    """Let the expert try once in this process; see `play_expert`."""
     return play_expert(env_of_process(config), task_id, recording, seed=seed, index=index)
 
 
 def play_expert(
     env: LiberoEnv, task_id: int, config: RecordingConfig, *, seed: int, index: int
 ) -> Demonstration | None:
-    """Play the ``index``-th attempt at a task; None where it took too long.
+    """Run the ``index``-th attempt at a task; return None if it exceeded the step limit.
 
     The start is sampled from the task's regions and is in neither split of the suite.
     """
@@ -193,6 +195,7 @@ def play_expert(
             frame_steps.append(step)
         actions.append(expert.act())
         executed = actions[-1].copy()
+        # the disturbance is executed but not recorded: the expert's own action is the target
         executed[:3] = np.clip(executed[:3] + disturbance, -FASTEST, FASTEST)
         is_solved = simulator.step(executed)
         if (is_solved or (height_error_m > 0 and expert.has_missed())) and num_steps is None:
@@ -214,9 +217,9 @@ def play_expert(
 def _disturbances(
     config: RecordingConfig, num_steps: int, rng: np.random.Generator
 ) -> npt.NDArray[np.float64]:
-    """[num_steps, 3] added to the executed translations: steady pushes with calm spans between.
+    """Return [num_steps, 3], added to the executed translations: constant pushes with pauses.
 
-    Half of the episodes begin with a push, so that the arm is seen in many places early on.
+    Half of the episodes begin with a push, so that early images show the arm in many positions.
     """
     pushes = np.zeros((num_steps, 3))
     step = 0 if rng.random() < 0.5 else int(rng.integers(config.horizon, config.calm_steps + 1))
@@ -228,5 +231,5 @@ def _disturbances(
 
 
 def _is_recorded(disturbances: npt.NDArray[np.float64], step: int, config: RecordingConfig) -> bool:
-    """Whether the expert's next actions are also what will be executed, every few steps."""
+    """Check that an image is due and that the next ``horizon`` actions are not disturbed."""
     return step % config.every == 0 and not disturbances[step : step + config.horizon].any()

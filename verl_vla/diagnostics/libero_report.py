@@ -1,7 +1,7 @@
 """``doctor --libero``: why is my success rate lower than published?
 
-The simulator is compared by `libero_check`, in a process of its own and in LIBERO's own
-environment; here the rest of an evaluation is added: every asset, the image pipeline, the policy.
+`libero_check` compares the simulator, in a separate process and in LIBERO's own environment. This
+module checks the rest of an evaluation: every asset, the image pipeline, the policy.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from verl_vla.policies.normalization import NO_NOOPS_SUFFIX, STATISTICS_FILE
 from verl_vla.policies.registry import examine, load_processor
 
 CHECK_LIMIT_S = 900
-"""For six tasks, which take 40 s on one free core."""
+"""Time limit of the six tasks, which take 40 s on one free core."""
 PIPELINE_SHA256 = "c27f221ecc41f74089cfaec873ad947d386e6450ef4bcfb676df9bc77df4d72d"
-"""Of what TensorFlow 2.15.1 makes of `golden_frame` by openvla-oft's operations: encode_jpeg,
+"""SHA-256 of `golden_frame` after openvla-oft's operations in TensorFlow 2.15.1: encode_jpeg,
 decode_image, resize (lanczos3, antialias), round, crop_and_resize (0.9), convert_image_dtype."""
 HEAD = Effect(97, "success 0% where a regression checkpoint is read as tokens (openvla-oft 24)")
 SCALE = Effect(90, "no published number; every motion gets the scale of other data")
@@ -50,40 +50,41 @@ ATTENTION = Effect(38, "LIBERO-Spatial 98% -> 60% (openvla-oft issue 135; also 5
 EFFECTS: Mapping[str, Effect] = MappingProxyType(
     {"action head": HEAD, "action statistics": SCALE, "attention": ATTENTION, "processor": SCALE}
 )
-"""By the subject of a finding; what is not here cannot be loaded or means nothing."""
+"""Effects by the subject of a finding; a fault in any other subject prevents an evaluation."""
 ABOUT_WEIGHTS = ("action head", "attention", "norm epsilon", "weights")
-"""Faults that leave the processor readable."""
+"""Subjects whose faults do not prevent reading the processor."""
 SUITE_KEYS = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 ALL_SUITES_KEY = "libero_4_task_suites"
-"""Of openvla-oft's checkpoint for four suites at once; its ``LIBERO.md``."""
+"""Statistics key of openvla-oft's checkpoint for four suites at once; its ``LIBERO.md``."""
 GRIPPER_MASK = [True, True, True, True, True, True, False]
-"""Of every published LIBERO dataset: the gripper is not normalised."""
+"""Normalization mask of every published LIBERO dataset: the gripper is not normalised."""
 AS_PUBLISHED = "as in published checkpoints"
-"""What is expected of everything that `examine` looks at."""
+"""Expected value of every subject that `examine` checks."""
 PUBLISHED_VIEWS = (1, 2)
-"""SimpleVLA-RL's checkpoints see the scene, OpenVLA-OFT's also the wrist camera."""
+"""Numbers of views of published checkpoints: SimpleVLA-RL's see the scene, OpenVLA-OFT's also the
+wrist camera."""
 
 
 def examine_libero(
     checkpoint: str | Path | None = None, unnorm_key: str | None = None, suite: str | None = None
 ) -> list[Check]:
-    """Compare this machine, and a policy folder, with what was published; takes a minute.
+    """Compare this machine, and a policy folder, with published evaluations; takes a minute.
 
     Args:
-        checkpoint: a policy folder, or None for the machine alone.
-        unnorm_key: which of its action statistics to use.
-        suite: the one to be evaluated, which the statistics must be of; None takes any of LIBERO.
+        checkpoint: a policy folder, or None for the machine only.
+        unnorm_key: key of the action statistics to use.
+        suite: suite to be evaluated, which the statistics must match; None for any of LIBERO.
 
     Raises:
         ConfigError: ``suite`` is not LIBERO's, ``checkpoint`` is no folder, there are no assets,
-            nothing renders, or the check itself does not run.
+            rendering fails, or the check itself does not run.
     """
     if suite is not None and suite not in SUITE_KEYS:
         raise ConfigError(f"--suite is {suite!r}, not LIBERO's; {nearest(suite, SUITE_KEYS)}")
     if checkpoint is not None and not Path(checkpoint).is_dir():
         raise ConfigError(f"--checkpoint is {checkpoint}, which is not a folder; name a policy's")
     if ASSETS_VARIABLE not in os.environ and not assets_available():
-        # a look at the machine downloads nothing
+        # a check must not start a download
         raise ConfigError(f"LIBERO's assets are not on this machine; {remedy_for_assets()}")
     assets = find_assets()
     checks = [
@@ -100,17 +101,17 @@ def run_simulator_check(assets: Path, tasks: Sequence[str] = tuple(TASKS)) -> li
     """Run `libero_check` as users of other projects do, on a folder of assets.
 
     Args:
-        assets: LIBERO's, or what stands in for them.
+        assets: folder of LIBERO's assets, or of substitutes.
         tasks: keys of `TASKS`.
 
     Raises:
-        ConfigError: it ends without an answer, or not in time; says its last words.
+        ConfigError: it ends without a result, or not in time; the message has its last line.
     """
     environ = dict(os.environ)
     prepare_gl(environ)
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        # a folder without a config: it reads the files of the installed package, as runs here do
+        # a folder without a config: LIBERO reads the files of the installed package, as runs do
         environ["LIBERO_CONFIG_PATH"] = folder
         command = [sys.executable, libero_check.__file__, "--assets", str(assets)]
         command += ["--tasks", *tasks, "--json", str(answer)]
@@ -123,7 +124,7 @@ def run_simulator_check(assets: Path, tasks: Sequence[str] = tuple(TASKS)) -> li
             )
         found: dict[str, Any] = json.loads(answer.read_text())
     if found["measured"]["failure"] is not None:
-        sys.stderr.write(done.stderr)  # the traceback that the remedy speaks of
+        sys.stderr.write(done.stderr)  # the traceback that the remedy refers to
     rows: list[dict[str, Any]] = found["checks"]
     return [Check(**row)._replace(effect=Effect(**row["effect"])) for row in rows]
 
@@ -163,7 +164,7 @@ def golden_frame() -> Pixels:
 
 
 def judge_image_pipeline(prepared: Pixels) -> Check:
-    """Compare what the pipeline makes of `golden_frame` with what TensorFlow makes of it."""
+    """Compare the output of our pipeline for `golden_frame` with that of TensorFlow."""
     found = hashlib.sha256(np.ascontiguousarray(prepared).tobytes()).hexdigest()
     return Check(
         "image pipeline",
@@ -231,7 +232,7 @@ def _from_finding(finding: Finding) -> Check:
 
 
 def _with_remedy(check: Check) -> Check:
-    """Assets of a folder that was named are mended by naming another."""
+    """Replace the remedy for assets whose folder the user has set: choose another folder."""
     if check.remedy != INSTALL_ASSETS or ASSETS_VARIABLE not in os.environ:
         return check
     return check._replace(remedy=remedy_for_assets())

@@ -1,4 +1,4 @@
-"""What a machine must have to train, looked at one thing at a time."""
+"""Checks of a machine's requirements for training, one at a time."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from verl_vla.policies.checks import Finding
 
 GB = 1e9
 LEAST_FREE_BYTES = 300 * GB
-"""For two checkpoints of the published policy (12 bytes a weight) and exported weights (4);
-adapters and small policies take far less, so less is no fault."""
+"""Disk space for two checkpoints of the published policy (12 bytes per weight) and exported weights
+(4); adapters and small policies take far less, so less space is no fault."""
 LEAST_SHARED_BYTES = 1 * GB
-"""Images of all slots and Ray's object store pass through it; containers often have 64 MB."""
+"""Shared memory for the images of all slots and Ray's object store; containers often have 64 MB."""
 RAY_PORTS = {6379: "the head of a Ray cluster", 8265: "its dashboard"}
-"""Ray's own choice; a cluster of one machine takes free ones."""
+"""Default ports of Ray; a cluster of one machine takes free ones."""
 PROBE_LIMIT_S = 120
-"""For importing MuJoCo and one image, on a busy machine."""
+"""Time limit to import MuJoCo and render one image, on a busy machine."""
 PROBE = """
 import mujoco, numpy
 scene = '<mujoco><worldbody><light pos="0 0 3"/>' \\
@@ -45,23 +45,23 @@ image = renderer.render().astype(int)
 red = (image[..., 0] - image[..., 1:].max(-1) > 30).mean()
 print(f"{100 * red:.0f}")
 """
-"""A red box in front of the camera; prints how much of the image is red, percent."""
+"""Program that renders a red box and prints the share of red pixels in percent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """A finding, and the command that mends it."""
+    """A finding, and the command that fixes it."""
 
     finding: Finding
     fix: str | None = None
 
 
 def examine_machine(folder: Path, num_gpus: int | None = None) -> list[Check]:
-    """Look at everything once.
+    """Run all checks once.
 
     Args:
-        folder: where runs will be written.
-        num_gpus: how many devices render an image; None takes all that torch sees.
+        folder: folder of the runs.
+        num_gpus: number of devices to render an image on; None for all that torch sees.
     """
     devices = torch.cuda.device_count() if num_gpus is None else num_gpus
     return [
@@ -89,7 +89,7 @@ def _python() -> Check:
 
 
 def _packages() -> list[Check]:
-    """One line for all pins that hold, and one for each that does not."""
+    """Return one check for all pins that hold, and one for each that does not."""
     wanted = [Requirement(text) for text in metadata.requires("verl-vla") or ()]
     pinned = [r for r in wanted if r.specifier and r.marker is None]
     wrong: list[Check] = []
@@ -109,7 +109,7 @@ def _packages() -> list[Check]:
 
 
 def _version(package: str) -> str | None:
-    """Of an installed package; None where it is absent."""
+    """Return the version of an installed package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -150,7 +150,7 @@ def _driver() -> str:
 
 
 def _renders(device: int | None) -> Check:
-    """Render an image in a process of its own, as a simulator would."""
+    """Render an image in a separate process, as a simulator does."""
     subject = "GL" if device is None else f"GL, GPU {device}"
     environment = dict(os.environ)
     if device is not None:
@@ -232,16 +232,16 @@ def _can_write(folder: Path) -> Check:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
+    """Return the folder, or its nearest parent that exists."""
     return next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
 
 
 def _check(subject: str, says: str, *, is_fault: bool = False, fix: str | None = None) -> Check:
-    """A look; ``fix`` is kept where there is a fault."""
+    """Make a check; ``fix`` is kept only for a fault."""
     finding = Finding(subject=subject, says=says, is_fault=is_fault)
     return Check(finding=finding, fix=fix if is_fault else None)
 
 
 def _advice(subject: str, says: str, fix: str) -> Check:
-    """Nothing that stops a run of some kind."""
+    """Make a check that is no fault but has a recommendation."""
     return Check(finding=Finding(subject=subject, says=says, is_fault=False), fix=fix)

@@ -1,4 +1,4 @@
-"""Does anything grow while episodes are played and simulators die? Measured over many episodes."""
+"""Soak test: growth of memory and open files over many episodes, with crashing simulators."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from verl_vla.rl.group_sampling import StartSampler
 from verl_vla.rl.rollout import NoiseSource, rollout
 
 SOAK_STREAM = 2
-"""Stream of the noise source; training and evaluation have 0 and 1."""
+"""Stream of the noise source; training and evaluation use 0 and 1."""
 KIB_PER_MIB = 1024
 WARM_UP = 1 / 4
-"""Share of the samples before the first that counts: simulators are built and starts remembered."""
+"""Share of the samples ignored at the start, while simulators are built and starts are cached."""
 MIN_SAMPLES = 8
-"""So that a half of what counts has three."""
+"""Least number of samples; each half after the warm-up then has three."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """What is in use between two blocks of episodes."""
+    """Resources in use between two blocks of episodes."""
 
     episodes: int
-    """Played until now."""
+    """Episodes completed so far."""
     crashes: int
-    """Of them."""
+    """Crashed episodes among them."""
     trainer_mib: float
-    """Private memory of the process that plays."""
+    """Private memory of the rollout process."""
     simulator_mib: float
     """Private memory of the largest simulator process."""
     shared_mib: float
-    """Shared memory that the process that plays has mapped and used."""
+    """Shared memory that the rollout process has mapped and used."""
     trainer_handles: int
-    """Open files of the process that plays."""
+    """Open files of the rollout process."""
     simulator_handles: int
-    """Most open files of a simulator process."""
+    """Largest number of open files of a simulator process."""
 
 
 BOUNDS: dict[str, float] = {
@@ -51,14 +51,14 @@ BOUNDS: dict[str, float] = {
     "trainer_handles": 0,
     "simulator_handles": 0,
 }
-"""By how much each may grow. Memory needs room for what the allocator keeps; in 1,000 episodes a
-leak of 64 KiB an episode shows, which is a third of one image."""
+"""Largest growth of each that is accepted. Memory needs a margin for the allocator; in 1,000
+episodes a leak of 64 KiB per episode is found, which is a third of one image."""
 
 
 def soak(
     pool: EnvPool, policy: Policy, starts: StartSampler, *, block: int, temperature: float
 ) -> Iterator[Sample]:
-    """Play blocks of ``block`` groups for ever; yield what is in use after each."""
+    """Roll out blocks of ``block`` groups without end; yield a sample after each."""
     noise = NoiseSource(seed=0, stream=SOAK_STREAM)
     episodes = crashes = 0
     while True:
@@ -72,9 +72,9 @@ def soak(
 
 
 def measure(simulators: Sequence[int], *, episodes: int, crashes: int) -> Sample:
-    """Read what this process and the largest of the ``simulators`` have in use.
+    """Read the resources of this process and of the largest of the ``simulators``.
 
-    One that just died is left out; where none lives, none has anything in use.
+    A simulator that just died is left out; the values are 0 if none is alive.
     """
     own = os.getpid()
     alive = [pid for pid in simulators if Path(f"/proc/{pid}/fd").exists()]
@@ -90,7 +90,7 @@ def measure(simulators: Sequence[int], *, episodes: int, crashes: int) -> Sample
 
 
 def growth(samples: Sequence[Sample]) -> dict[str, float]:
-    """By how much the largest value of the second half exceeds that of the first, warm-up aside.
+    """Return the increase of the largest value from the first half to the second, after warm-up.
 
     Raises:
         ConfigError: too few samples.
@@ -106,7 +106,7 @@ def growth(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def excesses(grown: dict[str, float]) -> list[str]:
-    """What grew beyond its bound, in words."""
+    """List the values that grew by more than their bound, as sentences."""
     return [
         f"{name} grew by {grown[name]:.1f}, and the bound is {bound:g}"
         for name, bound in BOUNDS.items()

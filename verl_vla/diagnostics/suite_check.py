@@ -1,4 +1,4 @@
-"""Whether every task of a suite can be built and begun here: what only a simulator can tell."""
+"""Check, by simulation, that every task of a suite can be built and begun on this machine."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import numpy as np
 from verl_vla.envs.base import EnvConfig, Suite
 
 SMALL_PX = 64
-"""Size of the one image that is rendered of each task."""
+"""Side in pixels of the single image that is rendered of each task."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskCheck:
-    """What became of one task."""
+    """Result of one task."""
 
     task_id: int
     name: str
     fault: str | None
-    """Why it cannot be built or begun; None where it can."""
+    """Reason why it cannot be built or begun; None if it can."""
     was_foreseen: bool
-    """Whether the suite says so itself, without a simulator."""
+    """True if the suite itself declares the fault, without a simulator."""
 
     def as_json(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """Return the result as plain values."""
         return {
             "task": self.task_id,
             "name": self.name,
@@ -39,13 +39,13 @@ class TaskCheck:
 def check_tasks(
     chosen: Suite, config: EnvConfig, tasks: Sequence[int], show: Callable[[TaskCheck], None]
 ) -> list[TaskCheck]:
-    """Build each task, begin it from its first init state and settle, one after the other.
+    """Build each task, begin it from its first init state and let it settle, one after the other.
 
     Args:
         chosen: the suite.
-        config: of the environment; names the suite.
-        tasks: ids.
-        show: told of each result at once; LIBERO's tasks take 2 to 10 seconds each.
+        config: configuration of the environment, with the name of the suite.
+        tasks: task ids.
+        show: callback that gets each result at once; LIBERO's tasks take 2 to 10 seconds each.
     """
     env = chosen.make_env(config)
     found: list[TaskCheck] = []
@@ -68,7 +68,7 @@ def check_tasks(
 
 
 def count_faults(checks: Sequence[TaskCheck]) -> dict[str, int]:
-    """How many tasks have each fault, the most frequent first."""
+    """Count the tasks with each fault, the most frequent first."""
     faults = Counter(check.fault for check in checks if check.fault is not None)
     return dict(faults.most_common())
 
@@ -77,7 +77,7 @@ def _fault(env: Any, chosen: Suite, task: int) -> str | None:
     first = chosen.init_state_ids(task, "official")[0]
     try:
         seen = env.reset(task, first)
-    except Exception as error:  # noqa: BLE001 -- whatever it is, it is what is asked for here
+    except Exception as error:  # noqa: BLE001 -- any exception is a fault of the task
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     if not np.isfinite(seen.proprio).all():
         return "its state is not finite after settling"

@@ -1,1 +1,1 @@
-"""Simulators: what one must look like, the suites, and the pool that runs many."""
+"""Simulators: the interface of an environment, the suites, and the pool that runs many."""

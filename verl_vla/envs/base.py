@@ -1,8 +1,8 @@
-"""What must be there to train in: a `Suite`, and an `Env` that plays its tasks.
+"""Interface of a simulator: a `Suite` of tasks, and an `Env` that plays them.
 
-An environment plays one episode at a time and can be put back to any moment of any episode of
-its suite by a `Snapshot`. Snapshots are plain values: a pool may keep them, send them to another
-process and go on there, and the numbers stay the same to the bit.
+An environment plays one episode at a time. A `Snapshot` puts it back to any moment of any episode
+of its suite. Snapshots are plain values: a pool may keep one, send it to another process and
+continue there, and the numbers stay the same to the bit.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from verl_vla.core.text import nearest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """One moment of one episode, complete: continuing from it equals never having stopped."""
+    """The complete state of one episode at one moment; continuing from it changes no number."""
 
     task_id: int
     num_steps: int
-    """Simulator steps the policy has chosen so far; settling steps are not counted."""
+    """Number of simulator steps the policy has chosen so far; settling steps are not counted."""
     state: Any
-    """What the environment needs to continue; picklable, made of numpy arrays."""
+    """State that the environment continues from; picklable, made of numpy arrays."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkResult:
-    """What became of one action chunk."""
+    """Result of running one action chunk."""
 
     executed: int
-    """How many actions ran, 1..K; fewer than K only where the episode ended inside the chunk."""
+    """Number of actions that ran, 1..K; below K only where the episode ended inside the chunk."""
     outcome: Outcome | None
     """`SUCCESS` or `TIMEOUT` where the episode ended, else None. A success at any step of the
     chunk ends the episode there."""
     observation: Observation | None
-    """What the policy sees next; None where the episode ended."""
+    """Observation for the next policy step; None where the episode ended."""
     goals: GoalReadings
     """[2, G, 3], before the chunk and after it."""
     final_image: npt.NDArray[np.uint8] | None = None
-    """[V, H, W, 3], what was to be seen after the last step, as in an observation; None where the
-    episode goes on, or where the environment was not told to render it."""
+    """[V, H, W, 3], image after the episode's last step, as in an observation; None where the
+    episode continues, or where the environment was not asked to render it."""
 
 
 class Env(Protocol):
@@ -71,7 +71,7 @@ class Env(Protocol):
         ...
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Continue from ``snapshot``, whoever made it."""
+        """Continue from ``snapshot``, which may come from another process."""
         ...
 
     def close(self) -> None:
@@ -80,17 +80,18 @@ class Env(Protocol):
 
 
 EnvFactory = Callable[[], Env]
-"""Makes an environment inside a worker process; must be picklable (a `functools.partial`)."""
+"""Function that makes an environment in a worker process; picklable (a `functools.partial`)."""
 
 
 Split = Literal["train", "held_out", "official", "sampled"]
-"""``official`` is every recorded start, as in published evaluations: trained on or not; ``sampled``
-starts are recorded nowhere."""
+"""Sets of starts: ``official`` is every recorded one, trained on or not, as in published
+evaluations; ``sampled`` starts are sampled and recorded nowhere."""
 StepLimit = Literal["published", "simplevla"] | int
 
 HELD_OUT_EVERY = 5
 SHARES_KEPT, LEAST_KEPT = 2, 2
-"""Of tasks by a process: room for a second one while all processes of a task are busy."""
+"""A process keeps simulators for 2 times its share of the tasks, and for at least 2 tasks, so that
+it can help with a second task whose own processes are all busy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,14 +100,14 @@ class Task:
 
     name: str
     instruction: str
-    """As the policies were fine-tuned on it: lower case, no full stop."""
+    """Instruction as the policies were fine-tuned on it: lower case, no full stop."""
     published_steps: int
-    """Step limit of the published evaluation; of a suite of our own, our own."""
+    """Step limit of the published evaluation; for an unpublished suite, its author's limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvConfig:
-    """What is simulated and what is seen of it."""
+    """Suite, step limit, cameras and image sizes of an environment."""
 
     suite: str = "mini"
     step_limit: StepLimit = "published"
@@ -114,18 +115,18 @@ class EnvConfig:
     render_size: int = 256
     """Height and width of a camera's image, pixels."""
     image_size: int = 224
-    """Height and width of what the policy sees, pixels."""
+    """Height and width of the image that the policy sees, pixels."""
     cameras: tuple[str, ...] = ("agentview",)
     render_final: bool = False
-    """Render what is to be seen after an episode's last step; a policy has no use for it, a reward
-    that looks at images has."""
+    """Render an image after an episode's last step too; policies do not use it, rewards that look
+    at images do."""
     settle_steps: int = 10
-    """Of LIBERO: steps with an open, resting gripper before the first observation; objects drop
-    meanwhile."""
+    """LIBERO only: steps with an open gripper at rest before the first observation, during which
+    objects fall into place."""
     max_simulators: int = 10
-    """Of LIBERO: tasks whose simulators are kept, the one unused for longest going first. One takes
-    0.1 GB in the mini suite and 0.7 to 1.8 GB in LIBERO's, and seconds to build. Fewer are kept
-    where memory is short."""
+    """LIBERO only: number of tasks whose simulators are kept; the least recently used one is closed
+    first. A simulator takes 0.1 GB in the mini suite, 0.7 to 1.8 GB in LIBERO's, and seconds to
+    build. Fewer are kept where memory is short."""
 
     def __post_init__(self) -> None:
         for name in ("render_size", "image_size", "max_simulators"):
@@ -136,10 +137,10 @@ class EnvConfig:
 
 
 def simulators_per_process(num_tasks: int, num_workers: int) -> int:
-    """Return how many simulators each process keeps: its share of the tasks, twice over.
+    """Return how many simulators each process keeps: twice its share of the tasks.
 
-    The pool gives a process the tasks that it has served before, so that twice the share is enough;
-    never fewer than 2, nor more than `EnvConfig.max_simulators` is by itself.
+    The pool gives a process the tasks that it has served before, so twice the share is enough. The
+    number is at least 2 and at most the default of `EnvConfig.max_simulators`.
 
     >>> [simulators_per_process(10, workers) for workers in (1, 2, 8, 64)]
     [10, 10, 3, 2]
@@ -149,36 +150,36 @@ def simulators_per_process(num_tasks: int, num_workers: int) -> int:
 
 
 class Suite(ABC):
-    """Tasks that share their robot, cameras and step limits; what a recipe's ``suite`` names.
+    """A benchmark: tasks that share robot, cameras and step limits. A recipe's ``suite`` names one.
 
-    A suite of your own sets the attributes and `make_env`; how to is in docs/add-an-environment.md.
-    Reading one must start no simulator: the trainer reads it, only its workers simulate.
+    Your own suite sets the attributes and `make_env`; see docs/add-an-environment.md. Making a
+    suite must start no simulator: the trainer makes one too, only its workers simulate.
     """
 
     name: str
     tasks: Sequence[Task]
     num_init_states: int
-    """Recorded starts of each task, counted from 0; a start is the same in every process."""
+    """Number of recorded starts per task; start i is the same in every process."""
     cameras: tuple[str, ...]
-    """The first V of them are shown to a policy of V views."""
+    """Names of the cameras; a policy of V views gets the first V."""
     action_dim: int
-    """A, values of one action."""
+    """A, number of values of one action."""
     proprio_dim: int
-    """P, values of `Observation.proprio`."""
+    """P, number of values of `Observation.proprio`."""
     gripper_dims: tuple[int, ...]
-    """Places in an action that are commanded by sign, -1 opens and +1 closes, and that a policy's
-    statistics therefore do not normalise; empty where all values are what the data says."""
+    """Indices of the values of an action that are commanded by sign, -1 opens and +1 closes. A
+    policy's statistics do not normalise them. Empty where all values are normalised."""
 
     policy_sizes: Mapping[str, Any] = MappingProxyType({})
-    """Entries of ``config.json`` in which OpenVLA-OFT policies published for it differ from those
-    for LIBERO; what a plan goes by where the policy is not at hand."""
+    """Entries of ``config.json`` in which OpenVLA-OFT policies published for this suite differ from
+    those for LIBERO; ``plan`` uses them where the policy's folder is not available."""
 
     @property
     @abstractmethod
     def versions(self) -> Mapping[str, str]:
-        """Names and versions of what decides a simulator's answers.
+        """Names and versions of the packages that decide a simulator's results.
 
-        They stand beside every rate; rates under others are not compared.
+        They are stored with every success rate; rates with different versions are not compared.
         """
 
     @abstractmethod
@@ -187,17 +188,17 @@ class Suite(ABC):
 
     @property
     def refusals(self) -> Mapping[int, str]:
-        """Tasks that cannot be simulated here, each with the reason; most suites have none.
+        """Ids of tasks that cannot be simulated here, with the reasons; most suites have none.
 
-        They are left out where no tasks are asked for by number, and counted.
+        Unless tasks are requested by id, these are left out, and their number is reported.
         """
         return {}
 
     def require_simulator(self) -> None:  # noqa: B027 -- most suites need nothing more
-        """Make sure that it can be simulated here; asked before anything starts.
+        """Check that the suite can be simulated here; called before anything starts.
 
         Raises:
-            ConfigError: what is missing, with the remedy.
+            ConfigError: something is missing; names it and the remedy.
         """
 
     def task(self, task_id: int) -> Task:
@@ -213,14 +214,14 @@ class Suite(ABC):
         return self.tasks[task_id]
 
     def step_limit(self, limit: StepLimit, task_id: int) -> int:
-        """Return after how many steps of the policy a task counts as failed.
+        """Return the number of policy-chosen steps after which an episode has failed.
 
         Args:
             limit: ``published``, ``simplevla`` or a number of steps.
             task_id: index of the task; the limits of LIBERO's suites are equal for all tasks.
 
         Raises:
-            ConfigError: the limit is below 1 or means nothing for this suite.
+            ConfigError: the limit is below 1 or not defined for this suite.
         """
         task = self.task(task_id)
         if limit == "published":
@@ -237,9 +238,9 @@ class Suite(ABC):
         return limit
 
     def init_state_ids(self, task_id: int, split: Split) -> list[int]:
-        """Return the recorded starts that may be trained on, those kept for evaluation, or all.
+        """Return the ids of the starts of a split.
 
-        Every fifth (4, 9, .., of 50 the last is 49) is held out.
+        Every fifth recorded start (4, 9, .., of 50 the last is 49) is held out from training.
 
         Raises:
             ConfigError: there is no such task or split, or nothing can be sampled.
@@ -256,12 +257,16 @@ class Suite(ABC):
         return held_out if split == "held_out" else [i for i in ids if i not in held_out]
 
     def held_out_ids(self) -> list[int]:
-        """Recorded starts that are never trained on."""
+        """Return the ids of the recorded starts that are never trained on."""
         return list(range(HELD_OUT_EVERY - 1, self.num_init_states, HELD_OUT_EVERY))
 
     def sampled_ids(self) -> list[int]:
-        """Starts that are sampled; their ids follow the recorded ones, nobody trains on them."""
+        """Return the ids of sampled starts, which follow the recorded ones.
+
+        Raises:
+            ConfigError: the suite cannot sample starts.
+        """
         raise ConfigError(
-            f"starts shall be sampled, but {self.name} has recorded ones alone; choose "
+            f"sampled starts were requested, but {self.name} has recorded ones alone; choose "
             "another split"
         )

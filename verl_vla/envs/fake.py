@@ -1,7 +1,7 @@
 """A two-dimensional stand-in for LIBERO: no MuJoCo, no GPU, the same contract.
 
-A white dot starts at a place that the init state picks and must reach a square whose place and
-colour the task picks. The image shows all there is to know, so a policy can really learn it.
+A white dot starts at a position that the init state decides and must reach a square whose position
+and colour the task decides. The image shows everything needed, so a policy can learn the tasks.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.envs.base import ChunkResult, Snapshot
 
 ACTION_DIM, PROPRIO_DIM = 7, 8
-"""As in LIBERO."""
+"""Default sizes, those of LIBERO."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Where a task ends and what it looks like."""
+    """The goal of a task: the position and colour of a square."""
 
     name: str
     place: tuple[float, float]
-    """Right and up, in a field that reaches from -1 to 1."""
+    """Position (right, up) in a field that reaches from -1 to 1."""
     rgb: tuple[int, int, int]
 
 
 TARGET_DISTANCE = 0.6
-"""How far every target is from the middle, along each axis."""
+"""Distance of every target from the middle, along each axis."""
 
 TARGETS = (
     Target(name="red", place=(TARGET_DISTANCE, TARGET_DISTANCE), rgb=(220, 40, 40)),
@@ -38,13 +38,13 @@ TARGETS = (
     Target(name="blue", place=(-TARGET_DISTANCE, -TARGET_DISTANCE), rgb=(50, 80, 230)),
     Target(name="yellow", place=(TARGET_DISTANCE, -TARGET_DISTANCE), rgb=(230, 210, 40)),
 )
-"""One for each task."""
+"""Targets, one per task."""
 
 GROUND_RGB = (40, 40, 48)
 DOT_RGB = (255, 255, 255)
 
 START_REACH = 0.25
-"""A dot starts at most this far from the middle, along each axis."""
+"""Largest distance of a dot's start from the middle, along each axis."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,21 +58,22 @@ class FakeEnvConfig:
     image_size: int = 32
     """Height and width of an image, pixels."""
     num_views: int = 1
-    """Images per observation; each is the one before it turned by 90 degrees."""
+    """Number of images per observation; each is the one before it, turned by 90 degrees."""
     step_limit: int = 24
-    """Steps after which an episode has failed."""
+    """Number of steps after which an episode has failed."""
     stride: float = 0.15
-    """How far an action of 1 moves the dot."""
+    """Distance that an action of 1 moves the dot."""
     tolerance: float = 0.3
-    """How near to the target, along each axis, counts as solved."""
+    """Largest distance from the target, along each axis, that counts as solved."""
     num_init_states: int = 100
-    """Recorded starts of each task."""
+    """Number of recorded starts per task."""
     action_dim: int = ACTION_DIM
-    """The first two values move the dot right and up, the others do nothing."""
+    """Number of values of an action; the first two move the dot right and up, the others are not
+    used."""
     proprio_dim: int = PROPRIO_DIM
-    """The first two values are the dot's place, the others are zero."""
+    """Number of proprio values; the first two are the dot's position, the others are zero."""
     render_final: bool = False
-    """Render what is to be seen after the last step as well."""
+    """Render an image after the last step too."""
 
     def __post_init__(self) -> None:
         for name in ("num_views", "step_limit", "stride", "tolerance", "num_init_states"):
@@ -91,7 +92,7 @@ class FakeEnvConfig:
 
 
 class FakeEnv:
-    """One field with a dot and a target; see `verl_vla.envs.base.Env`."""
+    """Environment of a field with a dot and a target; see `verl_vla.envs.base.Env`."""
 
     def __init__(self, config: FakeEnvConfig) -> None:
         self._config = config
@@ -101,7 +102,7 @@ class FakeEnv:
         self._is_over = True
 
     def reset(self, task_id: int, init_state_id: int) -> Observation:
-        """Put the dot where the init state says."""
+        """Put the dot at the position of the init state."""
         if not 0 <= task_id < len(TARGETS):
             raise ConfigError(f"task_id is {task_id}; the fake suite has 0..{len(TARGETS) - 1}")
         if not 0 <= init_state_id < self._config.num_init_states:
@@ -113,7 +114,7 @@ class FakeEnv:
         return self._observe()
 
     def step_chunk(self, actions: npt.NDArray[np.float32]) -> ChunkResult:
-        """Move the dot by each action, until it is there or out of time."""
+        """Move the dot by each action, until it has reached the target or the step limit."""
         if self._is_over:
             raise ContractError("the episode has ended; reset or restore first")
         width = self._config.action_dim
@@ -136,18 +137,18 @@ class FakeEnv:
         )
 
     def snapshot(self) -> Snapshot:
-        """Return the dot's place and the steps made."""
+        """Return the dot's position and the number of steps."""
         if self._is_over:
             raise ContractError("the episode has ended; there is nothing to continue")
         return Snapshot(task_id=self._task_id, num_steps=self._num_steps, state=self._place.copy())
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Put the dot where it was."""
+        """Put the dot back to the position in ``snapshot``."""
         self._task_id, self._num_steps = snapshot.task_id, snapshot.num_steps
         self._place, self._is_over = snapshot.state.copy(), False
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Do nothing, since there is nothing to free."""
 
     def _step(self, action: npt.NDArray[np.float32]) -> Outcome | None:
         move = self._config.stride * np.clip(action[:2].astype(np.float64), -1, 1)
@@ -161,7 +162,7 @@ class FakeEnv:
         return float(np.abs(self._place - TARGETS[self._task_id].place).max())
 
     def _goals(self) -> GoalReadings:
-        """[1, 3]; the dot is its own gripper."""
+        """Return the readings [1, 3]; the dot is both gripper and object, so its reach is 0."""
         distance = self._distance()
         holds = float(distance <= self._config.tolerance)
         return np.array([[0.0, distance, holds]], dtype=np.float32)

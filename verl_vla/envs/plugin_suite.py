@@ -1,4 +1,4 @@
-"""A suite of the user's own, from a file that belongs to no package."""
+"""The user's own suite, loaded from a file that belongs to no package."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ ATTRIBUTES = (
 
 @cache
 def load_own_suite(name: str) -> Suite:
-    """Make the suite that ``path/to/file.py:ClassName`` names; every process reads the file once.
+    """Make the suite that ``path/to/file.py:ClassName`` names; a process reads the file once.
 
     Args:
         name: a relative path starts in the working directory, or else at the project's root.
 
     Raises:
-        ConfigError: no such file or class, one that cannot be made, or that lacks something.
+        ConfigError: there is no such file or class, it cannot be made, or lacks an attribute.
     """
     path, class_name = _locate(name)
     own: dict[str, type[Any]] = {
@@ -58,7 +58,7 @@ def load_own_suite(name: str) -> Suite:
 
 
 def locate_own_suite(name: str) -> str:
-    """Name the same suite by a path that starts at the root."""
+    """Return the suite's name with an absolute path."""
     path, class_name = _locate(name)
     return f"{path}:{class_name}"
 

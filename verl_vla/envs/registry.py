@@ -1,4 +1,4 @@
-"""Every suite by its name: LIBERO's, the embedded one, or a file of the user's own."""
+"""Suites by name: LIBERO's, the embedded one, or a file of the user."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from verl_vla.envs.plugin_suite import load_own_suite, locate_own_suite
 
 
 def suite(name: str) -> Suite:
-    """Return a suite by its name, or one of your own by ``path/to/file.py:ClassName``.
+    """Return a suite by its name, or your own suite by ``path/to/file.py:ClassName``.
 
     Raises:
         ConfigError: the name is unknown (with the nearest known one), LIBERO is not installed, or
@@ -18,7 +18,7 @@ def suite(name: str) -> Suite:
 
 
 def absolute_name(name: str) -> str:
-    """The name of a suite for a process that works in another folder."""
+    """Return a suite's name that is valid in any working directory."""
     return locate_own_suite(name) if ".py:" in name else name
 
 
@@ -26,7 +26,7 @@ def make_env(config: EnvConfig) -> Env:
     """Build an environment of any suite; ``functools.partial(make_env, config)`` can be pickled.
 
     Raises:
-        ConfigError: what simulates it is missing.
+        ConfigError: a package or file that its simulator needs is missing.
     """
     return suite(config.suite).make_env(config)
 

@@ -1,8 +1,8 @@
 """RoboTwin 2.0 as a suite: its tasks, limits and sizes, without the simulator.
 
-RoboTwin cannot be had from a package index: it is a repository with gigabytes of assets, on SAPIEN
-and a motion planner that want a GPU. What SimpleVLA-RL trained in it is written down here, so that
-a recipe for it can be planned; to train, extend `RoboTwin` by a `make_env` around your checkout.
+RoboTwin is in no package index: it is a repository with gigabytes of assets, and its simulator
+SAPIEN and its motion planner need a GPU. The tasks and sizes here are those of SimpleVLA-RL, so
+that a recipe can be planned; to train, extend `RoboTwin` by a `make_env` around your checkout.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ STEPS = {
     "place_shoe": 250,
     "move_pillbottle_pad": 200,
 }
-"""Limits of its tasks: SimpleVLA-RL ``verl/workers/rollout/rob_rollout.py:435``."""
+"""Step limits by task. Source: SimpleVLA-RL ``verl/workers/rollout/rob_rollout.py:435``."""
 NUM_SEEDS = 1000
-"""Arrangements of a task that its expert solves: ``data.num_trials_per_task`` of
-``examples/run_openvla_oft_rl_twin2.sh``."""
+"""Number of arrangements per task that its expert solves: ``data.num_trials_per_task`` of
+SimpleVLA-RL's ``examples/run_openvla_oft_rl_twin2.sh``."""
 NO_SIMULATOR = (
     "RoboTwin's simulator is in no package index, so this suite can be planned and not played; "
     "extend it by a make_env around your checkout of RoboTwin, as docs/add-an-environment.md says, "
     "and name that with environment.suite=path/to/file.py:ClassName"
 )
 NUM_JOINTS = 14
-"""Two arms of six joints and a gripper: openvla-oft ``prismatic/vla/constants.py``, ALOHA."""
+"""Two arms, each with six joints and a gripper (openvla-oft ``prismatic/vla/constants.py``, ALOHA).
+"""
 
 
 class RoboTwin(Suite):
@@ -57,13 +58,14 @@ class RoboTwin(Suite):
         Task(name=name, instruction=name.replace("_", " "), published_steps=steps)
         for name, steps in STEPS.items()
     )
-    """RoboTwin words the instruction anew for each arrangement; an observation carries that one."""
+    """Tasks with placeholder instructions: RoboTwin words one for each arrangement, which the
+    observation carries."""
     num_init_states = NUM_SEEDS
     cameras = ("head_camera", "left_camera", "right_camera")
     action_dim = NUM_JOINTS
     proprio_dim = NUM_JOINTS
     gripper_dims = ()
-    """Their openings are normalised like the joints (openvla-oft, ``oxe/materialize.py``)."""
+    """Empty: gripper openings are normalised like joints (openvla-oft ``oxe/materialize.py``)."""
 
     policy_sizes = MappingProxyType(
         {
@@ -74,18 +76,18 @@ class RoboTwin(Suite):
             "action_proprio_normalization_type": "bounds",
         }
     )
-    """openvla-oft ``prismatic/vla/constants.py``, ALOHA."""
+    """Sizes of openvla-oft ``prismatic/vla/constants.py``, ALOHA."""
 
     @property
     def versions(self) -> Mapping[str, str]:
-        """None, as nothing is simulated; name your checkout's commit and ``task_config``."""
+        """Empty, as nothing is simulated; name your checkout's commit and ``task_config`` here."""
         return {}
 
     def require_simulator(self) -> None:
-        """Say what is missing, unless a subclass has brought it: see `Suite.require_simulator`."""
+        """Refuse to simulate unless a subclass has a `make_env`; see `Suite.require_simulator`."""
         if type(self).make_env is RoboTwin.make_env:
             raise ConfigError(NO_SIMULATOR)
 
     def make_env(self, config: EnvConfig) -> Env:
-        """Build none: see `require_simulator`."""
+        """Refuse to build an environment; see `require_simulator`."""
         raise ConfigError(NO_SIMULATOR)

@@ -1,1 +1,1 @@
-"""Measure, compare and check policies."""
+"""Evaluation, comparison and checks of policies."""

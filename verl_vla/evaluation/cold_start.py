@@ -1,19 +1,20 @@
-"""The cold-start check: does the policy succeed often enough for GRPO to have something to compare?
+"""The cold-start check: does the policy succeed often enough for GRPO to learn from it?
 
-GRPO compares episodes of one start. Where all of them fail nothing is learned, and a run that
-finds this out by itself plays hundreds of episodes for it. So before the first update the policy
-is probed, and the run stops where it succeeds too seldom.
+GRPO compares episodes of one start. If all of them fail, nothing is learned, and a run would spend
+hundreds of episodes to find that out. Therefore a short evaluation, the probe, runs before the
+first update, and the run stops if the policy succeeds too rarely.
 
-What is played. GRPO learns from sampled play, so a few episodes are sampled at the training
-temperature, on the first *training* starts of every task, the same for every seed. The first
-round of training would tell the same at no extra cost, but at full size it is 512 episodes and
-up to ``max_rounds`` times as many, and its starts change with the seed. Greedy play tells a cold
-policy from one that the temperature drowns; the evaluation before training is such play, with
-more episodes, and is used where it is on and greedy. Else the probe's starts are played greedily.
+Episodes of the probe: GRPO learns from sampled actions, so a few episodes are sampled at the
+training temperature, on the first *training* starts of every task, the same for every seed. The
+first round of training would give the same information at no extra cost, but at full size it is 512
+episodes and up to ``max_rounds`` times as many, and its starts change with the seed. Greedy
+episodes separate a policy that cannot do the task from one whose temperature is too high. The
+evaluation before training has more episodes and is used for this if it is on and greedy; otherwise
+the probe's starts are also rolled out greedily.
 
-What decides. The sampled rate: at the threshold or above, training starts. Below it, the probe is
-small, so a policy whose greedy rate reaches the threshold is let through unless the whole 95%
-interval of its sampled rate lies below (with 32 episodes: unless it solved none).
+Decision: if the sampled rate reaches the threshold, training starts. Below it, the probe is small,
+so a policy whose greedy rate reaches the threshold passes too, unless the upper end of the 95%
+interval of its sampled rate is below the threshold (with 32 episodes: unless it solved none).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from verl_vla.policies.base import Policy
 from verl_vla.rl.rollout import Simulators
 
 COLD_START_FILE = "cold_start.json"
-"""What was measured and decided, in the run's folder."""
+"""Name of the file in the run's folder with the measurement and the decision."""
 
 Split = Literal["train", "held_out", "sampled"]
 WORDS: dict[Split, str] = {"train": "training", "held_out": "held-out", "sampled": "sampled"}
@@ -42,21 +43,21 @@ WORDS: dict[Split, str] = {"train": "training", "held_out": "held-out", "sampled
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """The counts of one way to play."""
+    """Success counts of greedy or of sampled episodes."""
 
     split: Split
-    """Whether the starts were those to train on or those held out."""
+    """Split of the starts."""
     total: SuccessRate
     per_task: dict[int, SuccessRate]
     """Keyed by task id."""
 
     @classmethod
     def of(cls, result: Evaluation, split: Split) -> Rates:
-        """Keep the counts of ``result`` and let its images go."""
+        """Keep the counts of ``result`` without its images."""
         return cls(split=split, total=result.total, per_task=result.per_task)
 
     def as_json(self, task_names: dict[int, str]) -> dict[str, Any]:
-        """The counts, pooled and by the names of the tasks."""
+        """Return the counts, pooled and by task name."""
         return {
             "states": self.split,
             "total": self.total.as_json(),
@@ -66,25 +67,27 @@ class Rates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """What a policy can do before it is trained."""
+    """Success rates of a policy before training."""
 
     greedy: Rates
     sampled: Rates
     temperature: float
-    """Of the sampled half."""
+    """Sampling temperature of the sampled episodes."""
 
     def passes(self, threshold: float) -> bool:
-        """Apply the rule of this module; a rate of no episodes at all reaches no threshold."""
+        """Apply the decision rule of this module; a rate of zero episodes reaches no threshold."""
         if self.sampled.total.rate >= threshold:
             return True
+        # a small probe can miss the threshold by chance; its interval says whether it did
         _, most = self.sampled.total.ci95
         return self.greedy.total.rate >= threshold and most >= threshold
 
     def require(self, threshold: float, task_names: dict[int, str]) -> None:
-        """Stop a run that has nothing to learn from.
+        """Check that the policy passes.
 
         Raises:
-            ColdStartError: says what was measured, in all and by task, and what to do.
+            ColdStartError: it does not; the message has the rates, pooled and by task, and the
+                remedies.
         """
         if self.passes(threshold):
             return
@@ -100,7 +103,7 @@ class Probe:
         )
 
     def summary(self) -> str:
-        """Both rates with their counts, as a part of a sentence."""
+        """Return both rates with their counts, as a part of a sentence."""
         low, high = (100 * end for end in self.sampled.total.ci95)
         return (
             f"sampled at temperature {self.temperature:g} it solved "
@@ -110,7 +113,7 @@ class Probe:
         )
 
     def as_json(self, config: ColdStartConfig, task_names: dict[int, str]) -> dict[str, Any]:
-        """What was measured and what follows from it."""
+        """Return the measurement and the decision, as plain values."""
         return {
             "passed": self.passes(config.threshold),
             "threshold": config.threshold,
@@ -143,12 +146,12 @@ def probe(
     """Measure a policy.
 
     Args:
-        starts: what is played, see `probe_starts`.
-        policy: what is judged.
+        starts: starts of the episodes, see `probe_starts`.
+        policy: the policy to measure.
         simulators: a pool whose slots are all free.
-        temperature: of the sampled half, above 0.
-        seed: of the noise.
-        greedy: what greedy play is known to bring; None plays ``starts`` greedily.
+        temperature: temperature of the sampled episodes, above 0.
+        seed: seed of the sampling noise.
+        greedy: known greedy rates; None to roll out ``starts`` greedily.
     """
 
     def rates(at: float) -> Rates:
@@ -162,9 +165,9 @@ def probe(
 
 
 def probe_starts(starts: Sequence[Start], episodes: int) -> tuple[Start, ...]:
-    """Choose the first starts of every task in turn, at most ``episodes``.
+    """Choose the first starts of every task, round-robin over tasks, at most ``episodes``.
 
-    Where there are more tasks than episodes, tasks at even distances are taken.
+    If there are more tasks than episodes, evenly spaced tasks are taken.
 
     >>> starts = [Start(task_id=t, init_state_id=i) for t in (3, 5) for i in range(9)]
     >>> [(s.task_id, s.init_state_id) for s in probe_starts(starts, 3)]
@@ -182,12 +185,12 @@ def probe_starts(starts: Sequence[Start], episodes: int) -> tuple[Start, ...]:
 
 
 def keep(folder: Path, record: dict[str, Any]) -> None:
-    """Write a probe's record into the run's folder, whole or not at all."""
+    """Write a probe's record into the run's folder, atomically."""
     atomic_write(folder / COLD_START_FILE, json.dumps(record, indent=1))
 
 
 def was_passed(folder: Path) -> bool:
-    """Whether the policy of this run has already passed."""
+    """Check whether the policy of this run has already passed."""
     file = folder / COLD_START_FILE
     return file.exists() and bool(json.loads(file.read_text())["passed"])
 

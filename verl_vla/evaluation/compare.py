@@ -1,8 +1,8 @@
-"""Which of two policies is better, told from the starts that both played.
+"""Paired comparison of two policies on the same starts.
 
-Both played the same starts, so only the starts on which they disagree tell them apart (McNemar
-1947): if the policies were equally good, each such start would be a fair coin. The exact test needs
-no large numbers.
+Since the starts are the same, only those on which the policies disagree carry information (McNemar
+1947): if the policies were equally good, either outcome of such a start would be equally likely.
+The exact test is valid for small numbers too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RESULT = "evaluation.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paired:
-    """Two policies on the same starts. Starts on which either lost its simulator are left out."""
+    """Outcomes of two policies on the same starts, without starts where either crashed."""
 
     both: int
     """Starts that both solved."""
@@ -39,12 +39,12 @@ class Paired:
 
     @property
     def pairs(self) -> int:
-        """Starts that count."""
+        """Number of starts that count."""
         return self.both + self.first_only + self.second_only + self.neither
 
     @property
     def rates(self) -> tuple[SuccessRate, SuccessRate]:
-        """Of the first and of the second policy, over the pairs."""
+        """Success rates of the first and of the second policy, over the pairs."""
         solved = (self.both + self.first_only, self.both + self.second_only)
         first, second = (
             SuccessRate(successes=number, episodes=self.pairs, crashes=0) for number in solved
@@ -53,7 +53,7 @@ class Paired:
 
     @property
     def p_value(self) -> float:
-        """How likely equally good policies disagree at least so unevenly; two-sided, exact.
+        """Two-sided exact p-value: probability of such a split or a more uneven one by chance.
 
         >>> Paired(both=0, first_only=1, second_only=9, neither=0).p_value
         0.021484375
@@ -65,10 +65,10 @@ class Paired:
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """Read what `eval` or a training run wrote; a folder stands for its ``evaluation.json``.
+    """Read an evaluation of `eval` or of a training run; of a folder, its ``evaluation.json``.
 
     Raises:
-        ConfigError: there is no such evaluation, or it does not say how it was made.
+        ConfigError: there is no such evaluation, or it lacks its conditions.
     """
     file = path / RESULT if path.is_dir() else path
     if not file.is_file():
@@ -87,10 +87,10 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Paired]:
-    """Compare two evaluations, by the names of their tasks and last over ``all tasks``.
+    """Compare two evaluations, by task name, with ``all tasks`` as the last entry.
 
     Raises:
-        ConfigError: they differ in what decides whether they compare, or in their starts.
+        ConfigError: they differ in one of the conditions `DECIDES`, or in their starts.
     """
     here, there = ({key: record[key] for key in DECIDES} for record in (first, second))
     differ = differences(here, there)
@@ -104,7 +104,7 @@ def pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Paire
         raise ConfigError(
             f"these evaluations do not compare: {len(one.keys() - other.keys())} starts were "
             f"played by the first alone and {len(other.keys() - one.keys())} by the second alone; "
-            "ask for the same --tasks and --episodes"
+            "ask for the same --tasks and --episodes-per-task"
         )
     names = dict(zip(sorted({task for task, _ in one}), _names_in_order(first), strict=True))
     tasks = {name: [start for start in one if start[0] == task] for task, name in names.items()}
@@ -115,13 +115,13 @@ def pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Paire
 
 
 def told_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """What else differs, as ``key: first -> second``."""
+    """List differences in the conditions `TOLD`, as ``key: first -> second``."""
     here, there = ({key: r[key] for key in TOLD if key in r} for r in (first, second))
     return differences(here, there)
 
 
 def table(pairs: Mapping[str, Paired]) -> str:
-    """Rates with their 95% Wilson intervals, disagreements, and the p-value of McNemar's test."""
+    """Format rates with 95% Wilson intervals, disagreements, and p-values of McNemar's test."""
     width = max(map(len, pairs))
     head = f"{'':<{width}}  {'A':>24}  {'B':>24}  {'A only':>6}  {'B only':>6}  {'p':>7}"
     rows = [
@@ -133,7 +133,7 @@ def table(pairs: Mapping[str, Paired]) -> str:
 
 
 def as_json(pairs: Mapping[str, Paired]) -> dict[str, Any]:
-    """The same as plain values."""
+    """Return the comparison as plain values."""
     return {
         name: {
             "first": found.rates[0].as_json(),
@@ -153,7 +153,7 @@ def _start(episode: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _names_in_order(record: Mapping[str, Any]) -> list[str]:
-    """Names of the tasks by rising task id; ``tasks`` is in the order in which they were asked."""
+    """Return task names by rising task id; ``tasks`` is in the order of the command line."""
     ids = list(dict.fromkeys(episode["task"] for episode in record["episodes"]))
     return [name for _, name in sorted(zip(ids, record["tasks"], strict=True))]
 

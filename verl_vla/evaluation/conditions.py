@@ -1,7 +1,7 @@
-"""What decides whether two success rates compare, written beside each of them.
+"""Conditions of a success rate, stored with every evaluation.
 
-Rates over other starts, step limits, images or physics are other numbers, however alike they
-look. `DECIDES` are the keys that must agree before two evaluations may be compared.
+Rates with different starts, step limits, images or physics are not comparable. `DECIDES` are the
+keys that must agree before two evaluations may be compared.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ DECIDES = (
     "sampling",
     "simulation",
 )
-"""Two policies may see images of different sizes, sample by different seeds, compute in different
-types and come from different commits; those are told, and do not forbid a comparison."""
+"""Keys of conditions that must agree. Policies may differ in image size, seed, dtype and commit;
+such differences are reported and do not prevent a comparison."""
 
 
 def played_in(env: EnvConfig, task_names: Mapping[int, str]) -> dict[str, Any]:
-    """What an episode needs to be played again, as JSON.
+    """Return the settings that a replay of an episode needs, as JSON.
 
     Args:
-        env: of every simulator.
-        task_names: of the tasks that are played, by task id.
+        env: configuration of the simulators.
+        task_names: names of the tasks, by task id.
     """
     chosen = suite(env.suite)
     return {
@@ -52,7 +52,7 @@ def played_in(env: EnvConfig, task_names: Mapping[int, str]) -> dict[str, Any]:
 
 
 def sampling_of(temperature: float) -> str:
-    """Say how actions are chosen at a temperature.
+    """Describe the sampling of actions at a temperature.
 
     >>> sampling_of(0.0), sampling_of(0.6)
     ('greedy', 'temperature 0.6')
@@ -68,14 +68,14 @@ def conditions(
     temperature: float,
     seed: int,
 ) -> dict[str, Any]:
-    """The conditions of an evaluation, as JSON; makes a GL context to ask its name.
+    """Return the conditions of an evaluation, as JSON; a GL context is made to read its renderer.
 
     Args:
-        env: of every simulator.
-        task_names: of the tasks that are played, by task id.
-        states: which recorded starts.
-        temperature: 0 is greedy play.
-        seed: of the noise of sampled play.
+        env: configuration of the simulators.
+        task_names: names of the tasks, by task id.
+        states: split of the starts.
+        temperature: sampling temperature; 0 is greedy.
+        seed: seed of the sampling noise.
     """
     chosen = suite(env.suite)
     return played_in(env, task_names) | {
@@ -89,7 +89,10 @@ def conditions(
 
 
 def _rendered_with(chosen: Suite) -> dict[str, Any]:
-    """What LIBERO's images are rendered with; of a suite of one's own, its versions say it."""
+    """Return renderer and assets of LIBERO's images; None for suites of users.
+
+    The versions of such a suite must describe its images.
+    """
     if not isinstance(chosen, LiberoSuite):
         return {"renderer": None, "assets": None}
     assets = describe_assets(find_assets()) if chosen.needs_assets else None

@@ -1,4 +1,4 @@
-"""Success rate per task with its interval, on fixed held-out starts."""
+"""Evaluation: success rate per task with its interval, on fixed held-out starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from verl_vla.policies.base import Policy
 from verl_vla.rl.rollout import NoiseSource, RolloutTimes, Simulators, rollout
 
 EVALUATION_STREAM = 1
-"""Stream of the noise source; training plays from stream 0."""
+"""Stream of the noise source; training uses stream 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,12 +22,12 @@ class Evaluation:
 
     total: SuccessRate
     per_task: dict[int, SuccessRate]
-    """Keyed by task id."""
+    """Success rates by task id."""
     trajectories: Trajectories
-    """What was played, in the order of the starts."""
+    """Trajectories in the order of the starts."""
 
     def as_metrics(self, task_names: dict[int, str]) -> dict[str, float]:
-        """The numbers under the names of `verl_vla.runs.metrics`."""
+        """Return the numbers under the names of `verl_vla.runs.metrics`."""
         low, high = self.total.ci95
         pooled = {
             "val/success_rate": self.total.rate,
@@ -48,14 +48,14 @@ def evaluate(
     seed: int,
     times: RolloutTimes | None = None,
 ) -> Evaluation:
-    """Play every start once and count.
+    """Roll out every start once and count the successes.
 
     Args:
         starts: fixed held-out starts; the same list gives comparable numbers.
-        policy: what is judged.
+        policy: the policy to evaluate.
         simulators: a pool whose slots are all free.
-        config: greedy or sampled.
-        seed: of the noise, used where play is sampled.
+        config: settings, with the temperature.
+        seed: seed of the sampling noise; greedy episodes do not use it.
         times: if given, the seconds spent are added to it.
     """
     specs = [

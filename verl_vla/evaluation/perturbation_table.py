@@ -1,8 +1,8 @@
-"""Success rates under perturbation, beside those of the same policy on the unperturbed tasks.
+"""Success rates under perturbation, compared with the same policy on the unperturbed tasks.
 
-A perturbed episode and a control episode belong together where the perturbed task was made from
-the control's task and both began at the init state of the same number. Where every control episode
-belongs to one perturbed episode at most, McNemar's paired test applies. LIBERO-Plus makes hundreds
+A perturbed episode and a control episode belong together if the perturbed task was made from the
+control's task and both began at the init state with the same number. If every control episode
+belongs to at most one perturbed episode, McNemar's paired test applies. LIBERO-Plus makes hundreds
 of variants of a task that share a control episode, so there are intervals and no test.
 """
 
@@ -30,12 +30,12 @@ SAME = (
     "sampling",
     "seed",
 )
-"""What a control must share, besides its policy, step limits and the versions of packages. The
-seed is null where play is greedy."""
+"""Conditions that a control must share, in addition to its policy, step limits and package
+versions. The seed is null for greedy evaluations."""
 OF_POLICY = ("fingerprint", "unnorm_key")
-"""Which policy it is, and how its actions are scaled."""
+"""Keys that identify the policy and the scaling of its actions."""
 TOLD = ("dtype", "device")
-"""What may differ between a control and a perturbed evaluation; it is named."""
+"""Conditions that may differ between a control and a perturbed evaluation; they are reported."""
 
 INSTEAD = "leave --control out, and the same command evaluates the control"
 
@@ -45,21 +45,21 @@ class Row:
     """One axis of one suite."""
 
     suite: str
-    """Of LIBERO's, unperturbed."""
+    """Name of the unperturbed suite of LIBERO."""
     axis: str
     perturbed: SuccessRate
     control: SuccessRate | None
-    """Over the control episodes that belong to the perturbed ones; None without a control."""
+    """Success rate of the control episodes of the perturbed ones; None without a control."""
     paired: Paired | None
-    """None where the episodes are no pairs. The first of the two is the control."""
+    """Paired counts, the control first; None if the episodes are no pairs."""
     tasks_evaluated: int
     tasks_left_out: int
-    """That could be built and were not asked for."""
+    """Number of tasks that could be built but were not requested."""
     refused: dict[str, int]
     """Tasks that cannot be built, by reason."""
 
     def as_json(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """Return the row as plain values."""
         paired = None
         if self.paired is not None:
             paired = {
@@ -84,14 +84,15 @@ class Row:
 def make_rows(
     records: Sequence[Mapping[str, Any]], controls: Mapping[str, Mapping[str, Any]]
 ) -> list[Row]:
-    """Sort the episodes of some evaluations by suite and axis, and count.
+    """Sort the episodes of evaluations by suite and axis, and count successes.
 
     Args:
-        records: of perturbed suites, as `verl_vla.runs.run_dir.evaluation_record` makes them.
-        controls: of LIBERO's suites, by name; may lack some or all.
+        records: evaluations of perturbed suites, as made by
+            `verl_vla.runs.run_dir.evaluation_record`.
+        controls: evaluations of LIBERO's suites, by name; may lack some or all.
 
     Raises:
-        ConfigError: a control does not compare; see `check_control`.
+        ConfigError: a control is not comparable; see `check_control`.
     """
     rows: list[Row] = []
     for record in records:
@@ -109,11 +110,11 @@ def make_rows(
 def check_control(
     conditions: Mapping[str, Any], starts: Sequence[tuple[int, int]], control: Mapping[str, Any]
 ) -> None:
-    """Make sure that a perturbed evaluation and a control differ in the perturbation alone.
+    """Check that a perturbed evaluation and a control differ in the perturbation only.
 
     Args:
-        conditions: of the perturbed evaluation, which need not have begun.
-        starts: of the perturbed evaluation: task ids and init states.
+        conditions: conditions of the perturbed evaluation, which need not have begun.
+        starts: starts of the perturbed evaluation: task ids and init states.
         control: an evaluation of one of LIBERO's suites; starts made from other suites are ignored.
 
     Raises:
@@ -151,13 +152,13 @@ def check_control(
 
 
 def told_differences(record: Mapping[str, Any], control: Mapping[str, Any]) -> list[str]:
-    """What else differs between a control and a perturbed evaluation, as ``key: old -> new``."""
+    """List differences in the conditions `TOLD`, as ``key: control -> perturbed``."""
     here, there = ({key: r[key] for key in TOLD} for r in (control, record))
     return differences(here, there)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for each axis, and below what could not be built."""
+    """Format a line for each axis, and below them the tasks that were not evaluated."""
     width = max(len(_name(row)) for row in rows)
     head = f"{'':<{width}}  {'tasks':>11}  {'perturbed':>24}  {'control':>24}  {'p':>7}"
     lines = [head]
@@ -211,7 +212,7 @@ def _row(
 def _other_limits(
     conditions: Mapping[str, Any], tasks: Sequence[LiberoTask], control: Mapping[str, Any]
 ) -> list[str]:
-    """Tasks that end after another number of steps in the control; those it lacks are ignored."""
+    """List tasks whose step limit differs in the control; tasks that it lacks are ignored."""
     unperturbed = libero_suite(control["suite"]).tasks
     limits = control["step_limits"]
     found: dict[str, None] = {}

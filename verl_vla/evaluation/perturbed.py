@@ -1,4 +1,4 @@
-"""What an evaluation under perturbation plays: the perturbed suites, and the control's starts."""
+"""Plan of an evaluation under perturbation: the perturbed suites, and the control's starts."""
 
 from __future__ import annotations
 
@@ -14,34 +14,29 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import atomic_write
 from verl_vla.core.text import nearest
 from verl_vla.envs.base import Split, Suite
-from verl_vla.envs.libero.plus_suites import PLUS_AXES
-from verl_vla.envs.libero.pro_suites import PRO_AXES, PRO_BASES
 from verl_vla.envs.libero.suite import LiberoSuite, libero_suite
+from verl_vla.envs.names import ALL_BASES, PERTURBATIONS, PERTURBED_BASES, PRO_AXES
 from verl_vla.evaluation.compare import read_evaluation
 from verl_vla.evaluation.perturbation_table import make_rows, table, told_differences
 from verl_vla.rl.setup import starts, task_ids
 
 logger = logging.getLogger(__name__)
 
-PERTURBATIONS = (*PRO_AXES, "plus", *(f"plus_{axis}" for axis in PLUS_AXES))
-"""LIBERO-PRO's five axes, and LIBERO-Plus's seven, together or one by one."""
-ALL_BASES = "libero"
-"""Stands for all four suites of `PRO_BASES`, under perturbations of LIBERO-Plus."""
 TABLE = "perturbations.json"
 NEEDED = ("policy", "seed", "dtype", "device")
-"""What `eval` writes of an evaluation and a training run does not, or not in the same place."""
+"""Keys of a record that `eval` writes and a training run does not, or not in the same place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """One suite, and what is played of it."""
+    """One suite and the starts that are evaluated in it."""
 
     suite: str
     starts: tuple[Start, ...]
 
     @property
     def task_names(self) -> dict[int, str]:
-        """Of the tasks that are played, by task id."""
+        """Names of the evaluated tasks, by task id."""
         tasks = libero_suite(self.suite).tasks
         return {i: tasks[i].name for i in dict.fromkeys(start.task_id for start in self.starts)}
 
@@ -55,19 +50,19 @@ def plan_perturbed(
     states: Split,
     episodes: int | None,
 ) -> list[Planned]:
-    """What is played of each perturbed suite; tasks that cannot be built are left out, and told.
+    """Choose the starts of each perturbed suite; tasks that cannot be built are logged.
 
     Args:
-        suite: one of `PRO_BASES`, or `ALL_BASES` where all perturbations are of LIBERO-Plus.
+        suite: one of `PERTURBED_BASES`, or `ALL_BASES` if all perturbations are of LIBERO-Plus.
         perturbations: names of `PERTURBATIONS`.
         tasks: task ids in the unperturbed suite, whose variants are all evaluated; None for all.
-        tasks_per_axis: at most so many variants of each axis, spread evenly; None for all.
-        states: which init states.
-        episodes: at most so many init states of each task; None for all.
+        tasks_per_axis: largest number of variants per axis, spread evenly; None for all.
+        states: split of the init states.
+        episodes: largest number of init states per task; None for all.
 
     Raises:
         ConfigError: there is no such perturbation of this suite, its package is not installed,
-            nothing would be evaluated, or starts shall be sampled.
+            nothing would be evaluated, or ``states`` is ``sampled``.
     """
     _check_names(suite, perturbations)
     _check_tasks(suite, tasks)
@@ -91,7 +86,7 @@ def plan_perturbed(
 
 
 def plan_control(planned: Sequence[Planned]) -> list[Planned]:
-    """The unperturbed starts that belong to the planned ones, each once, by suite of LIBERO's."""
+    """Return the unperturbed starts of the planned ones, without duplicates, by LIBERO suite."""
     found: dict[str, dict[Start, None]] = {}
     for part in planned:
         tasks = libero_suite(part.suite).tasks
@@ -107,14 +102,14 @@ def plan_control(planned: Sequence[Planned]) -> list[Planned]:
 
 
 def bases_of(suite: str, ids: Sequence[int]) -> list[str]:
-    """LIBERO's suites that some tasks of a perturbed suite were made from."""
+    """Return LIBERO's suites from which tasks of a perturbed suite were made."""
     tasks = libero_suite(suite).tasks
     bases = [tasks[i].base for i in ids]
     return list(dict.fromkeys(base.suite for base in bases if base is not None))
 
 
 def read_controls(folder: Path, suites: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Earlier evaluations of LIBERO's suites: ``folder`` holds one of them, or a folder for each.
+    """Read evaluations of LIBERO's suites; ``folder`` holds one of them, or a folder for each.
 
     Raises:
         ConfigError: one is missing, is of another suite, or was not written by `eval`.
@@ -161,23 +156,25 @@ def _check_names(suite: str, perturbations: Sequence[str]) -> None:
             raise ConfigError(f"--perturbation has {name} twice; name each once")
         if "plus" in perturbations and name.startswith("plus_"):
             raise ConfigError(f"--perturbation has plus and {name}, a part of it; leave out one")
-        if suite != ALL_BASES and suite not in PRO_BASES:
+        if suite != ALL_BASES and suite not in PERTURBED_BASES:
             raise ConfigError(
                 f"--suite is {suite!r}, which --perturbation {name} does not perturb; choose among "
-                f"{', '.join(PRO_BASES)}, or {ALL_BASES} for all four where the perturbation is "
-                "plus or plus_AXIS"
+                f"{', '.join(PERTURBED_BASES)}, or {ALL_BASES} for all four where the perturbation "
+                "is plus or plus_AXIS"
             )
         if suite == ALL_BASES and name in PRO_AXES:
             raise ConfigError(
                 f"--suite is {suite}, but --perturbation {name} is of one suite; choose among "
-                f"{', '.join(PRO_BASES)}"
+                f"{', '.join(PERTURBED_BASES)}"
             )
 
 
 def _check_tasks(suite: str, tasks: Sequence[int] | None) -> None:
     if tasks is None:
         return
-    number = min(len(libero_suite(s).tasks) for s in (PRO_BASES if suite == ALL_BASES else [suite]))
+    number = min(
+        len(libero_suite(s).tasks) for s in (PERTURBED_BASES if suite == ALL_BASES else [suite])
+    )
     for task in tasks:
         if not 0 <= task < number:
             raise ConfigError(
@@ -196,7 +193,7 @@ def _of_tasks(chosen: LiberoSuite, ids: Sequence[int], wanted: Sequence[int] | N
 
 
 def spread(chosen: Suite, ids: Sequence[int], number: int | None) -> list[int]:
-    """At most ``number`` tasks of each axis, evenly from all of its tasks.
+    """Choose at most ``number`` tasks of each axis, evenly spaced.
 
     Raises:
         ConfigError: the number is below 1, or the suite has no axes.

@@ -1,7 +1,7 @@
-"""The published LIBERO protocol, and what published policies reached under it.
+"""The published LIBERO protocol, and the success rates of published policies.
 
-The numbers stand in ``published_rates.yaml``, each with its source. They are of whole suites, so a
-rate is compared with those of its own suite, and everything that differs is named beside it.
+The rates are in ``published_rates.yaml``, each with its source. They are for complete suites, so a
+rate is compared with those of the same suite, and known differences are listed with it.
 """
 
 from __future__ import annotations
@@ -22,30 +22,29 @@ from verl_vla.rl.setup import PUBLISHED_RENDER_SIZE
 
 RATES_FILE = Path(__file__).with_name("published_rates.yaml")
 
-PROTOCOLS = ("published",)
 """Values of ``eval --protocol``."""
 
 DEFAULTS: Mapping[str, Any] = {
     "states": "held_out",
-    "sampling": "greedy",
-    "limit": "published",
+    "temperature": 0.0,
+    "step_limit": "published",
     "render_size": None,
 }
 """Options of ``eval`` that a protocol decides, and their values without one."""
 
 ALLOWED: Mapping[str, tuple[Any, ...]] = {
     "states": ("official",),
-    "sampling": ("greedy",),
-    "limit": ("published", "simplevla"),
+    "temperature": (0.0,),
+    "step_limit": ("published", "simplevla"),
     "render_size": (PUBLISHED_RENDER_SIZE,),
 }
-"""What the published protocol has for them, the default first. Both step limits are published:
-openvla-oft's, and SimpleVLA-RL's and SRPO's 512."""
+"""Values of these options under the published protocol, the default first. Both step limits are
+published: openvla-oft's, and SimpleVLA-RL's and SRPO's 512."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedRow:
-    """One published policy (family): a row of a table, as ``published_rates.yaml`` spells it."""
+    """One published policy or family of policies: a row of ``published_rates.yaml``."""
 
     name: str
     source: str
@@ -56,28 +55,28 @@ class PublishedRow:
     """Mean over the suites in percent, as published."""
     cameras: int
     proprio: bool
-    """Whether the policy reads the robot's own state."""
+    """True if the policy reads the robot's own state."""
     actions: Literal["tokens", "regression"]
     limit: Literal["published", "simplevla"]
     fixtures: Literal["still", "moving"] | None
-    """``moving``: elsewhere in each episode; None where it is not known."""
+    """Placement of fixtures; ``moving``: different in each episode; None if unknown."""
     episodes: int
-    """Of one suite."""
+    """Number of episodes per suite."""
     notes: Sequence[str]
 
     def rate(self, suite_name: str) -> SuccessRate:
-        """Return the rate in a suite with the counts that it was rounded from."""
+        """Return the rate in a suite, with the counts from which it was rounded."""
         successes = round(self.rates[suite_name] / 100 * self.episodes)
         return SuccessRate(successes=successes, episodes=self.episodes, crashes=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """All of ``published_rates.yaml``."""
+    """Contents of ``published_rates.yaml``."""
 
     suites: Sequence[str]
     common: Sequence[str]
-    """What holds for every row."""
+    """Facts that hold for every row."""
     sources: Mapping[str, str]
     rows: Sequence[PublishedRow]
 
@@ -98,10 +97,10 @@ def complete(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of ``eval`` that a protocol decides, each with a value.
 
     Args:
-        options: as given on the command line, None where not given; with ``suite``, ``protocol``.
+        options: command-line options, None where not given; with ``suite`` and ``protocol``.
 
     Raises:
-        ConfigError: an option contradicts the protocol, or nothing was published of the suite.
+        ConfigError: an option contradicts the protocol, or the suite has no published rates.
     """
     given = {name: options[name] for name in DEFAULTS}
     if options["protocol"] is None:
@@ -124,19 +123,20 @@ def complete(options: Mapping[str, Any]) -> dict[str, Any]:
 def compare_with_published(
     chosen: Suite, ours: SuccessRate, shape: PolicyShape, limit: StepLimit, num_tasks: int
 ) -> dict[str, Any]:
-    """Set a success rate beside the published ones of its suite, as JSON.
+    """Compare a success rate with the published ones of its suite, as JSON.
 
     Args:
         chosen: the suite, one of `Published.suites`.
-        ours: over everything that was played.
-        shape: of our policy.
-        limit: step limit that was played with.
-        num_tasks: how many tasks were played.
+        ours: our success rate over all episodes.
+        shape: shape of our policy.
+        limit: our step limit.
+        num_tasks: number of tasks that were evaluated.
 
     Returns:
-        ``ours``; ``left_out``, what of the protocol was not played; ``common``, what holds for all
-        rows; and ``rows``, each with its ``rate``, ``ci95`` and ``mean``, whether its interval and
-        ours overlap (``overlaps``, null where nothing of ours counts), and what ``differs``.
+        ``ours``; ``left_out``, the parts of the protocol that were not evaluated; ``common``, facts
+        that hold for all rows; and ``rows``, each with its ``rate``, ``ci95`` and ``mean``, whether
+        its interval and ours overlap (``overlaps``, null without episodes of ours), and the list
+        ``differs``.
     """
     rows: list[dict[str, Any]] = []
     for row in published().rows:
@@ -163,7 +163,7 @@ def compare_with_published(
 
 
 def published_table(suite_name: str, compared: Mapping[str, Any]) -> str:
-    """Lay out what `compare_with_published` returns: a line a policy, then what the marks mean."""
+    """Format the result of `compare_with_published`: a line per policy, then a legend."""
     texts = list(dict.fromkeys(text for row in compared["rows"] for text in row["differs"]))
     marks = {text: chr(ord("a") + i) for i, text in enumerate(texts)}
     width = max(len(row["name"]) for row in compared["rows"])
@@ -199,7 +199,7 @@ def _overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
 
 
 def _left_out(chosen: Suite, ours: SuccessRate, num_tasks: int) -> list[str]:
-    """What of all tasks and init states was not evaluated; empty where all of it was."""
+    """List the evaluated shares of tasks and init states that are incomplete."""
     per_task = (ours.episodes + ours.crashes) // num_tasks
     counts = [
         (num_tasks, len(chosen.tasks), "tasks"),
@@ -211,7 +211,7 @@ def _left_out(chosen: Suite, ours: SuccessRate, num_tasks: int) -> list[str]:
 def _differences(
     row: PublishedRow, chosen: Suite, shape: PolicyShape, limit: StepLimit
 ) -> list[str]:
-    """What is not the same in a published row and in an evaluation of ours, and its notes."""
+    """List differences between a published row and our evaluation, and the notes of the row."""
     theirs, ours = (chosen.step_limit(name, task_id=0) for name in (row.limit, limit))
     found = [
         (row.cameras != shape.num_views, f"cameras: {row.cameras}, here {shape.num_views}"),

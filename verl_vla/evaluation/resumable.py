@@ -1,9 +1,9 @@
-"""An evaluation that resumes: what has ended is in the episode log, the rest is played.
+"""A resumable evaluation: completed episodes are in the episode log, the rest is rolled out.
 
-Every start is played until it has an outcome of the policy's: where a simulator is lost the start
-is played again, a few times, so a quota of N episodes is N episodes. What a policy chooses depends
-on the observation and the episode's noise alone (`verl_vla.policies.base.Policy.act`), so it does
-not matter in whose company an episode is played, nor by how many processes one after another.
+Every start is repeated until it has an outcome of the policy: if a simulator is lost, the start is
+rolled out again, a few times, so N requested episodes give N outcomes. The actions of a policy
+depend only on the observation and the episode's noise (`verl_vla.policies.base.Policy.act`).
+Therefore the result does not depend on the other episodes of a batch or on interruptions.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from verl_vla.rl.rollout import NoiseSource, Simulators, rollout
 from verl_vla.runs.episode_log import EpisodeLog, episode_lines
 
 ATTEMPTS = 3
-"""How often a start is played whose simulator is lost each time, before it counts as a crash."""
+"""Number of attempts after which a start whose simulator is lost each time counts as a crash."""
 
 EPISODES_AT_ONCE = 256
-"""Images of an episode stay in memory until those played with it have ended: 65 policy steps of 150
-kB in LIBERO-10, so 2.5 GB."""
+"""Number of episodes per call of `rollout`, which keeps their images in memory until all have
+ended: 65 policy steps of 150 kB in LIBERO-10, so 2.5 GB."""
 
 
 def play_remaining(
@@ -40,18 +40,18 @@ def play_remaining(
     seed: int,
     show: Callable[[Mapping[str, Any]], None],
 ) -> list[dict[str, Any]]:
-    """Play every start that has no outcome yet, and write each into the episode log as it ends.
+    """Roll out every start that has no outcome yet, and log each episode as it ends.
 
     Args:
-        starts: of the whole evaluation; the index of a start is the id of its episode.
-        policy: what is judged.
+        starts: all starts of the evaluation; the index of a start is the id of its episode.
+        policy: the policy to evaluate.
         simulators: a pool whose slots are all free.
-        codec: turns the policy's bins into the actions that are kept.
-        episode_log: of the evaluation.
-        known: the lines that it holds already.
-        temperature: 0 plays greedily.
-        seed: of the noise, used where play is sampled.
-        show: told of each line as it is written.
+        codec: decodes action tokens into the actions that are kept.
+        episode_log: episode log of the evaluation.
+        known: lines that the episode log holds already.
+        temperature: sampling temperature; 0 is greedy.
+        seed: seed of the sampling noise; greedy episodes do not use it.
+        show: callback that gets each line after it is written.
 
     Returns:
         One line for each start, in their order.
@@ -86,13 +86,13 @@ def play_remaining(
 
 
 def unplayed(lines: Sequence[Mapping[str, Any]], number: int) -> list[int]:
-    """Episodes without an outcome of the policy's that may still be tried."""
+    """Return the episodes without an outcome of the policy that have attempts left."""
     played = {line["episode"] for line in lines if line["outcome"] != Outcome.CRASH}
     losses = Counter(line["episode"] for line in lines if line["outcome"] == Outcome.CRASH)
     return [i for i in range(number) if i not in played and losses[i] < ATTEMPTS]
 
 
 def last_of_each(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The line of each episode's last attempt, in the order of the episodes."""
+    """Return the line of each episode's last attempt, in the order of the episodes."""
     last = {line["episode"]: line for line in lines}
     return [last[episode] for episode in sorted(last)]

@@ -1,1 +1,1 @@
-"""Policies: what one must look like, and OpenVLA-OFT."""
+"""Policies: their interface, and the architectures OpenVLA-OFT and scratch VLA."""

@@ -1,10 +1,10 @@
-"""Action values, bins and simulator commands, exactly as in fine-tuning.
+"""Conversion between bins, action values and simulator commands, exactly as in fine-tuning.
 
     simulator command  <->  dataset units  <->  normalised -1..1  <->  bin
 
-A *bin* counts the classes of one action token from the first action id of the vocabulary, so
-bin ``k`` is token id ``first_action_id + k`` and column ``k`` of the action logits. Published
-vocabularies count downwards from their end, so bin 0 is the largest value.
+A *bin* is the class index of one action token, counted from the first action id of the vocabulary:
+bin ``k`` is token id ``first_action_id + k`` and column ``k`` of the action logits. openvla-oft
+assigns values to token ids downwards from the vocabulary's end, so bin 0 is the largest value.
 
 Bins are int64 tensors, as in the tables; action values are numpy arrays, as in the simulator.
 Source of every rule and constant here: openvla-oft, ``prismatic/vla/action_tokenizer.py``,
@@ -27,13 +27,13 @@ from verl_vla.policies.normalization import ActionStatistics, Array
 
 @dataclass(frozen=True)
 class ActionCodec:
-    """Turns bins into action chunks and back.
+    """Conversion of bins into action chunks and back.
 
     Args:
-        num_bins: C, classes per action token; they cut -1..1 into ``C - 1`` equal cells.
-        chunk_length: K, actions per policy step.
-        action_dim: A, values per action.
-        statistics: ranges of the A values.
+        num_bins: C, number of classes per action token; they cut -1..1 into ``C - 1`` equal cells.
+        chunk_length: K, number of actions per policy step.
+        action_dim: A, number of values per action.
+        statistics: normalization statistics of the A values.
 
     Raises:
         ConfigError: if the statistics are for another number of action values.
@@ -69,7 +69,7 @@ class ActionCodec:
         return torch.from_numpy(action_tokens.astype(np.int64))
 
     def decode(self, action_tokens: Tensor) -> Array:
-        """Place every action value at the centre of its cell.
+        """Return the action values at the centres of the bins' cells.
 
         The first two bins share one cell, because C edges bound only ``C - 1`` cells.
 
@@ -96,11 +96,11 @@ class ActionCodec:
         return centres[cells].reshape(*index.shape[:-1], self.chunk_length, self.action_dim)
 
     def unnormalize(self, normalised: npt.ArrayLike) -> Array:
-        """[..., A] dataset units: see `ActionStatistics.unnormalize`."""
+        """Return [..., A] in dataset units; see `ActionStatistics.unnormalize`."""
         return self.statistics.unnormalize(normalised)
 
     def normalize(self, actions: npt.ArrayLike) -> Array:
-        """[..., A] in -1..1: see `ActionStatistics.normalize`."""
+        """Return [..., A] in -1..1; see `ActionStatistics.normalize`."""
         return self.statistics.normalize(actions)
 
     def gripper(self, opening: npt.ArrayLike) -> Array:
@@ -111,7 +111,7 @@ class ActionCodec:
         return -np.sign(2 * np.asarray(opening, dtype=np.float64) - 1)
 
     def to_simulator(self, action_tokens: Tensor) -> npt.NDArray[np.float32]:
-        """Turn bins into commands.
+        """Turn bins into simulator commands.
 
         Args:
             action_tokens: [n, T] integers.
@@ -125,7 +125,7 @@ class ActionCodec:
         return actions.astype(np.float32)
 
     def from_simulator(self, actions: npt.ArrayLike) -> Tensor:
-        """Find the bins that command ``actions``: `to_simulator` backwards, up to one cell.
+        """Find the bins that command ``actions``; inverts `to_simulator` up to one cell.
 
         Args:
             actions: [n, K, A], simulator units; a gripper in -1 (open) .. +1 (close).

@@ -1,10 +1,10 @@
 """The distribution of action bins: one categorical per action token, independent given the image.
 
-Sampling and scoring see the same logits at the same temperature, so a bin's log-probability at
-the rollout is the one that the update starts from. All logits are float32 [n, T, C]; they hold
-the action ids alone, as in SimpleVLA-RL (``dp_rob.py``), so nothing has to be masked with -inf.
-A logit that is -inf all the same, or so low that it overflows to it, counts as `LEAST_LOGIT`:
-0 x -inf would make the entropy and the gradient NaN.
+Sampling and scoring use the same logits at the same temperature, so a bin's log-probability at the
+rollout is the one that the update starts from. All logits are float32 [n, T, C]; they are those of
+the action ids only, as in SimpleVLA-RL (``dp_rob.py``), so nothing has to be masked with -inf. A
+logit that is -inf anyway, or so low that it overflows to -inf, counts as `LEAST_LOGIT`: 0 x -inf
+would make the entropy and the gradient NaN.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 from verl_vla.core.errors import ConfigError
 
 LEAST_LOGIT = -1e4
-"""Below the largest one, after the temperature. Its probability is 0 in float64 too (which ends
-at exp(-745)), so no bin that can be sampled is changed."""
+"""Lowest logit relative to the largest one, after the temperature. Its probability is 0 in float64
+too (which underflows at exp(-745)), so no bin that can be sampled is changed."""
 
 
 def sample(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
-    """Choose one bin per token by inverting the cumulative distribution at ``noise``.
+    """Sample one bin per token by inverting the cumulative distribution at ``noise``.
 
-    Done in float64, so that a float32 rounding error cannot pick a bin of probability zero, and
-    row by row, so that a row's bins do not depend on the batch that it is in.
+    The arithmetic is in float64, so that a float32 rounding error cannot select a bin of
+    probability zero, and row by row, so that a row's bins do not depend on its batch.
 
     Args:
         logits: [n, T, C] float32.
@@ -42,7 +42,7 @@ def sample(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
 
 
 def log_prob(logits: Tensor, action_tokens: Tensor, temperature: float) -> Tensor:
-    """Score ``action_tokens``.
+    """Return the log-probabilities of ``action_tokens``.
 
     Args:
         logits: [n, T, C] float32.
@@ -57,7 +57,7 @@ def log_prob(logits: Tensor, action_tokens: Tensor, temperature: float) -> Tenso
 
 
 def entropy(logits: Tensor, temperature: float) -> Tensor:
-    """Measure how undecided every token is.
+    """Return the entropy of every token's distribution.
 
     Args:
         logits: [n, T, C] float32.
@@ -71,7 +71,7 @@ def entropy(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _scale(logits: Tensor, temperature: float) -> Tensor:
-    """Divide by the temperature, the largest logit at 0 and none below `LEAST_LOGIT`."""
+    """Divide by the temperature; shift the largest logit to 0 and clamp at `LEAST_LOGIT`."""
     if not temperature > 0:
         raise ConfigError(
             f"temperature is {temperature}; a categorical distribution needs one above 0 "

@@ -1,4 +1,4 @@
-"""What a policy must look like to a rollout, to a learner and to evaluation."""
+"""Interface of a policy for rollouts, learners and evaluations."""
 
 from __future__ import annotations
 
@@ -19,88 +19,91 @@ from verl_vla.core.tables import ActionChunk
 from verl_vla.policies import action_distribution
 from verl_vla.policies.action_codec import ActionCodec
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Types of `verl_vla.config.choices.DTYPES`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyShape:
-    """The sizes that the rest of the system must agree with; all of them from the checkpoint."""
+    """The sizes of a policy that the rest of the system must match, read from its checkpoint."""
 
     num_views: int
     image_size: int
     """Height and width of an observation image, pixels."""
     chunk_length: int
-    """K, actions per policy step."""
+    """K, number of actions per policy step."""
     action_dim: int
-    """A, values per action."""
+    """A, number of values per action."""
     num_bins: int
-    """Classes per action token."""
+    """C, number of classes per action token."""
     proprio_dim: int = 0
-    """P, proprio values that it reads; 0 where it reads none."""
+    """P, number of proprio values that the policy reads; 0 where it reads none."""
 
     @property
     def num_tokens(self) -> int:
-        """T, action tokens per policy step."""
+        """T, number of action tokens per policy step."""
         return self.chunk_length * self.action_dim
 
     @property
     def image_shape(self) -> tuple[int, int, int, int]:
-        """(V, H, W, 3), the images of one observation."""
+        """(V, H, W, 3), shape of the images of one observation."""
         return (self.num_views, self.image_size, self.image_size, 3)
 
 
 def observed_proprio(observations: Sequence[Observation]) -> Tensor:
-    """[n, P] float32, of n observations."""
+    """Stack the proprio of n observations: [n, P] float32."""
     return torch.from_numpy(np.stack([o.proprio for o in observations]))
 
 
 class Policy(Protocol):
-    """Chooses action chunks."""
+    """A policy that samples action chunks."""
 
     @property
     def shape(self) -> PolicyShape:
-        """Sizes of what goes in and what comes out."""
+        """Sizes of the policy's inputs and outputs."""
         ...
 
     def act(
         self, observations: Sequence[Observation], noise: Tensor, *, temperature: float
     ) -> ActionChunk:
-        """Choose one chunk for each of the ``n`` observations.
+        """Sample one chunk for each of the ``n`` observations.
 
         Args:
-            observations: n of them; their order is the order of the answer.
+            observations: n observations; the result has the same order.
             noise: [n, T] float64, uniform in [0, 1); the only source of randomness, so the same
-                observation and noise give the same bins in whatever batch they arrive.
-            temperature: of the categorical distribution; 0 takes the most likely bin and
-                ignores ``noise``.
+                observation and noise give the same bins in every batch.
+            temperature: temperature of the categorical distribution; 0 takes the most likely bin
+                and ignores ``noise``.
         """
         ...
 
 
 class Processor(Protocol):
-    """Turns observations into model inputs and bins into simulator commands."""
+    """Conversion of observations into model inputs and of bins into simulator commands."""
 
     render_size: int | None
-    """Of the camera images that the policy was fine-tuned on, px; None if unknown."""
+    """Size of the camera images that the policy was fine-tuned on, px; None if unknown."""
 
     @property
     def shape(self) -> PolicyShape:
-        """Sizes of what goes in and what comes out."""
+        """Sizes of the policy's inputs and outputs."""
         ...
 
     @property
     def codec(self) -> ActionCodec:
-        """Between bins and commands."""
+        """Codec between bins and simulator commands."""
         ...
 
     def prompt(self, instruction: str) -> Tensor:
-        """Tokenise the prompt of a task: [L] int64, not to be written to."""
+        """Tokenise the prompt of a task; return [L] int64, which must not be written to."""
         ...
 
     def pixel_values(self, images: npt.NDArray[np.uint8] | Tensor) -> Tensor:
-        """Normalise [n, V, H, W, 3] uint8 for the vision towers: float32, the model's layout."""
+        """Normalise [n, V, H, W, 3] uint8 for the vision towers; return float32, model layout."""
         ...
 
     def model_inputs(self, images: Tensor, proprio: Tensor | None) -> dict[str, Tensor]:
-        """What a model sees of n policy steps: ``pixel_values``, and ``proprio`` where it reads it.
+        """Return a model's ``pixel_values`` for n policy steps, and ``proprio`` where it reads it.
 
         Args:
             images: [n, V, H, W, 3] uint8.
@@ -109,30 +112,30 @@ class Processor(Protocol):
         ...
 
     def collate(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Pad n prompts [L] on the right: ids and mask, [n, longest L] int64 each."""
+        """Pad n prompts [L] on the right; return ids and mask, [n, longest L] int64 each."""
         ...
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write everything of a checkpoint but config and weights."""
+        """Write all files of a checkpoint except config and weights."""
         ...
 
 
 class TrainablePolicy(Policy, Protocol):
-    """A policy in this process, whose choices can be scored and whose weights can be changed."""
+    """A policy in this process whose actions can be scored and whose weights can be trained."""
 
     @property
     def model(self) -> PreTrainedModel:
-        """Its ``forward``, which FSDP wraps, answers `ActionLogits`.
+        """The model, whose ``forward``, which FSDP wraps, returns `ActionLogits`.
 
-        It takes what `Processor.model_inputs` makes, ``input_ids``, ``attention_mask``, and
-        ``action_tokens`` to score or an `ActionSampler`; and ``with_nll``, true where
-        ``action_tokens`` are demonstrated.
+        Its arguments are the results of `Processor.model_inputs`, ``input_ids``,
+        ``attention_mask``, and ``action_tokens`` to score or an `ActionSampler`; and ``with_nll``,
+        true where ``action_tokens`` are demonstrated.
         """
         ...
 
     @property
     def processor(self) -> Processor:
-        """Of the same checkpoint."""
+        """The processor of the same checkpoint."""
         ...
 
     def logits(
@@ -148,8 +151,8 @@ class TrainablePolicy(Policy, Protocol):
         Args:
             images: [n, V, H, W, 3] uint8.
             prompts: n tensors [L] int64.
-            action_tokens: [n, T] int64, recorded or demonstrated; a policy that chooses all tokens
-                at once ignores them.
+            action_tokens: [n, T] int64, recorded or demonstrated; a policy that decodes all tokens
+                in parallel ignores them.
             proprio: [n, P] float32 as observed, for a policy that reads it.
 
         Returns:
@@ -166,13 +169,16 @@ class TrainablePolicy(Policy, Protocol):
         temperature: float,
         proprio: Tensor | None = None,
     ) -> Tensor:
-        """[n, T] float32 nats of recorded ``action_tokens``, at their sampling temperature."""
+        """Return the log-probs, [n, T] float32 nats, of recorded ``action_tokens``.
+
+        ``temperature`` is the one that they were sampled at.
+        """
         ...
 
     def action_mass(
         self, images: Tensor, prompts: Sequence[Tensor], *, proprio: Tensor | None = None
     ) -> Tensor:
-        """[n, T] float32, how much of all probability falls on action ids; 0 to 1."""
+        """Return the share of all probability that is on action ids, [n, T] float32, 0 to 1."""
         ...
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -182,14 +188,14 @@ class TrainablePolicy(Policy, Protocol):
 
 @dataclass
 class ActionLogits(ModelOutput):
-    """What a model answers.
+    """Output of a model.
 
     Args:
         logits: [B, T, C] float32, column ``k`` scores bin ``k``.
-        action_tokens: [B, T] int64, what a `ActionSampler` chose; None where bins were scored.
-        nll: [B, N] float32 nats, how unlikely the demonstrated tokens are among all that the model
-            can say: T action tokens, and the stop behind them where it has one. None unless asked
-            for.
+        action_tokens: [B, T] int64, sampled by an `ActionSampler`; None where bins were scored.
+        nll: [B, N] float32 nats, negative log-likelihood of the demonstrated tokens over the
+            model's complete vocabulary: T action tokens, and the stop token where it has one. None
+            without ``with_nll``.
     """
 
     logits: Tensor | None = None
@@ -198,22 +204,23 @@ class ActionLogits(ModelOutput):
 
 
 class ActionSampler:
-    """Turns logits into bins, as many tokens at a time as a decoding has.
+    """Sampler of bins from logits, for any number of tokens at a time.
 
-    An object of its own because FSDP casts every float tensor among a model's inputs, inside
-    tuples and dataclasses too, to the type of the weights: noise of eight bits chooses badly.
+    The noise is inside an opaque object because FSDP casts every float tensor among a model's
+    inputs, also inside tuples and dataclasses, to the dtype of the weights, and bfloat16 has too
+    few bits for noise.
 
     Args:
         noise: [n, T] float64, uniform in [0, 1).
-        temperature: 0 takes the most likely bin and ignores ``noise``.
+        temperature: sampling temperature; 0 takes the most likely bin and ignores ``noise``.
     """
 
     def __init__(self, noise: Tensor, temperature: float) -> None:
         self._noise = noise
         self._temperature = temperature
 
-    def choose(self, logits: Tensor, first: int = 0) -> Tensor:
-        """Choose the bins of ``t`` neighbouring tokens.
+    def sample(self, logits: Tensor, first: int = 0) -> Tensor:
+        """Sample the bins of ``t`` neighbouring tokens.
 
         Args:
             logits: [n, t, C] float32.
@@ -226,7 +233,7 @@ class ActionSampler:
         return action_distribution.sample(logits, noise, self._temperature)
 
     def log_prob(self, logits: Tensor, action_tokens: Tensor) -> Tensor:
-        """[n, T] float32 nats of what was chosen; zeros where play is greedy."""
+        """Return the sampled tokens' log-probs, [n, T] float32 nats; zeros where greedy."""
         if self._temperature == 0:
             return torch.zeros_like(action_tokens, dtype=torch.float32)
         return action_distribution.log_prob(logits, action_tokens, self._temperature)

@@ -1,9 +1,10 @@
-"""The files of a checkpoint folder that every policy has, read without leaving the machine.
+"""The files of a checkpoint folder that every policy has, read from the local disk only.
 
     config.json, model*.safetensors, tokenizer.json, preprocessor_config.json,
     dataset_statistics.json
 
-Nothing is fetched from a hub and no code of the folder is run, whatever its ``auto_map`` says.
+Nothing is fetched from a hub, and no code of the folder is run, even if its ``auto_map`` names
+some.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 IMAGE_FILE = "preprocessor_config.json"
 RENDER_SIZE = "render_size"
-"""A key of `IMAGE_FILE` that is ours; others leave it alone."""
+"""Key that this project adds to `IMAGE_FILE`; other readers ignore it."""
 HASHED_AT_ONCE = 1 << 24
-"""Bytes."""
+"""Number of bytes that are read and hashed at a time."""
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 
 
 def fingerprint(folder: str | Path) -> str:
-    """Name what a folder holds: a digest of the names and contents of its files.
+    """Return a digest of the names and contents of a folder's files.
 
-    Reads all of it; 15 GB of weights take about as long as loading them.
+    All files are read; 15 GB of weights take about as long as loading them.
     """
     digest = hashlib.sha256()
     for path in sorted(p for p in Path(folder).iterdir() if p.is_file()):
@@ -46,7 +47,7 @@ def fingerprint(folder: str | Path) -> str:
 
 
 def read_model_type(folder: str | Path) -> str:
-    """Read which kind of model a folder holds.
+    """Read the ``model_type`` of a checkpoint folder.
 
     Raises:
         ConfigError: if the folder or its ``config.json`` is missing, or names no model.
@@ -62,7 +63,7 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """Read the tokenizer of a checkpoint.
 
     Raises:
-        ConfigError: if ``tokenizer.json`` is missing, or no token is for padding.
+        ConfigError: if ``tokenizer.json`` is missing, or there is no padding token.
     """
     require_file(folder, TOKENIZER_FILE, "the vocabulary")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
@@ -75,7 +76,7 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 
 
 def read_tower_statistics(path: Path) -> tuple[ImageStatistics, ...]:
-    """Read how every vision tower wants its pixels from a ``preprocessor_config.json``."""
+    """Read every vision tower's image statistics from a ``preprocessor_config.json``."""
     towers = json.loads(path.read_text(encoding="utf-8"))["tvf_normalize_params"]
     return tuple(
         ImageStatistics(mean=tuple(tower["mean"]), std=tuple(tower["std"])) for tower in towers
@@ -83,7 +84,7 @@ def read_tower_statistics(path: Path) -> tuple[ImageStatistics, ...]:
 
 
 def read_render_size(folder: str | Path) -> int | None:
-    """Read how large the camera images were that a policy was fine-tuned on, pixels.
+    """Read the size of the camera images that a policy was fine-tuned on, pixels.
 
     Returns:
         None where the folder does not say; published checkpoints do not.
@@ -99,7 +100,7 @@ def write_image_statistics(
     image_size: int,
     render_size: int | None,
 ) -> None:
-    """Write what `read_tower_statistics` and `read_render_size` read back exactly."""
+    """Write a file that `read_tower_statistics` and `read_render_size` read back exactly."""
     content: dict[str, Any] = {
         "input_sizes": [[3, image_size, image_size] for _ in statistics],
         "tvf_normalize_params": [{"mean": list(s.mean), "std": list(s.std)} for s in statistics],
@@ -111,7 +112,7 @@ def write_image_statistics(
 
 
 def weight_files(folder: str | Path) -> tuple[Path, ...]:
-    """Name the files that hold the weights.
+    """Return the paths of the files that hold the weights.
 
     Raises:
         ConfigError: if there are none, or one that the index names is missing.
@@ -135,13 +136,13 @@ def weight_files(folder: str | Path) -> tuple[Path, ...]:
 
 
 def read_weight_layout(folder: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Read name, shape and type of every stored weight from the files' headers alone.
+    """Read name, shape and dtype of every stored weight, from the files' headers only.
 
     Returns:
         Name to (shape, dtype as safetensors spells it).
 
     Raises:
-        ConfigError: if a file is missing or cut off.
+        ConfigError: if a file is missing or truncated.
     """
     layout: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in weight_files(folder):
@@ -162,7 +163,7 @@ def require_file(folder: str | Path, name: str, purpose: str) -> Path:
     """Find a file of a checkpoint folder.
 
     Raises:
-        ConfigError: if the folder or the file is missing; ``purpose`` says what for.
+        ConfigError: if the folder or the file is missing; ``purpose`` says what the file is for.
     """
     if not Path(folder).is_dir():
         raise ConfigError(
@@ -177,10 +178,10 @@ def require_file(folder: str | Path, name: str, purpose: str) -> Path:
 
 
 def require_all_weights(folder: str | Path, report: Mapping[str, Collection[Any]]) -> None:
-    """Refuse a model that did not find its own weights, all of them and no others.
+    """Refuse a model whose folder does not hold exactly its weights.
 
     Args:
-        folder: that they were looked for in.
+        folder: folder that the weights were read from.
         report: transformers' ``output_loading_info``.
 
     Raises:

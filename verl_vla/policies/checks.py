@@ -1,4 +1,4 @@
-"""What was found in a checkpoint folder, and the looks that every policy has in common."""
+"""Findings about a checkpoint folder, and the checks that all policies share."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from verl_vla.policies.checkpoint import read_weight_layout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     subject: str
     says: str
-    """What was found; of a fault, also why it is one and what to do."""
+    """Description of the finding; for a fault, also the reason and the remedy."""
     is_fault: bool
 
 
 def look(subject: str, describe: Callable[[], str]) -> Finding:
-    """Make a finding of what ``describe`` returns, or a fault of the `ConfigError` it raises."""
+    """Return a finding with the result of ``describe``, or a fault if it raises `ConfigError`."""
     try:
         return Finding(subject=subject, says=describe(), is_fault=False)
     except ConfigError as error:
@@ -32,10 +32,13 @@ def look(subject: str, describe: Callable[[], str]) -> Finding:
 
 
 def describe_weights(folder: str | Path, model: nn.Module) -> str:
-    """Hold the stored weights against an empty ``model``, by the files' headers alone.
+    """Compare the stored weights with an empty ``model``, by the files' headers only.
+
+    Returns:
+        The number of tensors, in all and by dtype, for a message.
 
     Raises:
-        ConfigError: if a weight is missing, unknown or of another shape, or a file is cut off.
+        ConfigError: if a weight is missing, unknown or of another shape, or a file is truncated.
     """
     stored = read_weight_layout(folder)
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}

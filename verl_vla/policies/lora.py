@@ -1,7 +1,7 @@
-"""Low-rank adapters on linear layers, and their way back into the weights.
+"""LoRA adapters on linear layers, and merging them into the weights.
 
-openvla-oft ``vla-scripts/finetune.py``: PEFT on ``all-linear`` layers, no dropout, the first factor
-drawn from a normal distribution.
+Source: openvla-oft ``vla-scripts/finetune.py``: PEFT on ``all-linear`` layers, no dropout, the
+first factor sampled from a normal distribution.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor, nn
 ADAPTER = "default"
 """PEFT's name for a model's only adapter."""
 ADAPTER_MARK = "lora_"
-"""In the names of all weights that PEFT adds."""
+"""Part of the names of all weights that PEFT adds."""
 
 
 def add_adapters(part: nn.Module, *, rank: int, alpha: int) -> None:
-    """Freeze ``part`` and put a trainable adapter beside every trained linear layer, in place.
+    """Freeze ``part`` and add a trainable adapter to every trained linear layer, in place.
 
-    It computes what it computed before, since every second factor starts at zero.
+    The outputs do not change, since every second factor starts at zero.
 
     Args:
-        part: of a model; layers that are frozen already get none.
-        rank: of the adapters.
-        alpha: an adapter's product is scaled by ``alpha / rank``.
+        part: a model or a part of one; layers that are frozen already get no adapter.
+        rank: rank of the adapters.
+        alpha: numerator of the adapters' scale, ``alpha / rank``.
     """
     config = LoraConfig(
         r=rank,
@@ -46,7 +46,7 @@ def add_adapters(part: nn.Module, *, rank: int, alpha: int) -> None:
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Generator[None]:
-    """Let a model answer as it did before it had adapters."""
+    """Disable a model's adapters while the block runs."""
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     scales = [layer.scaling[ADAPTER] for layer in layers]
     for layer in layers:
@@ -59,8 +59,8 @@ def without_adapters(model: nn.Module) -> Generator[None]:
 
 
 def head_rows(head: nn.Linear, rows: slice) -> Tensor:
-    """Rows of a linear layer's weight in float32, its adapter's share included: [rows, D]."""
-    layer: Any = head  # peft puts a layer of its own in the place of a linear one
+    """Return rows of a linear layer's weight, its adapter merged: [rows, D] float32."""
+    layer: Any = head  # PEFT replaces a linear layer by one of its layers
     if not isinstance(layer, LoraLayer):
         return head.weight[rows].float()
     base: Any = layer.get_base_layer()
@@ -71,11 +71,11 @@ def head_rows(head: nn.Linear, rows: slice) -> Tensor:
 
 
 def merge_adapters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turn the weights of a model with adapters into those of a plain one that answers the same.
+    """Return the weights of a model without adapters that computes the same.
 
     Args:
-        model: says which layers have adapters.
-        state: its weights by name, whole.
+        model: the model, which tells which layers have adapters.
+        state: its complete weights by name, not shards.
     """
     merged = dict(state)
     for name, layer in model.named_modules():
@@ -91,5 +91,5 @@ def merge_adapters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
 
 
 def nf4() -> Any:
-    """`verl_vla.policies.quantization`, which needs a package that not everybody installs."""
+    """Import and return `verl_vla.policies.quantization`, which needs the extra ``qlora``."""
     return importlib.import_module("verl_vla.policies.quantization")

@@ -1,4 +1,4 @@
-"""The ranges that a policy's actions and proprio had in its fine-tuning data, and their file.
+"""Normalization statistics of a policy's actions and proprio, and their file.
 
 Source of every rule and constant here: openvla-oft, ``prismatic/vla/datasets/rlds/utils/
 data_utils.py`` and ``prismatic/vla/constants.py``.
@@ -19,14 +19,14 @@ from verl_vla.core.errors import ConfigError
 
 Array = npt.NDArray[np.float64]
 Normalization = Literal["bounds_q99", "bounds"]
-"""``ACTION_PROPRIO_NORMALIZATION_TYPE``: -1 and +1 stand for the 1% and the 99% quantile (LIBERO),
-or for the least and the greatest value (ALOHA, and with it RoboTwin)."""
+"""``ACTION_PROPRIO_NORMALIZATION_TYPE``: -1 and +1 correspond to the 1% and 99% quantiles (LIBERO),
+or to the smallest and largest values (ALOHA, and with it RoboTwin)."""
 
 STATISTICS_FILE = "dataset_statistics.json"
 NO_NOOPS_SUFFIX = "_no_noops"
-"""Published LIBERO datasets are named for a suite with its idle steps filtered out."""
+"""Suffix of published LIBERO datasets' names: the suite with its idle steps filtered out."""
 RANGE_EPSILON = 1e-8
-"""Added to ``q99 - q01`` in fine-tuning, in dataset units."""
+"""Value that fine-tuning adds to ``q99 - q01``, in dataset units."""
 COLUMNS: dict[Normalization, tuple[str, str]] = {
     "bounds_q99": ("q01", "q99"),
     "bounds": ("min", "max"),
@@ -35,14 +35,14 @@ COLUMNS: dict[Normalization, tuple[str, str]] = {
 
 @dataclass(frozen=True, eq=False)
 class NormalizationStats:
-    """The range of every one of some values in the fine-tuning data.
+    """The ranges of A values in the fine-tuning data.
 
     Args:
-        q01: [A] what -1 stands for, dataset units; under ``bounds`` the least value.
-        q99: [A] what +1 stands for; equal to ``q01`` where a value never moves.
+        q01: [A] value that is mapped to -1, dataset units; with ``bounds`` the smallest value.
+        q99: [A] value that is mapped to +1; equal to ``q01`` where a value never changes.
         mask: [A] true where a value is normalised.
-        key: the name that a checkpoint stores them under.
-        normalization: which columns of the file hold them.
+        key: name that a checkpoint stores the statistics under.
+        normalization: the normalization, which decides the columns of the file.
 
     Raises:
         ConfigError: if the lengths differ, or a range is reversed or not finite.
@@ -74,13 +74,13 @@ class NormalizationStats:
         return len(self.mask)
 
     def unnormalize(self, normalised: npt.ArrayLike) -> Array:
-        """Map -1..1 to the ranges; put a value that never moves at its constant.
+        """Map -1..1 to the ranges; a value that never changes gets its constant.
 
         Args:
             normalised: [..., A].
 
         Returns:
-            [..., A] float64, dataset units; as they were where ``mask`` is false.
+            [..., A] float64, dataset units; unchanged where ``mask`` is false.
         """
         values = np.asarray(normalised, dtype=np.float64)
         moved = 0.5 * (values + 1) * (self.q99 - self.q01 + RANGE_EPSILON) + self.q01
@@ -88,13 +88,13 @@ class NormalizationStats:
         return np.where(self.mask, moved, values)
 
     def normalize(self, values: npt.ArrayLike) -> Array:
-        """Map the ranges to -1..1, clipped; put a value that never moves at 0.
+        """Map the ranges to -1..1, clipped; a value that never changes gets 0.
 
         Args:
             values: [..., A], dataset units.
 
         Returns:
-            [..., A] float64; as they were where ``mask`` is false.
+            [..., A] float64; unchanged where ``mask`` is false.
         """
         given = np.asarray(values, dtype=np.float64)
         scaled = 2 * (given - self.q01) / (self.q99 - self.q01 + RANGE_EPSILON) - 1
@@ -103,11 +103,11 @@ class NormalizationStats:
 
 
 class ActionStatistics(NormalizationStats):
-    """Of the action values; those with ``mask`` false are grippers, which are never normalised."""
+    """Statistics of actions; values with ``mask`` false are grippers, which are not normalised."""
 
     @property
     def gripper_dims(self) -> tuple[int, ...]:
-        """Their indices in an action; none where all values are normalised."""
+        """Indices of the grippers in an action; empty where all values are normalised."""
         return tuple(np.flatnonzero(~self.mask).tolist())
 
 
@@ -116,17 +116,17 @@ def load_statistics(
     unnorm_key: str | None = None,
     normalization: Normalization = "bounds_q99",
 ) -> ActionStatistics:
-    """Read the action statistics that lie beside a checkpoint.
+    """Read the action statistics of a checkpoint.
 
     Args:
-        folder: of the checkpoint; its ``dataset_statistics.json`` maps a dataset's name to
+        folder: folder of the checkpoint; its ``dataset_statistics.json`` maps a dataset's name to
             ``{"action": {"q01", "q99", "mask"}}``.
-        unnorm_key: the dataset, or the suite that it was made from; may be left out where the
-            file holds one dataset.
-        normalization: of the fine-tuning; ``bounds`` reads ``min`` and ``max``.
+        unnorm_key: name of the dataset, or of the suite that it was made from; may be None where
+            the file holds only one dataset.
+        normalization: the fine-tuning's; ``bounds`` reads ``min`` and ``max``.
 
     Raises:
-        ConfigError: if the file or the dataset is missing, or several are there and none is named.
+        ConfigError: the file or the dataset is missing, or there are several and none is named.
     """
     key, dataset = _read_dataset(folder, unnorm_key)
     low, high, mask = _columns(folder, key, dataset["action"], (*COLUMNS[normalization], "mask"))
@@ -138,9 +138,9 @@ def load_proprio_stats(
     unnorm_key: str | None = None,
     normalization: Normalization = "bounds_q99",
 ) -> NormalizationStats:
-    """Read the ranges of proprio: the ``proprio`` beside the ``action`` of `load_statistics`.
+    """Read the proprio statistics: entry ``proprio`` beside the ``action`` of `load_statistics`.
 
-    Its values are all normalised; published files have no mask for them.
+    All proprio values are normalised; published files have no mask for them.
 
     Raises:
         ConfigError: if the file, the dataset or its ``proprio`` is missing.
@@ -154,7 +154,7 @@ def load_proprio_stats(
 def save_statistics(
     folder: str | Path, statistics: ActionStatistics, proprio: NormalizationStats | None = None
 ) -> None:
-    """Write ``statistics`` so that `load_statistics` reads them back exactly, and ``proprio``."""
+    """Write action and proprio statistics, which `load_statistics` etc. read back exactly."""
     low, high = COLUMNS[statistics.normalization]
     dataset = {
         name: {low: r.q01.tolist(), high: r.q99.tolist(), "mask": r.mask.tolist()}
@@ -190,7 +190,7 @@ def _columns(
 
 
 def _choose_key(present: Sequence[str], wanted: str | None, path: Path) -> str:
-    """Name the one dataset that is meant."""
+    """Return the key of the dataset that ``wanted`` names, or the only key if it is None."""
     if wanted is None:
         if len(present) == 1:
             return present[0]

@@ -1,4 +1,4 @@
-"""From a simulator's frame and a task to what the policy was fine-tuned on."""
+"""Normalisation of images and tokenisation of prompts, as in the policy's fine-tuning."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from verl_vla.core.errors import ConfigError, ContractError
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
-"""openvla-oft, `get_vla_action`; the instruction in lower case."""
+"""Prompt template of openvla-oft's `get_vla_action`; the instruction is in lower case."""
 EMPTY_PIECE = "▁"
 """The piece that ends every prompt: a word boundary with no word, id 29871 in Llama's vocabulary.
-OpenVLA was trained with it and reads its first action at it."""
+OpenVLA was trained with it, and the logits of its first action token are read at it."""
 
 
 @dataclass(frozen=True)
 class ImageStatistics:
-    """How one vision tower wants its pixels: ``(value / 255 - mean) / std``, by channel."""
+    """Normalization of one vision tower's pixels: ``(value / 255 - mean) / std``, by channel."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -29,13 +29,13 @@ class ImageStatistics:
 DINO_STATISTICS = ImageStatistics(
     mean=(0.484375, 0.455078125, 0.40625), std=(0.228515625, 0.2236328125, 0.224609375)
 )
-"""ImageNet's constants rounded to bfloat16, as the published preprocessor_config.json has them."""
+"""ImageNet's constants rounded to bfloat16, as in the published preprocessor_config.json."""
 SIGLIP_STATISTICS = ImageStatistics(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 OPENVLA_IMAGE_STATISTICS = (DINO_STATISTICS, SIGLIP_STATISTICS)
 
 
 class Tokenizer(Protocol):
-    """What a prompt needs of a tokenizer; every `PreTrainedTokenizerFast` has it."""
+    """The part of a tokenizer that a prompt needs; every `PreTrainedTokenizerFast` has it."""
 
     @property
     def bos_token_id(self) -> int | None:
@@ -44,7 +44,7 @@ class Tokenizer(Protocol):
 
     @property
     def unk_token_id(self) -> int | None:
-        """The id that stands for what the vocabulary does not hold."""
+        """The id of a piece that is not in the vocabulary."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -59,11 +59,11 @@ class Tokenizer(Protocol):
 def normalize_image(
     image: Tensor, statistics: Sequence[ImageStatistics] = OPENVLA_IMAGE_STATISTICS
 ) -> Tensor:
-    """Scale an image once for every vision tower.
+    """Normalise an image once for each vision tower.
 
     Args:
         image: [..., H, W, 3] uint8, on any device.
-        statistics: one per tower, in the order of the towers.
+        statistics: one entry per tower, in the order of the towers.
 
     Returns:
         [..., 3 * towers, H, W] float32, on the device of ``image``.
@@ -86,15 +86,15 @@ def normalize_image(
 def prompt_ids(tokenizer: Tokenizer, instruction: str) -> list[int]:
     """Tokenise the prompt of a task.
 
-    The first id is the tokenizer's beginning of sequence, which its own ``encode`` must add. The
-    last one is `EMPTY_PIECE`, added unless the tokenizer put it there; its id is looked up by the
-    piece, so any tokenizer whose vocabulary has that piece will do.
+    The first id is the tokenizer's beginning of sequence, which its ``encode`` must add. The last
+    one is `EMPTY_PIECE`, added unless the tokenizer has added it; its id is looked up by the piece,
+    so any tokenizer with that piece in its vocabulary can be used.
 
     Returns:
         L ids.
 
     Raises:
-        ConfigError: if the tokenizer lacks the piece, adds no beginning, or does not know a word.
+        ConfigError: the tokenizer lacks the piece, adds no beginning, or does not know a word.
     """
     empty = tokenizer.convert_tokens_to_ids(EMPTY_PIECE)
     if empty is None or empty == tokenizer.unk_token_id:

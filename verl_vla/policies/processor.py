@@ -1,4 +1,4 @@
-"""What every token-action policy has between the tables and its model: prompts, pixels, bins."""
+"""Processor that all token-action policies share: prompts, pixels and bins."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from verl_vla.policies.preprocessing import ImageStatistics, normalize_image
 
 
 class TokenProcessor(ABC):
-    """Turns observations into model inputs and bins into simulator commands.
+    """Conversion of observations into model inputs and of bins into simulator commands.
 
     Args:
-        shape: of the policy.
-        tokenizer: with a padding token.
-        image_statistics: one per vision tower.
-        action_statistics: of the data that the model was fine-tuned on.
-        render_size: of the camera images that it was fine-tuned on, pixels; None if unknown.
-        proprio_stats: of the same data, for a policy that reads proprio.
+        shape: sizes of the policy.
+        tokenizer: tokenizer with a padding token.
+        image_statistics: one entry per vision tower.
+        action_statistics: statistics of the data that the model was fine-tuned on.
+        render_size: size of the camera images of that data, pixels; None if unknown.
+        proprio_stats: statistics of the same data, for a policy that reads proprio.
 
     Raises:
         ConfigError: if the statistics are for another number of action or proprio values.
@@ -64,7 +64,7 @@ class TokenProcessor(ABC):
         self._prompts: dict[str, Tensor] = {}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write everything of a checkpoint but config and weights."""
+        """Write all files of a checkpoint except config and weights."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(str(folder))
         write_image_statistics(
@@ -73,10 +73,10 @@ class TokenProcessor(ABC):
         save_statistics(folder, self.codec.statistics, self.proprio_stats)
 
     def prompt(self, instruction: str) -> Tensor:
-        """Tokenise the prompt of a task; every task is tokenised once.
+        """Tokenise the prompt of a task; the result is cached.
 
         Returns:
-            [L] int64; shared between calls, so not to be written to.
+            [L] int64; shared between calls, so it must not be written to.
         """
         if instruction not in self._prompts:
             self._prompts[instruction] = torch.tensor(self._tokenize(instruction))
@@ -86,7 +86,7 @@ class TokenProcessor(ABC):
         """Normalise the images of n policy steps for every tower.
 
         Args:
-            images: [n, V, H, W, 3] uint8, through `prepare_image`.
+            images: [n, V, H, W, 3] uint8, made by `prepare_image`.
 
         Returns:
             [n, V * towers * 3, H, W] float32, on the device of ``images``.
@@ -102,7 +102,7 @@ class TokenProcessor(ABC):
         """See `verl_vla.policies.base.Processor.model_inputs`; on the device of ``images``.
 
         Raises:
-            ContractError: the policy reads proprio, and there is none, or of another length.
+            ContractError: the policy reads proprio, and it is None or has another shape.
         """
         inputs = {"pixel_values": self.pixel_values(images)}
         if self.proprio_stats is None:
@@ -137,5 +137,5 @@ class TokenProcessor(ABC):
     @property
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
-        assert isinstance(pad, int)  # `read_tokenizer` and `build_tokenizer` see to it
+        assert isinstance(pad, int)  # `read_tokenizer` and `build_tokenizer` ensure it
         return pad

@@ -1,7 +1,7 @@
-"""QLoRA: the frozen weights under adapters held in 4 bits, and what they stand for.
+"""QLoRA: 4-bit quantization of the frozen weights under adapters, and its inverse.
 
-The NormalFloat code of Dettmers et al. 2023 (arXiv 2305.14314), double quantization included, as
-bitsandbytes computes it. Needs the extra ``qlora``: import it only where that was checked.
+The code is NormalFloat of Dettmers et al. 2023 (arXiv 2305.14314), double quantization included, as
+bitsandbytes computes it. Needs the extra ``qlora``: import this module only where it is installed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def quantize_under_adapters(part: nn.Module, device: torch.device | str | int) -
     """Replace every linear layer under an adapter of ``part`` by its 4-bit form, in place.
 
     Args:
-        part: of a model; a layer without an adapter stays as it is.
-        device: where the 4-bit weights go, one layer at a time.
+        part: a model or a part of one; a layer without an adapter is not changed.
+        device: device that the 4-bit weights are moved to, one layer at a time.
     """
     for layer in list(part.modules()):
         if isinstance(layer, LoraLayer):
@@ -30,7 +30,7 @@ def quantize_under_adapters(part: nn.Module, device: torch.device | str | int) -
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """Weights by name as `quantize_under_adapters` found them, but for what 4 bits lose."""
+    """Return the weights by name without quantization, equal up to the 4-bit rounding error."""
     state = model.state_dict()
     for name, layer in model.named_modules():
         if isinstance(layer, Linear4bit):
@@ -42,7 +42,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _quantized(linear: nn.Linear, device: torch.device | str | int) -> Linear4bit:
-    """The same layer with its weight in 4 bits; it computes in the weight's type."""
+    """Return the layer with its weight in 4 bits; it computes in the weight's old dtype."""
     weight, bias = linear.weight.data, linear.bias
     with torch.device("meta"):
         layer = Linear4bit(
@@ -52,9 +52,10 @@ def _quantized(linear: nn.Linear, device: torch.device | str | int) -> Linear4bi
             compute_dtype=weight.dtype,
             quant_type="nf4",
         )
-    make: Any = Params4bit  # its arguments are those of `__new__`, which hides them
+    make: Any = Params4bit  # pyright does not see the arguments of its `__new__`
     layer.weight = make(weight, requires_grad=False, quant_type="nf4", module=layer)
     layer.bias = bias
-    # bitsandbytes would pack the weight anew, with coarser statistics, for a rollout on such a CPU
+    # on a CPU with AVX-512 BF16, bitsandbytes would repack the weight for a rollout, with coarser
+    # statistics, so rollout and update would differ
     layer.support_avx512bf16_for_cpu = False
     return layer.to(device)

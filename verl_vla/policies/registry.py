@@ -1,4 +1,4 @@
-"""The one place that knows which architectures there are; ``config.json`` says which is meant."""
+"""Registry of architectures, which loads a checkpoint by the ``model_type`` of its config.json."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from verl_vla.policies.scratch_vla.checks import examine as examine_scratch_vla
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """How the folders of one ``model_type`` are read."""
+    """The loaders and checks of the checkpoints of one ``model_type``."""
 
     load_policy: Callable[[str | Path, torch.dtype, str | None], TrainablePolicy]
     load_processor: Callable[[str | Path, str | None], Processor]
@@ -55,8 +55,8 @@ ARCHITECTURES = {
         examine=examine_scratch_vla,
     ),
 }
-"""By the ``model_type`` of ``config.json``. Importing this module also registers them with
-transformers' Auto classes."""
+"""Architectures by the ``model_type`` of ``config.json``. Importing this module also registers them
+with transformers' Auto classes."""
 
 
 def load_policy(
@@ -65,38 +65,38 @@ def load_policy(
     """Load a checkpoint folder, without a hub and without code from the folder.
 
     Args:
-        folder: of the checkpoint.
-        dtype: of the weights; logits are float32 in any case.
-        unnorm_key: which of its action statistics to use; see `load_statistics`.
+        folder: folder of the checkpoint.
+        dtype: dtype of the weights; logits are always float32.
+        unnorm_key: key of the action statistics to use; see `load_statistics`.
 
     Raises:
-        ConfigError: names the file that is missing or does not fit.
+        ConfigError: a file is missing or does not fit; names it.
     """
     return _architecture(folder).load_policy(folder, dtype, unnorm_key)
 
 
 def load_processor(folder: str | Path, unnorm_key: str | None = None) -> Processor:
-    """Read everything but the weights from a checkpoint folder; see `load_policy`."""
+    """Load the processor of a checkpoint folder, without its weights; see `load_policy`."""
     return _architecture(folder).load_processor(folder, unnorm_key)
 
 
 def load_config(folder: str | Path) -> OpenVLAOFTConfig | ScratchVLAConfig:
-    """Read the sizes of a checkpoint."""
+    """Read the configuration of a checkpoint."""
     config: Any = _architecture(folder).model.config_class
     return config.from_pretrained(str(folder))
 
 
 def load_model(folder: str | Path, **options: Any) -> PreTrainedModel:
-    """Read the weights alone; ``options`` are those of `PreTrainedModel.from_pretrained`."""
+    """Load only the model; ``options`` are those of `PreTrainedModel.from_pretrained`."""
     model = _architecture(folder).model
     return model.from_pretrained(str(folder), local_files_only=True, **options)
 
 
 def examine(folder: str | Path, unnorm_key: str | None = None) -> list[Finding]:
-    """Look at everything a checkpoint folder must hold, without loading its weights.
+    """Check everything that a checkpoint folder must hold, without loading its weights.
 
     Returns:
-        One finding for each subject.
+        One finding per subject.
     """
     try:
         architecture = _architecture(folder)
@@ -109,7 +109,7 @@ def require_valid(folder: str | Path, unnorm_key: str | None = None) -> None:
     """Refuse a checkpoint with a fault.
 
     Raises:
-        ConfigError: says the first fault, with value, reason and remedy.
+        ConfigError: the folder has a fault; gives the first one with value, reason and remedy.
     """
     for finding in examine(folder, unnorm_key):
         if finding.is_fault:
@@ -117,16 +117,16 @@ def require_valid(folder: str | Path, unnorm_key: str | None = None) -> None:
 
 
 def check_adapters(folder: str | Path, lora_rank: int | None, *, has_kl: bool) -> None:
-    """Refuse adapters of a recipe that do not go with the checkpoint.
+    """Refuse a recipe's adapters if they are not compatible with the checkpoint.
 
     Args:
-        folder: of the checkpoint.
-        lora_rank: of new adapters, or None for none.
-        has_kl: whether the reference policy is asked as well, which is the learner without its
+        folder: folder of the checkpoint.
+        lora_rank: rank of new adapters, or None for none.
+        has_kl: whether the reference policy is needed too, which is the learner without its
             adapters.
 
     Raises:
-        ConfigError: says what does not go together.
+        ConfigError: the adapters are not compatible; gives the reason.
     """
     if lora_rank is None:
         return

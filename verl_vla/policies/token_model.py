@@ -1,4 +1,4 @@
-"""What the models of all token-action policies share: how they are loaded, and what is trained."""
+"""Base class of the models of all token-action policies: loading, freezing and adapters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Model = TypeVar("Model", bound="TokenModel")
 
 
 class TokenModel(PreTrainedModel):
-    """Scores or chooses the action tokens of one chunk from images and a prompt."""
+    """Model that scores or samples the action tokens of one chunk, given images and a prompt."""
 
     base_model_prefix = ""
     main_input_name = "pixel_values"
@@ -25,9 +25,9 @@ class TokenModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls: type[Model], folder: Any, *args: Any, **kwargs: Any) -> Model:
-        """Load config and weights; everything else that a folder holds is left alone.
+        """Load config and weights, and no other file of the folder.
 
-        Takes what `PreTrainedModel.from_pretrained` takes.
+        The arguments are those of `PreTrainedModel.from_pretrained`.
 
         Raises:
             ConfigError: if a weight is missing, superfluous or of another shape.
@@ -41,7 +41,7 @@ class TokenModel(PreTrainedModel):
 
     @abstractmethod
     def freeze_untrained(self) -> None:
-        """Freeze what is not trained."""
+        """Freeze the weights that are not trained."""
 
     @property
     @abstractmethod
@@ -50,14 +50,14 @@ class TokenModel(PreTrainedModel):
 
     @abstractmethod
     def add_adapters(self, *, rank: int, alpha: int, targets: LoraTargets) -> None:
-        """Freeze what was trained before and put low-rank adapters on it; see `policies.lora`.
+        """Freeze trained layers and add LoRA adapters to them; see `policies.lora`.
 
         Args:
-            rank: of the adapters.
-            alpha: an adapter's product is scaled by ``alpha / rank``.
+            rank: rank of the adapters.
+            alpha: numerator of the adapters' scale, ``alpha / rank``.
             targets: the decoder's linear layers, or those of every part that was trained before.
         """
 
     def merged_config(self) -> PreTrainedConfig:
-        """Describe the same model without adapters."""
+        """Return the configuration of the model with its adapters merged."""
         return deepcopy(self.config)

@@ -1,4 +1,4 @@
-"""A model and its processor behind the interface that a rollout and a learner know."""
+"""A model and its processor behind the interface that rollouts and learners use."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 class TokenPolicy(Generic[Model]):
-    """Chooses and scores action tokens; see `policies.base.TrainablePolicy`.
+    """Policy that samples and scores action tokens; see `policies.base.TrainablePolicy`.
 
     Args:
-        model: on any device, in any dtype.
-        processor: of the same checkpoint.
+        model: model on any device, in any dtype.
+        processor: processor of the same checkpoint.
 
     Raises:
         ConfigError: if the two have different sizes.
@@ -42,23 +42,23 @@ class TokenPolicy(Generic[Model]):
         self.processor = processor
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write everything that `from_pretrained` needs for equal results."""
+        """Write a folder from which `from_pretrained` restores an equal policy."""
         self.model.save_pretrained(str(folder))
         self.processor.save_pretrained(folder)
 
     @property
     def shape(self) -> PolicyShape:
-        """Sizes of what goes in and what comes out."""
+        """Sizes of the policy's inputs and outputs."""
         return self.processor.shape
 
     @torch.no_grad()
     def act(
         self, observations: Sequence[Observation], noise: Tensor, *, temperature: float
     ) -> ActionChunk:
-        """Choose one chunk for each of the n observations; see `policies.base.Policy.act`.
+        """Sample one chunk for each of the n observations; see `policies.base.Policy.act`.
 
-        A batch changes the logits by float32 rounding only, so a bin can differ from the one
-        chosen alone only where ``noise`` falls that close to the border between two bins.
+        The batch changes the logits only by float32 rounding, so a bin depends on it only where
+        ``noise`` is that close to the border between two bins.
         """
         images = torch.from_numpy(np.stack([o.image for o in observations]))
         prompts = [self.processor.prompt(o.instruction) for o in observations]
@@ -82,13 +82,13 @@ class TokenPolicy(Generic[Model]):
         temperature: float,
         proprio: Tensor | None = None,
     ) -> Tensor:
-        """Score recorded bins; differentiable.
+        """Return the log-probs of recorded bins; differentiable.
 
         Args:
             images: [n, V, H, W, 3] uint8.
             prompts: n tensors [L] int64.
             action_tokens: [n, T] int64.
-            temperature: the one that they were sampled at.
+            temperature: temperature that they were sampled at.
             proprio: [n, P] float32 as observed, for a policy that reads it.
 
         Returns:
@@ -110,7 +110,7 @@ class TokenPolicy(Generic[Model]):
         Args:
             images: [n, V, H, W, 3] uint8.
             prompts: n tensors [L] int64.
-            action_tokens: [n, T] int64; may be left out where decoding is parallel.
+            action_tokens: [n, T] int64; may be None where decoding is parallel.
             proprio: [n, P] float32 as observed, for a policy that reads it.
 
         Returns:

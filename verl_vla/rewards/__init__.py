@@ -1,4 +1,4 @@
-"""What a reward plug-in must look like, how one is found, and how it is asked."""
+"""The interface of reward plug-ins, the code that loads one, and the code that calls it."""
 
 from verl_vla.core.plugins import import_file
 from verl_vla.rewards.base import (
@@ -15,7 +15,7 @@ from verl_vla.rewards.features import (
     Floats,
     align,
     center_on_start,
-    is_sound,
+    is_valid,
     last_rows,
     normalised_time,
 )
@@ -47,7 +47,7 @@ __all__ = [
     "complete",
     "goal_progress",
     "import_file",
-    "is_sound",
+    "is_valid",
     "judge",
     "last_rows",
     "learn",

@@ -1,8 +1,9 @@
-"""What a reward plug-in must look like.
+"""The interface of a reward plug-in.
 
-A reward sees whole groups of finished trajectories at once, since progress is measured against
-sibling successes. It never sees the policy, the trainer or the simulator. Plug-ins are plain
-Python files: `rewards/binary.py` is the smallest, docs/add-a-reward.md shows how to write one.
+A reward receives complete groups of finished trajectories, because progress is measured against
+successes of the same group. It never sees the policy, the trainer or the simulator. Plug-ins are
+plain Python files: `rewards/binary.py` is the smallest, docs/add-a-reward.md shows how to write
+one.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ import numpy.typing as npt
 from verl_vla.core.episode import GoalReadings
 
 Rows = npt.NDArray[np.float32]
-"""[T, D], the features of one episode in the order of its policy steps."""
+"""Features of one episode in the order of its policy steps, [T, D]."""
 
 Need = Literal["frames", "proprio", "features", "goals"]
-"""What a reward may ask for beyond the outcome: the images that the policy saw, the joint readings,
-what its own `encoder` makes of the images, or the simulator's distances to the goals."""
+"""Inputs that a reward may require beyond the outcome: the images that the policy saw, the joint
+readings, the features that its own `encoder` computes from the images, or the simulator's distances
+to the goals."""
 
 Split = Literal["train", "held_out"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryBatch:
-    """Finished trajectories of whole groups; crashed episodes are already gone.
+    """Finished trajectories of complete groups, without crashed episodes.
 
     Dimensions as in `verl_vla.core.tables`; row b of every field is the same episode.
     """
@@ -46,19 +48,20 @@ class TrajectoryBatch:
     num_steps: npt.NDArray[np.int64]
     """[B], simulator steps the policy chose."""
     frames: tuple[npt.NDArray[np.uint8], ...] | None
-    """B arrays [policy steps + 1, V, H, W, 3]: what the policy saw before each policy step, and the
-    image after the last one, in which a success can be seen; None unless required."""
+    """B arrays [policy steps + 1, V, H, W, 3]: the images before each policy step, and the image
+    after the last one, in which a success can be seen; None unless required."""
     proprio: tuple[npt.NDArray[np.float32], ...] | None
     """B arrays [policy steps, P]; None unless required."""
     goals: tuple[GoalReadings, ...] | None = None
-    """B arrays [policy steps + 1, G, 3], columns as in `Reading`, the start first and the end last;
-    None unless required. Only a simulator has them: a reward that needs them cannot leave it."""
+    """B arrays [policy steps + 1, G, 3], columns as in `Reading`, from the start to the end; None
+    unless required. Only a simulator has them: a reward that needs them runs in simulation only."""
     features: tuple[Rows, ...] | None = None
     """B arrays [T, D] of the reward's encoder, ragged in T; None unless required."""
     feature_space: str | None = None
-    """`FeatureExtractor.feature_space` of what made ``features``; None without them."""
+    """`FeatureExtractor.feature_space` of the encoder that made ``features``; None without them."""
     split: Split = "train"
-    """Held-out trajectories are scored but must never change a reward's state."""
+    """Split of the init states; held-out trajectories are scored but must never change a reward's
+    state."""
 
     def __len__(self) -> int:
         return len(self.episode_id)
@@ -66,59 +69,62 @@ class TrajectoryBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardResult:
-    """One number per episode, and the parts it was made of."""
+    """One score per episode, and the parts that it was computed from."""
 
     score: npt.NDArray[np.float32]
-    """[B] finite; what the advantage is computed from."""
+    """[B], finite; the input of the advantage."""
     progress: npt.NDArray[np.float32]
     """[B] raw measure of progress before scaling; NaN where unknown."""
     status: tuple[str, ...]
-    """B words saying how each score came about, e.g. ``success`` or ``failure``."""
+    """B labels of how each score was found, e.g. ``success`` or ``failure``."""
     num_references: npt.NDArray[np.int64] | None = None
-    """[B] successes that each score was measured against; None where none ever are."""
+    """[B], successes that each score was measured against; None for a reward without references."""
     reference_source: tuple[str, ...] | None = None
-    """B words: ``batch``, ``memory``, ``batch+memory`` or ``none``; None as above."""
+    """B labels: ``batch``, ``memory``, ``batch+memory`` or ``none``; None as above."""
     max_score: float = 1.0
-    """The largest score this reward may give; a larger one is refused."""
+    """Largest score that this reward may give; a larger one is an error."""
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Logged under ``reward/``."""
+    """Metrics that are logged under ``reward/``."""
 
 
 class StatelessReward:
-    """What a reward that learns nothing and keeps nothing need not write down."""
+    """Base class of rewards without state: `update` and the checkpoint methods do nothing."""
 
     requires: frozenset[Need] = frozenset()
 
     def update(self, batch: TrajectoryBatch) -> Mapping[str, float]:
-        """Nothing is learned."""
+        """Learn nothing."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing is kept."""
+        """Return no state."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing is restored."""
+        """Restore nothing."""
 
 
 class FeatureExtractor(Protocol):
-    """Turns images into numbers that a reward compares; see `verl_vla.rewards.encoders`."""
+    """An encoder: turns images into features that a reward compares.
+
+    Implementations are in `verl_vla.rewards.encoders`.
+    """
 
     @property
     def feature_space(self) -> str:
-        """Names weights, layer and preprocessing; features of two spaces are never compared."""
+        """Name of weights, layer and preprocessing; features of two spaces are never compared."""
         ...
 
     def encode(self, frames: Sequence[npt.NDArray[np.uint8]]) -> list[Rows]:
-        """Map episodes [T, H, W, 3], ragged in T, to [T', D]; each as if it were alone."""
+        """Map episodes [T, H, W, 3], ragged in T, to [T', D], each independently of the others."""
         ...
 
 
 class TrajectoryReward(Protocol):
-    """Scores trajectories. The constructor takes its arguments from the recipe."""
+    """A reward: scores trajectories. The constructor takes its arguments from the recipe."""
 
     requires: frozenset[Need]
-    """What `TrajectoryBatch` must hold beyond the outcome."""
+    """Inputs that `TrajectoryBatch` must hold beyond the outcome."""
 
     def __call__(self, batch: TrajectoryBatch) -> RewardResult:
         """Return one score per episode, in the order of the batch."""
@@ -129,19 +135,19 @@ class TrajectoryReward(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that must survive a restart: plain values and tensors, nested as you like."""
+        """Return all that must survive a restart: plain values and tensors, nested in any way."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Restore what `state_dict` returned."""
         ...
 
 
 @runtime_checkable
 class HasEncoder(Protocol):
-    """A reward that requires ``features`` owns what makes them."""
+    """A reward with an encoder, which every reward that requires ``features`` must have."""
 
     @property
     def encoder(self) -> FeatureExtractor:
-        """Makes the features."""
+        """Encoder that computes the features."""
         ...

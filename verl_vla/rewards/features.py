@@ -1,4 +1,4 @@
-"""What rewards ask of an episode's features [T, D]: are they sound, when do they stand still."""
+"""Operations on an episode's features [T, D]: validity, idle rows, normalised time, alignment."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from verl_vla.rewards.base import Rows
 Floats = npt.NDArray[np.float64]
 
 IDLE_SHARE = 0.05
-"""Rows that move less than this share of their episode's median movement are idle. A median and
-not a threshold in units of the encoder, so that every feature space has the same rule."""
+"""Share of an episode's median movement below which a row is idle. The threshold is relative to the
+median and not in units of the encoder, so that every feature space has the same rule."""
 
 
-def is_sound(features: Rows) -> bool:
-    """Whether an episode can be judged: it has rows, all finite, and not all zero.
+def is_valid(features: Rows) -> bool:
+    """Check that an episode can be scored: it has rows, all finite, and not all zero.
 
     An image that could not be read gives NaN or zeros, which no distance may be computed from.
     """
@@ -25,12 +25,12 @@ def is_sound(features: Rows) -> bool:
 
 
 def center_on_start(features: Rows) -> Rows:
-    """Subtract the first row, which takes the layout of the scene out of the comparison."""
+    """Subtract the first row, which removes the layout of the scene from the comparison."""
     return features - features[:1]
 
 
 def is_moving(features: Rows) -> npt.NDArray[np.bool_]:
-    """[T], false where the features stay where they were; the first row always counts as moving.
+    """Return [T], false where the features do not change; the first row always counts as moving.
 
     >>> is_moving(np.array([[0.0], [1.0], [1.0], [2.0]], dtype=np.float32)).tolist()
     [True, True, False, True]
@@ -42,7 +42,7 @@ def is_moving(features: Rows) -> npt.NDArray[np.bool_]:
 
 
 def normalised_time(features: Rows) -> Floats:
-    """[T], how much of a success lies behind each row, 0 to 1, flat while nothing moves.
+    """Return [T], the share of a success completed at each row, 0 to 1, flat while nothing moves.
 
     Idle rows would otherwise teach that waiting is progress. The last row of a success is its
     last policy step, and counts as the end.
@@ -55,12 +55,12 @@ def normalised_time(features: Rows) -> Floats:
 
 
 def idle_share(features: Rows) -> float:
-    """Share of the rows that stand still."""
+    """Return the share of the rows in which nothing moves."""
     return float(1 - is_moving(features).mean())
 
 
 def last_rows(num_rows: int, share: float) -> slice:
-    """The rows that an episode's final state is read from: a share of them, one at least.
+    """Return the rows that give an episode's final state: a share of them, at least one.
 
     >>> last_rows(40, 0.1)
     slice(36, 40, None)
@@ -69,12 +69,15 @@ def last_rows(num_rows: int, share: float) -> slice:
 
 
 def align(features: Rows, successes: Sequence[Rows], num_neighbours: int) -> Floats:
-    """[T], where along the successes each row is: how much of theirs lay behind its neighbours.
+    """Return [T], the progress of each row: the mean normalised time of its nearest neighbours.
+
+    Neighbours are rows of the successes.
 
     Args:
-        features: [T, D] of the episode to be placed.
+        features: [T, D] of the episode to align.
         successes: arrays [T', D], at least one.
-        num_neighbours: rows, over all successes, that vote on one row of ``features``.
+        num_neighbours: nearest rows, over all successes, whose times are averaged for one row of
+            ``features``.
     """
     known = np.concatenate([center_on_start(s) for s in successes]).astype(np.float64)
     time = np.concatenate([normalised_time(s) for s in successes])

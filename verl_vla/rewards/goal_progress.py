@@ -1,4 +1,4 @@
-"""How far an episode got, told from the simulator's own state rather than from images."""
+"""Progress of an episode, computed from the simulator's state and not from images."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import numpy.typing as npt
 from verl_vla.core.episode import GoalReadings, Reading
 
 SMALLEST_START = 1e-3
-"""Metres or radians; what was nearer than this at the start had no way to go."""
+"""Distance in metres or radians; a part that starts nearer than this has no distance to cover, and
+counts 0."""
 
 
 def goal_progress(readings: GoalReadings) -> npt.NDArray[np.float64]:
     """Measure progress along one episode.
 
-    A goal that holds counts 1. Another counts the mean of two parts, each the share of the first
-    distance that has been covered: the gripper's way to the object, and the object's way to where
-    the goal wants it. Goals are averaged.
+    A goal that holds counts 1. Any other goal counts the mean of two parts, each the share of its
+    initial distance that has been covered: from the gripper to the object, and from the object to
+    its goal position. Goals are averaged.
 
     Args:
         readings: [T, G, 3].
@@ -32,7 +33,7 @@ def goal_progress(readings: GoalReadings) -> npt.NDArray[np.float64]:
 
 
 def smallest_reach(readings: GoalReadings) -> npt.NDArray[np.float64]:
-    """Return how near the gripper is to the nearest object that must still be moved.
+    """Return the distance from the gripper to the nearest object that must still be moved.
 
     Args:
         readings: [T, G, 3].

@@ -1,4 +1,4 @@
-"""Find, check and make the reward that a recipe names."""
+"""Find, check and construct the reward that a recipe names."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from verl_vla.core.text import nearest
 from verl_vla.rewards.base import HasEncoder, Need, TrajectoryReward
 
 REWARDS_FOLDER = PROJECT_FOLDER / "rewards"
-"""Where rewards with a plain name live."""
+"""Folder of the rewards that a recipe names without a path."""
 ENTRY_POINTS = "verl_vla.rewards"
-"""The group under which installed packages offer rewards: ``name = "package.module:Class"``."""
+"""Entry-point group for rewards of installed packages: ``name = "package.module:Class"``."""
 SEED = "seed"
-"""A constructor argument of this name is given the run's seed unless the recipe sets it."""
+"""Name of the constructor argument that receives the run's seed unless the recipe sets it."""
 
 
 def load_reward(
     name: str, arguments: Mapping[str, Any], *, seed: int | None = None
 ) -> TrajectoryReward:
-    """Make the reward that a recipe names.
+    """Construct the reward that a recipe names.
 
     Args:
-        name: a file of `rewards/` without its ending (its only public class is taken), a name
+        name: a file of `rewards/` without its suffix (its only public class is taken), a name
             that an installed package offers under `ENTRY_POINTS`, or ``path/to/file.py:ClassName``.
         arguments: passed to the constructor by keyword; checked against its signature.
-        seed: of the run; passed as `SEED` to a constructor that has this argument.
+        seed: seed of the run; passed as `SEED` to a constructor that has this argument.
 
     Raises:
-        ConfigError: no such file or class, an argument the constructor does not know or misses,
-            a file or constructor that raises, or a class that does not follow `TrajectoryReward`.
+        ConfigError: no such file or class, an unknown or missing constructor argument, a file or
+            constructor that raises, or a class that does not implement `TrajectoryReward`.
     """
     cls = _find_class(name)
     named, takes_any = _parameters(cls)
@@ -105,7 +105,7 @@ def _pick_class(module: ModuleType, path: Path, class_name: str | None) -> type[
 
 
 def _parameters(cls: type[Any]) -> tuple[dict[str, inspect.Parameter], bool]:
-    """The constructor's arguments by name, and whether it takes others as well."""
+    """Return the constructor's arguments by name, and whether it accepts any others."""
     found = inspect.signature(cls).parameters.values()
     takes_any = any(p.kind is p.VAR_KEYWORD for p in found)
     return {p.name: p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}, takes_any
@@ -146,5 +146,5 @@ def _check_protocol(reward: object, name: str) -> None:
     if "features" in needs and not isinstance(reward, HasEncoder):
         raise ConfigError(
             f"reward {name!r} requires features but has no encoder to make them; give it an "
-            "attribute `encoder`, see verl_vla/encoders"
+            "attribute `encoder`, see verl_vla/rewards/encoders"
         )

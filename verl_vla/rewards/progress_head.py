@@ -1,10 +1,10 @@
-"""A small causal network that learns, from successes alone, how far along an episode is.
+"""A small causal network that learns from successes only to predict the progress of an episode.
 
-Its objective follows what published progress rewards have in common: regression of normalised
-time with rewound, stalled and spliced episodes as counter-examples (ReWiND, arXiv:2505.10911), and
-a ranking of moments (Video-Language Critic, arXiv:2405.19988). It sees no absolute time: failures
-last to the step limit, so a clock would give the outcome away. Failures are never shown to it:
-a preference for successes over failures destroys the ranking among failures.
+Its objective combines two published ones: regression of normalised time with rewound, stalled and
+spliced episodes as counter-examples (ReWiND, arXiv:2505.10911), and a ranking of rows by progress
+(Video-Language Critic, arXiv:2405.19988). It has no input for absolute time: failures last to the
+step limit, so time would reveal the outcome. It is never trained on failures: a preference for
+successes over failures destroys the ranking among failures.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from verl_vla.rewards.base import Rows
 from verl_vla.rewards.features import Floats, center_on_start, normalised_time
 
 MAX_ROWS = 32
-"""Rows of one training example."""
+"""Maximum number of rows that are sampled from one success for a training example."""
 REWIND, STALL, SPLICE = 0.35, 0.20, 0.10
 """Shares of the examples that are rewound, stalled, or spliced with another task."""
 RANK_WEIGHT, RANK_SCALE = 0.5, 2.0
 MIN_RANK_GAP = 0.05
-"""Moments closer in progress are not ranked."""
+"""Difference in progress up to which two rows are not ranked."""
 EMA_DECAY = 0.95
-"""Of the weights that score: an average over about 20 optimizer steps."""
+"""Decay of the averaged weights that score: an average over about 20 optimizer steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadConfig:
-    """How the head is built and trained."""
+    """Size and optimizer settings of the head."""
 
     width: int = 64
     steps: int = 50
@@ -64,7 +64,7 @@ class ProgressHead:
     """The network, its optimizer, and the averaged weights that score."""
 
     def __init__(self, feature_size: int, config: HeadConfig, seed: int) -> None:
-        """Make an untrained one; the process's own random state is left as it was."""
+        """Make an untrained head; the random state of the process does not change."""
         self._feature_size = feature_size
         self._config = config
         self._seed = seed
@@ -81,7 +81,7 @@ class ProgressHead:
 
     @torch.no_grad()
     def progress(self, features: Rows) -> Floats:
-        """[T], 0 to 1, by the averaged weights."""
+        """Return the progress [T], 0 to 1, by the averaged weights."""
         return self._average(inputs_of(features)[None])[0].sigmoid().double().numpy()
 
     def train(self, successes: Mapping[str, Sequence[Rows]]) -> dict[str, float]:
@@ -104,7 +104,7 @@ class ProgressHead:
         return {"head_loss": float(np.mean(losses[-max(1, len(losses) // 4) :]))}
 
     def loss(self, examples: Sequence[tuple[Rows, Floats]]) -> Tensor:
-        """Binary cross entropy of progress plus a ranking of all moments of the batch.
+        """Return the binary cross entropy of progress plus a ranking loss over all rows.
 
         Args:
             examples: features [T, D] and progress [T], 0 to 1, ragged in T.
@@ -122,7 +122,7 @@ class ProgressHead:
         return regression + RANK_WEIGHT * ranking
 
     def state_dict(self) -> dict[str, Any]:
-        """Both sets of weights, the optimizer, and how often it was trained."""
+        """Return both sets of weights, the optimizer state, and the number of updates."""
         return {
             "feature_size": self._feature_size,
             "network": _copy(self.network.state_dict()),
@@ -132,7 +132,7 @@ class ProgressHead:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Restore what `state_dict` returned."""
         self.network.load_state_dict(state["network"])
         self._average.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
@@ -146,7 +146,7 @@ class ProgressHead:
 
 
 def inputs_of(features: Rows) -> Tensor:
-    """[T, 2 D]: every row, and what changed since the first."""
+    """Return [T, 2 D]: every row, and its difference from the first."""
     rows = np.concatenate([features, center_on_start(features)], axis=1)
     return torch.from_numpy(rows.astype(np.float32))
 
@@ -154,17 +154,17 @@ def inputs_of(features: Rows) -> Tensor:
 def make_example(
     successes: Mapping[str, Sequence[Rows]], rng: np.random.Generator
 ) -> tuple[Rows, Floats]:
-    """Cut a success and, at times, spoil it.
+    """Cut a success and, in a share of the examples, rewind, stall or splice it.
 
     Returns:
-        Features [T, D] and their progress [T]: played backwards it falls, standing still it stays,
-        and what belongs to another task has none.
+        Features [T, D] and their progress [T]: progress falls in rewound rows, stays in stalled
+        ones, and is 0 in rows from another task.
     """
     tasks = sorted(successes)
     task = tasks[int(rng.integers(len(tasks)))]
     whole = successes[task][int(rng.integers(len(successes[task])))]
     progress = normalised_time(whole)
-    # it begins at the start, as every episode does that is scored, and may end early
+    # begins at the start, like every episode that is scored, and may end early
     end = int(rng.integers(min(2, len(whole)), len(whole) + 1))
     kept = np.unique(np.linspace(0, end - 1, min(end, MAX_ROWS)).round().astype(int))
     rows, labels = whole[kept], progress[kept]

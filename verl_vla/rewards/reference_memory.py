@@ -1,7 +1,7 @@
-"""Successes of a run, kept across training steps, that failures of the same task are held against.
+"""Successes of a run, kept across training steps, as references for failures of the same task.
 
-With it a group in which every episode failed can still teach something, and a task with one
-success in a step is not judged by that one alone.
+With it a group in which every episode failed can still give a learning signal, and a task with one
+success in a step is not measured against that one only.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 
 from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.rewards.base import Rows, TrajectoryBatch
-from verl_vla.rewards.features import is_sound
+from verl_vla.rewards.features import is_valid
 
 SAME_START = 3
-"""References of the same init state that suffice without those of the task's other init states.
-Two cannot outvote an odd one."""
+"""Number of references of the same init state that suffice without those of the task's other init
+states. With two, one outlier would have as much weight as the other reference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,12 @@ class Reference:
     features: Rows
     """[T, D]"""
     updated_at: int
-    """Count of `ReferenceMemory.add` calls before it came."""
+    """Count of `ReferenceMemory.add` calls before it was added."""
 
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """What one failure is measured against, in the order of their episode ids."""
+    """References that one failure is measured against, in the order of their episode ids."""
 
     items: tuple[Reference, ...]
     source: str
@@ -44,14 +44,14 @@ class References:
 
 
 class ReferenceMemory:
-    """Per task, the newest successes whose features differ; oldest out first."""
+    """The newest successes of each task whose features differ; the oldest are removed first."""
 
     def __init__(self, capacity: int, max_age: int) -> None:
-        """Make an empty one.
+        """Make an empty memory.
 
         Args:
             capacity: successes kept of one task.
-            max_age: updates after which a success is forgotten, since the policy has moved on.
+            max_age: updates after which a success is removed, since the policy has changed.
 
         Raises:
             ConfigError: a number below 1.
@@ -70,20 +70,20 @@ class ReferenceMemory:
 
     @property
     def num_updates(self) -> int:
-        """How often `add` was called."""
+        """Number of `add` calls."""
         return self._num_updates
 
     def of_task(self, task_key: str) -> tuple[Reference, ...]:
-        """What is kept of one task, oldest first."""
+        """Return the references of one task, oldest first."""
         return tuple(self._tasks[task_key]) if task_key in self._tasks else ()
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks of which there is anything, in alphabetical order."""
+        """Tasks that have references, in alphabetical order."""
         return tuple(sorted(self._tasks))
 
     def check_space(self, batch: TrajectoryBatch) -> None:
-        """Refuse features that cannot be compared with those kept.
+        """Check that the features of a batch can be compared with those kept.
 
         Raises:
             ContractError: they were made by another encoder.
@@ -92,14 +92,14 @@ class ReferenceMemory:
             raise ContractError(
                 f"features are of {batch.feature_space!r}, but the references of "
                 f"{self._feature_space!r}: another encoder, other weights or other preprocessing "
-                "made them; go on with the encoder that the run began with, or begin a new run"
+                "made them; use the encoder that the run began with, or begin a new run"
             )
 
     def select(self, batch: TrajectoryBatch, task_key: str, init_state_id: int) -> References:
-        """Collect what a failure of this task and start is measured against.
+        """Collect the references of a failure of this task and init state.
 
-        Successes of the batch count as well as those kept. Those of the same init state are
-        preferred where there are `SAME_START` of them; another task is never touched.
+        They are successes of the batch and of the memory, always of the same task. If at least
+        `SAME_START` of them have the same init state, only those are used.
         """
         of_batch = self._of_batch(batch, task_key)
         present = {r.episode_id for r in of_batch}
@@ -113,7 +113,7 @@ class ReferenceMemory:
         return References(tuple(chosen), "+".join(words) or "none")
 
     def add(self, batch: TrajectoryBatch) -> None:
-        """Keep the sound successes of a scored training batch; forget what is too old or too much.
+        """Add the valid successes of a scored training batch; remove old and surplus references.
 
         Raises:
             ContractError: the batch is held out, or of another feature space.
@@ -141,7 +141,7 @@ class ReferenceMemory:
             self._tasks[task_key] = young[-self._capacity :]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as plain values and tensors."""
+        """Return the complete state, as plain values and tensors."""
         return {
             "feature_space": self._feature_space,
             "num_updates": self._num_updates,
@@ -160,7 +160,7 @@ class ReferenceMemory:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Restore what `state_dict` returned."""
         self._feature_space = state["feature_space"]
         self._num_updates = state["num_updates"]
         self._tasks = {
@@ -179,7 +179,7 @@ class ReferenceMemory:
         rows = [
             row
             for row, key in enumerate(batch.task_key)
-            if key == task_key and batch.success[row] and is_sound(batch.features[row])
+            if key == task_key and batch.success[row] and is_valid(batch.features[row])
         ]
         rows.sort(key=lambda row: int(batch.episode_id[row]))
         return [
@@ -198,5 +198,5 @@ def _digest(features: Rows) -> bytes:
 
 
 def without(references: Sequence[Reference], index: int) -> list[Reference]:
-    """All references but one, to see how a success looks to the others."""
+    """Return all references but one, so that this one can be measured against the others."""
     return [r for i, r in enumerate(references) if i != index]

@@ -1,8 +1,8 @@
-"""The part that all rewards share which hold failures against successes of the same task.
+"""Base class of rewards that compare failures with successes of the same task.
 
-A success is worth 1, whatever an encoder makes of it. A failure is worth ``alpha`` times its
-quality, an absolute number in [0, 1]: nothing is stretched over the batch, so the score of one
-episode does not depend on how badly another one failed. Each row of the table of cases in
+A success scores 1, independently of its features. A failure scores ``alpha`` times its quality, an
+absolute number in [0, 1]: nothing is normalised over the batch, so the score of one episode does
+not depend on how badly another one failed. Each row of the table of cases in
 tests/unit/rewards/test_reward_cases.py is decided here, and is the same for every such reward.
 """
 
@@ -19,27 +19,28 @@ import numpy.typing as npt
 
 from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.rewards.base import FeatureExtractor, Need, RewardResult, Rows, TrajectoryBatch
-from verl_vla.rewards.features import Floats, idle_share, is_sound
+from verl_vla.rewards.features import Floats, idle_share, is_valid
 from verl_vla.rewards.reference_memory import Reference, ReferenceMemory, References, without
 
 SUCCESS, SHAPED, GATED = "success", "shaped", "gated"
 NO_REFERENCE, INVALID = "no_reference", "invalid_features"
 
 MAX_LEFT_OUT = 8
-"""Successes that are held against the others to measure noise; more would cost without telling."""
+"""Number of successes that are measured against the others to estimate the noise; more would cost
+time without a better estimate."""
 LONE_NOISE = 0.1
-"""Share of the mean measure that counts as noise where one reference says nothing of its spread:
-wider than what several references usually show."""
+"""Share of the mean measure that counts as noise with a single reference, which has no spread:
+more than several references usually show."""
 RATE_KEPT = 0.8
-"""Share of a success rate that an update leaves standing: a mean over about 5 steps."""
+"""Weight of the old success rate in an update: a mean over about 5 steps."""
 TIE = 1e-4
-"""Scores of a group that differ by less are the same: GRPO divides by their spread, and would make
-a full-size advantage of a rounding error."""
+"""Difference below which scores of a group count as the same: GRPO divides by their spread, which
+would turn a rounding error into a full-size advantage."""
 
 
 @dataclass(slots=True)
 class _Judgement:
-    """What has been found about each episode of a batch, by row."""
+    """Scores of a batch while they are computed, by row."""
 
     score: npt.NDArray[np.float64]
     progress: npt.NDArray[np.float64]
@@ -50,7 +51,7 @@ class _Judgement:
 
 
 class ReferenceReward(ABC):
-    """Measures each failure against references; a subclass says how (`measure`, `quality`)."""
+    """A reward that measures failures against references; subclasses add `measure`, `quality`."""
 
     requires: frozenset[Need] = frozenset({"features"})
 
@@ -64,15 +65,15 @@ class ReferenceReward(ABC):
         memory_max_age: int,
         max_invalid_share: float,
     ) -> None:
-        """Make one without references.
+        """Make a reward without references.
 
         Args:
-            encoder: makes the features.
-            alpha: what the best conceivable failure is worth, in (0, 1).
+            encoder: computes the features.
+            alpha: score of the best possible failure, in (0, 1).
             anneal: let alpha fall as the success rate of the task rises, to 0 where all is solved:
-                a shape that helped a policy begin is then nothing to be gamed at its end.
+                shaping that helps a policy to begin can then not be exploited at the end.
             memory_capacity: successes kept of each task.
-            memory_max_age: updates after which they are forgotten.
+            memory_max_age: updates after which they are removed.
             max_invalid_share: share of a batch whose features may be unusable; above it, and with
                 more than one such episode, the run stops instead of training on guesses.
 
@@ -97,15 +98,15 @@ class ReferenceReward(ABC):
     def measure(
         self, task_key: str, episodes: Sequence[Rows], references: Sequence[Reference]
     ) -> Floats:
-        """Measure how far episodes came, each by itself.
+        """Measure the progress of episodes, each independently of the others.
 
         Args:
-            task_key: of the episodes and of the references.
+            task_key: task of the episodes and of the references.
             episodes: n arrays [T, D].
             references: successes, at least one, none of them among ``episodes``.
 
         Returns:
-            [n], larger for farther, in any unit.
+            [n], larger for more progress, in any unit.
         """
 
     @abstractmethod
@@ -113,11 +114,11 @@ class ReferenceReward(ABC):
         """Map measures [n] of failures to [0, 1], monotonically."""
 
     def __call__(self, batch: TrajectoryBatch) -> RewardResult:
-        """Score each episode; nothing is remembered."""
+        """Score each episode without a change of state."""
         features = _features(batch)
         self._memory.check_space(batch)
-        sound = np.array([is_sound(rows) for rows in features], dtype=np.bool_)
-        self._check_share(batch, sound)
+        valid = np.array([is_valid(rows) for rows in features], dtype=np.bool_)
+        self._check_share(batch, valid)
         found = _Judgement(
             score=batch.success.astype(np.float64),
             progress=np.where(batch.success, 1.0, np.nan),
@@ -130,7 +131,7 @@ class ReferenceReward(ABC):
         ):
             at_start = [
                 row
-                for row in np.flatnonzero(~batch.success & sound).tolist()
+                for row in np.flatnonzero(~batch.success & valid).tolist()
                 if batch.task_key[row] == task_key and batch.init_state_id[row] == init_state_id
             ]
             if at_start:
@@ -143,11 +144,11 @@ class ReferenceReward(ABC):
             status=tuple(found.status),
             num_references=found.num_references,
             reference_source=tuple(found.source),
-            metrics=self._metrics(batch, found, sound),
+            metrics=self._metrics(batch, found, valid),
         )
 
     def update(self, batch: TrajectoryBatch) -> Mapping[str, float]:
-        """Remember the successes of a scored training batch, and how many there were."""
+        """Add the successes of a scored training batch, and update the success rates."""
         self._memory.add(batch)
         tasks = np.array(batch.task_key)
         for key in sorted(set(batch.task_key)):
@@ -157,11 +158,11 @@ class ReferenceReward(ABC):
         return {"memory_references": float(len(self._memory))}
 
     def state_dict(self) -> dict[str, Any]:
-        """The references and the success rates."""
+        """Return the references and the success rates."""
         return {"memory": self._memory.state_dict(), "rates": dict(self._rates)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Restore what `state_dict` returned."""
         self._memory.load_state_dict(state["memory"])
         self._rates = dict(state["rates"])
 
@@ -173,7 +174,7 @@ class ReferenceReward(ABC):
         references: References,
         found: _Judgement,
     ) -> None:
-        """Score the sound failures of one start."""
+        """Score the failures with valid features of one init state."""
         items = references.items
         for row in rows:
             found.status[row] = SHAPED if items else NO_REFERENCE
@@ -208,7 +209,10 @@ class ReferenceReward(ABC):
         return self._alpha * (1 - self._rates[task_key])
 
     def _noise(self, task_key: str, items: Sequence[Reference], measures: Floats) -> float:
-        """How much measures of equally good episodes differ: that of successes among themselves."""
+        """Estimate the spread of measures of equally good episodes, from that of successes.
+
+        Each of the newest successes is measured against the others.
+        """
         if len(items) == 1:
             return LONE_NOISE * float(np.abs(measures).mean())
         newest = sorted(range(len(items)), key=lambda i: items[i].episode_id)[-MAX_LEFT_OUT:]
@@ -217,24 +221,24 @@ class ReferenceReward(ABC):
         ]
         return float(np.std(left_out))
 
-    def _check_share(self, batch: TrajectoryBatch, sound: npt.NDArray[np.bool_]) -> None:
-        num_invalid = int((~sound).sum())
+    def _check_share(self, batch: TrajectoryBatch, valid: npt.NDArray[np.bool_]) -> None:
+        num_invalid = int((~valid).sum())
         if num_invalid > 1 and num_invalid > self._max_invalid_share * len(batch):
             raise ContractError(
                 f"{num_invalid} of {len(batch)} episodes have no usable features, the first being "
-                f"episode {batch.episode_id[~sound][0]}; look at the encoder's weights, dtype and "
+                f"episode {batch.episode_id[~valid][0]}; look at the encoder's weights, dtype and "
                 "images, or raise reward_args.max_invalid_share"
             )
 
     def _metrics(
-        self, batch: TrajectoryBatch, found: _Judgement, sound: npt.NDArray[np.bool_]
+        self, batch: TrajectoryBatch, found: _Judgement, valid: npt.NDArray[np.bool_]
     ) -> dict[str, float]:
         words = Counter(found.status)
-        failed = [row for row in np.flatnonzero(~batch.success & sound)]
+        failed = [row for row in np.flatnonzero(~batch.success & valid)]
         shaped = [row for row in failed if found.status[row] == SHAPED]
         features = _features(batch)
         metrics = {f"num_{word}": float(words[word]) for word in (SHAPED, GATED, NO_REFERENCE)}
-        metrics["num_invalid_features"] = float((~sound).sum())
+        metrics["num_invalid_features"] = float((~valid).sum())
         if failed:
             metrics["idle_share"] = float(np.mean([idle_share(features[row]) for row in failed]))
         if shaped:
@@ -246,16 +250,19 @@ class ReferenceReward(ABC):
 
 
 def _is_noise(measures: Floats, scores: Floats, noise: float) -> bool:
-    """Whether a group's failures differ, but by no more than equally good episodes do.
+    """Check whether a group's failures differ, but by less than equally good episodes do.
 
-    Measures that agree exactly are left as they are: a tie is no noise.
+    Measures that agree exactly do not count as noise.
     """
     spread = float(np.ptp(measures))
     return spread > 0 and (spread < noise or float(np.ptp(scores)) < TIE)
 
 
 def _neutralise(batch: TrajectoryBatch, found: _Judgement) -> None:
-    """Give failures without usable features what their siblings have on average, or nothing."""
+    """Give failures without usable features the mean score of the measured failures of the group.
+
+    The score is 0 in a group without measured failures.
+    """
     for row, word in enumerate(found.status):
         if word == INVALID:
             siblings = [

@@ -1,4 +1,4 @@
-"""Ask a reward about finished trajectories, and refuse an answer that cannot be trained on."""
+"""Score finished trajectories with a reward, and check that the scores can be trained on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from verl_vla.rewards.base import (
 logger = logging.getLogger(__name__)
 
 THIRD_PERSON = 0
-"""The view that encoders see: the first camera of the environment."""
+"""Index of the view that encoders see: the first camera of the environment."""
 
 
 def score(
@@ -37,13 +37,13 @@ def score(
     suite: str,
     split: Split,
 ) -> tuple[TrajectoryBatch, RewardResult]:
-    """Score trajectories without crashes and check what came back.
+    """Score trajectories without crashes and check the scores.
 
     Returns:
-        What the reward saw, for `learn`, and its answer; `judge` says what is added to its metrics.
+        The batch that the reward saw, for `learn`, and the result of `judge`.
 
     Raises:
-        ContractError: a crashed episode, or an episode id that stands twice.
+        ContractError: a crashed episode, or a duplicate episode id.
         RewardError: as in `complete` and `judge`.
     """
     batch = complete(reward, make_batch(trajectories, suite=suite, split=split))
@@ -51,15 +51,15 @@ def score(
 
 
 def looks_at_images(reward: TrajectoryReward) -> bool:
-    """Whether it matters to a reward what an episode looked like."""
+    """Check whether a reward requires images, directly or as features."""
     return bool(reward.requires & {"frames", "features"})
 
 
 def make_batch(trajectories: Trajectories, *, suite: str, split: Split) -> TrajectoryBatch:
-    """Arrange trajectories by episode, with everything that a reward may require but features.
+    """Arrange trajectories by episode, with every input that a reward may require except features.
 
     Raises:
-        ContractError: a crashed episode, or an episode id that stands twice.
+        ContractError: a crashed episode, or a duplicate episode id.
     """
     episodes, policy_steps = trajectories.episodes, trajectories.policy_steps
     if bool(episodes.crashed.any()):
@@ -117,11 +117,11 @@ def complete(reward: TrajectoryReward, batch: TrajectoryBatch) -> TrajectoryBatc
 
 
 def judge(reward: TrajectoryReward, batch: TrajectoryBatch) -> RewardResult:
-    """Ask for scores and check them; counts of what kind of groups these were are added.
+    """Compute scores, check them, and add the counts of `count_cases` to the metrics.
 
     Raises:
-        RewardError: the reward raised; or a score is missing, not finite, or above the largest
-            that the reward says it gives.
+        RewardError: the reward raised; or a score is missing, not finite, or above
+            `RewardResult.max_score`.
     """
     name = type(reward).__name__
     with _named(name, f"while scoring {_describe(batch)}", "correct the reward"):
@@ -151,11 +151,11 @@ def learn(reward: TrajectoryReward, batch: TrajectoryBatch) -> Mapping[str, floa
 
 
 def count_cases(batch: TrajectoryBatch) -> dict[str, float]:
-    """Count the groups in which a reward has little to say, and siblings that look the same."""
+    """Count groups by outcome and length, and episodes of a group that have the same features."""
     groups = [np.flatnonzero(batch.group_id == g) for g in np.unique(batch.group_id)]
     failed = [int((~batch.success[g]).sum()) for g in groups]
     features = batch.features
-    twins = 0 if features is None else sum(len(_twins(features, rows)) for rows in groups)
+    duplicates = 0 if features is None else sum(len(_duplicates(features, rows)) for rows in groups)
     return {
         "groups_all_failed": float(sum(n == len(g) for n, g in zip(failed, groups, strict=True))),
         "groups_all_solved": float(failed.count(0)),
@@ -163,13 +163,13 @@ def count_cases(batch: TrajectoryBatch) -> dict[str, float]:
         "groups_unequal_lengths": float(
             sum(len(np.unique(batch.num_steps[g])) > 1 for g in groups)
         ),
-        "duplicate_features": float(twins),
+        "duplicate_features": float(duplicates),
     }
 
 
 @contextmanager
 def _named(who: str, doing: str, remedy: str) -> Generator[None]:
-    """Turn whatever is raised inside into a `RewardError`, and show where it was raised."""
+    """Turn any exception raised inside into a `RewardError`, and log its traceback."""
     try:
         yield
     except Exception as error:
@@ -193,7 +193,7 @@ def _encode(reward: HasEncoder, batch: TrajectoryBatch) -> tuple[tuple[Rows, ...
             "return one array an episode"
         )
     for group in np.unique(batch.group_id):
-        for a, b in _twins(features, np.flatnonzero(batch.group_id == group)):
+        for a, b in _duplicates(features, np.flatnonzero(batch.group_id == group)):
             if not np.array_equal(frames[a], frames[b]):
                 raise RewardError(
                     f"episodes {batch.episode_id[a]} and {batch.episode_id[b]} of one group have "
@@ -203,8 +203,8 @@ def _encode(reward: HasEncoder, batch: TrajectoryBatch) -> tuple[tuple[Rows, ...
     return features, reward.encoder.feature_space
 
 
-def _twins(features: tuple[Rows, ...], rows: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Pairs of ``rows`` that have the same features, bit for bit."""
+def _duplicates(features: tuple[Rows, ...], rows: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Return the pairs of ``rows`` that have the same features, bit for bit."""
     return [
         (int(a), int(b))
         for a, b in combinations(rows, 2)

@@ -1,1 +1,1 @@
-"""GRPO without a framework: rollout, groups, advantage, loss."""
+"""GRPO without a training framework: rollout, groups, advantage, loss."""

@@ -1,4 +1,4 @@
-"""Group-relative advantage: an episode is judged against its siblings, nothing else."""
+"""Group-relative advantage: an episode is compared with the other episodes of its group only."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ def group_advantage(reward: Tensor, group_id: Tensor) -> Tensor:
         group_id: [B] int64; rows with the same id started from the same init state.
 
     Returns:
-        [B] float32, mean 0 in every group; 0 where a group agrees or has one row.
+        [B] float32, mean 0 in every group; 0 where all rewards of a group are equal or it has one
+        row.
 
     >>> group_advantage(torch.tensor([1., 0., 5., 5.]), torch.tensor([7, 7, 9, 9]))
     tensor([ 0.7071, -0.7071,  0.0000,  0.0000])
     """
-    row_group = _row_group(group_id)
-    count = torch.bincount(row_group).to(reward.dtype)
-    mean = torch.zeros_like(count).scatter_add_(0, row_group, reward) / count
-    centred = reward - mean[row_group]
-    square = torch.zeros_like(count).scatter_add_(0, row_group, centred**2)
-    std = (square / (count - 1).clamp(min=1)).sqrt()
-    # the mean of equal numbers may be off by a rounding error, which the division would magnify
-    advantage = centred / (std[row_group] + STD_EPSILON)
-    return advantage.masked_fill(~is_informative(reward, group_id), 0.0)
+    advantage = torch.zeros_like(reward)
+    for group in group_id.unique():
+        members = group_id == group
+        rewards = reward[members]
+        # the mean of equal numbers can be off by a rounding error, which the division would magnify
+        if (rewards != rewards[0]).any():
+            advantage[members] = (rewards - rewards.mean()) / (rewards.std() + STD_EPSILON)
+    return advantage
 
 
 def is_informative(value: Tensor, group_id: Tensor) -> Tensor:
-    """[B] bool, true for every episode whose group holds two different values.
+    """Return [B] bool, true for every episode whose group holds two different values.
 
-    A whole group is kept or dropped, since its advantages depend on all of its members.
+    A group is kept or dropped as a unit, since its advantages depend on all of its members.
 
     >>> is_informative(torch.tensor([0., .5, 1., 3., 3.]), torch.tensor([1, 1, 1, 2, 2]))
     tensor([ True,  True,  True, False, False])

@@ -1,4 +1,4 @@
-"""Where episodes start, and dynamic sampling: play until enough groups disagree."""
+"""Sampling of starts, and dynamic sampling: repeat rollouts until enough groups have a signal."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from verl_vla.core.errors import SolvedError, StarvedError
 
 
 class StartSampler:
-    """Walks through all starts in a new random order each time round.
+    """Sampler that visits all starts in a new random order each epoch.
 
-    The n-th group of a run is a pure function of the seed and n, so the only state is how many
-    groups were handed out.
+    The n-th group of a run is a pure function of the seed and n, so the only state is the number of
+    groups sampled.
     """
 
     def __init__(self, starts: Sequence[Start], *, seed: int, group_size: int) -> None:
@@ -24,7 +24,7 @@ class StartSampler:
         self._seed = seed
         self._group_size = group_size
         self.num_groups_sampled = 0
-        """Groups handed out since the run began; checkpointed with the run."""
+        """Number of groups sampled since the run began; checkpointed with the run."""
 
     def next_groups(self, num_groups: int) -> list[list[EpisodeSpec]]:
         """Return the episodes of the next ``num_groups`` groups."""
@@ -49,7 +49,7 @@ class StartSampler:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupResult:
-    """What is known of a group once all its episodes have ended."""
+    """Outcomes of a group whose episodes have all ended."""
 
     group_id: int
     task_id: int
@@ -57,17 +57,17 @@ class GroupResult:
     num_failed: int
     num_crashed: int
     score_spread: float
-    """The largest score of the surviving episodes, less the smallest."""
+    """Largest score of the surviving episodes, less the smallest."""
 
     @property
     def is_comparable(self) -> bool:
-        """Whether at least two episodes survived."""
+        """True if at least two episodes survived."""
         return self.num_solved + self.num_failed >= 2
 
 
 @dataclass(slots=True, kw_only=True)
 class GroupFilter:
-    """The account of one training step: what was played, what is kept, what is missing."""
+    """Group filter of one training step: groups completed, groups kept, groups still missing."""
 
     config: SamplingConfig
     played: list[GroupResult] = field(default_factory=list[GroupResult])
@@ -75,7 +75,7 @@ class GroupFilter:
     num_rounds: int = 0
 
     def add_round(self, groups: Sequence[GroupResult]) -> list[int]:
-        """Enter one round of groups and return the ids of those to be dropped."""
+        """Add one rollout round and return the ids of the groups to drop."""
         self.num_rounds += 1
         self.played.extend(groups)
         keep = [g.group_id for g in groups if self._is_wanted(g)]
@@ -84,17 +84,17 @@ class GroupFilter:
 
     @property
     def num_to_refill(self) -> int:
-        """How many groups the next round must play: exactly the missing ones, 0 when done."""
+        """Number of groups for the next rollout round: exactly the missing ones, 0 when done."""
         if self.num_rounds >= self.config.max_rounds:
             return 0
         return max(0, self.config.groups_per_step - len(self.kept))
 
     def check_not_starved(self) -> None:
-        """Refuse to train on nothing.
+        """Check that at least one group was kept.
 
         Raises:
-            StarvedError: says what was played, how it ended, and what to change; a `SolvedError`
-                where nothing failed.
+            StarvedError: no group was kept; the message says how the episodes ended and what to
+                change. A `SolvedError` if no episode failed.
         """
         if self.kept:
             return

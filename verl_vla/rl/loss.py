@@ -26,13 +26,13 @@ class LossParts:
     num_clipped_high: Tensor
     """Executed tokens whose gradient the upper bound stopped."""
     ratio_sum: Tensor
-    """Sum of their probability ratios."""
+    """Sum of the probability ratios of executed tokens."""
     ratio_deviation: Tensor
-    """Largest distance of one of their ratios from 1."""
+    """Largest distance of one of these ratios from 1."""
 
 
 def executed_mask(executed: Tensor, *, chunk_length: int, action_dim: int) -> Tensor:
-    """[N, T] bool, true for tokens of actions the simulator ran.
+    """Return [N, T] bool, true for tokens of actions that the simulator executed.
 
     An episode that succeeds inside a chunk never runs the rest of it; those tokens had no
     effect and must carry no gradient.
@@ -46,14 +46,14 @@ def executed_mask(executed: Tensor, *, chunk_length: int, action_dim: int) -> Te
 
 
 def trajectory_weight(executed_steps: Tensor, *, action_dim: int, num_trajectories: int) -> Tensor:
-    """[N] float32, the weight of each token of a policy step in the loss.
+    """Return [N] float32, the weight in the loss of each token of a policy step.
 
     The loss is the token mean inside a trajectory, then the mean over trajectories, so a long
     failure counts as much as a short success. With one weight per token the sum over any split
     into micro-batches gives the same number.
 
     Args:
-        executed_steps: [N] steps of the whole trajectory that each policy step belongs to.
+        executed_steps: [N], steps of the complete trajectory that each policy step belongs to.
         action_dim: A, tokens per step.
         num_trajectories: the fixed denominator, counted over the whole optimizer step.
     """
@@ -68,7 +68,7 @@ def policy_loss(
     weight: Tensor,
     clip: ClipRange,
 ) -> LossParts:
-    """Sum of clipped token losses, each times the weight of its row (PPO, arXiv:1707.06347, 7).
+    """Sum the clipped token losses, each times the weight of its row (PPO, arXiv:1707.06347, 7).
 
     Args:
         log_probs: [N, T] nats, current policy, carries the gradient.
@@ -98,10 +98,10 @@ def policy_loss(
 
 
 def divergence(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
-    """Estimate KL(current || reference policy) of each token from the one bin that was sampled.
+    """Estimate KL(current || reference policy) at each position from its sampled action token.
 
     ``r - 1 - log r`` with ``r`` the reference policy's probability over the current one's: unbiased
-    while the bins were sampled by the current policy, never negative, and of low variance (GRPO,
+    if the tokens were sampled by the current policy, never negative, and of low variance (GRPO,
     arXiv:2402.03300, equation 4; "k3" in Schulman, "Approximating KL divergence", 2020).
 
     Args:

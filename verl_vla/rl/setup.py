@@ -1,6 +1,6 @@
-"""From a recipe to the parts of a run: the one place that chooses classes.
+"""Construction of a run's parts from its recipe: the only place that chooses classes.
 
-Everything that can be wrong with a recipe is found here, before a process is started.
+Errors in a recipe are found here, before a process is started.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ logger = logging.getLogger(__name__)
 
 
 PUBLISHED_RENDER_SIZE = 256
-"""Pixels; openvla-oft ``experiments/robot/libero/run_libero_eval.py``, ``env_img_res``."""
+"""Render size in pixels; openvla-oft ``experiments/robot/libero/run_libero_eval.py``,
+``env_img_res``."""
 
 
 @contextmanager
 def open_simulators(
     env: EnvironmentConfig, config: EnvConfig, shape: PolicyShape
 ) -> Generator[EnvPool]:
-    """A pool of simulators that is closed whatever happens."""
+    """Open a pool of simulators, and close it on success and on error."""
     with EnvPool(
         partial(make_env, config),
         num_workers=env.num_workers,
@@ -46,7 +47,7 @@ def open_simulators(
 
 
 def find_policy(path: str) -> Path:
-    """The folder of a checkpoint: as given, or relative to the project's root."""
+    """Return the folder of a checkpoint: as given, or relative to the project's root."""
     for folder in (Path(path), PROJECT_FOLDER / path):
         if (folder / "config.json").is_file():
             return folder.resolve()
@@ -57,7 +58,7 @@ def find_policy(path: str) -> Path:
 
 
 def task_ids(chosen: Suite, wanted: Sequence[int] | None) -> tuple[int, ...]:
-    """The tasks to play, checked against the suite; all that can be built where none are given."""
+    """Check the chosen tasks against the suite; without a choice return all that can be built."""
     known = range(len(chosen.tasks))
     if wanted is None:
         return _buildable(chosen)
@@ -80,7 +81,7 @@ def task_ids(chosen: Suite, wanted: Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _buildable(chosen: Suite) -> tuple[int, ...]:
-    """Every task of a suite that can be built; the others are told, by reason."""
+    """Return every task of a suite that can be built; log the others, by reason."""
     for reason, number in Counter(chosen.refusals.values()).items():
         logger.warning(
             "%d of %d tasks of %s are left out: %s",
@@ -96,7 +97,7 @@ def _buildable(chosen: Suite) -> tuple[int, ...]:
 
 
 def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:
-    """What a simulator process needs to know."""
+    """Build the configuration of a simulator process, and check that it suits the policy."""
     chosen, shape, known = suite(env.suite), processor.shape, processor.render_size
     render_size = next(s for s in (env.render_size, known, PUBLISHED_RENDER_SIZE) if s is not None)
     if known is not None and render_size != known:
@@ -126,7 +127,7 @@ def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:
 
 
 def _check_robot(processor: Processor, chosen: Suite) -> None:
-    """Make sure that a policy's sizes are those of the robot that it is to move."""
+    """Check that a policy's sizes are those of the suite's robot."""
     shape, cameras = processor.shape, chosen.cameras
     if shape.num_views > len(cameras):
         raise ConfigError(
@@ -159,14 +160,14 @@ def starts(
     *,
     per_task: int | None = None,
 ) -> tuple[Start, ...]:
-    """All starts of a split, or the first ``per_task`` of each task.
+    """Return all starts of a split, or the first ``per_task`` of each task.
 
-    A task that records fewer init states than the others of its suite has all of its own.
+    A task that records fewer init states than the others of its suite gives all that it has.
     """
     if split == "sampled" and per_task is None:
         raise ConfigError(
-            "starts shall be sampled, and nothing says how many a task; set "
-            "evaluation.episodes_per_task, or --episodes of eval, e.g. to 100"
+            "starts are to be sampled, and nothing says how many a task; set "
+            "evaluation.episodes_per_task, or --episodes-per-task of eval, e.g. to 100"
         )
     found: list[Start] = []
     for task in tasks:

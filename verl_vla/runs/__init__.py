@@ -1,1 +1,1 @@
-"""A run on disk: written, read, reported."""
+"""Files of a run: writing, reading, reports."""

@@ -1,4 +1,4 @@
-"""What a person at the console sees while a run goes on."""
+"""Progress lines on the console during a run."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from verl_vla.core.text import format_seconds
 logger = logging.getLogger(__name__)
 
 SMOOTHING = 0.7
-"""Weight of the past in the running mean of a step's seconds, for the time left."""
+"""Weight of the past in the running mean of seconds per step, which gives the time left."""
 
 
 EVALUATION_LINES_EVERY_S = 10.0
-"""Seconds between two lines of an evaluation."""
+"""Least number of seconds between two lines of an evaluation."""
 
 
 class Progress:
-    """One line for each training step and each evaluation."""
+    """Progress of a training run: one line per training step and per evaluation."""
 
     def __init__(self, total_steps: int) -> None:
         self._total_steps = total_steps
         self._seconds_per_step: float | None = None
 
     def show_step(self, step: int, values: Mapping[str, float]) -> None:
-        """Report a training step by its most informative numbers."""
+        """Log the most informative numbers of a training step."""
         logger.info(
             "step %*d/%d  success %5.1f%% of %d  groups %d/%d in %d round%s  "
             "entropy %.2f  clip %.1f/%.1f%%  ratio %.4f  %.1f s  left %s",
@@ -51,7 +51,7 @@ class Progress:
         )
 
     def show_evaluation(self, step: int, rate: SuccessRate) -> None:
-        """Report an evaluation with its interval and its counts."""
+        """Log an evaluation with its interval and its counts."""
         low, high = rate.ci95
         logger.info(
             "held-out after step %d: %.1f%% of %d episodes (95%% interval %.1f-%.1f%%)%s",
@@ -70,11 +70,11 @@ class Progress:
 
 
 class EvaluationProgress:
-    """A line now and then while the episodes of one evaluation end.
+    """Progress of one evaluation: a line every `EVALUATION_LINES_EVERY_S`.
 
     Args:
-        total: episodes to be played in all.
-        found: lines of the episodes that an earlier process played.
+        total: number of episodes of the evaluation.
+        found: log lines of the episodes that an earlier process completed.
     """
 
     def __init__(self, total: int, found: Sequence[Mapping[str, Any]]) -> None:
@@ -84,7 +84,7 @@ class EvaluationProgress:
         self._began = self._shown = time.perf_counter()
 
     def show(self, line: Mapping[str, Any]) -> None:
-        """Take note of an episode that ended, and report where it is time to or it was the last."""
+        """Add an episode that ended; log a line when it is due, and after the last episode."""
         self._outcomes.append(line["outcome"])
         now, played = time.perf_counter(), self._played
         if now - self._shown < EVALUATION_LINES_EVERY_S and played < self._total:

@@ -1,7 +1,7 @@
-"""``episodes.jsonl``: every episode that was played, a line each, written as soon as it has ended.
+"""``episodes.jsonl``: one line per completed episode, written as soon as it has ended.
 
-The first line says what is played. A line is on the disk before the next one is begun, so a process
-that is killed loses what was under way and nothing else.
+The first line is a header with the conditions of the rollouts. A line is on the disk before the
+next one is begun, so a killed process loses only the episodes that were running.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class EpisodeLog:
     """The episode log of one folder.
 
     Args:
-        folder: made where it is missing.
-        header: plain values; what must be equal for the file to be gone on with.
+        folder: folder of the log; created if missing.
+        header: plain values that must be equal if the file exists already.
 
     Raises:
-        ConfigError: the file belongs to something else; the differences are named.
+        ConfigError: the file has another header; the message names the differences.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
@@ -54,7 +54,7 @@ class EpisodeLog:
         self._write(lines)
 
     def rewind(self, last_step: int) -> None:
-        """Drop what was played after a training step; it is played again when a run resumes."""
+        """Drop the episodes after a training step; a run that resumes repeats them."""
         header, *lines = self._path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if json.loads(line)["step"] <= last_step]
         atomic_write(self._path, "".join([header, *kept]))
@@ -67,7 +67,7 @@ class EpisodeLog:
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """What the episode log of ``folder`` says is played.
+    """Read the header of the episode log of ``folder``.
 
     Raises:
         ConfigError: there is no episode log.
@@ -82,9 +82,9 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 
 def read_episodes(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of an episode log, in the order in which the episodes ended.
+    """Read the complete lines of an episode log, in the order in which the episodes ended.
 
-    A last line that is still being written is left out; none where there is no episode log.
+    A last line that is still being written is left out. The list is empty without an episode log.
     """
     path = folder / EPISODE_LOG_FILE
     if not path.exists():
@@ -99,8 +99,8 @@ def episode_lines(
     """Return a log line for each episode: how it began and ended, its progress and its actions.
 
     ``progress`` is the true progress before the first policy step and after each. ``actions``,
-    float32 [policy steps, K, A] in simulator units, and ``executed`` play the episode again; None
-    if not kept.
+    float32 [policy steps, K, A] in simulator units, and ``executed`` suffice to replay the episode;
+    both are None if not kept.
     """
     policy_steps = trajectories.policy_steps
     lines: list[dict[str, Any]] = []
@@ -126,7 +126,7 @@ def episode_lines(
 
 
 def actions_of(line: Mapping[str, Any]) -> npt.NDArray[np.float32]:
-    """The actions of an episode log's line, [policy steps, K, A] in simulator units.
+    """Decode the actions of an episode log's line, [policy steps, K, A] in simulator units.
 
     Raises:
         ConfigError: they were not kept.
@@ -145,12 +145,12 @@ def _check_same(path: Path, before: Mapping[str, Any], wanted: Mapping[str, Any]
     if changed:
         raise ConfigError(
             f"{path} holds episodes of something else ({'; '.join(changed)}); choose another "
-            "folder, or ask for the same again to go on"
+            "folder, or use the same settings to resume"
         )
 
 
 def _drop_torn_line(path: Path) -> None:
-    """A process that is killed may leave half a line at the end."""
+    """Remove an incomplete last line, which a killed process may leave."""
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1
     if whole < len(data):

@@ -1,7 +1,8 @@
-"""What is kept of the episodes that are played in training.
+"""Records of training episodes.
 
-Of every episode a line in the episode log: how it ended and what it was worth. Of a few groups a
-step also the actions, which play it again, and a video of what the policy saw: kilobytes each.
+Every episode gets a line in the episode log with its outcome and score. The episodes of a few
+groups per training step also keep their actions, for replay, and a video of what the policy saw:
+kilobytes each.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from verl_vla.runs.episode_log import EpisodeLog, episode_lines
 
 VIDEO_SIZE = 128
 """Height and width of a video, pixels."""
-FILM_QUALITY = 60
-"""Of WebP, 0 to 100; an image takes about 2 kB."""
+VIDEO_QUALITY = 60
+"""WebP quality, 0 to 100; at this one an image takes about 2 kB."""
 STEPS_PER_S = 20
-"""LIBERO's control rate, so a video runs at real speed."""
+"""Simulator steps per second of video: LIBERO's control rate, so a video runs at real speed."""
 FIRST_VIEW = 0
 
 
 class EpisodeRecorder:
-    """Writes the episode log and the videos of one run.
+    """Recorder of one run: writes the episode log and the videos.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         header: see `verl_vla.evaluation.conditions.played_in`.
-        codec: turns bins into the actions that are kept.
-        groups_per_step: of how many groups a training step actions and videos are kept.
+        codec: decodes action tokens into the actions that are kept.
+        groups_per_step: number of groups per training step whose actions and videos are kept.
     """
 
     def __init__(
@@ -48,20 +49,20 @@ class EpisodeRecorder:
         self._num_kept = 0
 
     def rewind(self, last_step: int) -> None:
-        """Forget what was played after a training step."""
+        """Drop the episodes after a training step."""
         self._episode_log.rewind(last_step)
 
     def add(self, step: int, played: Trajectories, scores: Mapping[int, float]) -> None:
-        """Keep one round of a training step.
+        """Record one rollout round of a training step.
 
         Args:
             step: the training step.
-            played: whole groups, crashed episodes included.
-            scores: by episode id; crashed episodes have none.
+            played: complete groups, crashed episodes included.
+            scores: scores by episode id; crashed episodes have none.
         """
         if step != self._step:
             self._step, self._num_kept = step, 0
-        chosen = _telling_groups(played)[: self._groups_per_step - self._num_kept]
+        chosen = _informative_groups(played)[: self._groups_per_step - self._num_kept]
         self._num_kept += len(chosen)
         groups = played.episodes.group_id.tolist()
         whole = episode_lines(played, self._codec, with_actions=True)
@@ -86,7 +87,7 @@ class EpisodeRecorder:
 
 
 def video_path(folder: Path, episode: int) -> Path:
-    """Where the video of an episode is, if it was kept."""
+    """Return the path of an episode's video, which exists only if it was kept."""
     return folder / "episodes" / f"episode_{episode}.webp"
 
 
@@ -94,9 +95,9 @@ def write_video(path: Path, images: npt.NDArray[np.uint8], executed: list[int]) 
     """Write an animated WebP, which a browser plays in a loop.
 
     Args:
-        path: of the video; its folder is made where it is missing.
-        images: [policy steps, H, W, 3], what the policy saw.
-        executed: how many steps of the simulator follow each image.
+        path: path of the video; its folder is created if missing.
+        images: [policy steps, H, W, 3], the images that the policy saw.
+        executed: number of simulator steps that follow each image.
     """
     path.parent.mkdir(exist_ok=True)
     frames = [Image.fromarray(image).resize((VIDEO_SIZE, VIDEO_SIZE)) for image in images]
@@ -106,12 +107,12 @@ def write_video(path: Path, images: npt.NDArray[np.uint8], executed: list[int]) 
         append_images=frames[1:],
         duration=[1000 * steps // STEPS_PER_S for steps in executed],
         loop=0,
-        quality=FILM_QUALITY,
+        quality=VIDEO_QUALITY,
     )
 
 
-def _telling_groups(played: Trajectories) -> list[int]:
-    """Groups in their order, those first that solved some and failed some."""
+def _informative_groups(played: Trajectories) -> list[int]:
+    """Return the groups in their order, those with both successes and failures first."""
     solved: dict[int, set[bool]] = {}
     for group, success in zip(
         played.episodes.group_id.tolist(), played.episodes.success.tolist(), strict=True

@@ -1,4 +1,4 @@
-"""Every number a training step reports, declared once; and where it goes.
+"""Declaration of every metric that a training step reports, and the file that they are written to.
 
 A metric that is logged but not declared stops the run, so the table in the documentation, the
 file and the console can never disagree.
@@ -18,7 +18,7 @@ from verl_vla.core.files import atomic_write
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """One declared number."""
+    """Declaration of one metric."""
 
     unit: str
     meaning: str
@@ -108,16 +108,16 @@ METRICS: dict[str, Metric] = {
     "val/ci_low": Metric(unit="share", meaning="lower end of the Wilson 95% interval"),
     "val/ci_high": Metric(unit="share", meaning="upper end of the Wilson 95% interval"),
 }
-"""Name to declaration; besides these, ``val/task/...`` and ``reward/...`` are open families."""
+"""Declarations by name. Names under ``val/task/`` and ``reward/`` need no declaration."""
 
 OPEN_FAMILIES = ("val/task/", "reward/")
 
 TIMING_FAMILY = ("timing_s/", "perf/")
-"""Prefixes of what may differ between two equal runs."""
+"""Prefixes of metrics that may differ between two equal runs."""
 
 
 def is_reproducible(name: str) -> bool:
-    """Whether two equal runs must report the same number, digit for digit, on a CPU.
+    """Check whether two equal runs must report the same number, digit for digit, on a CPU.
 
     >>> is_reproducible("actor/pg_loss"), is_reproducible("timing_s/step")
     (True, False)
@@ -128,8 +128,8 @@ def is_reproducible(name: str) -> bool:
 class MetricsFile:
     """``metrics.jsonl``: one JSON object per line, in the order of the steps.
 
-    A step that was logged by a process that died before its checkpoint is played again on
-    resume; its old line is removed then, so no step stands twice.
+    A step that was logged by a process that died before its checkpoint is repeated on resume. Its
+    old line is then removed, so no step occurs twice.
     """
 
     def __init__(self, path: Path, declared: Mapping[str, Metric] = METRICS) -> None:
@@ -156,7 +156,7 @@ class MetricsFile:
             file.write(json.dumps(record) + "\n")
 
     def add_to_last(self, values: Mapping[str, float]) -> None:
-        """Add what was measured later to the line of the last step, whole or not at all."""
+        """Add values that were measured later to the line of the last step, atomically."""
         check_declared(values, self._declared)
         *before, last = self._path.read_text().splitlines(keepends=True)
         record = json.loads(last) | {name: _plain(value) for name, value in values.items()}
@@ -164,7 +164,11 @@ class MetricsFile:
 
 
 def check_declared(values: Mapping[str, float], declared: Mapping[str, Metric] = METRICS) -> None:
-    """Refuse names that no reader can look up."""
+    """Check that every metric is declared.
+
+    Raises:
+        ContractError: a name that is not declared.
+    """
     for name in values:
         if name not in declared and not name.startswith(OPEN_FAMILIES):
             raise ContractError(
@@ -173,7 +177,7 @@ def check_declared(values: Mapping[str, float], declared: Mapping[str, Metric] =
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a ``metrics.jsonl``, each a mapping that also holds ``step``.
+    """Read the lines of a ``metrics.jsonl``, each a mapping that also holds ``step``.
 
     A last line that is still being written is left out.
     """
@@ -186,7 +190,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def _plain(value: float) -> float | None:
-    """JSON has no NaN: an unknown value is null."""
+    """Return None for NaN or infinity, since JSON has neither."""
     number = float(value)
     return number if math.isfinite(number) else None
 

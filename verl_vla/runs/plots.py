@@ -1,4 +1,4 @@
-"""A run in one image and one table."""
+"""Plots and a success table of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 BARS = " ▁▂▃▄▅▆▇█"
-"""Eighths of a character cell."""
+"""Bar characters in eighths of a character cell."""
 
 mpl.use("Agg")
 
@@ -18,13 +18,13 @@ mpl.use("Agg")
 def draw_curve(
     path: Path, lines: Sequence[Mapping[str, float]], title: str, *, sampling: str
 ) -> None:
-    """Draw the training success of every step and each held-out evaluation with its interval.
+    """Plot the training success of every step and each held-out evaluation with its interval.
 
     Args:
-        path: of the image.
-        lines: of ``metrics.jsonl``.
-        title: says what was trained, and for how long.
-        sampling: of the held-out evaluations, spelled by
+        path: path of the image file.
+        lines: lines of ``metrics.jsonl``.
+        title: title of the figure.
+        sampling: sampling of the held-out evaluations, in the words of
             `verl_vla.evaluation.conditions.sampling_of`.
     """
     figure = Figure(figsize=(7.2, 4.2), dpi=140, layout="constrained")
@@ -59,12 +59,12 @@ def draw_curve(
 
 
 def draw_sft_curve(path: Path, lines: Sequence[Mapping[str, float]], title: str) -> None:
-    """Draw the loss of fine-tuning, the shares of tokens that are right, and the success.
+    """Plot the loss of fine-tuning, the accuracy of action tokens, and the success rate.
 
     Args:
-        path: of the image.
-        lines: of the run's ``metrics.jsonl``.
-        title: names the run.
+        path: path of the image file.
+        lines: lines of the run's ``metrics.jsonl``.
+        title: title of the figure.
     """
     figure = Figure(figsize=(7.2, 4.2), dpi=140, layout="constrained")
     left = figure.subplots()
@@ -93,7 +93,7 @@ def draw_sft_curve(path: Path, lines: Sequence[Mapping[str, float]], title: str)
 
 
 def text_curve(values: Sequence[float]) -> str:
-    """Shares as a row of bars, for the console.
+    """Format shares as a row of bars, for the console.
 
     >>> text_curve([0.0, 0.5, 1.0])
     ' ▄█'
@@ -102,11 +102,11 @@ def text_curve(values: Sequence[float]) -> str:
 
 
 def success_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Two evaluations as a table: per task and pooled, with counts and intervals.
+    """Format two evaluations as a table, per task and pooled, with counts and intervals.
 
     Args:
-        before: as `verl_vla.runs.run_dir.evaluation_record` makes them.
-        after: the same tasks and starts.
+        before: a record of `verl_vla.runs.run_dir.evaluation_record`.
+        after: a record of the same tasks and starts.
     """
     rows = [(name, before["tasks"][name], after["tasks"][name]) for name in before["tasks"]]
     rows.append(("all tasks", before["total"], after["total"]))

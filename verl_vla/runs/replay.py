@@ -1,7 +1,7 @@
-"""Videos of episodes that were played, from their actions in an episode log.
+"""Videos of earlier episodes, from their actions in an episode log.
 
-A simulator answers the same to the same actions (ADR-0005), so nothing of an episode but its start
-and its actions has to be kept. What comes out is held against the episode log.
+The simulator is deterministic (ADR-0005), so only the start and the actions of an episode have to
+be kept. The replayed outcome and number of steps are compared with the episode log.
 """
 
 from __future__ import annotations
@@ -33,24 +33,25 @@ Frame = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """What is shown beside one image of an episode."""
+    """Caption and action chunk that are shown with one image of an episode."""
 
     instruction: str
     chunk: npt.NDArray[np.float32]
-    """[K, A], the actions of the policy step under way, simulator units."""
+    """Actions of the current policy step, [K, A], simulator units."""
     index: int
-    """Of the action in the chunk that led to the image; -1 before the first."""
+    """Index in the chunk of the action that led to the image; -1 before the first."""
     step: int
     progress: float | None
-    """True progress after the last whole policy step; None where it was not written down."""
+    """True progress after the last complete policy step; None if the log does not hold it."""
     verdict: str
 
 
 def read_episode(folder: Path, episode: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The header of an episode log and the line of one episode.
+    """Read the header of an episode log and the line of one episode.
 
     Raises:
-        ConfigError: there is no such episode, or its actions were not kept; names some that were.
+        ConfigError: there is no such episode, or its actions were not kept; the message names some
+            whose actions were.
     """
     header = read_header(folder)
     lines = {line["episode"]: line for line in read_episodes(folder)}
@@ -63,17 +64,17 @@ def read_episode(folder: Path, episode: int) -> tuple[dict[str, Any], dict[str, 
 
 
 def replay(header: Mapping[str, Any], line: Mapping[str, Any]) -> list[Frame]:
-    """Play an episode again and render every step of it.
+    """Replay an episode and render every step of it.
 
     Args:
-        header: of the episode log, see `verl_vla.evaluation.conditions.played_in`.
-        line: of the episode, with its actions.
+        header: header of the episode log, see `verl_vla.evaluation.conditions.played_in`.
+        line: line of the episode, with its actions.
 
     Returns:
-        Images [H, W, 3], the start first; the last one stays for a second.
+        Images [H, W, 3], the start first; the last one is repeated for a second.
 
     Raises:
-        ConfigError: this machine plays the episode otherwise than it was written down.
+        ConfigError: outcome or number of steps differ from the episode log.
     """
     config = env_of(header, line["task"])
     env, camera = (
@@ -119,7 +120,7 @@ def replay(header: Mapping[str, Any], line: Mapping[str, Any]) -> list[Frame]:
 
 
 def env_of(header: Mapping[str, Any], task: int) -> EnvConfig:
-    """The environment that an episode log's episodes of one task were played in."""
+    """Return the environment in which the episodes of one task of an episode log were played."""
     name = libero_suite(header["suite"]).task(task).name
     return EnvConfig(
         suite=header["suite"],
@@ -131,7 +132,7 @@ def env_of(header: Mapping[str, Any], task: int) -> EnvConfig:
 
 
 def compose(seen: Frame, scene: Scene) -> Frame:
-    """Put an image between its caption and the action chunk under way."""
+    """Put an image between its caption and the plot of the current action chunk."""
     width, height = seen.shape[1], seen.shape[0]
     sheet = Image.new("RGB", (width, CAPTION_HEIGHT + height + CHUNK_HEIGHT), "#12161b")
     sheet.paste(Image.fromarray(seen), (0, CAPTION_HEIGHT))
@@ -143,7 +144,7 @@ def compose(seen: Frame, scene: Scene) -> Frame:
 
 
 def write_video(path: Path, frames: list[Frame]) -> None:
-    """Write an MP4 at the robot's own speed."""
+    """Write an MP4 that plays at the robot's real speed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     imageio.imwrite(path, np.stack(frames), fps=FRAMES_PER_S, codec="libx264", macro_block_size=4)
 
@@ -170,7 +171,7 @@ def _draw_progress(draw: ImageDraw.ImageDraw, scene: Scene, width: int) -> None:
 
 
 def _draw_chunk(draw: ImageDraw.ImageDraw, scene: Scene, *, top: int, width: int) -> None:
-    """One column a value, one bar an action, from -1 below the line to +1 above it."""
+    """Draw a column per value and a bar per action, from -1 below the line to +1 above it."""
     font = ImageFont.load_default(size=11)
     num_actions, num_values = scene.chunk.shape
     column = (width - 16) / num_values

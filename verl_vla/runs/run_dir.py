@@ -1,4 +1,4 @@
-"""What a run's folder says about the run: its recipe, and the records of its evaluations."""
+"""The folder of a run: its recipe, and the records of its evaluations."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def evaluation_record(
     conditions: Mapping[str, Any],
     task_names: Mapping[int, str],
 ) -> dict[str, Any]:
-    """An evaluation as JSON, with what decides whether two of them compare.
+    """Return an evaluation as JSON, with the conditions on which its comparability depends.
 
     Args:
-        entries: one an episode, as `verl_vla.core.success_rate.episode_entries` makes them.
+        entries: one per episode, as `verl_vla.core.success_rate.episode_entries` makes them.
         conditions: see `verl_vla.evaluation.conditions`.
-        task_names: of the tasks that were played, by task id.
+        task_names: names of the evaluated tasks, by task id.
     """
     played = ("task", "init_state", "outcome", "steps")
     return dict(conditions) | {
@@ -44,30 +44,30 @@ def evaluation_record(
 
 
 def evaluation_file(folder: Path, step: int) -> Path:
-    """Where the evaluation after a training step is kept."""
+    """Return the path of the evaluation after a training step."""
     return folder / "evaluations" / f"step_{step}.json"
 
 
 def evaluated_steps(folder: Path) -> list[int]:
-    """Training steps after which an evaluation was kept, in rising order."""
+    """Return the training steps after which an evaluation was kept, in rising order."""
     files = evaluation_file(folder, 0).parent.glob("step_*.json")
     return sorted(int(file.stem.removeprefix("step_")) for file in files)
 
 
 def keep_evaluation(folder: Path, step: int, record: Mapping[str, Any]) -> None:
-    """Write the evaluation after a training step into the run's folder, whole or not at all."""
+    """Write the evaluation after a training step into the run's folder, atomically."""
     file = evaluation_file(folder, step)
     file.parent.mkdir(exist_ok=True)
     atomic_write(file, json.dumps(record, indent=1))
 
 
 def keep_solved(folder: Path, last_step: int) -> None:
-    """Note that the run ended after ``last_step``, since all was solved in the next."""
+    """Record that the run ended after ``last_step`` because the next step solved every episode."""
     atomic_write(folder / SOLVED_FILE, json.dumps({"last_step": last_step}))
 
 
 def solved_after(folder: Path) -> int | None:
-    """The step after which all was solved, of a run that ended so."""
+    """Return the step of `keep_solved`; None for a run that did not end so."""
     file = folder / SOLVED_FILE
     return json.loads(file.read_text())["last_step"] if file.exists() else None
 
@@ -76,9 +76,9 @@ def solved_after(folder: Path) -> int | None:
 def open_run_dir(
     folder: Path, recipe: Mapping[str, Any], may_change: Sequence[str]
 ) -> Generator[None]:
-    """Make a run's folder and write ``recipe`` into it, or check that it holds the same run.
+    """Create a run's folder and write ``recipe`` into it, or check that it holds the same run.
 
-    It is this process's alone until the context ends.
+    The folder is locked for this process until the context ends.
 
     Raises:
         ConfigError: the folder cannot be written, is in use, holds something that is no run, or a

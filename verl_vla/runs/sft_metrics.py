@@ -1,4 +1,4 @@
-"""Every number that a fine-tuning step reports, declared once."""
+"""Declaration of every metric that a fine-tuning step reports."""
 
 from __future__ import annotations
 
@@ -36,4 +36,4 @@ SFT_METRICS: dict[str, Metric] = {
         "timing_s/testing",
     )
 }
-"""Name to declaration; besides these, ``val/task/...`` is an open family."""
+"""Declarations by name. Names under ``val/task/`` need no declaration."""

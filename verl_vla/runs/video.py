@@ -1,7 +1,7 @@
-"""Videos of single episodes, played again step by step.
+"""Videos of single episodes, rendered step by step.
 
-Snapshots make this cheap to get right: the episode runs as it always does, and a second
-simulator is put into each of its moments to render a larger image.
+The episode runs in its usual environment. After each step its snapshot is restored in a second
+simulator, which renders a larger image; so rendering cannot change the episode.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from verl_vla.envs.libero.suite import make_libero_env
 from verl_vla.policies.base import Policy
 
 FRAMES_PER_S = 20
-"""LIBERO's control rate, so a video runs at real speed."""
+"""Frame rate: LIBERO's control rate, so a video runs at real speed."""
 
 FRAME_SIZE = 384
 """Height and width of one image, pixels."""
 
 CAPTION_HEIGHT = 44
 HOLD_FRAMES = 20
-"""The last image stays for a second."""
+"""Number of times that the last image is repeated: one second."""
 
 Frames = list[npt.NDArray[np.uint8]]
 
@@ -39,24 +39,24 @@ class VideoClip:
     """One recorded episode."""
 
     frames: Frames
-    """One [FRAME_SIZE, FRAME_SIZE, 3] image a step, the start included."""
+    """Images [FRAME_SIZE, FRAME_SIZE, 3], one per step and one of the start."""
     outcome: Outcome
     num_steps: int
     instruction: str
 
     @property
     def verdict(self) -> str:
-        """How it ended, in words."""
+        """Outcome and length of the episode, in words."""
         how = "solved" if self.outcome is Outcome.SUCCESS else "not solved"
         return f"{how} after {self.num_steps} steps"
 
 
 def record_video(policy: Policy, config: EnvConfig, start: Start) -> VideoClip:
-    """Play one episode greedily and render every step of it.
+    """Roll out one episode greedily and render every step of it.
 
     Args:
-        policy: decides as in an evaluation.
-        config: as in the evaluation; images are rendered larger beside it.
+        policy: policy that acts, as in an evaluation.
+        config: environment as in the evaluation; the video has a larger render size.
         start: the recorded start.
     """
     env = make_libero_env(config)
@@ -90,7 +90,7 @@ def record_video(policy: Policy, config: EnvConfig, start: Start) -> VideoClip:
 
 
 def write_side_by_side(path: Path, clips: Sequence[tuple[str, VideoClip]]) -> None:
-    """Write clips of the same start beside each other, each under its caption."""
+    """Write clips of the same start side by side, each under its caption."""
     length = max(len(clip.frames) for _, clip in clips) + HOLD_FRAMES
     columns = [_captioned(title, clip, length) for title, clip in clips]
     video = [np.concatenate(images, axis=1) for images in zip(*columns, strict=True)]

@@ -1,5 +1,5 @@
-"""The border: the only code that imports veRL, Ray and TransferQueue.
+"""Training: the only code that imports veRL, Ray and TransferQueue.
 
-Names change once, here: a group is veRL's ``uid``, bins are ``responses``, a policy step is one
-row. This file imports nothing, because veRL imports `platform` in the middle of its own import.
+A group is veRL's ``uid``, action tokens are ``responses``, and a policy step is one row. This file
+imports nothing, because veRL imports `verl_compat.platform` in the middle of its own import.
 """

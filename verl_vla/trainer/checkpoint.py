@@ -1,9 +1,9 @@
-"""A run's checkpoints: written aside, checksummed, renamed; a corrupt one is never read.
+"""A run's checkpoints: written to a temporary folder, checksummed, then renamed.
 
-``global_step_4/``          whole: its manifest vouches for every file by size and SHA-256
+``global_step_4/``          complete: its manifest has the size and SHA-256 of every file
 ``latest``                  a link to the newest, moved last
 ``unfinished/``             being written; a killed process leaves it, the next one removes it
-``global_step_6_corrupt/``  found to differ from its manifest, and put aside
+``global_step_6_corrupt/``  differs from its manifest; quarantined and never read
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ def complete_steps(checkpoints: Path) -> list[int]:
 
 
 def unfinished_folder(checkpoints: Path, step: int) -> Path:
-    """Where a checkpoint is written before it is whole."""
+    """Return the folder that a checkpoint is written to before it is complete."""
     return step_folder(checkpoints / UNFINISHED, step)
 
 
 @contextmanager
 def writing(checkpoints: Path, step: int) -> Generator[Path]:
-    """Yield an empty folder to write a checkpoint to; it becomes whole when the context ends.
+    """Yield an empty folder to write a checkpoint to; it is complete when the context ends.
 
     Raises:
         CheckpointError: it could not be written; what was whole before still is.
@@ -88,13 +88,13 @@ def writing(checkpoints: Path, step: int) -> Generator[Path]:
 
 
 def newest_valid(checkpoints: Path) -> int | None:
-    """The newest step whose files are what its manifest says; newer ones are put aside, loudly.
+    """Return the newest step whose files match its manifest, and quarantine newer ones.
 
     Returns:
-        None where no checkpoint was ever whole.
+        None where there is no complete checkpoint.
 
     Raises:
-        CheckpointError: there are checkpoints, and none is sound.
+        CheckpointError: there are checkpoints, and none is valid.
     """
     _discard(checkpoints / UNFINISHED)
     corrupt: dict[int, str] = {}
@@ -102,14 +102,14 @@ def newest_valid(checkpoints: Path) -> int | None:
         fault = find_fault(step_folder(checkpoints, step))
         if fault is None:
             for other, why in corrupt.items():
-                _put_aside(step_folder(checkpoints, other), f"{why}; going on from step {step}")
+                _quarantine(step_folder(checkpoints, other), f"{why}; resuming from step {step}")
             _point_latest(checkpoints, step)
             return step
         corrupt[step] = fault
     if corrupt:
-        told = "; ".join(f"step {step}: {fault}" for step, fault in corrupt.items())
+        faults = "; ".join(f"step {step}: {fault}" for step, fault in corrupt.items())
         raise CheckpointError(
-            f"no checkpoint in {checkpoints} is sound ({told}); restore one of them, remove the "
+            f"no checkpoint in {checkpoints} is valid ({faults}); restore one of them, remove the "
             "folder to train from the beginning, or choose another out=FOLDER"
         )
     return None
@@ -204,7 +204,7 @@ def _point_latest(checkpoints: Path, step: int) -> None:
     _flush(checkpoints)
 
 
-def _put_aside(folder: Path, why: str) -> None:
+def _quarantine(folder: Path, why: str) -> None:
     aside = folder.with_name(f"{folder.name}_corrupt")
     _discard(aside)
     folder.rename(aside)

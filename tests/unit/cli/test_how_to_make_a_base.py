@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from verl_vla.cli.main import VERBS
+from verl_vla.cli.arguments import COMMANDS, parse
 from verl_vla.config.compose import load_recipe
 from verl_vla.config.sft import load_sft_recipe
 
@@ -18,25 +17,22 @@ CALL = "python -m verl_vla "
 
 
 def commands() -> list[str]:
-    """The page's code lines, each put together where it goes on in the next."""
-    text = PAGE.read_text().replace("\\\n", " ")
-    return [
-        line.strip().removeprefix(CALL) for line in text.splitlines() if line.startswith("    ")
-    ]
+    """The lines of the page's bash blocks, each joined where it continues on the next."""
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip().removeprefix(CALL) for line in lines if line.strip()]
 
 
 def test_every_code_line_is_a_command() -> None:
     assert len(commands()) > 10
-    assert {command.split()[0] for command in commands()} <= VERBS.keys()
+    assert {command.split()[0] for command in commands()} <= COMMANDS.keys()
 
 
 @pytest.mark.parametrize("command", commands())
 def test_a_command_is_understood(command: str) -> None:
     verb, *words = shlex.split(command, comments=True)
     if not any(word.startswith("recipe=") for word in words):
-        importlib.import_module(f"verl_vla.cli.{verb.replace('-', '_')}")._parser().parse_args(
-            words
-        )
+        parse(verb, words)
     elif verb == "sft":
         load_sft_recipe(words)
     else:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from verl_vla.cli.main import VERBS
+from verl_vla.cli.arguments import COMMANDS
 from verl_vla.config.compose import group_options, load_recipe
 from verl_vla.core.errors import ConfigError
 from verl_vla.trainer.grpo import launch
@@ -43,7 +44,7 @@ def relative(path: Path) -> str:
 def test_a_launcher_names_verbs_and_choices_that_exist(path):
     text = path.read_text()
     verbs = set(re.findall(r"-m verl_vla ([\w-]+)", text))
-    assert verbs <= VERBS.keys()
+    assert verbs <= COMMANDS.keys()
     for group in ("suite", "reward", "profile"):
         named = set(re.findall(rf"\b{group}=([\w]+)\b(?![.\w])", text))
         known = {*group_options(group), "SUITE", "my", "vlm_judge"}
@@ -108,3 +109,19 @@ def test_the_modal_wrapper_decides_nothing():
     compile(tree, str(path), "exec")
     for words in re.findall(r'--words "([^"]+)"', path.read_text()):
         load_recipe(["recipe=libero", *words.split()])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_that_imports_nothing_heavy(command: str) -> None:
+    program = (
+        "import sys; from verl_vla.cli.main import main\n"
+        "try:\n"
+        f"    main([{command!r}, '--help'])\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0\n"
+        "print({'torch', 'transformers', 'scipy', 'matplotlib', 'mujoco', 'ray'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: verl-vla {command}")
+    assert done.stdout.splitlines()[-1] == "set()"

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from verl_vla.cli.quickstart import RECIPES, _parser, _recipe_words
+from verl_vla.cli.arguments import QUICKSTARTS, parse
+from verl_vla.cli.quickstart import recipe_overrides
 from verl_vla.config.compose import load_recipe
 from verl_vla.config.grpo import Recipe
 from verl_vla.runs.plots import success_table
@@ -18,10 +19,10 @@ MAX_BASE_BYTES, MAX_BASE_WEIGHTS = 10_000_000, 5_000_000
 
 
 def recipe_of(*arguments: str) -> Recipe:
-    return load_recipe(_recipe_words(_parser().parse_args(list(arguments))))
+    return load_recipe(recipe_overrides(parse("quickstart", list(arguments))))
 
 
-@pytest.mark.parametrize("suite", RECIPES)
+@pytest.mark.parametrize("suite", QUICKSTARTS)
 def test_each_suite_has_a_recipe_and_a_small_base(suite: str) -> None:
     recipe = recipe_of("--suite", suite)
     assert recipe.environment.suite == suite
@@ -35,9 +36,9 @@ def test_each_suite_has_a_recipe_and_a_small_base(suite: str) -> None:
 def test_the_embedded_suite_is_the_default_and_runs_do_not_share_a_folder() -> None:
     assert recipe_of().environment.suite == "mini"
     folders = {
-        recipe_of("--suite", suite, "--seed", seed).out for suite in RECIPES for seed in "01"
+        recipe_of("--suite", suite, "--seed", seed).out for suite in QUICKSTARTS for seed in "01"
     }
-    assert len(folders) == 2 * len(RECIPES)
+    assert len(folders) == 2 * len(QUICKSTARTS)
 
 
 def test_steps_seed_and_folder_are_taken(tmp_path: Path) -> None:

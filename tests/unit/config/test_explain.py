@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from verl_vla.cli import arguments
 from verl_vla.cli.explain import explain, run
 from verl_vla.config.compose import RECIPES_FOLDER, compose_recipe
 from verl_vla.config.grpo import Recipe
@@ -33,7 +34,13 @@ def test_an_interpolated_value_is_shown_as_it_ends_up():
 
 def test_the_command_needs_no_policy_and_prints_what_can_be_typed(capsys):
     assert (
-        run(["recipe=libero", "suite=goal", "environment.tasks=[0,2]", "trainer.loggers=[]"]) == 0
+        run(
+            arguments.parse(
+                "explain",
+                ["recipe=libero", "suite=goal", "environment.tasks=[0,2]", "trainer.loggers=[]"],
+            )
+        )
+        == 0
     )
     said = capsys.readouterr().out
     assert said.startswith("profile=8gpu\nreward=binary\nsuite=goal\n")

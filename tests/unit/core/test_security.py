@@ -20,7 +20,7 @@ from verl_vla.policies.scratch_vla.assembly import assemble
 from verl_vla.rewards.encoders.transformer import Dinov2Encoder
 from verl_vla.trainer.checkpoint import RUN_STATE, load_run_state
 from verl_vla.trainer.engine.safe_loading import SWITCH, refuse_code
-from verl_vla.trainer.grpo.verl_config import refuse_what_is_decided
+from verl_vla.trainer.grpo.verl_overrides import check_overrides
 
 SOURCES = sorted(
     path for folder in ("verl_vla", "rewards") for path in (PROJECT_FOLDER / folder).rglob("*.py")
@@ -167,10 +167,10 @@ def test_no_code_of_a_model_folder_is_imported(model_with_code, tmp_path):
 )
 def test_what_verl_writes_stays_in_the_runs_folder(tmp_path, section, message):
     with pytest.raises(ConfigError, match=message):
-        refuse_what_is_decided(section, tmp_path, {"trainer.default_local_dir": "x"})
+        check_overrides(section, tmp_path, {"trainer.default_local_dir": "x"})
 
 
 def test_what_is_free_is_handed_on(tmp_path):
     inside = os.path.join(tmp_path, "dumps")
     section = {"trainer": {"rollout_data_dir": inside, "balance_batch": False}}
-    refuse_what_is_decided(section, tmp_path, {"trainer.default_local_dir": "x"})
+    check_overrides(section, tmp_path, {"trainer.default_local_dir": "x"})

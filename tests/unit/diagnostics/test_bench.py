@@ -7,6 +7,7 @@ import json
 import pytest
 
 from verl_vla.cli import bench
+from verl_vla.cli.arguments import parse
 from verl_vla.core.errors import ConfigError
 
 SMALL = ["images", "--render-size", "32", "--image-size", "28", "--batch", "2", "--rounds", "3"]
@@ -29,10 +30,10 @@ def test_the_images_are_counted_and_the_conditions_stand_beside(
 @pytest.mark.parametrize("option", ["--batch", "--rounds", "--render-size", "--image-size"])
 def test_nothing_to_measure_is_refused(option: str) -> None:
     with pytest.raises(ConfigError, match=f"{option} is 0; set at least 1"):
-        bench.run([*SMALL, option, "0"])
+        bench.run(parse("bench", [*SMALL, option, "0"]))
 
 
 def test_a_part_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        bench.run([])
+        bench.run(parse("bench", []))
     assert "part" in capsys.readouterr().err

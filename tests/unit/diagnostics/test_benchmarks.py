@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from verl_vla.cli import bench
+from verl_vla.cli.arguments import parse
 from verl_vla.core.episode import EpisodeSpec
 from verl_vla.core.errors import ConfigError
 from verl_vla.diagnostics.benchmarks import gpu, page, step, update
@@ -158,7 +159,7 @@ def test_steps_of_two_commits_are_compared_number_by_number() -> None:
 
 def test_a_commit_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="worktree add"):
-        bench.run(["step", "--against", "no-such-commit"])
+        bench.run(parse("bench", ["step", "--against", "no-such-commit"]))
 
 
 def test_the_gpu_benchmark_runs_in_small_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +175,7 @@ def test_the_gpu_benchmark_runs_in_small_on_a_cpu(capsys: pytest.CaptureFixture[
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_a_missing_device_is_refused() -> None:
     with pytest.raises(ConfigError, match="torch finds none"):
-        bench.run(["gpu"])
+        bench.run(parse("bench", ["gpu"]))
 
 
 def test_operations_grow_with_the_weights_that_every_token_meets() -> None:
@@ -222,7 +223,7 @@ def test_tables_stand_between_their_lines_and_nothing_else_moves(tmp_path: Path)
     (records / "x.json").write_text(json.dumps(kept))
     file = tmp_path / "benchmarks.md"
     file.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
-    assert bench.run(["page", "--docs", str(tmp_path)]) == 0
+    assert bench.run(parse("bench", ["page", "--docs", str(tmp_path)])) == 0
     text = file.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
@@ -230,7 +231,7 @@ def test_tables_stand_between_their_lines_and_nothing_else_moves(tmp_path: Path)
     assert "| a | 2 (1 to 3) |\n| b | not measured |" in text
     file.write_text("no lines")
     with pytest.raises(ConfigError, match="put them back"):
-        bench.run(["page", "--docs", str(tmp_path)])
+        bench.run(parse("bench", ["page", "--docs", str(tmp_path)]))
 
 
 def test_the_page_holds_what_the_records_say() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from verl_vla.cli import check_suite as verb
+from verl_vla.cli.arguments import parse
 from verl_vla.core.errors import ConfigError
 from verl_vla.diagnostics.suite_check import TaskCheck
 
@@ -26,7 +27,7 @@ def test_a_file_in_no_folder_is_refused_before_the_first_task(
     begun: list[object] = []
     monkeypatch.setattr(verb, "check_tasks", lambda *words: begun.append(words))
     with pytest.raises(ConfigError, match=r"--out is .*nowhere/answer.json, but there is no"):
-        verb.run([*WORDS, str(tmp_path / "nowhere" / "answer.json")])
+        verb.run(parse("check-suite", [*WORDS, str(tmp_path / "nowhere" / "answer.json")]))
     assert not begun
 
 
@@ -45,6 +46,6 @@ def test_results_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(verb, "check_tasks", check)
     with pytest.raises(KeyboardInterrupt):
-        verb.run([*WORDS, str(out)])
+        verb.run(parse("check-suite", [*WORDS, str(out)]))
     assert seen == [0, 2, 2]
     assert [row["task"] for row in json.loads(out.read_text())] == [0, 1, 2]

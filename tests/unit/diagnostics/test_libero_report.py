@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from verl_vla.cli import doctor as verb
+from verl_vla.cli.arguments import parse
 from verl_vla.cli.main import main
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.image_preprocessing import prepare_image
@@ -188,7 +189,7 @@ def test_the_command_says_that_this_is_libero(
     published: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="verl_vla")
-    assert verb.run(["--libero", "--checkpoint", str(published)]) == 0
+    assert verb.run(parse("doctor", ["--libero", "--checkpoint", str(published)])) == 0
     assert caplog.messages[-1] == "this is LIBERO"
 
 
@@ -229,9 +230,9 @@ def test_scripts_read_json(
 
 def test_json_of_the_machine_alone_and_a_suite_of_another_project_are_refused() -> None:
     with pytest.raises(ConfigError, match="add --libero"):
-        verb.run(["--json", "answer.json"])
+        verb.run(parse("doctor", ["--json", "answer.json"]))
     with pytest.raises(ConfigError, match="did you mean 'libero_spatial'"):
-        verb.run(["--libero", "--suite", "libero_spacial"])
+        verb.run(parse("doctor", ["--libero", "--suite", "libero_spacial"]))
 
 
 @pytest.mark.parametrize(
@@ -250,7 +251,7 @@ def test_what_cannot_be_is_refused_before_anything_is_run(
     ran: list[object] = []
     monkeypatch.setattr(libero_report, "run_simulator_check", ran.append)
     with pytest.raises(ConfigError, match=said):
-        verb.run(["--libero", *words])
+        verb.run(parse("doctor", ["--libero", *words]))
     assert not ran
 
 
@@ -260,7 +261,7 @@ def test_assets_that_are_nowhere_are_not_downloaded(monkeypatch: pytest.MonkeyPa
     downloaded: list[object] = []
     monkeypatch.setattr(libero_report, "find_assets", lambda: downloaded.append(0))
     with pytest.raises(ConfigError, match="not on this machine; pip install"):
-        verb.run(["--libero"])
+        verb.run(parse("doctor", ["--libero"]))
     assert not downloaded
 
 

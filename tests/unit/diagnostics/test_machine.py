@@ -8,6 +8,7 @@ from collections import namedtuple
 
 import pytest
 
+from verl_vla.cli.arguments import parse
 from verl_vla.cli.doctor import EXIT_FAULT, run
 from verl_vla.diagnostics import machine
 from verl_vla.diagnostics.machine import Check, examine_machine
@@ -127,9 +128,9 @@ def test_a_package_that_is_not_there_is_a_fault_and_stops_nothing(monkeypatch, t
 
 @pytest.mark.usefixtures("no_image")
 def test_the_command_answers_by_its_exit_code_and_only_prints_remedies(monkeypatch, tmp_path):
-    assert run(["--out", str(tmp_path)]) == 0
+    assert run(parse("doctor", ["--out", str(tmp_path)])) == 0
     ran: list[object] = []
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: Usage(64e6, 0, 64e6))
     monkeypatch.setattr(os, "system", ran.append)
-    assert run(["--out", str(tmp_path), "--fix"]) == EXIT_FAULT
+    assert run(parse("doctor", ["--out", str(tmp_path), "--fix"])) == EXIT_FAULT
     assert not ran

@@ -13,16 +13,17 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from verl_vla.cli import arguments
 from verl_vla.cli import plan as cli
 from verl_vla.cli.explain import explain
 from verl_vla.config.compose import RECIPES_FOLDER, compose_recipe, load_recipe, recipe_names
 from verl_vla.config.grpo import Recipe
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.schema import parse
-from verl_vla.diagnostics.planning import GPUS, find_remedy, make_plan
+from verl_vla.diagnostics.planning.gpus import GPUS
 from verl_vla.diagnostics.planning.memory import ENCODER_BYTES, MAX_PROMPT_TOKENS, rows_per_pass
-from verl_vla.diagnostics.planning.plan import trace_policy
-from verl_vla.diagnostics.planning.remedies import _candidates
+from verl_vla.diagnostics.planning.plan import make_plan, trace_policy
+from verl_vla.diagnostics.planning.remedies import _candidates, find_remedy
 from verl_vla.diagnostics.planning.trace import Adapters, build_model, count_weights, trace_model
 from verl_vla.envs.registry import suite
 from verl_vla.envs.robotwin import RoboTwin
@@ -273,12 +274,12 @@ def test_step_limits_decide_how_long_a_round_can_be():
 def test_the_command_says_whether_it_fits_and_what_to_change(capsys, monkeypatch):
     monkeypatch.setitem(GPUS, "a10g", replace(GPUS["a10g"], memory_bytes=int(1.1 * GB)))
     words = ["recipe=libero", "policy.path=bases/mini", "profile=two_cores"]
-    assert cli.run([*words, "--gpu", "a100-80", "--nodes", "2"]) == 0
+    assert cli.run(arguments.parse("plan", [*words, "--gpu", "a100-80", "--num-nodes", "2"])) == 0
     said = capsys.readouterr().out
     assert "ranks: 2 x 1\n" in said
     assert "of 85.9 GB of an A100 80 GB: fits" in said
     assert "together" in said
-    assert cli.run([*words, "--gpu", "a10g", "cluster.device=cuda"]) == 1
+    assert cli.run(arguments.parse("plan", [*words, "--gpu", "a10g", "cluster.device=cuda"])) == 1
     said = capsys.readouterr().out
     assert "DOES NOT FIT" in said
     assert "It would with policy.gradient_checkpointing=true" in said
@@ -286,6 +287,6 @@ def test_the_command_says_whether_it_fits_and_what_to_change(capsys, monkeypatch
 
 def test_a_gpu_must_be_named_unless_the_recipe_has_none(capsys):
     with pytest.raises(ConfigError, match="which GPU"):
-        cli.run(["recipe=libero"])
-    assert cli.run(["recipe=quickstart"]) == 0
+        cli.run(arguments.parse("plan", ["recipe=libero"]))
+    assert cli.run(arguments.parse("plan", ["recipe=quickstart"])) == 0
     assert "time on cores is not planned" in capsys.readouterr().out

@@ -19,7 +19,6 @@ from verl_vla.envs.libero.plus_suites import (
     NO_LIGHTS,
     NO_MESHES,
     NO_SURFACES,
-    PLUS_AXES,
     PLUS_SUITES,
     plus_tasks,
 )
@@ -34,6 +33,7 @@ from verl_vla.envs.libero.pro_suites import (
 from verl_vla.envs.libero.scene_change import UNCHANGED, CameraMove, SceneChange
 from verl_vla.envs.libero.suite import FIRST_OBJECT, POSE, libero_suite
 from verl_vla.envs.libero.task_packages import PLUS, PRO, package_folder
+from verl_vla.envs.names import PLUS_AXES
 from verl_vla.rl.setup import starts, task_ids
 
 

@@ -11,8 +11,8 @@ import pytest
 from verl_vla.cli import eval as eval_verb
 from verl_vla.core.episode import Outcome, Start
 from verl_vla.core.errors import ConfigError
-from verl_vla.envs.libero.pro_suites import PRO_BASES
 from verl_vla.envs.libero.suite import libero_suite
+from verl_vla.envs.names import PERTURBED_BASES
 from verl_vla.envs.registry import suite
 from verl_vla.evaluation.compare import RESULT
 from verl_vla.evaluation.perturbation_table import make_rows, table
@@ -214,7 +214,7 @@ def test_a_plan_of_plus_spreads_over_its_axes() -> None:
     )
     assert {start.init_state_id for start in plan.starts} == {0}
     controls = plan_control([plan])
-    assert {part.suite for part in controls} <= set(PRO_BASES)
+    assert {part.suite for part in controls} <= set(PERTURBED_BASES)
     assert sum(len(part.starts) for part in controls) <= len(plan.starts)
 
 
@@ -300,7 +300,7 @@ def test_only_the_suites_of_the_chosen_tasks_need_a_control() -> None:
     tasks = libero_suite("libero_plus").tasks
     of_goal = [i for i, task in enumerate(tasks) if task.base and task.base.suite == "libero_goal"]
     assert bases_of("libero_plus", of_goal[:3]) == ["libero_goal"]
-    assert bases_of("libero_plus", range(len(tasks))) == list(PRO_BASES)
+    assert bases_of("libero_plus", range(len(tasks))) == list(PERTURBED_BASES)
 
 
 def test_the_table_is_written_as_json(tmp_path: Path) -> None:
@@ -316,8 +316,17 @@ def test_a_control_is_refused_before_the_first_episode(tmp_path: Path, limit: st
     """It has another policy and may have another limit; nothing is to be evaluated for that."""
     control, out = write(tmp_path / "control", CONTROL), tmp_path / "out"
     words = [
-        *("--policy", "bases/mini", "--tasks", "0", "--states", "official", "--episodes", "1"),
-        *("--limit", limit, "--out", str(out), "--control", str(control)),
+        *(
+            "--policy",
+            "bases/mini",
+            "--tasks",
+            "0",
+            "--states",
+            "official",
+            "--episodes-per-task",
+            "1",
+        ),
+        *("--step-limit", limit, "--out", str(out), "--control", str(control)),
     ]
     of_control = "its fingerprint.*step_limits.open_the_middle_drawer_of_the_cabinet: 300 -> "
     for suite_words in (

@@ -101,7 +101,7 @@ def test_the_protocol_is_that_of_the_published_evaluations() -> None:
     [
         ({"states": "held_out"}, "--states is held_out, .* have official; leave it out"),
         ({"sampling": "1.0"}, "--sampling is 1.0, .* have greedy; leave it out"),
-        ({"limit": "100"}, "--limit is 100, .* have published or simplevla; leave it out"),
+        ({"limit": "100"}, "--step-limit is 100, .* have published or simplevla; leave it out"),
         ({"render_size": 128}, "--render-size is 128, .* have 256; leave it out"),
         ({"suite": "mini"}, "no published rates of 'mini' .* libero_10, or write --states"),
         ({"suite": "libero_90"}, "no published rates of 'libero_90'"),

@@ -138,7 +138,8 @@ def test_the_command_writes_a_policy(language: Path, vision: Path, tmp_path: Pat
     words = [
         "new-policy", "--language", str(language), "--vision", str(vision), str(vision),
         "--demos", str(tmp_path / "demos.npz"), "--decoding", "autoregressive",
-        "--views", "2", "--chunk-length", "1", "--dtype", "float32", "--out", str(tmp_path / "new"),
+        "--num-views", "2", "--chunk-length", "1", "--dtype", "float32",
+        "--out", str(tmp_path / "new"),
     ]  # fmt: skip
     assert main.main(words) == 0
     policy = load_policy(tmp_path / "new")

@@ -223,7 +223,7 @@ def test_what_there_is_to_rank_is_counted(halves):
     failures = test.truth[~test.batch.success]
     assert found["failures"] == len(failures) == len(test) - found["successes"]
     assert found["near_misses"] == (failures >= 0.7).sum()
-    assert found["far misses"] == (failures <= 0.3).sum()
+    assert found["far_misses"] == (failures <= 0.3).sum()
     assert found["groups"] == NUM_GROUPS // 2
 
 

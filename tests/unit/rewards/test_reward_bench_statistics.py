@@ -88,7 +88,7 @@ def test_pairs_are_of_one_group_and_differ_in_truth():
     assert (found.value, found.count) == (0.75, 2)
 
 
-def test_near_misses_are_held_against_whiffs_of_their_task():
+def test_near_misses_are_compared_with_far_misses_of_their_task():
     reading, truth = [5, 1, 3, 0.2, 0.1, 9], [0.7, 0.3, 0.5, 0.8, 0.1, 0.9]
     found = rank(reading, truth, task=[0, 0, 0, 1, 1, 2]).near_miss_auroc
     assert (found.value, found.count) == (1.0, 5)

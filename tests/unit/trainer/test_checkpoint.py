@@ -59,7 +59,7 @@ def test_a_run_without_checkpoints_has_none(tmp_path):
         assert newest_valid(checkpoints) is None
 
 
-def test_a_checkpoint_that_somebody_put_aside_is_left_alone(tmp_path):
+def test_a_checkpoint_that_was_quarantined_is_left_alone(tmp_path):
     write(tmp_path, 20).rename(tmp_path / "global_step_20_best")
     write(tmp_path, 30)
     write(tmp_path, 40)
@@ -154,7 +154,7 @@ CORRUPTIONS = [
 
 
 @pytest.mark.parametrize(("corrupt", "fault"), CORRUPTIONS)
-def test_a_corrupt_checkpoint_is_put_aside_loudly_and_the_one_before_used(
+def test_a_corrupt_checkpoint_is_quarantined_with_a_warning_and_the_one_before_used(
     tmp_path, caplog, corrupt, fault
 ):
     for step in (1, 2):
@@ -164,7 +164,7 @@ def test_a_corrupt_checkpoint_is_put_aside_loudly_and_the_one_before_used(
     assert newest_valid(tmp_path) == 1
     assert f"CORRUPT CHECKPOINT {step_folder(tmp_path, 2)}" in caplog.text
     assert fault in caplog.text
-    assert "going on from step 1" in caplog.text
+    assert "resuming from step 1" in caplog.text
     assert (tmp_path / "latest").readlink() == Path("global_step_1")
     assert (tmp_path / "global_step_2_corrupt").is_dir()
     write(tmp_path, 2)
@@ -175,7 +175,7 @@ def test_a_run_does_not_begin_again_because_its_checkpoints_are_corrupt(tmp_path
     for step in (1, 2):
         flip_a_bit(write(tmp_path, step))
     for _ in range(2):
-        with pytest.raises(CheckpointError, match=r"no checkpoint .* is sound \(step 2: .*step 1"):
+        with pytest.raises(CheckpointError, match=r"no checkpoint .* is valid \(step 2: .*step 1"):
             newest_valid(tmp_path)
 
 

@@ -105,7 +105,7 @@ def seen(engine: VLAEngine) -> tuple[Tensor, list[Tensor], Tensor]:
 
 def choose(engine: VLAEngine) -> tuple[Tensor, Tensor]:
     images, prompts, noise = seen(engine)
-    return engine.choose(*engine.processor.collate(prompts), images, noise, TEMPERATURE)
+    return engine.sample_actions(*engine.processor.collate(prompts), images, noise, TEMPERATURE)
 
 
 def update(engine: VLAEngine, action_tokens: Tensor) -> Tensor:

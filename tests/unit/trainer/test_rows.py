@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,9 @@ from verl.workers.utils.padding import no_padding_2_padding, response_from_neste
 from verl_vla.core.tables import Episodes, PolicySteps, Trajectories
 from verl_vla.rl.advantage import group_advantage
 from verl_vla.rl.loss import executed_mask
+from verl_vla.trainer.grpo.advantage import row_advantages
 from verl_vla.trainer.grpo.rows import (
+    RowKey,
     dense,
     group_key,
     group_of,
@@ -27,6 +31,7 @@ from verl_vla.trainer.grpo.rows import (
     right_padded,
     stacked,
 )
+from verl_vla.trainer.verl_compat.process import ADV_ESTIMATOR
 
 CHUNK, DIM = 4, 2
 TOKENS = CHUNK * DIM
@@ -67,6 +72,10 @@ def rows_of(trajectories: Trajectories, score: list[float] | None = None):
     return make_rows(trajectories, given.astype(np.float32), chunk_length=CHUNK, global_step=5)
 
 
+def algorithm(estimator: str) -> SimpleNamespace:
+    return SimpleNamespace(adv_estimator=estimator)
+
+
 def jagged(rows) -> torch.Tensor:
     return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
 
@@ -75,7 +84,7 @@ def jagged(rows) -> torch.Tensor:
 def test_a_group_is_found_again_from_all_keys_that_veRL_makes_of_it(group):  # noqa: N802
     key = group_key(group)
     assert "_" not in key
-    assert [group_of(k) for k in (key, f"{key}_3", f"{key}_3_0")] == [group] * 3
+    assert group_of(key) == RowKey.parse(f"{key}_3_0").group == group
 
 
 def test_keys_say_group_member_and_place():
@@ -160,9 +169,20 @@ def test_verl_computes_our_advantage_from_the_rows():
         }
     )
     theirs = compute_advantage_for_multi_trajectories(data, batch_keys=keys, adv_estimator="grpo")
-    ours = group_advantage(torch.tensor(score), played.episodes.group_id)
-    expected = ours[played.policy_steps.episode][:, None] * tensors["response_mask"]
-    torch.testing.assert_close(theirs.batch["advantages"], expected, atol=1e-5, rtol=1e-5)
+    scores = tensors["rm_scores"].sum(-1)
+    for name in (ADV_ESTIMATOR, "grpo"):
+        # a row of padding, as veRL adds them, changes nothing
+        ours = row_advantages(
+            [*keys, "pad0f_0_0"], torch.cat([scores, torch.zeros(1)]), algorithm(name)
+        )
+        assert ours[-1] == 0
+        expected = ours[:-1, None] * tensors["response_mask"]
+        assert torch.equal(theirs.batch["advantages"], expected), name
+    by_episode = group_advantage(torch.tensor(score), played.episodes.group_id)
+    assert torch.equal(
+        row_advantages(keys, scores, algorithm(ADV_ESTIMATOR)),
+        by_episode[played.policy_steps.episode],
+    )
 
 
 def test_a_row_that_verl_fills_up_with_carries_no_gradient_and_a_finite_weight():

@@ -23,7 +23,7 @@ from verl_vla.core.episode import Outcome
 from verl_vla.core.tables import Episodes, PolicySteps, Trajectories
 from verl_vla.rl.group_sampling import GroupFilter, GroupResult
 from verl_vla.runs.metrics import check_declared
-from verl_vla.trainer.grpo.rows import group_key, group_of, is_padding, make_rows
+from verl_vla.trainer.grpo.rows import RowKey, group_key, is_padding, make_rows
 from verl_vla.trainer.grpo.update import update
 from verl_vla.trainer.grpo.worker import row_loss
 
@@ -124,10 +124,10 @@ def sampled(rank: OneRank, groups: list[list[float]]) -> KVBatchMeta:
     )
     score = np.array([score for scores in groups for score in scores], dtype=np.float32)
     keys, fields, tags = make_rows(played(groups), score, chunk_length=CHUNK, global_step=1)
-    kept = [i for i, key in enumerate(keys) if group_of(key) not in dropped]
+    kept = [i for i, key in enumerate(keys) if RowKey.parse(key).group not in dropped]
     keys, fields, tags = ([column[i] for i in kept] for column in (keys, fields, tags))
     tensors = {n: torch.stack([r[n] for r in fields]) for n in ("response_mask", "rm_scores")}
-    uid = np.array([group_key(group_of(key)) for key in keys], dtype=object)
+    uid = np.array([group_key(RowKey.parse(key).group) for key in keys], dtype=object)
     data = DataProto.from_single_dict(
         tensors | {"token_level_rewards": tensors["rm_scores"], "uid": uid}
     )

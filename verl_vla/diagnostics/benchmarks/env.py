@@ -1,7 +1,7 @@
-"""One simulator against the stock environment, each in a process of its own.
+"""Benchmark of one simulator against LIBERO's stock environment, each in a separate process.
 
-robosuite neither chooses its GL context before it renders nor before it frees one, so it must not
-share a process with another renderer.
+robosuite does not select its GL context before it renders or frees one, so it must not share a
+process with another renderer.
 """
 
 from __future__ import annotations
@@ -32,36 +32,37 @@ from verl_vla.diagnostics.benchmarks.measuring import (
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.assets import asset_folder
 from verl_vla.envs.libero.env import SETTLE_ACTION
-from verl_vla.envs.libero.suite import SUITES, make_libero_env
+from verl_vla.envs.libero.suite import make_libero_env
+from verl_vla.envs.names import SUITES
 
 CHUNK = 8
 """Steps of a chunk in the published OpenVLA-OFT policies for LIBERO."""
 NO_LIMIT = 1_000_000
-"""Steps; episodes of a benchmark go on."""
+"""Step limit that is never reached, since episodes of a benchmark must not end."""
 
 Work = Mapping[str, Callable[[], object]]
-"""Pieces of work that a way knows, by name."""
+"""Functions to time, by name."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare what can be chosen."""
+    """Add the options of this benchmark."""
     add = parser.add_argument
     add("--suite", choices=SUITES, default="libero_spatial")
     add("--task", type=int, default=0, help="task id within the suite")
     add("--render-size", type=int, default=256, help="height and width of an image, pixels")
     add("--image-size", type=int, default=224, help="height and width that our policy sees")
-    add("--pairs", type=int, default=10, help="chunks of each way; they take turns")
-    add("--resets", type=int, default=5, help="resets of each way; they take turns")
+    add("--pairs", type=int, default=10, help="chunks of each method; the methods alternate")
+    add("--resets", type=int, default=5, help="resets of each method; the methods alternate")
 
 
 def measure(options: argparse.Namespace) -> Record:
     """Time a chunk and a reset.
 
-    The peers' way: 8 steps of `OffScreenRenderEnv` with its two cameras, each rendered at every
-    step, nothing prepared for a policy; and a reset that rebuilds the model, sets the init state
-    and settles for 10 steps, whose images it cannot leave out. Ours: `LiberoEnv.step_chunk`, with
-    one view at the end, prepared for the policy; and `LiberoEnv.reset`, equal to the bit, in its
-    two parts: the settled state, and the first image.
+    Other projects: 8 steps of `OffScreenRenderEnv` with its two cameras, each rendered at every
+    step, without preprocessing for a policy; and a reset that rebuilds the model, sets the init
+    state and settles for 10 steps, whose images it cannot skip. Ours: `LiberoEnv.step_chunk`, with
+    one view at the end, preprocessed for the policy; and `LiberoEnv.reset`, with a bitwise equal
+    state, in two parts: the settled state, and the first image.
     """
     require_positive(options, "pairs", "resets", "render_size", "image_size")
     with _way(_stock, options) as stock, _way(_ours, options) as ours:
@@ -83,7 +84,7 @@ def measure(options: argparse.Namespace) -> Record:
 
 
 def compare_resets(taken: Mapping[str, list[Seconds]]) -> dict[str, Any]:
-    """Hold the peers' reset against ours: to a settled state, and with the first image."""
+    """Compare the other reset with ours: to a settled state, and with the first image."""
     parts = zip(taken["settle"], taken["look"], strict=True)
     whole = [Seconds(a.clock + b.clock, a.processor + b.processor) for a, b in parts]
     return {
@@ -158,7 +159,7 @@ def _stock(options: argparse.Namespace) -> Work:
     ours = make_libero_env(EnvConfig(suite=options.suite))
     task = ours.suite.task(options.task)
     if not ours.suite.needs_assets:
-        importlib.import_module("verl_vla.envs.mini.problem")  # registers itself
+        importlib.import_module("verl_vla.envs.mini.problem")  # the import registers the problem
     from libero.libero.envs import OffScreenRenderEnv  # noqa: PLC0415 -- after `make_libero_env`
 
     init_state = ours.suite.load_init_states(options.task)[0]
@@ -188,7 +189,7 @@ def _stock(options: argparse.Namespace) -> Work:
 
 
 def _moves() -> Generator[npt.NDArray[np.float32]]:
-    """Yield chunks [8, 7] of small moves that stay above the table and solve nothing."""
+    """Yield chunks [8, 7] of small moves that stay above the table and solve no task."""
     rng = np.random.default_rng(0)
     while True:
         moves = np.clip(rng.normal(0.0, 0.3, (CHUNK, 7)), -1.0, 1.0).astype(np.float32)

@@ -1,7 +1,7 @@
-"""OpenVLA-OFT of the published size with random weights on one device: no hub, no Ray.
+"""Benchmark of OpenVLA-OFT in its published size on one device, without the hub and Ray.
 
-Speed does not depend on what the weights are, so random ones tell it. ``--size tiny`` runs the same
-code on a CPU in seconds.
+The weights are random, since the speed does not depend on their values. ``--size tiny`` runs the
+same code on a CPU in seconds.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from verl_vla.policies.openvla_oft import OpenVLAOFTConfig, OpenVLAOFTModel
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tokenizer, tiny_config
 
 PROMPT_TOKENS = 32
-"""LIBERO's prompts have 20 to 38 tokens with the published tokenizer."""
+"""Length of the prompt; LIBERO's have 20 to 38 tokens with the published tokenizer."""
 LORA_RANK = 32
-"""openvla-oft ``vla-scripts/finetune.py``."""
+"""Rank of the adapters; openvla-oft ``vla-scripts/finetune.py``."""
 BYTES_PER_GIB = 1024**3
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare what can be chosen."""
+    """Add the options of this benchmark."""
     add = parser.add_argument
     add("--size", choices=("published", "tiny"), default="published")
     add("--device", choices=("cuda", "cpu"), default="cuda")
-    add("--batch", type=int, nargs="+", default=[1, 8, 32, 64], help="policy steps at once")
+    add("--batch", type=int, nargs="+", default=[1, 8, 32, 64], help="batch sizes of policy steps")
     add("--update-batch", type=int, default=8, help="rows of one forward and backward pass")
-    add("--matmul", type=int, default=8192, help="size of the matrices that give the peak")
+    add("--matmul", type=int, default=8192, help="size of the matrices that measure the peak")
     add("--repeats", type=int, default=5, help="passes that are timed together")
 
 
 def measure(options: argparse.Namespace) -> Record:
-    """Time policy steps, and updates of adapters and of all weights (without optimizer)."""
+    """Time policy steps, and updates of adapters and of all weights (without the optimizer)."""
     require_positive(options, "batch", "update_batch", "matmul", "repeats")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, but torch finds none; set --device cpu --size tiny")
@@ -77,7 +77,7 @@ def build(size: str, device: str) -> OpenVLAOFTModel:
 
 
 def matmul_peak(clock: _Clock, size: int) -> float:
-    """Measure the floating-point operations a second of one large bfloat16 product."""
+    """Measure the floating-point operations per second of one large bfloat16 product."""
     a = torch.randn(size, size, device=clock.device, dtype=torch.bfloat16)
     return 2 * size**3 / clock.seconds(lambda: a @ a)
 
@@ -119,14 +119,14 @@ def update(clock: _Clock, model: OpenVLAOFTModel, rows: int, name: str) -> dict[
 
 
 class _Clock:
-    """Seconds of work on a device that answers before it is done."""
+    """Timer for work on a device that runs asynchronously."""
 
     def __init__(self, device: str, repeats: int) -> None:
         self.device = device
         self._repeats = repeats
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """Mean of the repeats, after one that is not counted."""
+        """Return the mean of the repeats, after a warm-up call."""
         work()
         self._wait()
         if self.device == "cuda":
@@ -138,7 +138,7 @@ class _Clock:
         return (time.perf_counter() - began) / self._repeats
 
     def peak_gib(self) -> float | None:
-        """Of the device since `seconds` began; None on a CPU."""
+        """Return the peak memory of the device since `seconds` began; None on a CPU."""
         if self.device != "cuda":
             return None
         return round(torch.cuda.max_memory_allocated() / BYTES_PER_GIB, 2)

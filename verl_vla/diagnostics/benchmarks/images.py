@@ -1,4 +1,4 @@
-"""How fast images are prepared for the policy: JPEG, Lanczos, centre crop, one thread."""
+"""Benchmark of image preprocessing for the policy: JPEG, Lanczos, centre crop, one thread."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from verl_vla.diagnostics.benchmarks.measuring import (
 )
 
 IMAGE_PACKAGES = ("pillow", "scipy", "simplejpeg")
-"""What `prepare_images` computes with, besides numpy."""
+"""Packages that `prepare_images` uses, apart from numpy."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare what can be chosen."""
+    """Add the options of this benchmark."""
     add = parser.add_argument
     add("--render-size", type=int, default=256, help="height and width of an image, pixels")
     add("--image-size", type=int, default=224, help="height and width that the policy sees")
-    add("--batch", type=int, default=16, help="images a round")
-    add("--rounds", type=int, default=50, help="how many rounds are measured")
+    add("--batch", type=int, default=16, help="images per round")
+    add("--rounds", type=int, default=50, help="number of rounds that are measured")
 
 
 def measure(options: argparse.Namespace) -> Record:
-    """Prepare batches of images; processor seconds tell what one core can do."""
+    """Prepare batches of images; processor seconds give the speed of one core."""
     require_positive(options, "render_size", "image_size", "batch", "rounds")
     images = _images(options.batch, options.render_size)
     ways = {"images": lambda: timed(lambda: prepare_images(images, size=options.image_size))}
@@ -52,7 +52,7 @@ def measure(options: argparse.Namespace) -> Record:
 
 
 def _images(count: int, size: int) -> Pixels:
-    """Smooth shapes, edges and a little noise, so that JPEG has as much to do as with a scene."""
+    """Make images of smooth shapes, edges and noise, as much work for JPEG as a real scene."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:size, 0:size]
     waves = 128 + 100 * np.sin(x / 17) * np.cos(y / 23)

@@ -1,4 +1,4 @@
-"""What all benchmarks share: taking turns, and the conditions of a number."""
+"""Common parts of all benchmarks: alternating measurements, and the conditions of a number."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.core.provenance import provenance
 
 Record = dict[str, Any]
-"""One benchmark's results by name, ready for JSON, with ``bench``, ``command`` and ``conditions``.
-"""
+"""Results of one benchmark by name, ready for JSON, with ``bench``, ``command``, ``conditions``."""
 
 ENVIRONMENT = ("OMP_NUM_THREADS", "LP_NUM_THREADS", "MUJOCO_GL", "CUDA_VISIBLE_DEVICES")
-"""Variables that change how fast something is."""
+"""Environment variables that affect the speed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """What one piece of work took."""
+    """Wall-clock and processor seconds of one piece of work."""
 
     clock: float
     processor: float
-    """Of all threads of the process; tells more than the clock where others use the machine."""
+    """Processor seconds of all threads of the process; more reliable than the clock on a shared
+    machine."""
 
 
 def timed(work: Callable[[], object]) -> Seconds:
-    """Do ``work`` once."""
+    """Run ``work`` once and time it."""
     clock, processor = time.perf_counter(), time.process_time()
     work()
     return Seconds(time.perf_counter() - clock, time.process_time() - processor)
@@ -41,7 +41,7 @@ def timed(work: Callable[[], object]) -> Seconds:
 def take_turns(
     ways: Mapping[str, Callable[[], Seconds]], *, rounds: int, warm_up: int
 ) -> dict[str, list[Seconds]]:
-    """Let every way work ``rounds`` times, one after the other in each round.
+    """Measure every method ``rounds`` times, one after the other in each round.
 
     ``warm_up`` rounds before them fill caches and are not counted.
     """
@@ -55,12 +55,12 @@ def take_turns(
 
 
 def spread(values: Sequence[float], digits: int) -> list[float]:
-    """Median, least and largest, rounded."""
+    """Return median, least and largest, rounded."""
     return [round(x, digits) for x in (statistics.median(values), min(values), max(values))]
 
 
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
-    """How many times faster, pair by pair: median, least and largest."""
+    """Return the speedup of each pair: median, least and largest."""
     return spread([a / b for a, b in zip(slow, fast, strict=True)], 2)
 
 
@@ -79,7 +79,7 @@ def record(name: str, options: argparse.Namespace, results: Mapping[str, Any]) -
 
 
 def require_positive(options: argparse.Namespace, *names: str) -> None:
-    """Refuse to measure nothing.
+    """Check that options are at least 1.
 
     Raises:
         ConfigError: an option is below 1.

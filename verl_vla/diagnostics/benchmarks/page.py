@@ -16,19 +16,19 @@ DOCS = PROJECT_FOLDER / "docs"
 BEGIN = "<!-- written by `python -m verl_vla bench page` from docs/benchmarks/*.json -->"
 END = "<!-- end of what bench page writes -->"
 NOT_SHOWN = ("bench", "command", "conditions")
-"""Entries of a record that its table does not repeat."""
+"""Entries of a record that are not rows of its table."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare what can be chosen."""
+    """Add the options of this command."""
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of benchmarks.md")
 
 
 def measure(options: argparse.Namespace) -> Record:
-    """Write the tables into the page; this measures nothing.
+    """Write the tables into the page, without a measurement.
 
     Raises:
-        ConfigError: the page lacks the two lines that the tables stand between.
+        ConfigError: the page lacks the two lines that mark the place of the tables.
     """
     page: Path = options.docs / "benchmarks.md"
     records = read_records(options.docs / "benchmarks")
@@ -37,12 +37,12 @@ def measure(options: argparse.Namespace) -> Record:
 
 
 def read_records(folder: Path) -> dict[str, Record]:
-    """Read the kept records by the names of their files, in alphabetical order."""
+    """Read the stored records by the names of their files, in alphabetical order."""
     return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
 
 
 def with_tables(page: str, records: dict[str, Record]) -> str:
-    """Replace what stands between the two lines."""
+    """Replace the text between the lines `BEGIN` and `END`."""
     if BEGIN not in page or END not in page:
         raise ConfigError(f"benchmarks.md lacks the lines {BEGIN!r} and {END!r}; put them back")
     before, after = page.split(BEGIN)[0], page.split(END)[1]
@@ -51,7 +51,7 @@ def with_tables(page: str, records: dict[str, Record]) -> str:
 
 
 def table(name: str, record: Record) -> str:
-    """Write one record in Markdown: its command, its numbers, its conditions."""
+    """Format one record in Markdown: its command, its numbers, its conditions."""
     rows = [f"| {key} | {_cell(value)} |" for key, value in record.items() if key not in NOT_SHOWN]
     conditions = ", ".join(f"{key} {value}" for key, value in record["conditions"].items())
     lines = [f"### {name}", "", f"`{record['command']}`", ""]
@@ -67,7 +67,7 @@ def _cell(value: Any) -> str:
 
 
 def _list(values: Sequence[Any]) -> str:
-    """A list of three numbers is a median and its range."""
+    """Format a list; three numbers are a median and its range."""
     numbers = all(isinstance(value, int | float) for value in values)
     if numbers and len(values) == len(("median", "least", "largest")):
         return f"{values[0]} ({values[1]} to {values[2]})"

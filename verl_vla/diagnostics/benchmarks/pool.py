@@ -1,4 +1,4 @@
-"""More simulator processes: how much faster, and where that ends."""
+"""Benchmark of the number of simulator processes: speedup, and its limit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from verl_vla.diagnostics.benchmarks.measuring import (
 )
 from verl_vla.diagnostics.benchmarks.simulators import NOISE, factory_of, open_pool
 from verl_vla.envs.base import EnvFactory
-from verl_vla.envs.libero.suite import SUITES
+from verl_vla.envs.names import SUITES
 from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.envs.registry import suite
 from verl_vla.policies.base import Policy, PolicyShape
@@ -32,12 +32,13 @@ from verl_vla.policies.registry import load_policy
 from verl_vla.rl.rollout import RolloutTimes, rollout
 
 SLOTS_PER_PROCESS = 2
-"""One for each half of a rollout, so that no process waits for the policy."""
+"""Slots per process: one for each slot group of a rollout, so that no process waits for the
+policy."""
 LEAST_EPISODES = 16
 
 
 class IdlePolicy:
-    """Costs nothing, moves little and solves nothing: what is left are the simulators."""
+    """A policy without cost, whose small moves solve no task: only the simulators take time."""
 
     def __init__(self, shape: PolicyShape) -> None:
         self.shape = shape
@@ -45,7 +46,7 @@ class IdlePolicy:
     def act(
         self, observations: Sequence[Observation], noise: torch.Tensor, *, temperature: float
     ) -> ActionChunk:
-        """Answer small moves that follow from ``noise`` alone."""
+        """Return small moves that are a function of ``noise`` only."""
         n, shape = len(observations), self.shape
         moves = (noise.numpy() - 0.5).reshape(n, shape.chunk_length, shape.action_dim)
         return ActionChunk(
@@ -57,19 +58,19 @@ class IdlePolicy:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare what can be chosen."""
+    """Add the options of this benchmark."""
     add = parser.add_argument
     add("--suite", choices=SUITES, default="mini")
     add("--task", type=int, default=1, help="task id within the suite")
     add("--steps", type=int, default=48, help="step limit of every episode")
     add("--processes", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="simulator processes")
-    add("--rounds", type=int, default=5, help="rounds of 1 and 2 processes, which take turns")
-    add("--policy", default="bases/mini", help="folder of the policy that is tried beside none")
+    add("--rounds", type=int, default=5, help="rounds of 1 and 2 processes, which alternate")
+    add("--policy", default="bases/mini", help="policy folder; also measured without a policy")
     add("--render-size", type=int, default=128, help="height and width of an image, pixels")
 
 
 def measure(options: argparse.Namespace) -> Record:
-    """Play the same episodes with more and more processes, without a policy and with one."""
+    """Roll out the same episodes with more and more processes, without a policy and with one."""
     require_positive(options, "processes", "rounds", "steps", "render_size")
     policy = load_policy(options.policy)
     suite(options.suite).task(options.task)
@@ -92,7 +93,7 @@ def measure(options: argparse.Namespace) -> Record:
 def two_against_one(
     factory: EnvFactory, policy: IdlePolicy, *, rounds: int, task: int
 ) -> dict[str, Any]:
-    """Let one process and two play the same episodes in turn."""
+    """Roll out the same episodes with one process and with two, alternately."""
     with _pool(factory, 1, policy.shape) as one, _pool(factory, 2, policy.shape) as two:
         ways = {
             "one": partial(_timed_play, one, policy, task),
@@ -106,11 +107,11 @@ def two_against_one(
 def scaling(
     factory: EnvFactory, count: int, policies: dict[str, Policy], *, task: int
 ) -> dict[str, Any]:
-    """Measure ``count`` processes under each policy: policy steps a second, and who waited."""
+    """Measure ``count`` processes under each policy: policy steps per second, shares of time."""
     found: dict[str, Any] = {}
     for name, policy in policies.items():
         with _pool(factory, count, policy.shape) as pool:
-            _play(pool, policy, task)  # builds the simulators
+            _play(pool, policy, task)  # warm-up: builds the simulators
             times = RolloutTimes()
             policy_steps = [_play(pool, policy, task, times) for _ in range(2)]
         found |= {

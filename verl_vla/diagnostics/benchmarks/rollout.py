@@ -1,7 +1,8 @@
-"""Playing with two halves that take turns, against simulators and policy that wait for each other.
+"""Benchmark of a rollout with two alternating slot groups, against one without overlap.
 
-The peers' way is the same loop with all slots in one part: it also leaves out finished episodes
-and renders on demand, so what differs is the overlap alone.
+The reference is the same loop with all slots in one group, in which simulators and policy wait for
+each other. It also drops finished episodes and renders on demand, so the only difference is the
+overlap.
 """
 
 from __future__ import annotations
@@ -24,32 +25,32 @@ from verl_vla.diagnostics.benchmarks.measuring import (
     timed,
 )
 from verl_vla.diagnostics.benchmarks.simulators import NOISE, factory_of, open_pool
-from verl_vla.envs.libero.suite import SUITES
+from verl_vla.envs.names import SUITES
 from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.policies.base import Policy
 from verl_vla.policies.registry import load_policy
 from verl_vla.rl.rollout import RolloutTimes, rollout
 
 PARTS = {"peer": 1, "ours": 2}
-"""Into how many parts the slots are split."""
+"""Number of slot groups of each method."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare what can be chosen."""
+    """Add the options of this benchmark."""
     add = parser.add_argument
     add("--suite", choices=SUITES, default="mini")
     add("--task", type=int, default=0, help="task id within the suite")
-    add("--episodes", type=int, default=32, help="episodes a round")
+    add("--episodes", type=int, default=32, help="episodes per round")
     add("--steps", type=int, default=48, help="step limit of every episode")
     add("--processes", type=int, default=2, help="simulator processes")
-    add("--slots", type=int, default=16, help="episodes under way at the same time")
-    add("--rounds", type=int, default=5, help="rounds of each way; they take turns")
+    add("--slots", type=int, default=16, help="simulator slots: episodes that run at the same time")
+    add("--rounds", type=int, default=5, help="rounds of each method; the methods alternate")
     add("--policy", default="bases/mini", help="folder of the policy")
     add("--render-size", type=int, default=128, help="height and width of an image, pixels")
 
 
 def measure(options: argparse.Namespace) -> Record:
-    """Play the same episodes both ways in turn."""
+    """Roll out the same episodes with both methods, alternately."""
     require_positive(options, "episodes", "steps", "processes", "slots", "rounds", "render_size")
     torch.set_num_threads(1)
     policy = load_policy(options.policy)
@@ -68,7 +69,7 @@ def measure(options: argparse.Namespace) -> Record:
 def compare(
     pool: EnvPool, policy: Policy, specs: list[EpisodeSpec], *, rounds: int
 ) -> dict[str, Any]:
-    """Measure both ways on ``specs``, after a round that builds the simulators."""
+    """Measure both methods on ``specs``, after a round that builds the simulators."""
     rollout(specs, policy, pool, temperature=1.0, noise=NOISE)
     times = {name: RolloutTimes() for name in PARTS}
     policy_steps = dict.fromkeys(PARTS, 0)

@@ -1,4 +1,4 @@
-"""The simulators that the benchmarks of a pool and of a rollout play in, and their noise."""
+"""The simulators and the noise of the benchmarks of a pool and of a rollout."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from verl_vla.policies.base import PolicyShape
 from verl_vla.rl.rollout import NoiseSource
 
 START_LIMIT_S = 300.0
-"""A simulator that is not there by then is given up; `EnvironmentConfig.timeout_s`'s default."""
+"""Seconds after which a simulator that has not started counts as lost; the default of
+`EnvironmentConfig.timeout_s`."""
 NOISE = NoiseSource(seed=0, stream=0)
 
 
 def factory_of(options: argparse.Namespace, shape: PolicyShape) -> EnvFactory:
-    """Make simulators of ``--suite``, with the step limit and images that were asked for."""
+    """Return a factory of simulators of ``--suite``, with the given step limit and image sizes."""
     config = EnvConfig(
         suite=options.suite,
         step_limit=options.steps,
@@ -30,7 +31,7 @@ def factory_of(options: argparse.Namespace, shape: PolicyShape) -> EnvFactory:
 def open_pool(
     factory: EnvFactory, shape: PolicyShape, *, num_workers: int, num_slots: int
 ) -> EnvPool:
-    """Start ``num_workers`` processes; to be used as a context."""
+    """Start ``num_workers`` processes; the pool is a context manager."""
     return EnvPool(
         factory,
         num_workers=num_workers,

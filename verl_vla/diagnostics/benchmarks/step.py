@@ -1,4 +1,4 @@
-"""Whole training steps against those of another commit: same seed, same episodes, same numbers."""
+"""Benchmark of training steps against another commit: same seed, same episodes, same numbers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from verl_vla.diagnostics.benchmarks.measuring import Record, record, require_po
 from verl_vla.runs.metrics import is_reproducible, read_metrics
 
 SPINE = "d067d8f"
-"""The first commit that trains ``mini`` under veRL from end to end, before anything was sped up."""
+"""First commit that trains ``mini`` under veRL from end to end, before any optimization."""
 PUSHING = (
     "recipe=quickstart policy.path={project}/bases/mini environment.tasks=[0] "
     "sampling.temperature=0.8 trainer.total_training_steps=3 trainer.eval_before=false "
     "trainer.eval_every=0 trainer.save_every=0"
 )
-"""Of today's base, whose format the spine reads, on a task that it has: push the red cube."""
+"""Training arguments of both runs: the current base, whose format the other commit can read, on a
+task that it has: push the red cube."""
 LATER = "cold_start.mode=off"
 PARTS = {
     "step": ("timing_s/step", "time/step_s"),
@@ -33,22 +34,22 @@ PARTS = {
     "update": ("timing_s/update", "time/update_s"),
     "transfer": ("timing_s/transfer", "time/transfer_s"),
 }
-"""Parts of a training step: today's metric, and its name in commits before docs/metrics.md."""
+"""Parts of a training step: the current metric, and its name in commits before docs/metrics.md."""
 
 Lines = list[dict[str, float]]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare what can be chosen."""
+    """Add the options of this benchmark."""
     add = parser.add_argument
     add("--against", default=SPINE, help="the other commit")
     add("--training", default=PUSHING, help="arguments of both runs, as for train, in quotes")
-    add("--now", default=LATER, help="arguments of today's run, which the other does not know")
-    add("--pairs", type=int, default=2, help="runs of each commit; they take turns")
+    add("--now", default=LATER, help="arguments of the current commit only")
+    add("--pairs", type=int, default=2, help="runs of each commit; the commits alternate")
 
 
 def measure(options: argparse.Namespace) -> Record:
-    """Run both commits in turn. The first step of a run builds simulators and is not counted."""
+    """Run both commits alternately; a run's first step builds simulators and is not counted."""
     require_positive(options, "pairs")
     arguments = options.training.format(project=PROJECT_FOLDER).split()
     runs: dict[str, list[Lines]] = {"then": [], "now": []}
@@ -65,7 +66,7 @@ def measure(options: argparse.Namespace) -> Record:
 
 
 def compare(then: Sequence[Lines], now: Sequence[Lines]) -> dict[str, Any]:
-    """Compare runs of two commits: seconds of a step, and whether the numbers are the same."""
+    """Compare runs of two commits: seconds of a step, and equality of the metrics."""
     found: dict[str, Any] = {}
     for part in PARTS:
         before, after = _seconds(then, part), _seconds(now, part)
@@ -84,7 +85,7 @@ def compare(then: Sequence[Lines], now: Sequence[Lines]) -> dict[str, Any]:
 
 
 def _equal(a: Mapping[str, float], b: Mapping[str, float], name: str) -> bool:
-    return a[name] == b[name] or (a[name] != a[name] and b[name] != b[name])  # both unknown
+    return a[name] == b[name] or (a[name] != a[name] and b[name] != b[name])  # both are NaN
 
 
 def _seconds(runs: Sequence[Lines], part: str) -> list[float]:

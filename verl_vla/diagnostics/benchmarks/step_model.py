@@ -1,6 +1,6 @@
-"""How long a training step takes on a machine, computed from what its parts take.
+"""Model of the time of a training step on a machine, computed from the speed of its parts.
 
-A model, not a measurement: docs/performance.md says which of its inputs were measured.
+It is not a measurement: docs/performance.md says which of its inputs were measured.
 """
 
 from __future__ import annotations
@@ -10,43 +10,43 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What one training step has to do."""
+    """Work of one training step."""
 
     episodes: int
-    """Of one round."""
+    """Episodes of one rollout round."""
     step_limit: int
     chunk_length: int
     share_played: float
-    """Of the step limit, mean over episodes; successes end early."""
+    """Share of the step limit that is executed, mean over episodes; successes end early."""
     rounds: float
-    """Rounds of rollout, since groups that agree are replaced."""
+    """Number of rollout rounds, since groups without a signal are replaced."""
     share_kept: float
-    """Of the episodes played, whose groups are trained on."""
+    """Share of the episodes whose groups are trained on."""
 
     @property
     def policy_steps(self) -> float:
-        """Policy calls of the step."""
+        """Number of policy steps in the training step."""
         limit = self.step_limit / self.chunk_length
         return self.episodes * self.rounds * limit * self.share_played
 
     @property
     def rows(self) -> float:
-        """Policy steps that are trained on."""
+        """Number of policy steps that are trained on."""
         return self.policy_steps * self.share_kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What the parts take on one machine."""
+    """Speed of the parts on one machine."""
 
     num_gpus: int
     policy_steps_per_gpu_s: float
     rows_per_gpu_s: float
-    """Forward, backward and recomputation."""
+    """Rows per second of forward, backward and recomputation."""
     num_cores: int
-    """That simulate."""
+    """Number of cores that simulate."""
     chunk_core_s: float
-    """Seconds of a core for a chunk and its view."""
+    """Core seconds for a chunk and its view."""
     transfer_bytes_per_s: float
     bytes_per_row: float
 
@@ -62,17 +62,17 @@ class StepTime:
 
     @property
     def rollout_s(self) -> float:
-        """Policy and simulators take turns in halves, so the slower one sets the pace."""
+        """Seconds of the rollout: two slot groups alternate, so the slower part sets the pace."""
         return max(self.deciding_s, self.simulating_s)
 
     @property
     def total_s(self) -> float:
-        """The whole training step."""
+        """Seconds of the complete training step."""
         return self.rollout_s + self.transfer_s + self.update_s
 
     @property
     def bottleneck(self) -> str:
-        """The part that costs most."""
+        """Name of the slowest part."""
         parts = {
             "deciding": self.deciding_s if self.deciding_s >= self.simulating_s else 0.0,
             "simulating": self.simulating_s if self.simulating_s > self.deciding_s else 0.0,
@@ -93,30 +93,31 @@ def step_time(load: Load, machine: Machine) -> StepTime:
 
 
 TFLOP_PER_POLICY_STEP = 4.94
-"""Forward pass of OpenVLA-OFT 7.5 B, one 224 px view, 32 prompt tokens; counted by torch's
-FlopCounterMode on the published sizes."""
+"""Cost of a forward pass of OpenVLA-OFT 7.5 B, one 224 px view, 32 prompt tokens; counted by
+torch's FlopCounterMode on the published sizes."""
 TFLOP_PER_ROW = 4 * TFLOP_PER_POLICY_STEP
-"""Forward, backward (twice a forward) and the forward again for checkpointed activations."""
+"""Cost of forward, backward (twice a forward) and a second forward for checkpointed activations."""
 SHARE_OF_PEAK = 0.5
-"""Assumed; `bench gpu` measures it where there is a GPU."""
+"""Share of the peak that is reached: assumed; `bench gpu` measures it on a GPU."""
 CORES = 96
-"""Assumed to simulate, on a node of eight GPUs."""
+"""Number of cores that simulate, on a node of eight GPUs: assumed."""
 CHUNK_CORE_S = 0.133
-"""Measured: ``chunk_ours_processor_ms`` in docs/benchmarks/env_libero_spatial.json, software GL."""
+"""Core seconds per chunk. Measured: ``chunk_ours_processor_ms`` in
+docs/benchmarks/env_libero_spatial.json, software GL."""
 TRANSFER_BYTES_PER_S = 225e6
-"""Measured: rows with images into TransferQueue 0.1.10 on two busy cores."""
+"""Transfer speed. Measured: rows with images into TransferQueue 0.1.10 on two busy cores."""
 BYTES_PER_ROW = 224 * 224 * 3.0
-"""One view, uint8; everything else of a row is small."""
+"""Size of one view, uint8; the other columns of a row are small."""
 PEAK_TFLOPS = {"8 x A100": 312.0, "8 x H200": 790.0}
-"""One GPU's dense bfloat16 peak: NVIDIA's data sheet, and for the H200 what was reached in
-practice by large products, which is below its sheet's 989."""
+"""Dense bfloat16 peak of one GPU: NVIDIA's data sheet, and for the H200 the value that large
+products reach in practice, which is below the 989 of its data sheet."""
 PUBLISHED_MINUTES = 45
-"""SimpleVLA-RL's author on a training step of this size on 8 x A800, an A100 with slower links
-(issue 8 of its repository)."""
+"""Minutes of a training step of this size on 8 x A800, an A100 with slower links, by
+SimpleVLA-RL's author (issue 8 of its repository)."""
 
 
 def simplevla_load(share_played: float) -> Load:
-    """Describe SimpleVLA-RL's LIBERO step: 64 groups of 8, chunks of 8, step limit 512.
+    """Return the load of SimpleVLA-RL's LIBERO step: 64 groups of 8, chunks of 8, step limit 512.
 
     One and a half rounds are assumed, so that two thirds of the episodes are trained on.
     """
@@ -131,7 +132,7 @@ def simplevla_load(share_played: float) -> Load:
 
 
 def node(name: str) -> Machine:
-    """Describe one of `PEAK_TFLOPS`."""
+    """Return the machine of one key of `PEAK_TFLOPS`."""
     reached = PEAK_TFLOPS[name] * SHARE_OF_PEAK
     return Machine(
         num_gpus=8,
@@ -145,7 +146,7 @@ def node(name: str) -> Machine:
 
 
 def table_rows() -> list[str]:
-    """Write the rows of the table in docs/performance.md."""
+    """Return the rows of the table in docs/performance.md."""
     rows: list[str] = []
     for name in PEAK_TFLOPS:
         for share in (1.0, 0.5):

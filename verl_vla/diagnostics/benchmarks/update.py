@@ -1,6 +1,6 @@
-"""Forward and backward passes over rows of policy steps, and the memory that they take.
+"""Benchmark of forward and backward passes over rows of policy steps, and of their memory.
 
-Each way runs in a process of its own, so that its peak memory is its own.
+Each variant runs in a separate process, so that peak memory is measured separately.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from verl_vla.policies.registry import load_policy
 from verl_vla.rl.loss import policy_loss
 
 KIB_PER_GIB = 1024**2
-"""``ru_maxrss`` is in KiB on Linux (getrusage(2))."""
+"""KiB per GiB; ``ru_maxrss`` is in KiB on Linux (getrusage(2))."""
 INSTRUCTION = "push the red cube onto the green marker"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """One way to make an update."""
+    """One variant of an update."""
 
     micro_batch_size: int
     with_checkpointing: bool = False
@@ -43,16 +43,16 @@ class Way:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare what can be chosen."""
+    """Add the options of this benchmark."""
     add = parser.add_argument
     add("--policy", default="bases/mini", help="folder of the policy")
     add("--rows", type=int, default=256, help="policy steps of one update")
     add("--micro-batch-size", type=int, default=64, help="policy steps of one pass")
-    add("--rounds", type=int, default=5, help="updates that are measured")
+    add("--rounds", type=int, default=5, help="number of updates that are measured")
 
 
 def measure(options: argparse.Namespace) -> Record:
-    """Measure the update as it is, and with one thing changed at a time."""
+    """Measure the update without change, and with one setting changed at a time."""
     require_positive(options, "rows", "micro_batch_size", "rounds")
     size = options.micro_batch_size
     ways = {
@@ -78,7 +78,7 @@ def measure(options: argparse.Namespace) -> Record:
 
 
 def run_way(folder: str, way: Way, rows: int, rounds: int) -> tuple[list[float], float]:
-    """Return rows a processor second of every round, and the process's peak memory in GiB."""
+    """Return rows per processor second of every round, and the process's peak memory in GiB."""
     torch.set_num_threads(1)
     policy = load_policy(folder)
     if way.with_checkpointing:
@@ -91,7 +91,7 @@ def run_way(folder: str, way: Way, rows: int, rounds: int) -> tuple[list[float],
 
 
 def update_of(policy: TrainablePolicy, way: Way, rows: int) -> Callable[[], float]:
-    """Return what computes the gradient of ``rows`` random rows and answers its norm."""
+    """Return a function that computes the gradient of ``rows`` random rows and returns its norm."""
     shape = policy.shape
     random = torch.Generator().manual_seed(0)
     size = (rows, *shape.image_shape)

@@ -10,21 +10,23 @@ from verl_vla.envs.base import Suite
 from verl_vla.policies.base import PolicyShape
 
 ROLLOUT_EFFICIENCY = 0.22
-"""Share of a GPU's best that a forward pass reaches: 13.6 policy steps a second of 4.94 TFLOP on an
-A100 (openvla-oft, arXiv:2502.19645, table of speeds, parallel decoding of discrete tokens; one
-policy step at a time, so a batch does better)."""
+"""Share of a GPU's peak that a forward pass reaches: 13.6 policy steps per second of 4.94 TFLOP on
+an A100 (openvla-oft, arXiv:2502.19645, table of speeds, parallel decoding of discrete tokens; one
+policy step at a time, so a batch reaches more)."""
 UPDATE_EFFICIENCY = 0.4
-"""Of forward and backward. Published ends: 0.57 for a language model of this size under FSDP on
-A100 (PyTorch's blog "Maximizing training throughput using PyTorch FSDP", 2024), 0.12 for a whole
-training step of SimpleVLA-RL (its issue 8: 45 minutes on 8 A800). Assumed, not measured."""
+"""Share of a GPU's peak that forward and backward reach. Published extremes: 0.57 for a language
+model of this size under FSDP on A100 (PyTorch's blog "Maximizing training throughput using PyTorch
+FSDP", 2024), 0.12 for a complete training step of SimpleVLA-RL (its issue 8: 45 minutes on 8 A800).
+Assumed, not measured."""
 STEP_S, MINI_STEP_S = 0.0058, 0.0030
 VIEW_S, MINI_VIEW_S = 0.098, 0.0074
-"""Of LIBERO's suites and of mini on one core, software rendering, busy machine: docs/benchmarks.md,
-Simulator. A suite of one's own is taken for LIBERO's: assumed."""
+"""Seconds of a step and of a view, for LIBERO's suites and for mini, on one core with software
+rendering on a busy machine: docs/benchmarks.md, Simulator. User-defined suites are assumed to be
+like LIBERO's."""
 
 
 def num_policy_steps(recipe: Recipe, shape: PolicyShape, chosen: Suite) -> int:
-    """Of one round in which every episode takes its task's whole time: an upper bound."""
+    """Return the policy steps of a round in which all episodes reach the step limit: a bound."""
     tasks = (
         range(len(chosen.tasks)) if recipe.environment.tasks is None else recipe.environment.tasks
     )
@@ -36,10 +38,10 @@ def num_policy_steps(recipe: Recipe, shape: PolicyShape, chosen: Suite) -> int:
 def step_seconds(
     recipe: Recipe, trace: Trace, shape: PolicyShape, chosen: Suite, gpu: Gpu
 ) -> dict[str, float]:
-    """Seconds of each part of a training step whose first round is enough.
+    """Estimate the seconds of each part of a training step with one rollout round.
 
-    Simulators and policy take turns on two halves of the slots, so a rollout takes as long as the
-    slower of the two.
+    Simulators and policy alternate on two slot groups, so a rollout takes as long as the slower of
+    the two.
     """
     policy_steps = num_policy_steps(recipe, shape, chosen)
     is_mini = chosen.name == "mini"
@@ -56,6 +58,6 @@ def step_seconds(
 
 
 def total_seconds(parts: dict[str, float]) -> float:
-    """Of a training step."""
+    """Return the seconds of a training step."""
     rollout = max(parts["rollout: simulators"], parts["rollout: policy"])
     return rollout + parts["log-probs again"] + parts["update"]

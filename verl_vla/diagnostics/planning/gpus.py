@@ -9,13 +9,13 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One device of a rank."""
+    """Kind of GPU of a rank."""
 
     name: str
     memory_bytes: int
-    """As ``nvidia-smi`` reports it, which is less than the name says."""
+    """Memory as ``nvidia-smi`` reports it, which is less than the name says."""
     bf16_flops: float
-    """Of dense matrix products with float32 sums, a second, at best; the maker's data sheet."""
+    """Peak FLOPs per second of dense matrix products with float32 accumulation; data sheet."""
 
 
 GPUS = {

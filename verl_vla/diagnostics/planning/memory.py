@@ -1,4 +1,4 @@
-"""Bytes on a device and on a node, part by part."""
+"""Memory of a device and of a node, part by part."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ ADAM_BYTES = {
     "paged_adamw_8bit": 2 * (1 + FLOAT32 / 256),
     "deepspeed_cpu_adam": 2 * FLOAT32,
 }
-"""Two moments of one weight. Paged ones may move to the host; here they stay."""
+"""Bytes of the two moments of one weight. Paged ones may move to the host; the plan assumes that
+they stay on the device."""
 NF4_BYTES = 0.5 + 1 / 64 + FLOAT32 / (64 * 256)
-"""Of one weight: 4 bits, a scale of 8 bits for 64, one of 32 bits for 256 of these (QLoRA,
-arXiv:2305.14314, section 3)."""
+"""Bytes of one weight: 4 bits, a scale of 8 bits per 64 weights, one of 32 bits per 256 of these
+(QLoRA, arXiv:2305.14314, section 3)."""
 GATHERED_LAYERS = 2
-"""FSDP2 fetches the next layer while one computes."""
+"""Layers gathered at the same time: FSDP2 fetches the next one while one computes."""
 MAX_PROMPT_TOKENS = 64
-"""Of the token budget of a micro-batch: `verl_vla.trainer.grpo.verl_config`."""
+"""Prompt length in the token budget of a micro-batch: `verl_vla.trainer.grpo.verl_config`."""
 CUDA_BYTES = 1_000_000_000
-"""Context, libraries and what the allocator cannot use again: assumed, not measured."""
+"""Bytes of context, libraries and allocator fragmentation: assumed, not measured."""
 ENCODER_BYTES = {
     "pixels": 0,
     "dinov2": 1_000_000_000,
@@ -37,56 +38,59 @@ ENCODER_BYTES = {
     "policy_towers": 2_000_000_000,
     "vjepa2": 5_000_000_000,
 }
-"""Of a reward's encoder with its activations. V-JEPA 2 ViT-g: siglip-grpo's blog, "~5 GB". The
-others: ViT-L, so400m and both, at 2 bytes a weight, with as much again for 32 images: assumed."""
+"""Bytes of a reward's encoder with its activations. V-JEPA 2 ViT-g: siglip-grpo's blog, "~5 GB".
+The others: ViT-L, so400m and both, at 2 bytes per weight, with the same amount for 32 images:
+assumed."""
 WORKER_BYTES = 500_000_000
-"""Of one simulator process before its first simulator, memory of its own: docs/benchmarks.md,
-Simulator memory."""
+"""Private memory of a simulator process before its first simulator: docs/benchmarks.md, Simulator
+memory."""
 SIMULATOR_BYTES, LIBERO_SIMULATOR_BYTES = 100_000_000, 900_000_000
-"""Of one task's simulator with its renderer, of mini and of LIBERO's suites, the mean: the same
-table. A suite of one's own is taken for LIBERO's: assumed."""
+"""Mean memory of one task's simulator with its renderer, for mini and for LIBERO's suites: the same
+table. User-defined suites are assumed to be like LIBERO's."""
 PROCESS_BYTES = 1_200_000_000
-"""Python, torch and veRL of a rank or of the trainer: docs/running.md, The plan and the truth."""
+"""Memory of Python, torch and veRL in a rank or in the trainer: docs/running.md, The plan and the
+truth."""
 BUFFER_COPIES = 2
-"""The trainer's trajectories of a round, and their rows in TransferQueue."""
+"""Copies of a round's data: the trainer's trajectories, and their rows in TransferQueue."""
 TOKEN_BYTES = 8 + 4 + 4 + 8
-"""A bin, its log_probs, a mask and an id in the LM layout: `verl_vla.trainer.grpo.rows`."""
+"""Bytes of an action token, its log-probability, a mask and an id in the LM layout:
+`verl_vla.trainer.grpo.rows`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceMemory:
-    """Of the first rank, which has the most."""
+    """Device memory of the first rank, which needs the most."""
 
     lasting: Mapping[str, int]
-    """Bytes that stay."""
+    """Bytes that are allocated all the time."""
     passing: Mapping[str, int]
-    """Bytes of each phase of a training step; they take turns."""
+    """Bytes of each phase of a training step; only one phase is active at a time."""
 
     @property
     def peak(self) -> int:
-        """Bytes at the worst moment."""
+        """Largest number of bytes in use."""
         return sum(self.lasting.values()) + max(self.passing.values())
 
 
 def rows_per_pass(micro_batch_size: int, shape: PolicyShape) -> int:
-    """Policy steps that veRL puts into one pass: its budget counts tokens, and prompts vary."""
+    """Return the policy steps in one pass of veRL, whose budget counts tokens, not rows."""
     budget = micro_batch_size * (MAX_PROMPT_TOKENS + shape.num_tokens)
     return max(1, budget // (PROMPT_TOKENS + shape.num_tokens))
 
 
 def rollout_batch(recipe: Recipe) -> int:
-    """Policy steps that one rank makes at once: one half of the slots, over all ranks."""
+    """Return the policy steps in one batch of a rank: one slot group, divided by the ranks."""
     half = (recipe.environment.num_slots + 1) // 2
     return -(-half // num_ranks(recipe))
 
 
 def num_ranks(recipe: Recipe) -> int:
-    """Learner processes of all nodes."""
+    """Return the number of learner processes of all nodes."""
     return recipe.cluster.num_nodes * recipe.cluster.ranks_per_node
 
 
 def device_memory(recipe: Recipe, trace: Trace, shape: PolicyShape) -> DeviceMemory:
-    """Bytes on the device of a rank."""
+    """Estimate the memory on the device of a rank."""
     ranks, is_offloaded = num_ranks(recipe), recipe.optimizer.name == "deepspeed_cpu_adam"
     trained, per_weight = trace.trained / ranks, BYTES[recipe.policy.dtype]
     held = {
@@ -102,7 +106,7 @@ def device_memory(recipe: Recipe, trace: Trace, shape: PolicyShape) -> DeviceMem
     is_gathered_once = recipe.cluster.gather_once and ranks > 1 and not is_offloaded
     in_rollout = per_weight * trace.weights if is_gathered_once else gathered
     in_backward = (per_weight + FLOAT32) * trace.layer if recipe.policy.lora_rank is None else 0
-    # square roots of the second moments: of all weights at once on a GPU, one by one on a CPU
+    # Adam's square roots of second moments: of all weights at once on a GPU, one by one on a CPU
     roots = 0 if is_offloaded or recipe.cluster.device == "cpu" else FLOAT32 * trained
     rows = rows_per_pass(recipe.optimizer.micro_batch_size, shape)
     passing = {
@@ -119,9 +123,9 @@ def device_memory(recipe: Recipe, trace: Trace, shape: PolicyShape) -> DeviceMem
 def host_memory(
     recipe: Recipe, trace: Trace, shape: PolicyShape, chosen: Suite, num_policy_steps: int
 ) -> dict[str, int]:
-    """Bytes of the node that simulates and holds ranks.
+    """Estimate the memory of the node that simulates and holds ranks.
 
-    Every rank reads the whole policy into host memory before the first rollout fills the buffer;
+    Every rank reads the complete policy into host memory before the first rollout fills the buffer;
     the larger of the two counts.
     """
     per_node = recipe.cluster.ranks_per_node
@@ -146,7 +150,7 @@ def host_memory(
 
 
 def _worker_bytes(recipe: Recipe, chosen: Suite) -> int:
-    """Of a simulator process that has come across as many tasks as it keeps."""
+    """Return the memory of a simulator process that has built as many tasks as it keeps."""
     tasks = recipe.environment.tasks
     num_tasks = len(chosen.tasks) if tasks is None else len(tasks)
     kept = min(num_tasks, simulators_per_process(num_tasks, recipe.environment.num_workers))
@@ -156,7 +160,7 @@ def _worker_bytes(recipe: Recipe, chosen: Suite) -> int:
 
 
 def _weight_bytes(recipe: Recipe, trace: Trace, *, loaded: bool = False) -> float:
-    """Of all weights together: float32 where they are trained, else the type of the arithmetic."""
+    """Return the bytes of all weights: float32 for trained ones, else the dtype of the policy."""
     policy = recipe.policy
     if policy.lora_rank is None:
         return FLOAT32 * trace.weights
@@ -166,7 +170,7 @@ def _weight_bytes(recipe: Recipe, trace: Trace, *, loaded: bool = False) -> floa
 
 
 def _gathered(recipe: Recipe, trace: Trace, per_weight: int) -> float:
-    """Whole copies of sharded weights; 4-bit weights are not sharded, and unpacked one by one."""
+    """Return the bytes of gathered weights; 4-bit ones are not sharded, and unpacked one by one."""
     if recipe.policy.quantization == "nf4":
         return per_weight * trace.layer
     return per_weight * (trace.root + GATHERED_LAYERS * trace.layer)

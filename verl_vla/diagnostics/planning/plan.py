@@ -1,4 +1,4 @@
-"""One recipe on one kind of GPU: what it needs, how long it takes, whether it fits."""
+"""Plan of one recipe on one kind of GPU: memory, time, and whether it fits."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a recipe needs."""
+    """Requirements of a recipe."""
 
     recipe: Recipe
     gpu: Gpu | None
-    """None where the ranks run on cores."""
+    """Kind of GPU; None if the ranks run on CPU cores."""
     trace: Trace
     policy_steps: int
-    """Of one round, at most."""
+    """Policy steps of one round, at most."""
     device: DeviceMemory
     host: Mapping[str, int]
     """Bytes of a node, part by part."""
     seconds: Mapping[str, float]
-    """Of a training step, part by part; empty where the ranks run on cores."""
+    """Seconds of a training step, part by part; empty if the ranks run on CPU cores."""
 
     @property
     def fits(self) -> bool:
-        """Whether the device holds it; the host's memory is the reader's to compare."""
+        """True if the device memory suffices; the host's memory is unknown and not checked."""
         return self.gpu is None or self.device.peak <= self.gpu.memory_bytes
 
     @property
     def total_seconds(self) -> float:
-        """Of a training step."""
+        """Seconds of a training step."""
         return total_seconds(dict(self.seconds))
 
 
 def make_plan(recipe: Recipe, config: ModelConfig, gpu: Gpu | None) -> Plan:
-    """Plan ``recipe`` for a policy of ``config``; ``gpu`` is None where it runs on cores.
+    """Plan ``recipe`` for a policy of ``config``; ``gpu`` is None if it runs on CPU cores.
 
     Raises:
-        ConfigError: the recipe's suite is unknown, or one of its numbers means nothing there.
+        ConfigError: the recipe's suite is unknown, or one of its numbers is invalid there.
     """
     if gpu is None:
         recipe = replace(recipe, cluster=replace(recipe.cluster, device="cpu"))
@@ -67,7 +67,7 @@ def make_plan(recipe: Recipe, config: ModelConfig, gpu: Gpu | None) -> Plan:
 
 
 def trace_policy(policy: PolicyConfig, config: ModelConfig) -> Trace:
-    """Trace the model of ``config`` as ``policy`` holds it."""
+    """Trace the model of ``config`` with the settings of ``policy``."""
     adapters = policy.lora_rank and Adapters(
         rank=policy.lora_rank, alpha=policy.lora_alpha, targets=policy.lora_targets
     )

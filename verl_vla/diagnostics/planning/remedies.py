@@ -1,4 +1,4 @@
-"""What to change in a recipe that does not fit."""
+"""Changes with which a recipe fits into memory."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from verl_vla.diagnostics.planning.plan import Plan, make_plan
 from verl_vla.diagnostics.planning.trace import ModelConfig
 
 MOST_NODES = 8
-"""Beyond, a smaller kind of training is the better answer."""
+"""Largest number of nodes that is suggested; beyond it, adapters are the better remedy."""
 ADAPTER_RANK = 16
-"""siglip-grpo, configs/train_rl.yaml."""
+"""Rank of suggested adapters: siglip-grpo, configs/train_rl.yaml."""
 
 Changes = Mapping[str, Any]
 """Values by the names of options."""
 
 
 def find_remedy(plan: Plan, config: ModelConfig) -> tuple[Changes, Plan] | None:
-    """The smallest change, of those that we know, with which ``plan`` fits; None if none does.
+    """Return the first known change with which ``plan`` fits, or None.
 
-    In this order: gather weights for every policy step, recompute activations, smaller
+    The order is: gather weights for every policy step, recompute activations, smaller
     micro-batches, more nodes, adapters, 4 bits.
     """
     for changes in _candidates(plan.recipe):
         try:
             changed = make_plan(_apply(plan.recipe, changes), config, plan.gpu)
         except ConfigError:
-            continue  # the options do not go together; the next candidate does without
+            continue  # the options exclude each other; try the next candidate
         if changed.fits:
             return changes, changed
     return None

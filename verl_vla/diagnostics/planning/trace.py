@@ -1,8 +1,8 @@
-"""How many weights, bytes and operations a model has, found by running it on tensors without data.
+"""Weights, bytes and operations of a model, counted by running it on tensors without data.
 
-The real model goes through its real forward and backward pass, so nothing here knows what a layer
-looks like. A fake tensor has a shape, a type and a lifetime, and the bytes of those that live at
-the same time are what the pass would need. Seven billion weights take some seconds.
+The real model runs its real forward and backward pass, so nothing here depends on the architecture.
+A fake tensor has a shape, a dtype and a lifetime; the bytes of those that exist at the same time
+are the memory that the pass needs. Seven billion weights take some seconds.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ from verl_vla.policies.scratch_vla import ScratchVLAConfig
 ModelConfig = OpenVLAOFTConfig | ScratchVLAConfig
 
 PROMPT_TOKENS = 32
-"""Of a typical instruction; LIBERO's have 20 to 38 with the published tokenizer."""
+"""Length of a typical prompt; LIBERO's have 20 to 38 tokens with the published tokenizer."""
 TRACED_POLICY_STEPS = 4
-"""In a pass. What it needs grows evenly with them, to 3% from 4 to 16 of the published policy."""
+"""Policy steps in the traced pass. Memory is proportional to them, within 3% from 4 to 16 for the
+published policy."""
 RGB = 3
 TEMPERATURE = 1.0
-"""Any; the same operations at each."""
+"""Sampling temperature; the operations are the same at any value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapters:
-    """Low-rank adapters, as the recipe's ``policy`` names them."""
+    """Settings of low-rank adapters, as in the recipe's ``policy``."""
 
     rank: int
     alpha: int
@@ -48,28 +49,28 @@ class Adapters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """One model, and one pass through it."""
+    """Counts of one model and of one pass through it."""
 
     trained: int
-    """Weights that the optimizer moves."""
+    """Number of weights that the optimizer updates."""
     frozen: int
-    """All others."""
+    """Number of all other weights."""
     under_adapters: int
-    """Weights of the language model's layers that have adapters: those that 4 bits can hold."""
+    """Weights of the language model's layers that have adapters, which can be held in 4 bits."""
     layer: int
-    """Weights of the largest layer that is sharded by itself."""
+    """Weights of the largest layer that is a separate FSDP unit."""
     root: int
-    """Weights of no such layer, which are gathered for the whole pass."""
+    """Weights outside such layers, which are gathered for the complete pass."""
     batch: int
     """Policy steps in the pass."""
     training_bytes: int
-    """Most that lives at once in forward and backward beside weights and their gradients."""
+    """Peak bytes in forward and backward, without weights and their gradients."""
     forward_bytes: int
-    """Most that lives at once where nothing is to be learned."""
+    """Peak bytes in a forward pass without gradients."""
     forward_flops: int
     """FLOPs of a forward pass of one policy step; a multiplication and an addition are two."""
     training_flops: int
-    """Of forward and backward, with what is recomputed."""
+    """FLOPs of forward and backward of one policy step, with recomputation."""
 
     @property
     def weights(self) -> int:
@@ -88,17 +89,17 @@ def trace_model(
     """Run one forward and backward pass through the model of ``config``.
 
     Args:
-        config: of the policy.
-        dtype: of the arithmetic.
-        adapters: put on the model and trained alone.
-        checkpointing: whether activations are recomputed.
+        config: configuration of the policy.
+        dtype: dtype of the computation.
+        adapters: adapters to add, see `TokenModel.add_adapters`; None to train all weights.
+        checkpointing: recompute activations.
         batch: policy steps in the pass.
     """
     return _trace(_Same(config), dtype, batch, adapters, checkpointing)
 
 
 class _Same:
-    """A configuration that equals another one with the same content, so that traces are kept."""
+    """A hashable configuration, equal to another one with the same content: a key of the cache."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -144,7 +145,7 @@ def _trace(
 
 
 def build_model(config: ModelConfig, dtype: torch.dtype, adapters: Adapters | None) -> Any:
-    """Build the model without any data, as `trace_model` runs it."""
+    """Build the model of `trace_model`, without data."""
     with torch.device("meta"):
         model: Any = AutoModel.from_config(config)
         if adapters is not None:
@@ -166,7 +167,7 @@ def _inputs(config: ModelConfig, dtype: torch.dtype, batch: int) -> dict[str, Te
 
 
 def count_weights(model: Any) -> dict[str, int]:
-    """Count weights by what becomes of them; the fields of `Trace`."""
+    """Count weights by their use; the keys are fields of `Trace`."""
     names: set[str] = set(model._no_split_modules)
     layers = [_size(part) for part in model.modules() if type(part).__name__ in names]
     adapted = [part for part in model.decoder.modules() if isinstance(part, LoraLayer)]
@@ -184,14 +185,14 @@ def _size(module: nn.Module) -> int:
 
 
 class _Living(TorchDispatchMode):
-    """Adds up what is made while it is entered, and takes off what nobody holds any more."""
+    """A dispatch mode that tracks the bytes of new tensors that are still alive, and FLOPs."""
 
     def __init__(self, before: Iterable[Tensor]) -> None:
         super().__init__()
         self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in before)
         self._bytes = 0
         self.most = 0
-        """Bytes, at the worst moment."""
+        """Peak number of bytes."""
         self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,1 +1,1 @@
-"""Scripted experts: they read poses and shapes from the simulator, which no policy sees."""
+"""Scripted experts, which read poses and shapes from the simulator that no policy sees."""

@@ -21,7 +21,7 @@ CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)
 
 @dataclass(frozen=True, slots=True)
 class Boxes:
-    """N boxes, where they are at one moment."""
+    """The poses and sizes of N boxes at one moment."""
 
     centres: Floats
     """[N, 3] m."""
@@ -53,11 +53,11 @@ class Boxes:
         return Boxes(self.centres[chosen], self.axes[chosen], self.halves[chosen])
 
     def tops_over(self, places: Floats, margin: float) -> Floats:
-        """Return how high the boxes reach over each place.
+        """Return the height of the boxes' upper side above each point of the ground plane.
 
         Args:
             places: [M, 2] m.
-            margin: by how much every box is taken to be larger, m.
+            margin: distance by which each box is enlarged on every side, m.
 
         Returns:
             [M] m; minus infinity where there is no box.
@@ -82,7 +82,7 @@ def boxes_of(model: Any, data: Any, geoms: npt.NDArray[np.int64]) -> Boxes:
 
 
 def colliding_geoms(model: Any, is_chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Return the geoms of the chosen bodies [nbody] that others can touch; no planes."""
+    """Return the geoms, planes excepted, of the chosen bodies [nbody] that others can touch."""
     collides = (model.geom_contype != 0) | (model.geom_conaffinity != 0)
     return np.flatnonzero(
         collides & (model.geom_type != PLANE) & is_chosen[model.geom_bodyid]

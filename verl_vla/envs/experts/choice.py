@@ -1,4 +1,4 @@
-"""Which expert plays which task."""
+"""Choice of the scripted expert for a task."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.envs.experts.motion import Expert
 from verl_vla.envs.experts.pick_and_place import PickAndPlace
 from verl_vla.envs.mini.experts import EXPERTS
+from verl_vla.envs.names import SUITES_WITH_EXPERTS
 
 if TYPE_CHECKING:
     from verl_vla.envs.libero.simulator import Simulator
-
-SUITES_WITH_EXPERTS = ("mini", "libero_spatial", "libero_object")
 
 
 def check_experts(suite_name: str) -> None:
@@ -35,9 +34,10 @@ def make_expert(
 
     Args:
         task_name: name of the task.
-        simulator: where the objects are, settled.
-        pace: the largest translation of an action, of 1.
-        height_error_m: by how much it takes objects to lie higher than they do; 0 is flawless.
+        simulator: the task's simulator, after settling.
+        pace: largest translation in an action, at most 1.
+        height_error_m: error of the heights that the expert assumes for objects; 0 makes it exact,
+            another value biased.
 
     Raises:
         ConfigError: the task asks for more than moving one object.

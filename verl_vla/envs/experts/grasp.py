@@ -1,7 +1,7 @@
-"""Where and how to grip an object from above, worked out from its shape.
+"""Grasps of an object from above, computed from its shape.
 
-What fits between the fingers is gripped across, near its top; anything wider at its rim, one finger
-inside. Of all directions the one is taken that is narrow, free of neighbours and near the hand's.
+An object that fits between the fingers is gripped across, near its top; a wider one at its rim,
+with one finger inside. The chosen direction is narrow, free of neighbours and near the hand's.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from verl_vla.envs.experts.scene import Scene
 Floats = npt.NDArray[np.float64]
 
 WIDEST_M = 0.07
-"""Of what is gripped across; the fingers open 0.076 m."""
+"""Largest width that is gripped across; the fingers open 0.076 m."""
 DEPTH_M = 0.024
-"""How far the point between the fingertips goes below the top of an object, at most."""
+"""Largest depth of the point between the fingertips below the top of an object."""
 RIM_DEPTH_M = 0.015
-"""The same at a rim."""
+"""Depth of the point between the fingertips below the top of a rim."""
 FLOOR_M = 0.003
-"""Between the fingertips and what the object stands on, at least."""
+"""Smallest gap between the fingertips and the surface that the object stands on."""
 PAD_M = 0.008
 """Half the height of the part of the object that the finger pads hold."""
 TURNS_RAD = np.deg2rad(np.arange(-90.0, 90.0, 5.0))
-"""Directions tried, from the hand's present one."""
+"""Directions that are tried, relative to the hand's present one."""
 OPENING_M = np.array([0.045, 0.06])
-"""From the middle, where an open finger begins and ends; panda_gripper.xml."""
+"""Distances from the middle at which an open finger begins and ends; panda_gripper.xml."""
 TURN_COST_M = 0.02
-"""What a turn of 1 rad may cost in width: between equal directions the nearest is taken."""
+"""Width that a turn of 1 rad costs, so that among equally wide directions the nearest is chosen."""
 CROWDING_COST = 10.0
-"""Metres of width that a metre of collision with a neighbour is worth."""
+"""Width, m, that a metre of overlap with a neighbour costs."""
 RIM_SECTOR = np.cos(np.deg2rad(20.0))
-"""Corners within this angle of a direction count as the rim there."""
+"""Cosine of the angle around a direction within which corners count as the rim there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grasp:
-    """Where the point between the fingertips shall be, and along what the fingers close."""
+    """A grasp: target of the point between the fingertips, and the direction of closing."""
 
     position: Floats
-    """[3] m."""
+    """[3] m, target of the point between the fingertips."""
     axis: Floats
-    """[3] unit vector, horizontal."""
+    """[3] horizontal unit vector along which the fingers close."""
 
 
 def choose_grasp(scene: Scene, axis: Floats) -> Grasp:
@@ -64,7 +64,7 @@ def choose_grasp(scene: Scene, axis: Floats) -> Grasp:
 
 
 def _grasps(scene: Scene, item: Boxes, axis: Floats) -> list[tuple[Grasp, float]]:
-    """Grasps along one direction, each with the width that stands between the fingers."""
+    """Return the grasps along one direction, each with the width between the fingers, m."""
     lowest = item.bottom + scene.fingers_below_m + FLOOR_M
     height = max(item.top - min(DEPTH_M, scene.hand_above_m), min(lowest, item.top))
     held = item.between(height - PAD_M, height + PAD_M).corners.reshape(-1, 3)
@@ -80,7 +80,7 @@ def _grasps(scene: Scene, item: Boxes, axis: Floats) -> list[tuple[Grasp, float]
 
 
 def _rim(item: Boxes, middle: Floats, outward: Floats) -> Floats:
-    """The point of the rim in a direction, [3] m."""
+    """Return the grasp point on the rim in a direction, [3] m."""
     corners = item.corners.reshape(-1, 3)
     upper = corners[corners[:, 2] > item.top - RIM_DEPTH_M]
     offsets = upper[:, :2] - middle[:2]
@@ -91,7 +91,7 @@ def _rim(item: Boxes, middle: Floats, outward: Floats) -> Floats:
 
 
 def _crowding(scene: Scene, others: Boxes, grasp: Grasp) -> float:
-    """How far the open fingers and the hand would reach into neighbours, summed, m."""
+    """Return how deep the open fingers and the hand would reach into neighbours, summed, m."""
     fingers = np.concatenate([-OPENING_M, OPENING_M])
     hand = np.linspace(-scene.hand_half_m, scene.hand_half_m, 5)
     tops = others.tops_over(

@@ -1,8 +1,8 @@
 """Measure the scripted experts: ``python -m verl_vla.envs.experts.measure SUITE``.
 
-Each plays its task's first training starts without an image being rendered. A success is a task
-that is solved within the published step limit *and still* solved when the hand has let go and left;
-its steps are counted until then.
+Each expert plays its task's first training starts; no image is rendered. An episode is a success if
+the task is solved within the published step limit and *still* solved once the hand has let go and
+left; its steps are counted until then.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EPISODES = 20
 
 
 def main() -> None:
-    """Write a table, one row a task."""
+    """Print a table with one row per task."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suite")
     suite_name: str = parser.parse_args().suite
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def play(env: LiberoEnv, task_id: int, init_state_id: int) -> int | None:
-    """Play one start; return the steps until the hand has left, None where it failed."""
+    """Play one start; return the steps until the hand has left, or None if the expert failed."""
     simulator = env.simulator(task_id)
     simulator.begin(env.suite.load_init_states(task_id)[init_state_id])
     for _ in range(env.config.settle_steps):

@@ -1,4 +1,4 @@
-"""What every scripted expert shares: a target for the gripper, followed proportionally."""
+"""Base of all scripted experts, which follow a target of the gripper proportionally."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ Floats = npt.NDArray[np.float64]
 
 OPEN, CLOSED = -1.0, 1.0
 GAIN = 40.0
-"""Action per metre of error; an action of 1 asks for 0.05 m."""
+"""Action per metre of error; an action of 1 commands 0.05 m."""
 
 
 class Expert(ABC):
-    """Solves one task from any of its starts; make a new one for each episode."""
+    """A controller that solves one task from any of its starts; make a new one per episode."""
 
     def __init__(self, simulator: Simulator, pace: float) -> None:
-        """Make one.
+        """Make an expert for one episode.
 
         Args:
-            simulator: where the objects are.
-            pace: the largest translation of an action, of 1.
+            simulator: source of the objects' poses.
+            pace: largest translation in an action, at most 1.
         """
         self._simulator = simulator
         self._pace = pace
 
     @abstractmethod
     def act(self) -> Floats:
-        """Return the action [7] for this moment; call it once a step."""
+        """Return the action [7] for this moment; call it once per step."""
 
     @abstractmethod
     def has_missed(self) -> bool:
-        """Whether it goes on without the object."""
+        """Return True where the expert continues without having the object."""
 
     @property
     def has_finished(self) -> bool:
-        """Whether it would do nothing more once the task is solved."""
+        """True where the expert has nothing left to do once the task is solved."""
         return True

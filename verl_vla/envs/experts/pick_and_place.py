@@ -1,4 +1,4 @@
-"""Picks an object up from above and puts it into or onto something."""
+"""Scripted expert that picks an object up from above and puts it into or onto something."""
 
 from __future__ import annotations
 
@@ -16,43 +16,49 @@ if TYPE_CHECKING:
     from verl_vla.envs.libero.simulator import Simulator
 
 TURN_GAIN = 4.0
-"""Action per radian of error; an action of 1 asks for 0.5 rad."""
+"""Action per radian of error; an action of 1 commands 0.5 rad."""
 FASTEST_TURN = 0.6
 FASTEST_CHANGE = 0.25
-"""Of the commanded translation from one step to the next."""
+"""Largest change of the commanded translation from one step to the next."""
 HOVER_M = 0.06
-"""Height over the grasp from which the hand comes down, at least."""
+"""Smallest height above the grasp from which the hand comes down."""
 CLEARANCE_M = 0.025
 """Height over other things at which hand and object travel."""
 FREE_M = 0.03
-"""Room that the hand needs on either side of its way."""
+"""Free space that the hand needs on either side of its path."""
 NEAR_M, ASIDE_M = 0.006, 0.04
-"""Sideways distances from the goal at which the hand may be down, and must be up."""
+"""Sideways distances from the goal within which the hand may be down, and beyond which it must be
+up."""
 AT_M = 0.006
-"""A place has been reached within this distance,"""
+"""Distance within which a position counts as reached."""
 AT_RAD = 0.1
-"""and a direction within this angle."""
+"""Angle within which a direction counts as reached."""
 GAP_M = 0.006
-"""Between an object and what it is put on, when it is let go."""
+"""Gap between an object and the surface below when it is let go."""
 CLOSING_STEPS = 7
 OPENING_STEPS = 5
 STILL_M = 0.0005
-"""A hand that moves less than this in a step,"""
+"""Movement in one step below which the hand counts as still."""
 STILL_STEPS = 8
-"""for so many steps, comes no further: it touches something, or the arm is stretched out."""
+"""Number of still steps after which the hand cannot move on: it touches something, or the arm is
+stretched out."""
 LEAVE_M = 0.05
-"""How far the hand rises from what it has put down."""
+"""Height by which the hand rises from an object that it has put down."""
 LOST_M = 0.04
-"""An object that slipped this far from where it was gripped has to be picked up again."""
+"""Distance an object may slip from where it was gripped; beyond it, it is picked up again."""
 
 
 class PickAndPlace(Expert):
-    """Approach, grip, lift, carry, lower, let go, leave: one method each, and again if it slips."""
+    """Expert that approaches, grips, carries, lets go and leaves; starts over if the object slips.
+
+    Each phase is one method; `act` calls the current one.
+    """
 
     def __init__(self, simulator: Simulator, pace: float, height_error_m: float) -> None:
         """Read the goal of the task that ``simulator`` plays; see `Scene`.
 
-        ``height_error_m`` is by how much it takes the object to lie higher than it does.
+        ``height_error_m`` is added to the object's height: 0 makes the expert exact, another value
+        biased.
         """
         super().__init__(simulator, pace)
         self._scene = Scene(simulator)
@@ -66,7 +72,7 @@ class PickAndPlace(Expert):
         self._enter(self._approach)
 
     def act(self) -> Floats:
-        """Return the action [7] for this moment; call it once a step."""
+        """Return the action [7] for this moment; call it once per step."""
         self._steps += 1
         hand = self._simulator.gripper_position()
         is_still = np.linalg.norm(hand - self._hand_before) < STILL_M
@@ -76,11 +82,11 @@ class PickAndPlace(Expert):
 
     @property
     def has_finished(self) -> bool:
-        """Whether the object was let go and the hand has left."""
+        """True once the object was let go and the hand has left."""
         return self._phase == self._stay
 
     def has_missed(self) -> bool:
-        """Whether it goes on without the object, as only a biased one does."""
+        """Return True where it continues without the object; only a biased expert does."""
         return self._has_lost
 
     def _enter(self, phase: Callable[[], Floats]) -> None:
@@ -114,6 +120,7 @@ class PickAndPlace(Expert):
         held = hand - item
         self._has_lost |= bool(np.linalg.norm(held - self._held) > LOST_M)
         if self._has_lost and self._height_error_m == 0:
+            # a biased expert carries on without the object instead, so that its episode fails
             self._has_lost = False
             self._grasp = self._plan()
             self._enter(self._approach)
@@ -155,19 +162,19 @@ class PickAndPlace(Expert):
         return self._move(self._rest + [0.0, 0.0, LEAVE_M], OPEN)
 
     def _lowest_hand(self, place: Floats) -> float:
-        """How low the hand may come at a place without touching what stands there, m."""
+        """Return the lowest height of the hand at a position without touching anything, m."""
         reach = self._scene.hand_half_m * self._grasp.axis
         highest = self._scene.highest_on_the_way(place - reach, place + reach, FREE_M)
         return highest - self._scene.hand_above_m + AT_M
 
     def _funnel(self, goal: Floats, middle: Floats, height: float) -> Floats:
-        """Return ``goal``, raised up to ``height`` as long as the hand is not over it."""
+        """Return ``goal``, raised up to ``height`` while the hand is not yet above it."""
         aside = np.linalg.norm(goal[:2] - self._simulator.gripper_position()[:2])
         share = np.clip((aside - NEAR_M) / (ASIDE_M - NEAR_M), 0.0, 1.0)
         return np.array([*goal[:2], goal[2] + share * (height - goal[2])])
 
     def _turn(self) -> Floats:
-        """The rotation [3] that is missing to the grasp's direction, hand down; axis-angle, rad."""
+        """Return the remaining rotation [3] to the grasp, hand pointing down; axis-angle, rad."""
         now = self._simulator.gripper_rotation()
         axis = self._grasp.axis if now[:, 0] @ self._grasp.axis > 0 else -self._grasp.axis
         down = np.array([0.0, 0.0, -1.0])
@@ -191,7 +198,7 @@ def _shorten(vector: Floats, longest: float) -> Floats:
 
 
 def _rotation_vector(rotation: Floats) -> Floats:
-    """Axis times angle [3], rad, of a rotation matrix [3, 3]; well under half a turn."""
+    """Return the axis-angle vector [3], rad, of a rotation matrix [3, 3] well below half a turn."""
     skew = rotation - rotation.T
     sine_axis = 0.5 * np.array([skew[2, 1], skew[0, 2], skew[1, 0]])
     sine, cosine = float(np.linalg.norm(sine_axis)), 0.5 * (float(np.trace(rotation)) - 1.0)

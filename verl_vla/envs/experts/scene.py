@@ -1,4 +1,4 @@
-"""What a pick-and-place expert knows of its scene, read from the running simulator."""
+"""The scene of a pick-and-place expert, read from the running simulator."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Floats = npt.NDArray[np.float64]
 
 HAND = "gripper0_hand_collision"
 FINGERS = ("gripper0_finger1_collision", "gripper0_finger2_collision")
-"""Names of robosuite 1.4.0, ``models/assets/grippers/panda_gripper.xml``."""
+"""Names of the geoms in robosuite 1.4.0, ``models/assets/grippers/panda_gripper.xml``."""
 SPACING_M = 0.01
-"""Between the places on a way at which obstacles are looked for."""
+"""Distance between the points of a path at which obstacles are looked for."""
 
 
 class Scene:
-    """The item to be moved, where to, and what stands around, at the simulator's moment."""
+    """The object to be moved, its goal and the obstacles, at the simulator's current moment."""
 
     def __init__(self, simulator: Simulator) -> None:
         """Read the task's goal.
@@ -57,7 +57,7 @@ class Scene:
 
     @property
     def item_position(self) -> Floats:
-        """Where the success test takes the object to be, [3] m."""
+        """Position of the object in the sense of LIBERO's success test, [3] m."""
         return self._simulator.object_position(self._item)
 
     @property
@@ -67,12 +67,13 @@ class Scene:
 
     @property
     def goal_position(self) -> Floats:
-        """The middle of what the object shall stand on, [3] m."""
+        """Middle of the surface that the object is to be put on, [3] m."""
         if self._simulator.has_site(self._place):
             site = self._model.site(self._place)
             middle = np.array(self._data.site_xpos[site.id])
             half = float(np.abs(self._data.site_xmat[site.id][6:] * site.size).sum())
-            # a container's floor is thicker than the site says, and its lid is not its floor
+            # a container's floor reaches above the site's lower side, so its real height is looked
+            # up; only below the site's middle, else a lid would be taken for the floor
             below = self.others.between(-np.inf, float(middle[2]))
             floor = max(middle[2] - half, below.tops_over(middle[None, :2], 0.0)[0])
             return np.array([*middle[:2], floor])
@@ -81,29 +82,29 @@ class Scene:
 
     @property
     def fingers_below_m(self) -> float:
-        """How far the fingertips reach below the point between them."""
+        """Distance by which the fingertips reach below the point between them, m."""
         return float(self._fingers[1, 2])
 
     @property
     def hand_above_m(self) -> float:
-        """How far the hand's lower side is above the point between the fingertips."""
+        """Height of the hand's lower side above the point between the fingertips, m."""
         return float(-self._hand[1, 2])
 
     @property
     def hand_half_m(self) -> float:
-        """Half the length of the hand, which lies along the fingers' way."""
+        """Half the length of the hand along the direction in which the fingers move, m."""
         return float(np.abs(self._hand[:, 0]).max())
 
     def highest_on_the_way(self, start: Floats, end: Floats, margin: float) -> float:
-        """Return how high other things reach on a straight way between two places [2 or more], m.
+        """Return the greatest height of other things on a straight path between two points, m.
 
-        Minus infinity where there is nothing.
+        The points are [2] or longer. Minus infinity where there is nothing.
         """
         count = max(2, int(np.linalg.norm(end[:2] - start[:2]) / SPACING_M))
         return float(self.others.tops_over(np.linspace(start[:2], end[:2], count), margin).max())
 
     def _hand_from_site(self, names: Sequence[str]) -> Floats:
-        """Lowest and highest corner [2, 3] of parts of the hand, seen from the gripper's site."""
+        """Return the bounds [2, 3] of parts of the hand, in the frame of the gripper's site, m."""
         geoms = np.array([self._model.geom(name).id for name in names])
         corners = boxes_of(self._model, self._data, geoms).corners.reshape(-1, 3)
         seen = (corners - self._simulator.gripper_position()) @ self._simulator.gripper_rotation()

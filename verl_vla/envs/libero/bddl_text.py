@@ -1,7 +1,7 @@
-"""Reading and rewriting task definitions (BDDL files) as text, without LIBERO.
+"""Read and rewrite task definitions (BDDL files) as text, without LIBERO.
 
-LIBERO's own parser evaluates the angles in a file as Python; `has_plain_angles` tells a file
-with anything else than numbers there, so that it is refused before that parser sees it.
+LIBERO's own parser evaluates the angles in a file as Python code; `has_plain_angles` detects a file
+with anything but numbers there, so that it is refused before that parser reads it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WORKSPACES = ("main_table", "kitchen_table", "living_room_table", "study_table",
 
 
 def sentence(text: str) -> str:
-    """The instruction that stands in a file, with single spaces.
+    """Return the instruction in a BDDL file's text, with single spaces.
 
     >>> sentence("(define (:language Open  the drawer))")
     'Open the drawer'
@@ -30,7 +30,7 @@ def sentence(text: str) -> str:
 
 
 def problem(text: str) -> str:
-    """Name of the class that LIBERO builds, in lower case.
+    """Return the name of the problem class that LIBERO builds, in lower case.
 
     >>> problem("(define (problem LIBERO_Floor_Manipulation))")
     'libero_floor_manipulation'
@@ -39,12 +39,12 @@ def problem(text: str) -> str:
 
 
 def objects(text: str) -> dict[str, str]:
-    """Names of the objects that can be moved, in order, each with its category."""
+    """Return the names of the movable objects, in order, each with its category."""
     return _declared(_group(text, "objects"))
 
 
 def categories(text: str) -> set[str]:
-    """Kinds of all objects and fixtures, the workspace apart."""
+    """Return the categories of all objects and fixtures, except the workspace's."""
     fixtures = _declared(_group(text, "fixtures"))
     kinds = set(objects(text).values()) | set(fixtures.values())
     return kinds - {*WORKSPACES, "table", "floor"}
@@ -52,17 +52,17 @@ def categories(text: str) -> set[str]:
 
 @cache
 def known_categories() -> frozenset[str]:
-    """Categories that hf-libero has a class for, read from its sources as text."""
+    """Return the categories that hf-libero has a class for, read from its sources as text."""
     folder = libero_root() / "envs" / "objects"
     names = [name for file in folder.glob("*.py") for name in _CLASS.findall(_read(file))]
-    # LIBERO's own spelling: a new word at each capital and at each digit
+    # LIBERO makes a category from a class name like this: a new word at each capital and digit
     return frozenset(
         "_".join(re.sub(r"([A-Z0-9])", r" \1", name).split()).lower() for name in names
     )
 
 
 def has_plain_angles(text: str) -> bool:
-    """Whether every angle is a number.
+    """Return True if every angle is a number.
 
     >>> has_plain_angles("(:yaw_rotation ((0 1.5)))"), has_plain_angles("(:yaw_rotation ((f 0)))")
     (True, False)
@@ -74,7 +74,7 @@ def has_plain_angles(text: str) -> bool:
 
 
 def exchange(text: str, first: str, second: str) -> str:
-    """Let two objects begin in each other's place."""
+    """Exchange the start regions of two objects."""
     places = [_find(rf"\(On\s+{name}\s+(\S+?)\s*\)", text) for name in (first, second)]
     for name, old, new in ((first, *places), (second, *reversed(places))):
         text = re.sub(rf"\(On\s+{name}\s+{old}\s*\)", f"(On {name} {new})", text)
@@ -82,20 +82,20 @@ def exchange(text: str, first: str, second: str) -> str:
 
 
 def move_scene(text: str, source: str, target: str, problem_name: str) -> str:
-    """Put everything that stands on the workspace ``source`` on that of another problem."""
+    """Move everything on the workspace ``source`` to the workspace of another problem."""
     text = set_problem(text, problem_name)
-    kind = "table" if target == "main_table" else target  # the one whose category differs
+    kind = "table" if target == "main_table" else target  # only this name and category differ
     text = re.sub(rf"\b{source} - \w+", f"{target} - {kind}", text)
     return re.sub(rf"\b{source}(?=[\s)_])", target, text)
 
 
 def set_problem(text: str, problem_name: str) -> str:
-    """Let another class of LIBERO's build the file."""
+    """Replace the problem class that LIBERO builds."""
     return re.sub(r"\(problem\s+[^\s()]+\s*\)", f"(problem {problem_name})", text)
 
 
 def _declared(group: str) -> dict[str, str]:
-    """``a_1 a_2 - a`` and so on, as name to category."""
+    """Parse declarations like ``a_1 a_2 - a`` into a mapping of name to category."""
     found: dict[str, str] = {}
     for names, category in re.findall(r"((?:\S+\s+)+?)-\s+(\S+)", group):
         found |= dict.fromkeys(names.split(), category)

@@ -2,9 +2,9 @@
 
 The arithmetic is robosuite 1.4.0's (`controllers/osc.py`, `controllers/base_controller.py`,
 `models/grippers/panda_gripper.py`), operation by operation and through the same compiled functions,
-so the torques agree to the bit. What is left out decides nothing: look-ups by name, second forward
-passes over an unchanged state, histories that nobody reads, new arrays where old ones will do, and
-Python between two physics steps (`verl_vla.envs.libero.controller_kernels`).
+so the torques agree to the bit. Left out is work without effect: look-ups by name, second forward
+passes over an unchanged state, histories that are never read, new arrays where old ones can be
+reused, and Python between two physics steps (`verl_vla.envs.libero.controller_kernels`).
 
 Importing this module imports robosuite: call `verl_vla.envs.libero.assets.import_libero` first.
 """
@@ -27,8 +27,8 @@ from verl_vla.envs.libero.controller_kernels import (
     Floats,
     Kinematics,
     Physics,
+    apply_torques,
     command,
-    follow,
     read,
     warm_up,
 )
@@ -36,23 +36,23 @@ from verl_vla.envs.libero.controller_kernels import (
 
 @dataclass(frozen=True, slots=True)
 class ArmState:
-    """What the controller remembers between two steps."""
+    """State of the controller that lasts from one step to the next."""
 
     goal_pos: Floats
-    """[3] m, where the gripper is drawn to."""
+    """[3] m, target position of the gripper."""
     goal_ori: Floats
-    """[3, 3] rotation matrix; kept while actions do not rotate."""
+    """[3, 3] rotation matrix, target orientation; unchanged while actions do not rotate."""
     gripper: Floats
-    """[2] -1..1, the opening that the two fingers are driven to."""
+    """[2] -1..1, target opening of the two fingers."""
     has_moved: bool
     """False until the first step after a reset; see `ArmControl.begin`."""
 
 
 class ArmControl:
-    """Turns actions [7] into actuator commands, 500 times a second."""
+    """Controller that turns actions [7] into actuator commands, 500 times a second."""
 
     def __init__(self, robot: Any) -> None:
-        """Take over from a robosuite robot whose environment has just been reset."""
+        """Take the parameters of a robosuite robot whose environment has just been reset."""
         controller, sim = robot.controller, robot.sim
         self._model: mujoco.MjModel = sim.model._model
         self._data: mujoco.MjData = sim.data._data
@@ -94,11 +94,11 @@ class ArmControl:
         self.begin()
 
     def begin(self) -> None:
-        """Forget everything: the controller as robosuite leaves it after a reset.
+        """Set the controller's state to the one that robosuite leaves after a reset.
 
         robosuite reads the arm's pose at the reset and not again when an init state is set, so the
-        first torque of an episode is computed from the pose of the reset. Kept, because published
-        numbers were made with it; with settling steps nothing of it can be seen.
+        first torque of an episode is computed from the pose of the reset. This is reproduced, since
+        published numbers were made with it; after the settling steps it has no visible effect.
         """
         self._goal_pos, self._goal_ori = self._goal_at_reset
         self._gripper = np.zeros(2)
@@ -106,7 +106,7 @@ class ArmControl:
 
     @property
     def state(self) -> ArmState:
-        """What must be kept to go on from here."""
+        """State from which the controller can be resumed."""
         return ArmState(
             np.array(self._goal_pos),
             np.array(self._goal_ori),
@@ -120,7 +120,7 @@ class ArmControl:
         self._gripper, self._has_moved = np.array(state.gripper), state.has_moved
 
     def start(self, action: Floats) -> None:
-        """Take up ``action`` [7] and follow it for one physics step."""
+        """Set the target of ``action`` [7] and follow it for one physics step."""
         mujoco.mj_step1(self._model, self._data)
         warm_up(self._physics)
         if self._has_moved:
@@ -129,15 +129,15 @@ class ArmControl:
         self._set_goal(action[:6], now)
         self._finger_drive = self._finger_speed * np.sign(action[6])
         self._has_moved = True
-        command(now, self._arm, self._aim)
+        command(now, self._arm, self._target)
         mujoco.mj_step2(self._model, self._data)
 
     def run_substeps(self, substeps: int) -> None:
         """Follow the same action for ``substeps`` more physics steps."""
-        follow(substeps, self._physics, self._now, self._arm, self._aim)
+        apply_torques(substeps, self._physics, self._now, self._arm, self._target)
 
     @property
-    def _aim(self) -> ControllerTarget:
+    def _target(self) -> ControllerTarget:
         return ControllerTarget(self._goal_pos, self._goal_ori, self._gripper, self._finger_drive)
 
     def _set_goal(self, action: Floats, now: Kinematics) -> None:
@@ -182,7 +182,7 @@ class ArmControl:
 
 
 def _neighbours(indices: Sequence[int]) -> slice:
-    """Where the joints or actuators of one part lie, as a slice, which numpy need not copy."""
+    """Return consecutive indices as a slice, since numpy makes a view of a slice, not a copy."""
     first, last = int(indices[0]), int(indices[-1])
     if list(indices) != list(range(first, last + 1)):
         raise ContractError(f"joints or actuators {list(indices)} of the arm are not neighbours")

@@ -1,9 +1,9 @@
 """The inner loop of the arm's controller, compiled: it runs 500 times in a simulated second.
 
-What is computed is robosuite's and stands in `verl_vla.envs.libero.controller`; here it is called
-from machine code, MuJoCo's two halves of a physics step included, without Python in between. numba
-keeps the compiled code beside this file or in the user's cache, as it does for robosuite's own
-functions.
+The arithmetic is robosuite's, as described in `verl_vla.envs.libero.controller`. Here it is
+machine code, including the calls of MuJoCo's two halves of a physics step, without Python in
+between. numba caches the compiled code beside this file or in the user's cache, as it does for
+robosuite's functions.
 
 An error inside MuJoCo ends the process instead of raising; the pool counts it as a crash.
 
@@ -33,9 +33,9 @@ Floats = npt.NDArray[np.float64]
 
 
 class Kinematics(NamedTuple):
-    """The arm at one moment: views of MuJoCo's memory, or buffers that `follow` fills.
+    """The arm's state at one moment: views of MuJoCo's memory, or buffers that `read` fills.
 
-    Matrices keep robosuite's memory order (Fortran's), which chooses the compiled function.
+    Matrices have robosuite's memory order (Fortran's), which selects the compiled function.
     """
 
     ee_pos: Floats
@@ -51,7 +51,7 @@ class Kinematics(NamedTuple):
 
 
 class Arm(NamedTuple):
-    """What stays the same while a model lives, and where MuJoCo takes commands from."""
+    """Constants of the arm of one model, and views of MuJoCo's memory for its commands."""
 
     kp_pos: Floats
     kp_ori: Floats
@@ -63,7 +63,7 @@ class Arm(NamedTuple):
     finger_bias: Floats
     finger_weight: Floats
     bias: Floats
-    """View of MuJoCo's forces of gravity and motion on the arm's joints."""
+    """View of MuJoCo's bias forces (gravity, Coriolis, centrifugal) on the arm's joints."""
     joint_ctrl: Floats
     """View of the commands to the joints."""
     finger_ctrl: Floats
@@ -71,17 +71,17 @@ class Arm(NamedTuple):
 
 
 class ControllerTarget(NamedTuple):
-    """Where the controller drives to during one control step."""
+    """The pose and gripper opening that the controller drives to during one control step."""
 
     goal_pos: Floats
     goal_ori: Floats
     gripper: Floats
-    """[2] moves by ``finger_drive`` at every physics step."""
+    """[2] opening of the fingers, which changes by ``finger_drive`` at every physics step."""
     finger_drive: Floats
 
 
 class Physics(NamedTuple):
-    """A model and its moment as MuJoCo's C functions want them, and room for their answers."""
+    """A model and its data as arguments of MuJoCo's C functions, and buffers for the results."""
 
     model: int
     data: int
@@ -96,7 +96,7 @@ class Physics(NamedTuple):
 
 
 def _load_mujoco() -> None:
-    """Let compiled code find MuJoCo's C functions by name, in the library that Python uses."""
+    """Make MuJoCo's C functions visible to compiled code, from the library that Python uses."""
     folder = Path(mujoco.__file__).parent
     found = sorted(folder.glob("libmujoco.so*"))
     if len(found) != 1:
@@ -121,10 +121,10 @@ _mj_full_m: Any = types.ExternalFunction("mj_fullM", types.void(_ADDRESS, _ADDRE
 
 
 @_compiled
-def command(now: Kinematics, arm: Arm, aim: ControllerTarget) -> None:
-    """Set the torques that drive the arm, as it is now, to its aim, and move the fingers on."""
-    force = (aim.goal_pos - now.ee_pos) * arm.kp_pos + -now.ee_pos_vel * arm.kd_pos
-    turn = orientation_error(aim.goal_ori, now.ee_ori)
+def command(now: Kinematics, arm: Arm, target: ControllerTarget) -> None:
+    """Set the torques that drive the arm towards ``target``, and advance the fingers' target."""
+    force = (target.goal_pos - now.ee_pos) * arm.kp_pos + -now.ee_pos_vel * arm.kd_pos
+    turn = orientation_error(target.goal_ori, now.ee_ori)
     torque = turn * arm.kp_ori + -now.ee_ori_vel * arm.kd_ori
     _, lambda_pos, lambda_ori, nullspace = opspace_matrices(
         now.mass_matrix, now.jac_full, now.jac_pos, now.jac_ori
@@ -135,8 +135,8 @@ def command(now: Kinematics, arm: Arm, aim: ControllerTarget) -> None:
         now.mass_matrix, nullspace, arm.initial_joint, now.joint_pos, now.joint_vel
     )
     arm.joint_ctrl[:] = np.minimum(np.maximum(torques, arm.least_torque), arm.largest_torque)
-    aim.gripper[:] = np.minimum(np.maximum(aim.gripper + aim.finger_drive, -1.0), 1.0)
-    arm.finger_ctrl[:] = arm.finger_bias + arm.finger_weight * aim.gripper
+    target.gripper[:] = np.minimum(np.maximum(target.gripper + target.finger_drive, -1.0), 1.0)
+    arm.finger_ctrl[:] = arm.finger_bias + arm.finger_weight * target.gripper
 
 
 @_compiled
@@ -162,8 +162,8 @@ def warm_up(physics: Physics) -> None:
     robosuite 1.4.0 calls ``mj_forward`` twice before each ``mj_step`` (`environments/base.py`,
     `step`, and `controllers/base_controller.py`, `update`). Neither changes positions or
     velocities, but from MuJoCo 3.0 to 3.3 each leaves its solution as the next solver's start, so
-    both belong to the physics. Commands and state are the same in both: the unconstrained
-    acceleration is computed once.
+    both belong to the physics. Commands and state are the same in both, so the unconstrained
+    acceleration is computed only once.
     """
     model, data = physics.model, physics.data
     _mj_fwd_actuation(model, data)
@@ -173,13 +173,13 @@ def warm_up(physics: Physics) -> None:
 
 
 @_compiled
-def follow(
-    substeps: int, physics: Physics, now: Kinematics, arm: Arm, aim: ControllerTarget
+def apply_torques(
+    substeps: int, physics: Physics, now: Kinematics, arm: Arm, target: ControllerTarget
 ) -> None:
-    """Drive the arm to its aim for ``substeps`` physics steps."""
+    """Drive the arm towards ``target`` for ``substeps`` physics steps."""
     for _ in range(substeps):
         _mj_step1(physics.model, physics.data)
         warm_up(physics)
         read(physics, now)
-        command(now, arm, aim)
+        command(now, arm, target)
         _mj_step2(physics.model, physics.data)

@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
-"""openvla-oft ``experiments/robot/libero/libero_utils.py:28``."""
+"""Action of a settling step (openvla-oft ``experiments/robot/libero/libero_utils.py:28``)."""
 LIBERO_SPARE_BYTES, MINI_SPARE_BYTES = 4_000_000_000, 1_000_000_000
-"""Memory that must be left before one more simulator is kept: two processes may build the largest
-of LIBERO's, 1.8 GB, at the same moment (docs/benchmarks.md, Simulator memory)."""
+"""Free memory that is required before one more simulator is kept: two processes may build LIBERO's
+largest, 1.8 GB, at the same moment (docs/benchmarks.md, Simulator memory)."""
 RECORDED, DEMONSTRATED, EVALUATED = 0, 1, 2
-"""Streams of placements: those of the mini suite's files, of demonstrations, of evaluations."""
+"""Random streams of object placements: the mini suite's files, demonstrations, evaluations."""
 
 
 @dataclass(slots=True)
@@ -61,10 +61,10 @@ class _Moment:
 
 
 class LiberoEnv:
-    """Plays episodes of every task of one suite; see `verl_vla.envs.base.Env`."""
+    """Environment of every task of one suite; see `verl_vla.envs.base.Env`."""
 
     def __init__(self, suite: LiberoSuite, config: EnvConfig) -> None:
-        """Check that everything is there; simulators are built when their tasks are played."""
+        """Check config, MuJoCo, GL and assets; simulators are built when their tasks are played."""
         self.suite = suite
         self.suite.step_limit(config.step_limit, task_id=0)
         if not config.cameras:
@@ -85,8 +85,8 @@ class LiberoEnv:
     def reset(self, task_id: int, init_state_id: int) -> Observation:
         """Start an episode, settle, and return the first observation.
 
-        Ids of recorded init states are followed by those of starts sampled from the task's regions,
-        each by a seed of its own.
+        Ids after those of the recorded init states are starts sampled from the task's regions, each
+        with a separate seed.
 
         Raises:
             ConfigError: there is no such task or init state.
@@ -106,7 +106,7 @@ class LiberoEnv:
         return self.reset_to(task_id, self._load_init_states(task_id)[init_state_id])
 
     def reset_to(self, task_id: int, init_state: npt.NDArray[np.float64]) -> Observation:
-        """Start an episode from a state [1 + nq + nv] that is not among the recorded ones."""
+        """Start an episode from any state [1 + nq + nv]; settle, return the first observation."""
         self.settle(task_id, init_state)
         return self.observe()
 
@@ -126,7 +126,7 @@ class LiberoEnv:
         self._episode = _Episode(task_id, limit, simulator.goals())
 
     def sample_start(self, task_id: int, stream: int, index: int) -> npt.NDArray[np.float64]:
-        """Sample a start [1 + nq + nv] from the task's regions, by a seed of the arguments."""
+        """Sample a start [1 + nq + nv] from the task's regions, seeded with the arguments."""
         seed = np.random.SeedSequence([stream, task_id, index]).generate_state(1)[0]
         return self.simulator(task_id).place_objects(int(seed))
 
@@ -157,7 +157,7 @@ class LiberoEnv:
         )
 
     def step(self, action: npt.NDArray[np.float64]) -> Outcome | None:
-        """Run one action [7] without rendering anything; `step_chunk` is made of these."""
+        """Run one action [7] without rendering anything; `step_chunk` calls this."""
         episode = self._under_way()
         solved = self.simulator(episode.task_id).step(action)
         episode.num_steps += 1
@@ -187,7 +187,7 @@ class LiberoEnv:
         return Snapshot(task_id=episode.task_id, num_steps=episode.num_steps, state=moment)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Continue from ``snapshot``, whoever made it."""
+        """Continue from ``snapshot``, which may come from another process."""
         moment: _Moment = snapshot.state
         task_id = snapshot.task_id
         limit = self.suite.step_limit(self.config.step_limit, task_id)
@@ -210,7 +210,7 @@ class LiberoEnv:
         self._episode = None
 
     def _render(self) -> npt.NDArray[np.uint8]:
-        """[V, H, W, 3], what the cameras see at this moment, also of an episode that has ended."""
+        """Render the cameras' images [V, H, W, 3], also of an episode that has ended."""
         simulator, size = self.simulator(self._current().task_id), self.config.image_size
         noise = self.suite.task(self._current().task_id).change.noise
         images = {name: simulator.render(name) for name in self.config.cameras}
@@ -240,7 +240,7 @@ class LiberoEnv:
             return Simulator(bddl_file, look, task.change)
 
     def _must_shrink(self) -> bool:
-        """Whether a simulator must go before another is built."""
+        """Return True where a simulator must be closed before another is built."""
         if len(self._simulators) >= self.config.max_simulators:
             return True
         spare = LIBERO_SPARE_BYTES if self.suite.needs_assets else MINI_SPARE_BYTES

@@ -1,4 +1,4 @@
-"""Which GL the simulators render with, decided before MuJoCo is imported."""
+"""Choice of the GL backend that simulators render with, made before MuJoCo is imported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.core.text import nearest
 
 LIBRARIES: Mapping[str, str] = {"egl": "libEGL.so.1", "osmesa": "libOSMesa.so.8"}
-"""Shared library that each headless backend of MuJoCo loads, in order of preference."""
+"""Shared library that each of MuJoCo's headless backends loads, in order of preference."""
 
 REMEDY = (
     "install a headless GL, e.g. `apt-get install libegl1 libgl1-mesa-dri` (or `libosmesa6` with "
@@ -22,8 +22,8 @@ REMEDY = (
 def prepare_gl(environ: MutableMapping[str, str] = os.environ) -> str:
     """Choose a headless GL backend and write it to ``environ``; keep a choice already made.
 
-    A software renderer gets one thread per process (``LP_NUM_THREADS``), since simulators run in
-    many processes at once.
+    A software renderer gets one thread per process (``LP_NUM_THREADS``), since there is one
+    simulator process per core.
 
     Returns:
         The value of ``MUJOCO_GL``, e.g. ``egl``.
@@ -51,7 +51,7 @@ def check_gl() -> None:
     """Make a GL context and drop it; imports MuJoCo.
 
     Raises:
-        ConfigError: the library is there but no device that it can render on.
+        ConfigError: the library is installed, but there is no device that it can render on.
     """
     chosen = prepare_gl()
     try:
@@ -62,7 +62,9 @@ def check_gl() -> None:
 
 
 def renderer_name() -> str:
-    """What renders, e.g. ``egl, llvmpipe (LLVM 15.0.6, 256 bits)``; two of them render two images.
+    """Return the renderer's name, e.g. ``egl, llvmpipe (LLVM 15.0.6, 256 bits)``.
+
+    Two renderers make different pixels of one scene.
 
     Raises:
         ConfigError: as in `prepare_gl`.

@@ -1,8 +1,8 @@
-"""How far a running LIBERO problem is from its goals, read from the simulator's own state.
+"""Distances of a running LIBERO problem from its goals, read from the simulator's state.
 
 A goal is one predicate of the conjunction in a task's BDDL file, e.g. ``(On bowl plate)``. LIBERO
-only says whether it holds; here its distance is measured as well. For rewards and benchmarks, never
-for a policy.
+only checks whether it holds; here its distance is measured too. Rewards and benchmarks use it, a
+policy never.
 
 Source of the predicates: hf-libero 0.1.4, ``envs/predicates/base_predicates.py`` and
 ``envs/objects/articulated_objects.py``.
@@ -21,7 +21,7 @@ from verl_vla.core.errors import ContractError
 from verl_vla.envs.libero.controller_kernels import Floats
 
 UP_HEIGHT_M = 1.0
-"""What LIBERO's ``Up`` asks of an object's height."""
+"""Height that an object must reach for LIBERO's ``Up``."""
 
 RELATIONS = ("on", "in", "stack")
 """Predicates about two things; the first must be moved."""
@@ -34,9 +34,9 @@ class _Articulation:
     wanted: str
     """The range that the joints must reach."""
     away: str
-    """The range away from rest; its sign says which way the thing opens."""
+    """The range away from rest; its sign gives the direction of opening."""
     combine: Callable[[Sequence[float]], float]
-    """``min`` where one joint is enough, ``max`` where all must be there."""
+    """``min`` where one joint is enough, ``max`` where all joints must reach the range."""
 
 
 ARTICULATIONS = {
@@ -48,10 +48,10 @@ ARTICULATIONS = {
 
 
 class GoalMeter:
-    """Measures the goals of one problem."""
+    """Measurement of the goals of one problem."""
 
     def __init__(self, problem: Any) -> None:
-        """Look the goals up.
+        """Look up the objects and joints of the problem's goals.
 
         Args:
             problem: a LIBERO environment without its wrapper.
@@ -62,12 +62,12 @@ class GoalMeter:
         self._goals = [_goal(problem, *goal) for goal in problem.parsed_problem["goal_state"]]
 
     def read(self, gripper: Floats) -> GoalReadings:
-        """Measure every goal, given where the gripper is, [3] m; return [G, 3]."""
+        """Measure every goal, given the gripper's position [3] m; return [G, 3]."""
         return np.array([measure(gripper) for measure in self._goals], dtype=np.float32)
 
 
 _Measure = Callable[[Floats], tuple[float, float, bool]]
-"""From the gripper's place to reach, remaining and holds."""
+"""Function from the gripper's position, [3] m, to reach, remaining and holds; see `Reading`."""
 
 
 def _goal(problem: Any, predicate: str, *names: str) -> _Measure:
@@ -88,14 +88,14 @@ def _goal(problem: Any, predicate: str, *names: str) -> _Measure:
 
 
 def _one_sided(gripper: Floats, thing: Any, gap: float) -> tuple[float, float, bool]:
-    """Measure a goal that holds where ``gap`` is not positive."""
+    """Measure a goal that holds where ``gap`` is 0 or less."""
     return _distance(gripper, _place(thing)), max(gap, 0.0), gap <= 0
 
 
 def _joint_gap(problem: Any, kind: str, thing: Any) -> Callable[[], float]:
-    """Return what measures how far the joints of a thing are from a threshold, m or rad.
+    """Return a function that measures the distance of joints from their threshold, m or rad.
 
-    The predicates themselves are not asked: LIBERO's ``TurnOn`` lights the burner when asked.
+    LIBERO's predicates are not called, since ``TurnOn`` also lights the burner.
     """
     name: str = thing.object_name
     is_site = thing.object_state_type == "site"

@@ -1,9 +1,9 @@
-"""LIBERO-Plus's sensor noise: five kinds of disturbance of an image, each in ten strengths.
+"""LIBERO-Plus's sensor noise: five kinds of image corruption, each in ten strengths.
 
 The kinds and their strengths are those of LIBERO-Plus ``envs/env_wrapper.py``, most of which come
 from Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
-Perturbations" (arXiv 1903.12261); the arithmetic is ours, so single pixels differ. What is random
-there is here a function of the image, so that the same moment looks the same in every process.
+Perturbations" (arXiv 1903.12261); the arithmetic is ours, so single pixels differ. The random
+numbers are seeded with the image, so that the same moment looks the same in every process.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ MOTION_PX = (
     (30, 15),
     (35, 20),
 )
-"""Length of the streak and its standard deviation."""
+"""Length of the motion streak and its standard deviation, by strength."""
 MOTION_ANGLE_DEG = 45.0
-"""Streaks lie within this of the image's rows."""
+"""Largest angle between a streak and the image's rows."""
 ZOOM = (
     (1.11, 0.01),
     (1.16, 0.01),
@@ -49,7 +49,7 @@ ZOOM = (
     (1.51, 0.02),
     (1.56, 0.03),
 )
-"""Enlargements that are averaged: from 1 to less than the first by steps of the second."""
+"""End (exclusive) and step of the enlargement factors that are averaged, from 1 on, by strength."""
 FOG = (
     (0.5, 3.0),
     (1.0, 2.8),
@@ -62,7 +62,7 @@ FOG = (
     (4.5, 1.4),
     (5.0, 1.3),
 )
-"""Density, and how fast the clouds' details fade."""
+"""Density, and factor by which the clouds' details shrink at each halving of scale, by strength."""
 GLASS = (
     (0.5, 1, 3),
     (0.7, 1, 3),
@@ -75,16 +75,16 @@ GLASS = (
     (2.2, 5, 1),
     (2.5, 5, 1),
 )
-"""Blur, px; how far a pixel may come from, px; how often."""
+"""Blur, px; largest shift of a pixel, px; number of repetitions; by strength."""
 
 
 def disturb(image: npt.NDArray[np.uint8], noise: int) -> npt.NDArray[np.uint8]:
-    """Disturb an image [H, W, 3].
+    """Apply one kind of noise to an image [H, W, 3].
 
     Args:
         image: RGB; H and W are equal.
-        noise: 1..10 motion blur, 11..20 Gaussian blur, 21..30 zoom blur, 31..40 fog, 41..50 glass,
-            stronger with each.
+        noise: 1..10 motion blur, 11..20 Gaussian blur, 21..30 zoom blur, 31..40 fog, 41..50 glass;
+            within each kind, the largest number is the strongest.
 
     Raises:
         ConfigError: there is no such noise.
@@ -98,7 +98,7 @@ def disturb(image: npt.NDArray[np.uint8], noise: int) -> npt.NDArray[np.uint8]:
 
 
 def _motion(image: Image, strength: int, rng: np.random.Generator) -> Image:
-    """A one-sided streak along a random direction, the weights those of half a Gaussian."""
+    """Blur along a one-sided streak in a random direction, with the weights of half a Gaussian."""
     length, sigma = MOTION_PX[strength]
     angle = math.radians(rng.uniform(-MOTION_ANGLE_DEG, MOTION_ANGLE_DEG))
     along = np.arange(2 * length + 1)
@@ -119,7 +119,7 @@ def _gaussian(image: Image, strength: int, rng: np.random.Generator) -> Image:
 
 
 def _zoom(image: Image, strength: int, rng: np.random.Generator) -> Image:
-    """The mean of the image and of enlargements of its middle."""
+    """Average the image and enlargements of its middle."""
     end, step = ZOOM[strength]
     factors = np.arange(1.0, end, step)
     total = image + sum(_enlarged(image, factor) for factor in factors)
@@ -134,7 +134,7 @@ def _fog(image: Image, strength: int, rng: np.random.Generator) -> Image:
 
 
 def _glass(image: Image, strength: int, rng: np.random.Generator) -> Image:
-    """Blur, let every pixel show a near one, blur again."""
+    """Blur, replace every pixel by one near it, and blur again."""
     sigma, reach, times = GLASS[strength]
     image, size = _blur(image, sigma), image.shape[0]
     rows, columns = np.mgrid[reach : size - reach, reach : size - reach]
@@ -170,7 +170,7 @@ def _enlarged(image: Image, factor: float) -> Image:
 
 
 def _clouds(size: int, fading: float, rng: np.random.Generator) -> Image:
-    """A plasma of values 0..1, [size, size], by midpoint displacement on a torus."""
+    """Make a plasma of values 0..1, [size, size], by midpoint displacement on a torus."""
     side = 1 << math.ceil(math.log2(size))
     field, reach, step = np.zeros((side, side)), 1.0, side
     while step >= 2:

@@ -1,8 +1,8 @@
-"""The files that init states are read from; nothing in them is executed.
+"""Reader of init-state files that executes nothing in them.
 
-Accepted are ``.npz`` and ``.npy`` files, what ``torch.save`` makes of an array or a tensor (zip
-archives and the older format), and plain pickles of arrays, by numpy 1 and numpy 2. A pickle is
-read with stand-ins of our own in place of everything that it names, so that it can at most
+Accepted are ``.npz`` and ``.npy`` files, files that ``torch.save`` makes of an array or a tensor
+(zip archives and the older format), and plain pickles of arrays, by numpy 1 and numpy 2. In a
+pickle, every name is replaced by a class or function of this module, so that the pickle can only
 describe an array; the array is made afterwards, from checked parts. Reading needs no torch.
 """
 
@@ -24,15 +24,16 @@ import numpy.typing as npt
 from verl_vla.core.errors import ConfigError
 
 MAX_BYTES = 1 << 28
-"""Largest file, packed and unpacked. 1,000 init states of LIBERO's largest task need 1 MB."""
+"""Largest file size, packed and unpacked. 1,000 init states of LIBERO's largest task need 1 MB."""
 MAX_MEMO = 1 << 16
-"""Largest place in a pickle's memo. An array needs a dozen; a large one claims memory for all."""
+"""Largest index in a pickle's memo. An array needs a dozen; a large index allocates memory for all
+indices below it."""
 ZIP_MAGIC = b"PK\x03\x04"
 NPY_MAGIC = b"\x93NUMPY"
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C
-"""First pickle of a file of ``torch.save`` before 1.6; torch ``serialization.py``."""
+"""First pickle of a file of ``torch.save`` before 1.6 (torch ``serialization.py``)."""
 TORCH_PROTOCOL = 1001
-"""The second one."""
+"""Second pickle of such a file."""
 STORAGES = {
     "DoubleStorage": "f8",
     "FloatStorage": "f4",
@@ -40,7 +41,7 @@ STORAGES = {
     "LongStorage": "i8",
     "IntStorage": "i4",
 }
-"""Types of torch's tensors, as numpy calls them."""
+"""numpy's dtypes by torch's storage types."""
 DTYPES = frozenset(STORAGES.values())
 # fmt: off
 OPCODES = frozenset((
@@ -52,7 +53,7 @@ OPCODES = frozenset((
     "APPENDS", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS",
 ))
 # fmt: on
-"""All that pickles of arrays are made of."""
+"""Opcodes that pickles of arrays consist of; a pickle with any other is refused."""
 MEMO_OPCODES = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
 
 
@@ -60,8 +61,8 @@ def read_states(file: Path) -> npt.NDArray[np.float64]:
     """Read init states, [states, values]; a file of one dimension holds one state.
 
     Raises:
-        ConfigError: the file cannot be read, is damaged, holds something else than an array, or
-            asks for code to be run.
+        ConfigError: the file cannot be read, is damaged, holds anything but an array, or asks for
+            code to be run.
     """
     try:
         if file.stat().st_size > MAX_BYTES:
@@ -85,7 +86,7 @@ def read_states(file: Path) -> npt.NDArray[np.float64]:
 
 
 class _RefusedError(ValueError):
-    """A file that says clearly what is wrong with it."""
+    """A file that is refused for a known reason."""
 
 
 def _read(content: bytes) -> npt.NDArray[np.float64]:
@@ -134,7 +135,7 @@ def _read_npz(stream: io.BytesIO) -> npt.NDArray[np.float64]:
 
 
 def _read_old_torch(stream: io.BytesIO) -> npt.NDArray[np.float64]:
-    """What follows the magic number: protocol, byte order, object, and the tensors' content."""
+    """Read what follows the magic number: protocol, byte order, object, and tensors' content."""
     protocol, system, recorded = (_unpickle(stream) for _ in range(3))
     if protocol != TORCH_PROTOCOL:
         raise _RefusedError(f"its torch protocol is {protocol}, not {TORCH_PROTOCOL}")
@@ -195,7 +196,7 @@ class _Dtype:
 
 @dataclass(frozen=True, kw_only=True)
 class _Storage:
-    """Where the content of a tensor lies."""
+    """A reference to the content of a tensor."""
 
     key: str
     dtype: str
@@ -225,7 +226,11 @@ class _Tensor:
 
 
 class _Global:
-    """What a pickle may call. A new one each time: a pickle can write to what it has named."""
+    """A callable that replaces one named by a pickle.
+
+    Each occurrence gets a new object without attributes of a function or class: a pickle can set
+    attributes of the objects that it has named.
+    """
 
     __slots__ = ("_make",)
 
@@ -263,11 +268,11 @@ _GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
     },
     **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
 }
-"""All that a file may name, with what stands in for it; anything else is refused."""
+"""Names that a pickle may use, with their replacements; any other name is refused."""
 
 
 def _unpickle(stream: io.BytesIO) -> Any:
-    """Read the next pickle of a stream, after a look at what it is made of."""
+    """Read the next pickle of a stream, after checking its opcodes."""
     start = stream.tell()
     for opcode, argument, _ in pickletools.genops(stream):
         if opcode.name not in OPCODES:

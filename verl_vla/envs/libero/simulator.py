@@ -25,40 +25,41 @@ from verl_vla.envs.libero.rendering import Renderer, RenderOptions
 from verl_vla.envs.libero.scene_change import UNCHANGED, SceneChange
 
 PHYSICS_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
-"""Everything that MuJoCo's next step depends on, the solver's warm start included."""
+"""State that MuJoCo's next step depends on, including the solver's warm start."""
 UNSEEN_SUBSTEPS = 2
-"""Physics steps at the end of a control step that the observation misses; see `ObservedState`."""
+"""Number of last physics steps of a control step that an observation misses; see `ObservedState`.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class ObservedState:
-    """What an observation shows, which is not quite the end of a step.
+    """The state that an observation shows, which is slightly before the end of a step.
 
     robosuite samples its observables once in a step's 25 physics steps. After LIBERO's protocol, a
-    reset and an init state, that is in the 24th, with every body where the 23rd left it. What is
-    seen here is what a stock environment returns, to the bit.
+    reset and an init state, that is in the 24th, with every body where the 23rd left it. An
+    observation made from this state equals a stock environment's, to the bit.
     """
 
     qpos: Floats
-    """[nq] after 23 physics steps; places every body."""
+    """[nq] joint positions after 23 physics steps, from which every body's pose follows."""
     fingers_m: Floats
-    """[2] the gripper's joints, after 24."""
+    """[2] the gripper's joints after 24 physics steps."""
     arm_rad: Floats
-    """[7] the arm's joints, after 24."""
+    """[7] the arm's joints after 24 physics steps."""
     site_alpha: Floats
-    """[nsite] which sites are visible, e.g. the flame of a burner."""
+    """[nsite] opacity of the sites, e.g. the flame of a burner."""
 
 
 @dataclass(frozen=True, slots=True)
 class ObservedRobot:
-    """How an observation shows the robot."""
+    """The robot's state as an observation shows it."""
 
     hand_m: Floats
-    """[3] where the point between the fingertips is."""
+    """[3] position of the point between the fingertips."""
     hand_quaternion: Floats
-    """[4] (x, y, z, w)"""
+    """[4] orientation (x, y, z, w)"""
     hand_rad: Floats
-    """[3] the same as axis times angle."""
+    """[3] orientation as axis times angle."""
     fingers_m: Floats
     """[2] the gripper's joints."""
     arm_rad: Floats
@@ -67,16 +68,16 @@ class ObservedRobot:
 
 @dataclass(frozen=True, slots=True)
 class SimulatorState:
-    """One moment of a simulator; independent of the process that made it."""
+    """The complete state of a simulator at one moment, valid in any process."""
 
     physics: Floats
-    """`PHYSICS_STATE` as MuJoCo lays it out."""
+    """`PHYSICS_STATE` in MuJoCo's layout."""
     arm: ArmState
     seen: ObservedState
 
 
 class Simulator:
-    """One task's physics, success test and cameras; knows nothing of episodes."""
+    """One task's physics, success test and cameras; independent of episodes."""
 
     def __init__(
         self, bddl_file: Path, look: RenderOptions, change: SceneChange = UNCHANGED
@@ -86,7 +87,7 @@ class Simulator:
             self._env = build_problem(bddl_file, change)
         self._model: mujoco.MjModel = self._env.sim.model._model
         self._data: mujoco.MjData = self._env.sim.data._data
-        # nothing reads the gripper's force and torque, and no state follows from them
+        # the gripper's force and torque sensors are never read, and no state depends on them
         self._model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_SENSOR)
         self._shown = mujoco.MjData(self._model)
         self._robot: Any = self._env.robots[0]
@@ -111,7 +112,7 @@ class Simulator:
         self._seen = self._see()
 
     def step(self, action: Floats) -> bool:
-        """Run one control step (1/20 s) and say whether LIBERO calls the task solved."""
+        """Run one control step (1/20 s); return True where LIBERO considers the task solved."""
         self._env._post_process()  # switches lights that follow a joint
         self._arm.start(action)
         self._arm.run_substeps(self._substeps - UNSEEN_SUBSTEPS - 1)
@@ -123,7 +124,7 @@ class Simulator:
 
     @property
     def state(self) -> SimulatorState:
-        """This moment, complete."""
+        """The complete state at this moment."""
         return SimulatorState(self._physics(), self._arm.state, self._seen)
 
     @state.setter
@@ -161,10 +162,11 @@ class Simulator:
         return self._goal_meter.read(self.gripper_position())
 
     def place_objects(self, seed: int) -> Floats:
-        """Draw a start [1 + nq + nv] from the regions of the task; the episode played is lost.
+        """Sample a start [1 + nq + nv] from the task's regions; the current episode is lost.
 
-        Cabinets and stoves, which are part of the model and of no state, stay where they are; what
-        is sampled upon one of them is off its middle by what it would have moved, up to 0.01 m.
+        Cabinets and stoves are part of the model, not of the state, and stay where they are. An
+        object sampled on one of them is off its middle by the offset that was sampled for the
+        fixture, up to 0.01 m.
         """
         position, turn = self._model.body_pos.copy(), self._model.body_quat.copy()
         with seeded(seed):
@@ -174,15 +176,15 @@ class Simulator:
 
     @property
     def state_size(self) -> int:
-        """Values of an init state: 1 + nq + nv."""
+        """Number of values of an init state: 1 + nq + nv."""
         return 1 + self._model.nq + self._model.nv
 
     def flat_state(self) -> Floats:
-        """Return time, positions and velocities [1 + nq + nv], as LIBERO's files hold them."""
+        """Return time, positions and velocities [1 + nq + nv], as in LIBERO's init-state files."""
         return self._env.sim.get_state().flatten()
 
     def model_xml(self) -> str:
-        """Return the model as robosuite's files hold it."""
+        """Return the model's XML, as in robosuite's files."""
         return self._env.sim.model.get_xml()
 
     @property
@@ -192,7 +194,7 @@ class Simulator:
 
     @property
     def problem(self) -> dict[str, str]:
-        """LIBERO's ``get_problem_info``, and the name of the environment's class."""
+        """The entries of LIBERO's ``get_problem_info``, and the environment's class name."""
         parsed = self._env.parsed_problem
         return {
             "env_name": type(self._env).__name__,
@@ -203,17 +205,17 @@ class Simulator:
 
     @property
     def model(self) -> mujoco.MjModel:
-        """MuJoCo's model; like all that follows for scripted experts, not for policies."""
+        """MuJoCo's model. This and all below is for scripted experts, not for policies."""
         return self._model
 
     @property
     def data(self) -> mujoco.MjData:
-        """MuJoCo's moment; to be read, not written."""
+        """MuJoCo's data at this moment; read-only."""
         return self._data
 
     @property
     def goal(self) -> list[list[str]]:
-        """What makes the task solved: predicates and their objects or places, all of which hold."""
+        """Goal of the task: predicates with their objects or places, all of which must hold."""
         return self._env.parsed_problem["goal_state"]
 
     @property
@@ -234,11 +236,11 @@ class Simulator:
         return self._env.obj_body_id[name]
 
     def has_site(self, name: str) -> bool:
-        """Say whether a place of the task is a site."""
+        """Return True if a place of the task is a site."""
         return name in self._env.object_sites_dict
 
     def object_position(self, name: str) -> Floats:
-        """Return where an object of the task is, [3] m."""
+        """Return the position of an object of the task, [3] m."""
         return np.array(self._data.xpos[self.body(name)])
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """LIBERO's suites and the embedded one: tasks, recorded init states and step limits.
 
-Reading this needs no simulator. A suite's task ids, instructions and init states are those of the
-published evaluations: LIBERO's task list in its own order, the instruction spelt by the task's
-name, the ``.pruned_init`` files.
+Making a suite needs no simulator. A suite's task ids, instructions and init states are those of the
+published evaluations: LIBERO's task list in its order, instructions made from the tasks' names, and
+the ``.pruned_init`` files.
 """
 
 from __future__ import annotations
@@ -28,13 +28,12 @@ from verl_vla.envs.libero.plus_suites import PLUS_SUITES, plus_tasks
 from verl_vla.envs.libero.pro_suites import PRO_SUITES, pro_objects, pro_tasks
 from verl_vla.envs.libero.task import ACTION_DIM, CAMERAS, MAX_SAMPLED, PROPRIO_DIM, LiberoTask
 from verl_vla.envs.libero.task_packages import DISTRIBUTIONS, PLUS, PRO
+from verl_vla.envs.names import SUITES
 
 SIMULATION = ("mujoco", "robosuite", "hf-libero")
-"""Packages whose versions decide what a simulator answers."""
-SUITES = ("mini", "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
-"""Names that `libero_suite` knows, besides the perturbed ones in `PERTURBED`."""
+"""Packages whose versions decide a simulator's results."""
 PERTURBED = (*PRO_SUITES, *PLUS_SUITES)
-"""Suites made from LIBERO's by one change, from packages of their own; docs/perturbed-suites.md."""
+"""Suites made from LIBERO's by one change, from separate packages; see docs/perturbed-suites.md."""
 PUBLISHED_STEPS = {
     "libero_spatial": 220,
     "libero_object": 280,
@@ -42,10 +41,10 @@ PUBLISHED_STEPS = {
     "libero_10": 520,
     "libero_90": 400,
 }
-"""openvla-oft ``experiments/robot/libero/run_libero_eval.py:63``: a little more than the longest
-demonstration of the suite."""
+"""Step limits of openvla-oft ``experiments/robot/libero/run_libero_eval.py:63``: a little more than
+the longest demonstration of the suite."""
 SIMPLEVLA_STEPS = 512
-"""SimpleVLA-RL ``verl/workers/rollout/rob_rollout.py:429``, for every LIBERO suite."""
+"""Step limit of every LIBERO suite in SimpleVLA-RL ``verl/workers/rollout/rob_rollout.py:429``."""
 MINI_STEPS = {
     "push_the_red_cube_onto_the_green_marker": 48,
     "lift_the_red_cube": 64,
@@ -55,18 +54,18 @@ MINI_STEPS = {
     "lift_the_milk_carton": 64,
     "push_the_blue_cube_onto_the_green_marker": 48,
 }
-"""Tasks of the mini suite: six in order of difficulty, and the first one again with another object.
-Each with its limit: about twice the scripted expert's steps, so that a policy fails for want of
-skill, not of pace."""
+"""Tasks of the mini suite with their step limits: six in order of difficulty, and the first one
+again with another object. A limit is about twice the scripted expert's steps, so that a policy
+fails for lack of skill, not of time."""
 FIRST_OBJECT = 10
-"""Place in an init state where the first object's pose begins: after time, arm and two fingers."""
+"""Index in an init state where the first object's pose begins: after time, arm and two fingers."""
 POSE = 7
-"""Values of a pose: a position and a quaternion."""
+"""Number of values of a pose: a position and a quaternion."""
 LIBERO_INIT_STATES = 50
 MINI_INIT_STATES = 100
 TRAINED_SAMPLED = 40
-"""Of these, how many a task with a single recorded state is trained on: as many as LIBERO's tasks
-have for training."""
+"""Number of sampled starts that a task with a single recorded init state is trained on: as many as
+other LIBERO tasks have for training."""
 _MINI = Path(__file__).resolve().parents[1] / "mini"
 
 
@@ -86,7 +85,7 @@ class LiberoSuite(Suite):
 
     @property
     def needs_assets(self) -> bool:
-        """Whether LIBERO's meshes and textures are needed to simulate it."""
+        """True where LIBERO's meshes and textures are needed to simulate the suite."""
         return self.name != "mini"
 
     @property
@@ -101,17 +100,17 @@ class LiberoSuite(Suite):
         return {i: task.refused for i, task in enumerate(self.tasks) if task.refused is not None}
 
     def require_simulator(self) -> None:
-        """Check MuJoCo's version and find LIBERO's assets; the mini suite brings its own.
+        """Check MuJoCo's version and find LIBERO's assets, which the mini suite does not need.
 
-        A suite with objects of LIBERO-PRO needs their models among the assets too.
+        A suite with objects of LIBERO-PRO also needs their models among the assets.
         """
         require_libero_physics()
         if not self.needs_assets:
             return
         assets = find_assets()
         if self.package == PRO:
-            sound = [task for task in self.tasks if task.refused is None]
-            require_models(assets, self.name, pro_objects(sound))
+            buildable = [task for task in self.tasks if task.refused is None]
+            require_models(assets, self.name, pro_objects(buildable))
 
     def make_env(self, config: EnvConfig) -> Env:
         """See `Suite.make_env`."""
@@ -129,27 +128,28 @@ class LiberoSuite(Suite):
         return super().step_limit(limit, task_id)
 
     def held_out_ids(self) -> list[int]:
-        """Of LIBERO's 50 states every fifth (4, 9, .., 49), of the mini suite's its last 50.
+        """Return every fifth of LIBERO's 50 states (4, 9, .., 49), or the mini suite's last 50.
 
-        Published numbers use all 50 for both; a number on the 10 is not one on the 50.
+        Published numbers use all 50 of LIBERO's states to train and to evaluate, so a rate on these
+        10 cannot be compared with one on the 50.
         """
         if self.needs_assets:
             return super().held_out_ids()
         return list(range(self.num_init_states // 2, self.num_init_states))
 
     def sampled_ids(self) -> list[int]:
-        """Those that an environment draws from the task's regions."""
+        """Return the ids of the starts that an environment samples from the task's regions."""
         return list(range(self.num_init_states, self.num_init_states + MAX_SAMPLED))
 
     def num_recorded(self, task_id: int) -> int:
-        """Recorded init states of a task."""
+        """Return the number of recorded init states of a task."""
         number = self.task(task_id).num_init_states
         return self.num_init_states if number is None else number
 
     def init_state_ids(self, task_id: int, split: Split) -> list[int]:
         """See `Suite.init_state_ids`; a single recorded state is kept for evaluation.
 
-        Such a task is trained on starts sampled from its regions, the last of those that can be.
+        A task with a single recorded state is trained on the last sampled starts.
         """
         number = self.task(task_id).num_init_states
         if number is None or split == "sampled":
@@ -159,7 +159,7 @@ class LiberoSuite(Suite):
         return list(range(number))
 
     def load_init_states(self, task_id: int) -> npt.NDArray[np.float64]:
-        """Read the starts of a task, [num_init_states, 1 + nq + nv] (time, positions, velocities).
+        """Read a task's init states, [num_init_states, 1 + nq + nv] (time, positions, velocities).
 
         Raises:
             ConfigError: the file is missing, or holds another number of states.
@@ -196,10 +196,10 @@ def libero_suite(name: str) -> LiberoSuite:
 
 
 def instruction_of(task_name: str) -> str:
-    """Spell a task's name as a sentence, without the scene that LIBERO-100 puts before it.
+    """Return a task's name as a sentence, without the scene that LIBERO-100 puts before it.
 
-    LIBERO ``benchmark/__init__.py``, `grab_language_from_filename`: what the demonstrations and
-    the published evaluations use, where a BDDL file's own sentence sometimes differs.
+    Demonstrations and published evaluations use this instruction (LIBERO ``benchmark/__init__.py``,
+    `grab_language_from_filename`); the sentence in a BDDL file sometimes differs.
 
     >>> instruction_of("KITCHEN_SCENE10_close_the_top_drawer")
     'close the top drawer'
@@ -253,7 +253,7 @@ def _perturbed_suite(name: str) -> LiberoSuite:
 
 
 def _libero_task_names(root: Path) -> dict[str, list[str]]:
-    # run as a file: importing it as a module would import all of LIBERO, which asks on stdin
+    # run as a file: importing it as a module would import all of LIBERO, which may ask on stdin
     file = root / "benchmark" / "libero_suite_task_map.py"
     spec = importlib.util.spec_from_file_location("libero_suite_task_map", file)
     if spec is None or spec.loader is None:

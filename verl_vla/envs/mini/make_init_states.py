@@ -1,8 +1,8 @@
 """Write the mini suite's init states: ``python -m verl_vla.envs.mini.make_init_states [FOLDER]``.
 
-The files are part of the package and this command writes the same bytes again. Each start is one
-draw of LIBERO's placement samplers from the regions of the task's BDDL file, with a seed of its
-own, so the states differ from each other and from those that `sample_init_state` gives out.
+The files are part of the package, and this command writes the same bytes again. Each start is one
+sample of LIBERO's placement samplers from the regions of the task's BDDL file, with a separate
+seed, so the states differ from each other and from those that `sample_init_state` returns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from verl_vla.envs.libero.suite import MINI_INIT_STATES, libero_suite, make_libe
 
 
 def main(folder: Path) -> None:
-    """Write one file a task into ``folder``."""
+    """Write one file per task into ``folder``."""
     env = make_libero_env(EnvConfig(suite="mini"))
     for task_id, task in enumerate(env.suite.tasks):
         states = [env.sample_start(task_id, RECORDED, i) for i in range(MINI_INIT_STATES)]
@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
 
 
 def sample_init_state(env: LiberoEnv, task_id: int, seed: int) -> npt.NDArray[np.float64]:
-    """Draw a start [1 + nq + nv] that is in neither split; the same seed gives the same start."""
+    """Sample a start [1 + nq + nv] that is in no split; the same seed gives the same start."""
     return env.sample_start(task_id, DEMONSTRATED, seed)
 
 

@@ -1,9 +1,9 @@
 """The mini suite's table-top problem, registered with LIBERO's BDDL machinery when imported.
 
 Importing this module imports LIBERO and robosuite: call
-`verl_vla.envs.libero.assets.import_libero` first,
-and build within `asset_folder(geometry.ASSETS)`. The objects come from robosuite's wheel or are
-primitives, so none of LIBERO's assets are needed.
+`verl_vla.envs.libero.assets.import_libero` first, and build the problem within
+`asset_folder(geometry.ASSETS)`. The objects come from robosuite's wheel or are primitives, so none
+of LIBERO's assets are needed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _Tabletop: Any = TASK_MAPPING["libero_tabletop_manipulation"]
 
 
 class Mini_Tabletop(_Tabletop):  # noqa: N801 -- LIBERO finds a problem by its lower-case class name
-    """LIBERO's table top with an arena, a camera and a start pose of our own."""
+    """LIBERO's table top with the mini suite's arena, camera and start pose."""
 
     def __init__(self, bddl_file_name: str, *args: Any, **kwargs: Any) -> None:
         kwargs["scene_xml"] = str(ASSETS / "mini_table.xml")
@@ -120,7 +120,7 @@ class MiniMilk(MilkObject):
 
 
 def _describe(thing: Any, category: str) -> None:
-    """Add what LIBERO asks of every object besides its model."""
+    """Set the attributes that LIBERO requires of every object."""
     thing.category_name = category
     thing.rotation, thing.rotation_axis = (0.0, 0.0), "z"
     thing.object_properties = {"vis_site_names": {}}

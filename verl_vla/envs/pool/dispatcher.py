@@ -1,7 +1,7 @@
-"""Hands requests to simulator processes and replaces those that fail.
+"""Dispatcher of requests to simulator processes; it replaces processes that fail.
 
-A thread of its own does this, so simulators never idle while the caller decides. It knows
-processes and requests but nothing of episodes.
+It runs in a separate thread, so simulators do not idle while the caller computes. It knows
+processes and requests, but not episodes.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ from verl_vla.envs.pool.worker_process import WorkerProcess
 logger = logging.getLogger(__name__)
 
 MAX_FAILED_STARTS = 3
-"""Workers in a row that may end before they are of any use."""
+"""Number of workers in a row that end before they were of any use, at which the pool gives up."""
 
 LEAVE_S = 5.0
-"""How long a worker whose simulator raised may take to exit."""
+"""Time within which a worker whose simulator raised must exit, s."""
 
 SHUTDOWN_TIMEOUT_S = 2.0
-"""How long workers may take to follow each of: a polite word, SIGTERM, SIGKILL."""
+"""Time that workers have to end after each of: a stop message, SIGTERM, SIGKILL; s."""
 
 
 class Experienced(Protocol):
-    """What the choice of a worker depends on."""
+    """The attributes of a worker that its choice depends on."""
 
     tasks: dict[int, float]
-    """When it last served each task, in seconds of any one clock."""
+    """Times at which the worker last served each task, in seconds of any one clock."""
 
 
 Worker = TypeVar("Worker", bound=Experienced)
 
 Launch = Callable[[float], WorkerProcess]
-"""Starts a process that must be ready by the deadline given, on `time.monotonic`'s clock."""
+"""Function that starts a process, which must be ready by a deadline on `time.monotonic`'s clock."""
 
 
 class Dispatcher:
     """A queue of requests and the processes that serve it.
 
     Args:
-        launch: starts a worker.
-        num_workers: how many live at the same time.
-        timeout_s: for one request.
-        start_timeout_s: for a worker to become ready.
-        deliver: called once for every request, from this dispatcher's thread.
-        fail: called at most once, when no request will be served any more.
+        launch: function that starts a worker.
+        num_workers: number of workers that run at the same time.
+        timeout_s: time limit of one request.
+        start_timeout_s: time limit for a worker to become ready.
+        deliver: called once for every request with its result, from the dispatcher's thread.
+        fail: called at most once, with the error after which no request will be served any more.
     """
 
     def __init__(
@@ -89,21 +89,21 @@ class Dispatcher:
 
     @property
     def num_restarts(self) -> int:
-        """Workers started in place of one that had ended."""
+        """Number of workers that were started in place of one that had ended."""
         return max(0, self._num_launches - self._num_workers)
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Process ids of the workers that live."""
+        """Process ids of the running workers."""
         return tuple(worker.pid for worker in self._workers)
 
     def submit(self, request: Request) -> None:
-        """Queue a request; does not wait. Any thread may call this."""
+        """Queue a request without waiting. Any thread may call this."""
         self._inbox.put(request)
         os.eventfd_write(self._bell, 1)
 
     def close(self) -> None:
-        """End the thread and every worker; requests under way are never delivered."""
+        """End the thread and all workers; results of unfinished requests are not delivered."""
         self._is_closing = True
         os.eventfd_write(self._bell, 1)
         self._thread.join()
@@ -141,7 +141,7 @@ class Dispatcher:
         self._selector.register(worker, selectors.EVENT_READ)
 
     def _hand_out(self) -> None:
-        """Give waiting requests to idle workers, and start workers where some are missing."""
+        """Give waiting requests to idle workers, and start workers to replace missing ones."""
         with suppress(queue.Empty):
             while True:
                 self._waiting.append(self._inbox.get_nowait())
@@ -194,9 +194,9 @@ class Dispatcher:
                 self._lose(worker, f"no answer within {limit:g} s, so its process was killed")
 
     def _lose(self, worker: WorkerProcess, what: str) -> None:
-        """Write off a dead worker and, if it was busy, the one episode it was serving."""
+        """Remove a dead worker; if it was busy, its request fails, and with it one episode."""
         ending = self._remove(worker)
-        if worker.state in ("starting", "idle"):  # nobody else hears of these
+        if worker.state in ("starting", "idle"):  # no request fails that would report it
             logger.warning("%s simulator process: %s (%s)", worker.state, what, ending)
         if worker.state in ("starting", "busy"):
             error = EpisodeCrashed(f"{worker.request or 'start'}: {what} ({ending})")
@@ -210,7 +210,11 @@ class Dispatcher:
         return worker.reap()
 
     def _count_failed_start(self, error: EpisodeCrashed, *, is_start: bool) -> None:
-        """Give up where every worker fails, be it at once or at its first request."""
+        """Give up where every worker fails, at its start or at its first request.
+
+        Raises:
+            RuntimeError: `MAX_FAILED_STARTS` workers in a row have failed.
+        """
         if not is_start and self._has_served:
             return
         self._failed_starts += 1
@@ -228,11 +232,11 @@ class Dispatcher:
 def best_pair(
     workers: Sequence[Worker], idle: Sequence[Worker], waiting: Sequence[Request]
 ) -> tuple[Worker, Request]:
-    """Choose which idle worker does what next.
+    """Choose the idle worker and the waiting request that are served next.
 
-    A worker that served a task lately is likely to hold a simulator for it, and building another
-    takes seconds. Where no idle worker knows any of the tasks, the one that holds least takes the
-    task that the fewest workers hold.
+    A worker that served a task recently probably still has a simulator for it, and building another
+    takes seconds. Where no idle worker has served any of the tasks, the one that has served the
+    fewest tasks takes the task that the fewest workers have served.
     """
     oldest = {request.task_id: request for request in reversed(waiting)}
     known = [

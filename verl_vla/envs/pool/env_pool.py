@@ -1,9 +1,9 @@
 """Many episodes at a time, played by few simulator processes.
 
-A *slot* is a place for one episode. Its latest moment is kept here, as a snapshot, and travels to
-whichever process is free with each action chunk. So a few processes play any number of slots, no
-result depends on which process did what, and a process that raises, hangs or dies costs exactly
-the one episode it was busy with.
+A *slot* holds one episode. The pool keeps its latest snapshot and sends it with each action chunk
+to any free process. So a few processes play any number of slots, no result depends on which process
+served which request, and a process that raises, hangs or dies costs exactly the one episode that it
+was serving.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from verl_vla.envs.pool.worker_process import WorkerProcess
 class EnvPool:
     """Slots for episodes and the processes that simulate them. Use it as a context manager.
 
-    One thread may call it. Processes start with the pool and are ready some seconds later; until
-    then requests wait in line.
+    Only one thread may call it. Processes start with the pool and are ready some seconds later;
+    until then requests are queued.
 
     Args:
-        factory: makes the environment of a process; picklable.
-        num_workers: processes, at most; no more are started than there are slots.
-        num_slots: episodes under way at the same time.
+        factory: picklable function that makes the environment of a process.
+        num_workers: largest number of processes; no more are started than there are slots.
+        num_slots: number of episodes that can run at the same time.
         image_shape: (V, H, W, 3) of an observation's image.
-        timeout_s: a process that takes longer for one request is killed. The first request for a
-            task includes the building of its simulator.
-        worker_env: environment variables of the processes, on top of this process's own and of
+        timeout_s: time limit of one request, after which its process is killed. The first request
+            for a task includes the time to build its simulator.
+        worker_env: environment variables of the processes, added to those of this process and to
             `verl_vla.envs.pool.worker_process.ONE_THREAD`.
-        max_cached_starts: recorded starts that are remembered instead of simulated again.
-        start_timeout_s: a process that takes longer to start and make its environment is killed.
+        max_cached_starts: number of recorded starts that are cached instead of simulated again.
+        start_timeout_s: time limit for a process to start and to make its environment.
 
     Raises:
-        ConfigError: a number that cannot be.
+        ConfigError: a number is not positive, or ``max_cached_starts`` is negative.
         ContractError: ``factory`` cannot be sent to another process.
     """
 
@@ -90,24 +90,24 @@ class EnvPool:
 
     @property
     def num_slots(self) -> int:
-        """Episodes that can be under way at the same time."""
+        """Number of episodes that can run at the same time."""
         return len(self._slots)
 
     @property
     def stats(self) -> PoolStats:
-        """What was done so far."""
+        """Counters of the work done so far."""
         return replace(self._slots.stats, restarts=self._dispatcher.num_restarts)
 
     @property
     def worker_pids(self) -> tuple[int, ...]:
-        """Process ids of the simulators that live, for a look from outside."""
+        """Process ids of the running simulators, for monitoring."""
         return self._dispatcher.pids
 
     def reset(self, slots: Mapping[int, EpisodeSpec]) -> None:
-        """Start an episode in each of these slots, in place of what was there; does not wait.
+        """Start an episode in each of these slots, replacing the old ones, without waiting.
 
         Raises:
-            ContractError: a slot does not exist or still owes an answer.
+            ContractError: a slot does not exist, or has an answer that was not yet taken.
         """
         with self._changed:
             self._check_usable()
@@ -117,11 +117,11 @@ class EnvPool:
                 self._submit(self._slots.start(slot, spec))
 
     def step(self, chunks: Mapping[int, npt.NDArray[np.float32]]) -> None:
-        """Run one action chunk [K, A] in each of these slots; does not wait.
+        """Run one action chunk [K, A] in each of these slots, without waiting.
 
         Raises:
-            ContractError: a slot does not exist, plays no episode or still owes an answer, or
-                its chunk has a wrong shape or dtype.
+            ContractError: a slot does not exist, plays no episode, or has an answer that was not
+                yet taken; or its chunk has a wrong shape or dtype.
         """
         with self._changed:
             self._check_usable()
@@ -133,7 +133,7 @@ class EnvPool:
                 self._submit(self._slots.step(slot, actions))
 
     def wait(self, slots: Collection[int]) -> dict[int, Answer]:
-        """Wait until exactly these slots have answered; others may go on.
+        """Wait until all of these slots have answered; other slots keep running.
 
         Returns:
             The answer of each slot, in the order of ``slots``: an `Observation` to a reset, a
@@ -141,8 +141,8 @@ class EnvPool:
             end of its episode, a slot is free for `reset`.
 
         Raises:
-            ContractError: a slot was asked nothing, or an environment was given something wrong.
-            ConfigError: the environment cannot be made as asked, or knows no such start.
+            ContractError: a slot has no request, or an environment refused its input.
+            ConfigError: the environment cannot be made as configured, or has no such start.
             RuntimeError: no process survives its start.
         """
         began = time.perf_counter()
@@ -159,9 +159,9 @@ class EnvPool:
             return self._slots.take_answers(slots)
 
     def close(self) -> None:
-        """End all processes; nothing can be asked afterwards. Called again, it does nothing."""
+        """End all processes; the pool cannot be used afterwards. A second call does nothing."""
         if not self._is_open or os.getpid() != self._owner_pid:
-            return  # a forked child may exit without ending what belongs to its parent
+            return  # the exit of a forked child must not end its parent's processes
         self._is_open = False
         atexit.unregister(self.close)
         self._dispatcher.close()
@@ -188,14 +188,14 @@ class EnvPool:
             self._dispatcher.submit(request)
 
     def _deliver(self, request: Request, result: Result) -> None:
-        """Note what became of a request; the dispatcher's thread calls this."""
+        """Record the result of a request; the dispatcher's thread calls this."""
         with self._changed:
             self._submit(self._slots.note(request, result))
             if self._slots.have_answered(self._awaited):
                 self._changed.notify_all()
 
     def _fail(self, failure: Exception) -> None:
-        """Note that no request will be served any more; the dispatcher's thread calls this."""
+        """Record that no request will be served any more; the dispatcher's thread calls this."""
         with self._changed:
             self._failure = failure
             self._changed.notify_all()

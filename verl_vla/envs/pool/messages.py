@@ -1,8 +1,8 @@
-"""What a pool and its simulator processes say to each other.
+"""Messages between a pool and its simulator processes.
 
-Messages are pickled over a socket pair between a pool and processes it started itself; nothing
-that comes from outside is ever unpickled. Images do not travel in messages: each slot has a frame
-in memory that both sides map, and whoever answers for the slot has written there first.
+Messages are pickled over a socket pair between a pool and the processes that it started; nothing
+from outside is ever unpickled. Images are not part of messages: each slot has a frame in memory
+that both sides map, and a worker writes the image there before it answers for the slot.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from verl_vla.core.episode import GoalReadings, Outcome
 from verl_vla.core.errors import ConfigError, ContractError, EpisodeCrashed
 
 STACK_SIGNAL = signal.SIGUSR1
-"""Upon this signal a worker writes to its output where it is."""
+"""Signal at which a worker writes its stack trace to its output."""
 
 Frames = npt.NDArray[np.uint8]
 """[slots, V, H, W, 3], the newest image of every slot."""
@@ -31,13 +31,14 @@ class Setup:
     """The first message to a worker."""
 
     factory: bytes
-    """A pickled `verl_vla.envs.base.EnvFactory`; opened only after the worker can report."""
+    """A pickled `verl_vla.envs.base.EnvFactory`; unpickled only once the worker can report errors.
+    """
     frames_shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StartEpisode:
-    """Ask for the first observation of a recorded start."""
+    """Request for the first observation of a start."""
 
     slot: int
     task_id: int
@@ -49,15 +50,15 @@ class StartEpisode:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepChunk:
-    """Ask what becomes of an action chunk."""
+    """Request to run an action chunk from a snapshot."""
 
     slot: int
     task_id: int
     init_state_id: int
     num_steps: int
-    """Steps the episode has behind it."""
+    """Number of steps that the episode has taken so far."""
     snapshot: bytes
-    """A pickled `Snapshot`; sealed, since only environments look inside."""
+    """A pickled `Snapshot`, which only an environment unpickles."""
     actions: npt.NDArray[np.float32]
     """[K, A]"""
 
@@ -67,17 +68,17 @@ class StepChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
-    """Ask a worker to free its simulators and exit."""
+    """Request to a worker to free its simulators and exit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """The environment is made; requests may come."""
+    """Message of a worker that its environment is made and that it can take requests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
-    """Where an episode stands. The image is in the slot's frame."""
+    """The state of an episode after a request. The image is in the slot's frame."""
 
     snapshot: bytes
     proprio: npt.NDArray[np.float32]
@@ -91,7 +92,7 @@ class Started:
 
     moment: Moment
     busy_s: float
-    """Seconds the worker spent on the request."""
+    """Time that the worker spent on the request, s."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,20 +104,20 @@ class Stepped:
     moment: Moment | None
     """None where the episode ended."""
     has_final_image: bool
-    """Whether the slot's frame shows how it ended."""
+    """True where the slot's frame holds the image after the episode's last step."""
     goals: GoalReadings
     busy_s: float
 
 
 RequestError = ConfigError | ContractError | EpisodeCrashed
-"""A mistake of the caller, a mistake of the code, or a simulator that raised."""
+"""Errors that a worker sends: a wrong setting, wrong code, or a simulator that raised."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """Answer to anything that could not be done.
+    """Answer to a request that failed.
 
-    After an `EpisodeCrashed` the worker leaves, since its simulator may be in any state.
+    After an `EpisodeCrashed` the worker exits, since its simulator may be in any state.
     """
 
     error: RequestError
@@ -124,20 +125,20 @@ class Failed:
 
 Request = StartEpisode | StepChunk
 Result = Started | Stepped | Failed
-"""What became of a request."""
+"""Results of a request."""
 Reply = Ready | Result
 
 
 def map_frames(descriptor: int, shape: tuple[int, ...]) -> Frames:
-    """View the memory behind ``descriptor`` as ``shape``; it lives as long as the array."""
+    """Map the memory of ``descriptor`` as an array, which keeps the mapping alive."""
     return np.frombuffer(mmap.mmap(descriptor, math.prod(shape)), dtype=np.uint8).reshape(shape)
 
 
 def make_frames_file(shape: tuple[int, ...]) -> int:
-    """Make memory for frames and return its descriptor.
+    """Create shared memory for frames and return its descriptor.
 
-    An anonymous file rather than a named block: it is gone with the last process that maps it,
-    however that process died, and the size of ``/dev/shm`` does not bound it.
+    It is an anonymous file, not a named block: the system frees it with the last process that maps
+    it, even if that process is killed, and the size of ``/dev/shm`` does not bound it.
     """
     descriptor = os.memfd_create("verl_vla_frames")
     os.ftruncate(descriptor, math.prod(shape))

@@ -1,4 +1,4 @@
-"""What every slot of a pool is doing: bookkeeping alone, without processes and threads."""
+"""State of a pool's slots: bookkeeping only, without processes or threads."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from verl_vla.envs.pool.messages import (
 from verl_vla.envs.pool.start_cache import Start, StartCache, StartKey
 
 Answer = Observation | ChunkResult | EpisodeCrashed
-"""To a reset an observation, to a step its result, to either the loss of the simulator."""
+"""Answer of a slot: an observation to a reset, a result to a step, a crash to either."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolStats:
-    """What a pool has done so far."""
+    """Counters of a pool's work so far."""
 
     steps: int = 0
-    """Simulator steps the policy chose."""
+    """Number of simulator steps that the policy chose."""
     policy_steps: int = 0
-    """Action chunks run."""
+    """Number of action chunks that were run."""
     resets_simulated: int = 0
     resets_served: int = 0
-    """Resets answered with a start that was simulated before."""
+    """Number of resets answered with a cached start."""
     crashes: int = 0
-    """Episodes lost."""
+    """Number of requests whose simulator crashed; each of them lost one episode."""
     restarts: int = 0
-    """Processes started in place of one that had ended."""
+    """Number of processes started in place of one that had ended."""
     busy_s: float = 0.0
-    """Seconds that processes spent on requests they answered, summed over processes."""
+    """Time that processes spent on requests they answered, summed over processes, s."""
     wait_s: float = 0.0
-    """Seconds the caller spent in `EnvPool.wait`."""
+    """Time that the caller spent in `EnvPool.wait`, s."""
 
     def __add__(self, other: PoolStats) -> PoolStats:
         names = [f.name for f in fields(self)]
@@ -55,15 +55,15 @@ class PoolStats:
 
 
 class Slots:
-    """Which episode each slot plays, what it was asked and what came of it.
+    """The episode of each slot, its pending request and its answer.
 
     Args:
-        frames: [slots, V, H, W, 3]; the image of an answer stands in its slot's frame when the
-            answer is noted.
-        max_cached_starts: recorded starts that are remembered instead of simulated again.
+        frames: [slots, V, H, W, 3]; the image of an answer is in its slot's frame when the answer
+            is recorded.
+        max_cached_starts: number of recorded starts that are cached instead of simulated again.
 
     Attributes:
-        stats: what was done so far.
+        stats: counters of the work done so far.
     """
 
     def __init__(self, frames: Frames, *, max_cached_starts: int) -> None:
@@ -79,32 +79,32 @@ class Slots:
         return len(self._frames)
 
     def check_free(self, slot: int) -> None:
-        """Refuse a slot that does not exist or is not done with what it was asked."""
+        """Refuse a slot that does not exist, or whose last answer was not yet taken."""
         if not 0 <= slot < len(self):
             raise ContractError(f"slot {slot} does not exist; slots are 0..{len(self) - 1}")
         if slot in self._asked:
             raise ContractError(f"slot {slot} still owes an answer; wait for it first")
 
     def check_playing(self, slot: int) -> None:
-        """Refuse a slot that has no episode under way."""
+        """Refuse a slot that plays no episode."""
         if slot not in self._playing:
             raise ContractError(f"slot {slot} plays no episode; reset it first")
 
     def check_asked(self, slot: int) -> None:
-        """Refuse a slot that owes no answer."""
+        """Refuse a slot that has no request to be answered."""
         if slot not in self._asked:
             raise ContractError(f"slot {slot} was asked nothing; reset or step it first")
 
     def have_answered(self, slots: Collection[int]) -> bool:
-        """Whether all of these slots have answers to take."""
+        """Return True once all of these slots have answers."""
         return all(slot in self._answers for slot in slots)
 
     def take_answers(self, slots: Collection[int]) -> dict[int, Answer]:
-        """Take what came of the last thing these slots were asked.
+        """Take the answers of these slots to their last requests.
 
         Raises:
-            ConfigError, ContractError: one was asked something wrong; the answers of the others
-                stay, to be taken later.
+            ConfigError, ContractError: a request was wrong; the answers of the other slots stay and
+                can be taken later.
         """
         taken: dict[int, Answer] = {}
         for slot in slots:
@@ -118,10 +118,10 @@ class Slots:
         return taken
 
     def start(self, slot: int, spec: EpisodeSpec) -> StartEpisode | None:
-        """Begin an episode.
+        """Start an episode.
 
         Returns:
-            What to ask a simulator; None where the start is known, or already asked for.
+            The request to a simulator; None where the start is cached, or already requested.
         """
         self._asked.add(slot)
         self._playing.pop(slot, None)
@@ -133,12 +133,13 @@ class Slots:
         elif key in self._followers:
             self._followers[key].append(slot)
         else:
+            # later slots with the same start wait in this queue, so it is simulated only once
             self._followers[key] = deque()
             return _request(slot, key)
         return None
 
     def step(self, slot: int, actions: npt.NDArray[np.float32]) -> StepChunk:
-        """Go on with an episode; return what to ask a simulator."""
+        """Continue an episode; return the request to a simulator."""
         self._asked.add(slot)
         episode = self._playing[slot]
         return StepChunk(
@@ -151,7 +152,7 @@ class Slots:
         )
 
     def note(self, request: Request, result: Result) -> StartEpisode | None:
-        """Write down what became of a request; return what to ask next because of it."""
+        """Record the result of a request; return the reset of the next follower if it failed."""
         match result:
             case Started():
                 self._note_start(request, result)
@@ -180,7 +181,7 @@ class Slots:
     def _begin(self, slot: int, key: StartKey, start: Start) -> None:
         self._playing[slot] = _Episode(key=key, snapshot=start.snapshot)
         seen = start.observation
-        # copies, since whoever gets one may write to it
+        # copies, since the receiver of an observation may write to it
         copied = replace(seen, image=seen.image.copy(), proprio=seen.proprio.copy())
         self._answers[slot] = copied
 
@@ -212,7 +213,7 @@ class Slots:
         followers = self._followers.pop(key)
         if not followers:
             return None
-        slot = followers.popleft()  # the failure was that of the first slot alone
+        slot = followers.popleft()  # only the first slot fails; the next one tries again
         self._followers[key] = followers
         return _request(slot, key)
 
@@ -226,7 +227,7 @@ class Slots:
 
 @dataclass(slots=True, kw_only=True)
 class _Episode:
-    """An episode under way, as of its latest answer."""
+    """A running episode, as of its latest answer."""
 
     key: StartKey
     snapshot: bytes

@@ -1,7 +1,7 @@
-"""Starts that were simulated before.
+"""Cache of starts that were simulated before.
 
-A recorded start settles and renders to the same image each time, and GRPO plays every start a
-whole group's number of times, so each is simulated once and served from here afterwards.
+A start settles and renders to the same image each time, and GRPO plays every start once for each
+episode of a group, so each start is simulated once and then served from here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from verl_vla.core.episode import Observation
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartKey:
-    """What a start depends on."""
+    """The identity of a start."""
 
     task_id: int
     init_state_id: int
@@ -22,7 +22,7 @@ class StartKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """What a start leads to."""
+    """A simulated start: its first observation and its snapshot."""
 
     observation: Observation
     snapshot: bytes
@@ -30,9 +30,9 @@ class Start:
 
 
 class StartCache:
-    """The starts used last, at most ``capacity`` of them.
+    """The most recently used starts, at most ``capacity`` of them.
 
-    One start holds about the size of its image: 512 of one 224-pixel view make 77 MB.
+    A start takes about the memory of its image: 512 of one 224-pixel view take 77 MB.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -43,14 +43,14 @@ class StartCache:
         return len(self._starts)
 
     def find(self, key: StartKey) -> Start | None:
-        """Return a start that is known and note that it was used."""
+        """Return a cached start and mark it as used, or None if it is not cached."""
         if key not in self._starts:
             return None
         self._starts.move_to_end(key)
         return self._starts[key]
 
     def keep(self, key: StartKey, start: Start) -> None:
-        """Remember a start; the one unused for longest makes room."""
+        """Add a start; the least recently used one is dropped if the cache is full."""
         self._starts[key] = start
         self._starts.move_to_end(key)
         while len(self._starts) > self._capacity:

@@ -1,8 +1,8 @@
 """The process around one environment: ``python -m verl_vla.envs.pool.worker SOCKET FRAMES``.
 
-It keeps nothing between requests. Each `StepChunk` brings the moment it starts from, so any
-worker can serve any slot. It ends when it is told to, when its environment has raised, and when
-the pool is gone, however the pool went.
+It keeps no episode between requests. Each `StepChunk` holds the snapshot that it starts from, so
+any worker can serve any slot. The process ends on a `Stop`, after its environment has raised, and
+when the pool is gone, even if the pool was killed.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from verl_vla.envs.pool.messages import (
 )
 
 ORPHAN_GRACE_S = 5.0
-"""How long a worker may go on with a request after its pool is gone."""
+"""Time that a worker has to finish a request after its pool is gone, s."""
 
 
 def main(socket_descriptor: int, frames_descriptor: int) -> None:
-    """Serve a pool until it says stop or is gone."""
-    faulthandler.enable()  # a segmentation fault leaves its Python lines in the output
+    """Serve a pool until it sends `Stop` or is gone."""
+    faulthandler.enable()  # a segmentation fault writes its Python stack to the output
     faulthandler.register(STACK_SIGNAL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pool, which then says stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pool, which then sends Stop
     for descriptor in (socket_descriptor, frames_descriptor):
         os.set_inheritable(descriptor, False)  # else a child would keep the socket open
     threading.Thread(target=_follow_pool, args=(socket_descriptor,), daemon=True).start()
-    # a copy, so that the pool hears of the end when the process ends and not before
+    # a copy: the original stays open, so the pool sees the hang-up only when the process has ended
     connection = Connection(os.dup(socket_descriptor))
     setup: Setup = connection.recv()
     frames = map_frames(frames_descriptor, setup.frames_shape)

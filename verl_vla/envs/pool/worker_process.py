@@ -19,32 +19,33 @@ from typing import Literal
 from verl_vla.envs.pool.messages import STACK_SIGNAL, Reply, Request, Setup, Stop
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}
-"""Simulators run one per core; LP_NUM_THREADS is Mesa's software renderer."""
+"""Environment variables that limit a worker to one thread, since simulators run one per core;
+LP_NUM_THREADS is for Mesa's software renderer."""
 
 OUTPUT_LIMIT = 1 << 20
-"""Bytes of a worker's output; with the next request, all but the last of it are forgotten."""
+"""Size of a worker's output, bytes, beyond which the next request drops all but its tail."""
 
 OUTPUT_TAIL = 4000
-"""Bytes of a worker's output that are told when it dies."""
+"""Number of last bytes of a worker's output that are reported when it dies."""
 
 STACK_S = 0.2
-"""How long a worker that hangs has to write down where."""
+"""Time that a worker that hangs has to write its stack trace, s."""
 
 EXIT_GRACE_S = 1.0
-"""How long a process may take to end once its socket is closed."""
+"""Time that a process has to end once its socket is closed, s."""
 
 State = Literal["starting", "idle", "busy", "leaving"]
-"""``leaving``: its simulator has raised and it was left to exit by itself."""
+"""State of a worker; ``leaving``: its simulator has raised, and the process is about to exit."""
 
 
 class WorkerProcess:
-    """A `verl_vla.envs.pool.worker`, what it is doing, and until when it may.
+    """A `verl_vla.envs.pool.worker` process with its state, request and deadline.
 
     Attributes:
-        state: what it is doing.
-        request: what it is busy with, else None.
-        deadline: when it must have answered or left, on `time.monotonic`'s clock.
-        tasks: when it last served each task, since a simulator for it is then at hand.
+        state: its `State`.
+        request: the request that it is serving, or None.
+        deadline: time by which it must have answered or exited, on `time.monotonic`'s clock.
+        tasks: times at which it last served each task; it probably has simulators for the latest.
     """
 
     def __init__(
@@ -61,26 +62,26 @@ class WorkerProcess:
         self.tasks: dict[int, float] = {}
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 -- closed by `reap`
         append = fcntl.fcntl(self._output, fcntl.F_GETFL) | os.O_APPEND
-        fcntl.fcntl(self._output, fcntl.F_SETFL, append)  # so that it can be cut while in use
+        fcntl.fcntl(self._output, fcntl.F_SETFL, append)  # so that it can be truncated while in use
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = self._launch(theirs.fileno(), frames_descriptor, environment)
         self._connection = Connection(ours.detach())
-        with suppress(OSError):  # one that is dead already is noticed when it is listened to
+        with suppress(OSError):  # if it is dead already, the next `receive` raises
             self._connection.send(setup)
 
     def _launch(
         self, socket_descriptor: int, frames_descriptor: int, environment: Mapping[str, str]
     ) -> subprocess.Popen[bytes]:
-        """Start a fresh interpreter that imports from where this one does.
+        """Start a new interpreter with this one's import path.
 
-        Not `multiprocessing`, which would import the caller's ``__main__``: it may be a Ray actor.
+        `multiprocessing` would import the caller's ``__main__``, which may be a Ray actor.
         """
         path = os.pathsep.join(p for p in sys.path if p)
         descriptors = (socket_descriptor, frames_descriptor)
         return subprocess.Popen(
             [sys.executable, "-u", "-m", "verl_vla.envs.pool.worker", *map(str, descriptors)],
-            stdin=subprocess.DEVNULL,  # a question must fail rather than wait for an answer
+            stdin=subprocess.DEVNULL,  # a prompt must fail instead of waiting for input
             stdout=self._output,
             stderr=subprocess.STDOUT,
             pass_fds=descriptors,
@@ -93,14 +94,14 @@ class WorkerProcess:
         return self._process.pid
 
     def fileno(self) -> int:
-        """The descriptor to watch for replies."""
+        """Return the file descriptor to poll for replies."""
         return self._connection.fileno()
 
     def give(self, request: Request, *, deadline: float) -> None:
-        """Hand a request to an idle worker.
+        """Send a request to an idle worker.
 
         Raises:
-            OSError: the worker died before it could take the request.
+            OSError: the worker died before it could receive the request.
         """
         self._forget_old_output()
         self._connection.send(request)
@@ -108,7 +109,7 @@ class WorkerProcess:
         self.tasks[request.task_id] = time.monotonic()
 
     def receive(self) -> Reply:
-        """Take a reply.
+        """Receive a reply.
 
         Raises:
             EOFError: the worker is dead.
@@ -119,36 +120,36 @@ class WorkerProcess:
             raise EOFError from error
 
     def ask_to_stop(self) -> None:
-        """Tell the worker to exit after what it is doing."""
+        """Ask the worker to exit after its current request."""
         with suppress(OSError):
             self._connection.send(Stop())
 
     def terminate(self) -> None:
-        """Ask the system to end the worker."""
+        """Send SIGTERM to the worker."""
         self._process.terminate()
 
     def kill(self) -> None:
-        """End the worker."""
+        """Send SIGKILL to the worker."""
         self._process.kill()
 
     def kill_and_tell(self) -> None:
-        """End a worker that hangs; the last lines of its output say where it was."""
+        """Kill a worker that hangs, after asking it to write its stack trace to its output."""
         self._process.send_signal(STACK_SIGNAL)
         if not self.has_ended(before=time.monotonic() + STACK_S):
             self._process.kill()
 
     def has_ended(self, *, before: float) -> bool:
-        """Wait for the end until ``before``, on `time.monotonic`'s clock."""
+        """Wait until ``before``, on `time.monotonic`'s clock; return True if the process ended."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(max(0.0, before - time.monotonic()))
             return True
         return False
 
     def reap(self) -> str:
-        """Free what a worker that was killed or is about to exit leaves behind.
+        """Wait for a worker that was killed or is about to exit, and free its resources.
 
         Returns:
-            Its exit code or signal, and the last lines of its output.
+            Its exit code or signal, and the last bytes of its output, for a message.
         """
         if not self.has_ended(before=time.monotonic() + EXIT_GRACE_S):
             self._process.kill()

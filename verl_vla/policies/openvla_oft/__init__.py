@@ -1,4 +1,4 @@
-"""OpenVLA-OFT, token form: the published checkpoints on stock transformers."""
+"""OpenVLA-OFT with discrete action tokens: the published checkpoints on stock transformers."""
 
 from verl_vla.policies.openvla_oft.checkpoint import register_auto_classes
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig, VisionTower

@@ -1,4 +1,4 @@
-"""Which attention back ends OpenVLA-OFT may run on: those that look in both directions."""
+"""Check that OpenVLA-OFT runs on an attention back end that can be bidirectional."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from verl_vla.core.errors import ConfigError
 
 FLASH_ATTENTION = "flash_attention_2"
 BIDIRECTIONAL_ATTENTION = ("sdpa", "eager", FLASH_ATTENTION)
-"""Back ends of transformers 5 that honour ``is_causal=False`` with and without padding. The first
-two read it from the mask, flash attention from the flag that the config and every ``self_attn``
-carry (``integrations/flash_attention.py``); it cuts padding out by the same mask."""
+"""Back ends of transformers 5 that obey ``is_causal=False`` with and without padding. The first two
+read it from the mask, flash attention from the flag of the config and of every ``self_attn``
+(``integrations/flash_attention.py``); it removes padding by the same mask."""
 
 
 def require_bidirectional_backend(backend: str | None) -> None:
-    """Refuse a back end that would be causal without a word, or that this machine does not have.
+    """Refuse a back end that would silently be causal, or that this machine does not have.
 
     Raises:
-        ConfigError: says which back ends there are, or what is missing.
+        ConfigError: the back end is unsuitable; names the suitable ones, or what is missing.
     """
     if backend not in BIDIRECTIONAL_ATTENTION:
         raise ConfigError(
@@ -33,7 +33,7 @@ def require_backend(backend: str | None) -> None:
     Without this check transformers would look for a substitute on a hub.
 
     Raises:
-        ConfigError: names what is missing.
+        ConfigError: a CUDA device or a package is missing.
     """
     if backend == FLASH_ATTENTION and not is_flash_attn_2_available():
         raise ConfigError(

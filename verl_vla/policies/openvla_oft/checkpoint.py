@@ -1,4 +1,4 @@
-"""What an OpenVLA-OFT folder holds in the published layout, beside the files of every policy."""
+"""Files of an OpenVLA-OFT folder in the published layout, besides those of every policy."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ REGRESSION_HEAD_FILES = "action_head--*.pt"
 
 
 def register_auto_classes() -> None:
-    """Let transformers' Auto classes build our model for ``model_type: openvla``."""
+    """Register the model with transformers' Auto classes, for ``model_type: openvla``."""
     AutoConfig.register(OpenVLAOFTConfig.model_type, OpenVLAOFTConfig, exist_ok=True)
     AutoModel.register(OpenVLAOFTConfig, OpenVLAOFTModel, exist_ok=True)
 
 
 def read_config(folder: str | Path) -> OpenVLAOFTConfig:
-    """Read the sizes of a checkpoint.
+    """Read the configuration of a checkpoint.
 
     Raises:
         ConfigError: if the folder or its ``config.json`` is missing.
@@ -37,13 +37,13 @@ def read_config(folder: str | Path) -> OpenVLAOFTConfig:
 
 
 def read_image_statistics(folder: str | Path, num_towers: int) -> tuple[ImageStatistics, ...]:
-    """Read how every vision tower wants its pixels.
+    """Read the image statistics of every vision tower.
 
-    The published constants stand in where a two-tower checkpoint has no file of its own.
+    A two-tower checkpoint without the file gets the published constants.
 
     Args:
-        folder: of the checkpoint.
-        num_towers: how many towers the model has.
+        folder: folder of the checkpoint.
+        num_towers: number of the model's vision towers.
 
     Raises:
         ConfigError: if there are not as many statistics as towers.
@@ -65,7 +65,7 @@ def refuse_regression_head(folder: str | Path) -> None:
     Such a folder holds the head beside the weights (openvla-oft, ``vla-scripts/finetune.py``).
 
     Raises:
-        ConfigError: names the head's file.
+        ConfigError: the folder has such a head; names its file.
     """
     heads = sorted(path.name for path in Path(folder).glob(REGRESSION_HEAD_FILES))
     if heads:

@@ -1,7 +1,7 @@
-"""Is this checkpoint folder sound? One finding for each thing that has gone wrong before.
+"""Validation of a checkpoint folder, with one finding for each known kind of fault.
 
-Nothing here loads the weights: sizes and types come from the files' headers, and the model that
-they are held against is built without memory.
+Nothing here loads the weights: sizes and dtypes come from the files' headers, and the model that
+they are compared with is built on the meta device, without memory.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from verl_vla.policies.openvla_oft.modelling import OpenVLAOFTModel, require_bid
 from verl_vla.policies.preprocessing import EMPTY_PIECE
 
 NORM_EPSILON = 1e-6
-"""Of the language model's norms in every OpenVLA checkpoint. Their config.json does not say it,
-and Llama 2's own is 1e-5."""
+"""Epsilon of the language model's norms in every OpenVLA checkpoint. Their config.json does not
+have it, and Llama 2's is 1e-5."""
 LEAST_ACTION_MASS = 0.5
-"""A head that gives action ids less than half of the probability was not trained to say them."""
+"""Smallest probability of all action ids together for a head that was trained on action tokens."""
 
 
 def examine(folder: str | Path, unnorm_key: str | None = None) -> list[Finding]:
-    """Look at everything a checkpoint folder must hold.
+    """Check everything that a checkpoint folder must hold.
 
     Args:
-        folder: of the checkpoint.
-        unnorm_key: which of its action statistics to use; see `load_statistics`.
+        folder: folder of the checkpoint.
+        unnorm_key: key of the action statistics to use; see `load_statistics`.
 
     Returns:
-        One finding for each subject. A folder whose ``config.json`` is wrong gets that one alone,
-        since nothing else can be judged.
+        One finding per subject. If ``config.json`` is wrong, that is the only finding, since
+        nothing else can be checked.
     """
     try:
         model = _empty_model(read_config(folder))
@@ -62,10 +62,10 @@ def examine(folder: str | Path, unnorm_key: str | None = None) -> list[Finding]:
 
 
 def judge_action_mass(mass: torch.Tensor) -> Finding:
-    """Say whether the head was trained on action tokens.
+    """Return a finding on whether the head was trained on action tokens.
 
     Args:
-        mass: [B, T], what `OpenVLAOFTModel.action_mass` measured on real images.
+        mass: [B, T], result of `OpenVLAOFTModel.action_mass` on real images.
     """
     mean = mass.mean().item()
     says = f"{100 * mean:.1f}% of the probability is on the action ids ({len(mass)} images)"
@@ -159,6 +159,6 @@ def _images(folder: str | Path, config: OpenVLAOFTConfig) -> str:
 
 
 def _empty_model(config: OpenVLAOFTConfig) -> OpenVLAOFTModel:
-    """The model without memory for its weights."""
+    """Build the model without memory for its weights."""
     with torch.device("meta"):
         return OpenVLAOFTModel(config)

@@ -11,7 +11,7 @@ from verl_vla.policies.base import PolicyShape
 from verl_vla.policies.normalization import COLUMNS, Normalization
 
 ARCHITECTURE = "no-align+fused-gelu-mlp"
-"""The one projector that OpenVLA's checkpoints use: three layers with GELU between them."""
+"""The only projector that OpenVLA's checkpoints use: three layers with GELU between them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +22,16 @@ class VisionTower:
     """Height and width of a patch, pixels."""
     hidden_size: int
     depth: int
-    """Blocks that are stored; the last one never runs."""
+    """Number of stored blocks; the last one never runs."""
     heads: int
     mlp_size: int
     class_token: bool
     registers: int
-    """Extra tokens behind the class token; they have no position and are dropped at the end."""
+    """Number of extra tokens after the class token; they have no position and are dropped at the
+    end."""
     layer_scale: bool
     attention_pool: bool
-    """Whether a pooling head is stored; it never runs."""
+    """True where a pooling head is stored; it never runs."""
 
 
 PUBLISHED_TOWERS = {
@@ -57,31 +58,31 @@ PUBLISHED_TOWERS = {
         attention_pool=True,
     ),
 }
-"""Sizes that published checkpoints name by timm's ids only. Source: timm 0.9.10,
-``vision_transformer.py``. Every checkpoint has DINOv2 first and SigLIP second."""
+"""Sizes of the vision towers, which published checkpoints give only as timm's ids. Source: timm
+0.9.10, ``vision_transformer.py``. Every checkpoint has DINOv2 first and SigLIP second."""
 PUBLISHED_IMAGE_SIZE = 224
-"""Pixels. Source: openvla-oft, ``prismatic/extern/hf/configuration_prismatic.py``."""
+"""Image size, pixels. Source: openvla-oft, ``prismatic/extern/hf/configuration_prismatic.py``."""
 PUBLISHED_VOCAB_SIZE = 32064
 PUBLISHED_PAD_TOKEN_ID = 32000
 PUBLISHED_PAD_TO_MULTIPLE_OF = 64
-"""Llama 2's vocabulary, one padding token, and rows added up to a multiple. Same source."""
+"""Llama 2's vocabulary, one padding token, and rows up to the next multiple. Same source."""
 PUBLISHED_ACTION_BINS = 256
 LIBERO_CHUNK_LENGTH = 8
 LIBERO_ACTION_DIM = 7
-"""Fine-tuning on LIBERO; the published config.json does not say them. Source: openvla-oft,
+"""Sizes of fine-tuning on LIBERO, which the published config.json lacks. Source: openvla-oft,
 ``prismatic/vla/constants.py``."""
 
 
 class OpenVLAOFTConfig(PreTrainedConfig):
     """Configuration of an OpenVLA-OFT model.
 
-    Published checkpoints name their vision towers in ``timm_model_ids``; others spell them out in
+    Published checkpoints name their vision towers in ``timm_model_ids``; others define them in
     ``vision_towers``, a list of mappings with the fields of `VisionTower`. The language model's
-    attention is always bidirectional, whatever the file says.
+    attention is always bidirectional; the file's value is ignored.
 
-    Chunk and action have LIBERO's sizes where the file does not say others. Add to the file of a
-    checkpoint for another robot what ``policy_sizes`` of its suite says, e.g. of
-    `verl_vla.envs.robotwin.RoboTwin`; its own code took them from an environment variable.
+    Chunk and action have LIBERO's sizes where the file has none. To the file of a checkpoint for
+    another robot, add the entries of ``policy_sizes`` of its suite, e.g. of
+    `verl_vla.envs.robotwin.RoboTwin`; the published code read them from an environment variable.
 
     Raises:
         ConfigError: if the file describes a model that this code does not compute.
@@ -153,12 +154,12 @@ class OpenVLAOFTConfig(PreTrainedConfig):
 
     @property
     def num_patches(self) -> int:
-        """Image tokens of one policy step, over all views."""
+        """Number of image tokens of one policy step, over all views."""
         return self.num_images_in_input * (self.image_size // self.towers[0].patch_size) ** 2
 
     @property
     def num_action_tokens(self) -> int:
-        """T, action tokens of one policy step."""
+        """T, number of action tokens of one policy step."""
         return self.chunk_length * self.action_dim
 
     @property
@@ -168,7 +169,7 @@ class OpenVLAOFTConfig(PreTrainedConfig):
 
     @property
     def stop_id(self) -> int:
-        """Token id that ends a sequence, behind the action slots."""
+        """Token id that ends a sequence, after the action slots."""
         stop = self.language.eos_token_id
         if not isinstance(stop, int):
             raise ConfigError(f"text_config.eos_token_id is {stop}; exactly one id is needed")
@@ -176,7 +177,7 @@ class OpenVLAOFTConfig(PreTrainedConfig):
 
     @property
     def shape(self) -> PolicyShape:
-        """The sizes that the rest of the system must agree with."""
+        """The sizes that the rest of the system must match."""
         return PolicyShape(
             num_views=self.num_images_in_input,
             image_size=self.image_size,
@@ -188,7 +189,7 @@ class OpenVLAOFTConfig(PreTrainedConfig):
 
     @property
     def normalization(self) -> Normalization:
-        """What -1 and +1 stand for in actions and proprio."""
+        """Normalization of actions and proprio, which defines the values of -1 and +1."""
         return cast("Normalization", self.action_proprio_normalization_type)
 
     def _check_architecture(self) -> None:
@@ -250,7 +251,7 @@ class OpenVLAOFTConfig(PreTrainedConfig):
 
 
 def _spell_out(towers: Any) -> list[dict[str, Any]] | None:
-    """Check the given towers' fields and bring them to the form that JSON can hold."""
+    """Check the fields of the towers and return the towers in a form that JSON can hold."""
     if towers is None:
         return None
     try:

@@ -4,10 +4,10 @@ One forward pass scores every action token of a chunk. The sequence is
 
     BOS | image patches | proprio | rest of the prompt | T zero vectors | stop | padding
 
-where proprio is one token, of a policy that reads it. Every token attends to every other, except to
-padding. The logits of action token ``k`` are
-read one position before its zero vector, over the action ids alone. Source: openvla-oft,
-``prismatic/extern/hf/modeling_prismatic.py``, with the attention of its transformers fork.
+where proprio is one token, present only in a policy that reads proprio. Every token attends to all
+others except padding. The logits of action token ``k`` are read one position before its zero
+vector, for the action ids only. Source: openvla-oft, ``prismatic/extern/hf/modeling_prismatic.py``,
+with the attention of its transformers fork.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from verl_vla.policies.token_model import TokenModel
 
 
 class OpenVLAOFTModel(TokenModel):
-    """Scores the action tokens of one chunk from images and a prompt."""
+    """Model that scores the action tokens of one chunk, given images and a prompt."""
 
     config_class = OpenVLAOFTConfig
     _supports_flash_attn = True
@@ -63,7 +63,7 @@ class OpenVLAOFTModel(TokenModel):
         require_bidirectional(self)
 
     def freeze_untrained(self) -> None:
-        """Take the weights that never run out of training."""
+        """Freeze the weights that never run."""
         for tower in self.vision_backbone.towers:
             tower.freeze_unused()
 
@@ -73,7 +73,7 @@ class OpenVLAOFTModel(TokenModel):
         return self.language_model.model
 
     def add_adapters(self, *, rank: int, alpha: int, targets: LoraTargets) -> None:
-        """See `TokenModel.add_adapters`; ``all-linear`` takes in head, projector and towers."""
+        """See `TokenModel.add_adapters`; ``all-linear`` includes head, projector and towers."""
         part = self.decoder if targets == "language_model" else self
         add_adapters(part, rank=rank, alpha=alpha)
         for name, weight in self.named_parameters():
@@ -91,8 +91,8 @@ class OpenVLAOFTModel(TokenModel):
         Args:
             pixel_values: [B, V * towers * 3, H, W], normalised.
             input_ids: [B, L] prompts, padded on the right.
-            attention_mask: [B, L], 1 where a prompt is and 0 where padding is; None without any.
-            proprio: [B, P], normalised, of a policy that reads it; else None.
+            attention_mask: [B, L], 1 for prompt and 0 for padding; None without padding.
+            proprio: [B, P], normalised, for a policy that reads it; else None.
 
         Returns:
             [B, T, C] float32.
@@ -109,17 +109,17 @@ class OpenVLAOFTModel(TokenModel):
         with_nll: bool = False,
         proprio: Tensor | None = None,
     ) -> ActionLogits:
-        """Compute what `action_logits` returns; the entry that FSDP and adapters wrap.
+        """Compute the logits of `action_logits`; FSDP and adapters wrap this method.
 
         Args:
             pixel_values: see `action_logits`.
             input_ids: see `action_logits`.
             attention_mask: see `action_logits`.
-            action_tokens: [B, T] int64, wanted for `ActionLogits.nll` alone; no token of a chunk
-                sees another one's bin.
-            sampler: if given, chooses a bin for every token.
-            with_nll: score ``action_tokens`` and the stop behind them among the whole vocabulary,
-                as openvla-oft is fine-tuned.
+            action_tokens: [B, T] int64, needed only for `ActionLogits.nll`, since no token of a
+                chunk depends on another one's bin.
+            sampler: if given, samples a bin for every token.
+            with_nll: score ``action_tokens`` and the stop after them over the complete vocabulary,
+                as in openvla-oft's fine-tuning.
             proprio: see `action_logits`.
         """
         hidden = self._encode(pixel_values, input_ids, attention_mask, proprio, with_stop=with_nll)
@@ -128,7 +128,7 @@ class OpenVLAOFTModel(TokenModel):
             return self._sft_forward(hidden, action_tokens)
         logits = self._score(hidden)
         return ActionLogits(
-            logits=logits, action_tokens=None if sampler is None else sampler.choose(logits)
+            logits=logits, action_tokens=None if sampler is None else sampler.sample(logits)
         )
 
     def action_mass(
@@ -138,10 +138,10 @@ class OpenVLAOFTModel(TokenModel):
         attention_mask: Tensor | None = None,
         proprio: Tensor | None = None,
     ) -> Tensor:
-        """How much of the whole vocabulary's probability falls on the action ids.
+        """Return the share of the vocabulary's probability that is on the action ids.
 
-        Near 1 for a model that was trained to say action tokens, near 0 for one whose actions
-        come from a regression head. Arguments as of `action_logits`.
+        It is near 1 for a model that was trained on action tokens, near 0 for one whose actions
+        come from a regression head. The arguments are those of `action_logits`.
 
         Returns:
             [B, T] float32, 0 to 1.
@@ -155,7 +155,7 @@ class OpenVLAOFTModel(TokenModel):
         return slice(start, start + self.config.n_action_bins)
 
     def _sft_forward(self, hidden: Tensor, action_tokens: Tensor) -> ActionLogits:
-        """Score demonstrated bins and the stop, given the [B, T + 1, D] states before them."""
+        """Score demonstrated bins and the stop, given their hidden states [B, T + 1, D]."""
         of_all = self._score_all(hidden)
         stop = action_tokens.new_full((len(action_tokens), 1), self.config.stop_id)
         labels = torch.cat([self.config.first_action_id + action_tokens, stop], dim=1)
@@ -171,9 +171,9 @@ class OpenVLAOFTModel(TokenModel):
         *,
         with_stop: bool = False,
     ) -> Tensor:
-        """Run everything but the head: [B, T, D], the states that action tokens are read from.
+        """Run everything except the head; return the action tokens' hidden states [B, T, D].
 
-        ``with_stop`` adds the one that the stop is read from: [B, T + 1, D].
+        ``with_stop`` adds the hidden state of the stop: [B, T + 1, D].
         """
         require_bidirectional(self)
         num_prompts, num_ids = input_ids.shape
@@ -240,10 +240,10 @@ class OpenVLAOFTModel(TokenModel):
 def require_bidirectional(model: OpenVLAOFTModel) -> None:
     """Refuse a language model whose attention would be causal.
 
-    A causal model runs without complaint and acts badly, so every way to become one is checked.
+    A causal model runs without an error and acts badly, so every setting that makes one is checked.
 
     Raises:
-        ConfigError: names what is wrong.
+        ConfigError: the back end or ``is_causal`` is wrong; says which.
     """
     language = model.config.language
     require_bidirectional_backend(language._attn_implementation)  # pyright: ignore[reportPrivateUsage]

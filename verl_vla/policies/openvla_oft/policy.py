@@ -1,4 +1,4 @@
-"""OpenVLA-OFT behind the interface that a rollout and a learner know."""
+"""OpenVLA-OFT behind the interface that rollouts and learners use."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class OpenVLAOFTPolicy(TokenPolicy[OpenVLAOFTModel]):
         """Load a checkpoint folder, without a hub and without code from the folder.
 
         Args:
-            folder: of the checkpoint.
-            dtype: of the weights; logits are float32 in any case.
-            unnorm_key: which of its action statistics to use; see `load_statistics`.
+            folder: folder of the checkpoint.
+            dtype: dtype of the weights; logits are always float32.
+            unnorm_key: key of the action statistics to use; see `load_statistics`.
 
         Raises:
-            ConfigError: names the file that is missing or does not fit, or the regression head of
-                a checkpoint that does not speak in action tokens.
+            ConfigError: a file is missing or does not fit, or the checkpoint has a regression head
+                instead of action tokens.
         """
         refuse_regression_head(folder)
         processor = OpenVLAOFTProcessor.from_pretrained(folder, unnorm_key)
@@ -46,5 +46,5 @@ class OpenVLAOFTPolicy(TokenPolicy[OpenVLAOFTModel]):
     def action_mass(
         self, images: Tensor, prompts: Sequence[Tensor], *, proprio: Tensor | None = None
     ) -> Tensor:
-        """[n, T]: see `OpenVLAOFTModel.action_mass`; arguments as of `logits`."""
+        """Return [n, T], see `OpenVLAOFTModel.action_mass`; the arguments are those of `logits`."""
         return self.model.action_mass(**self._inputs(images, prompts, proprio))

@@ -1,4 +1,4 @@
-"""What lies between the tables and the model: prompts, pixels and bins of one checkpoint."""
+"""Processor of an OpenVLA-OFT checkpoint: prompts, pixels and bins."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from verl_vla.policies.processor import TokenProcessor
 
 
 class OpenVLAOFTProcessor(TokenProcessor):
-    """Turns observations into model inputs and bins into simulator commands.
+    """Conversion of observations into model inputs and of bins into simulator commands.
 
     Args:
-        config: of the model.
-        tokenizer: its ids must lie below the config's first action id, padding aside.
-        image_statistics: one per vision tower.
-        action_statistics: of the data that the model was fine-tuned on.
-        render_size: of the camera images that it was fine-tuned on, pixels; None if unknown.
-        proprio_stats: of the same data, for a policy that reads proprio.
+        config: configuration of the model.
+        tokenizer: tokenizer whose ids, except padding, are below the config's first action id.
+        image_statistics: one entry per vision tower.
+        action_statistics: statistics of the data that the model was fine-tuned on.
+        render_size: size of the camera images of that data, pixels; None if unknown.
+        proprio_stats: statistics of the same data, for a policy that reads proprio.
 
     Raises:
-        ConfigError: if the parts do not belong together.
+        ConfigError: if the parts do not fit together.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class OpenVLAOFTProcessor(TokenProcessor):
     def from_pretrained(
         cls, folder: str | Path, unnorm_key: str | None = None
     ) -> OpenVLAOFTProcessor:
-        """Read everything but the weights from a checkpoint folder.
+        """Load the processor from a checkpoint folder, without reading its weights.
 
         Args:
-            folder: of the checkpoint.
-            unnorm_key: which of its action statistics to use; see `load_statistics`.
+            folder: folder of the checkpoint.
+            unnorm_key: key of the action statistics to use; see `load_statistics`.
 
         Raises:
-            ConfigError: names the file that is missing or does not fit.
+            ConfigError: a file is missing or does not fit; names it.
         """
         config = read_config(folder)
         ranges = load_proprio_stats if config.use_proprio else None

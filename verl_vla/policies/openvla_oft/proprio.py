@@ -1,4 +1,4 @@
-"""What the robot's own joints report, as one more token behind the image patches.
+"""Projection of proprio into one token after the image patches.
 
 Source: openvla-oft, ``prismatic/models/projectors.py`` and `_process_proprio_features`; the names
 of the weights are those of SimpleVLA-RL's ``openvla_oft/modeling_prismatic.py``.
@@ -14,7 +14,7 @@ from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig
 
 
 class ProprioProjector(nn.Module):
-    """Carries proprio into the language model's width."""
+    """Projection of proprio to the language model's width."""
 
     def __init__(self, config: OpenVLAOFTConfig) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class ProprioProjector(nn.Module):
         """Map [B, P], normalised, to one token [B, 1, D].
 
         Raises:
-            ContractError: there is none.
+            ContractError: ``proprio`` is None.
         """
         if proprio is None:
             raise ContractError("the policy reads proprio, but none was given with the images")

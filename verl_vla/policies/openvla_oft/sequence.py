@@ -1,4 +1,4 @@
-"""Places in the sequence of OpenVLA-OFT: where prompts end, and what stands behind them."""
+"""Positions in the sequence of OpenVLA-OFT: ends of prompts, and the tokens after them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from verl_vla.core.errors import ContractError
 
 
 def read(hidden: Tensor, first: int | Tensor, num: int) -> Tensor:
-    """Pick ``num`` neighbouring positions out of [B, S, D], from ``first`` on."""
+    """Select ``num`` neighbouring positions of [B, S, D], from ``first`` on."""
     if isinstance(first, int):
         return hidden[:, first : first + num]
     positions = first[:, None] + torch.arange(num, device=hidden.device)
@@ -30,16 +30,16 @@ def prompt_lengths(attention_mask: Tensor | None) -> Tensor | None:
 def move_padding_last(
     embeddings: Tensor, lengths: Tensor | None, num_ids: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Close the gap between a short prompt and its action slots.
+    """Move the padding between a short prompt and its action slots to the end.
 
     Args:
         embeddings: [B, L + T + 1, D] padded prompts, action slots, stop.
-        lengths: [B] ids of every prompt, or None where no prompt is padded.
+        lengths: [B] number of ids of every prompt, or None where no prompt is padded.
         num_ids: L.
 
     Returns:
-        ``embeddings`` with all padding at the end, and [B, L + T] bool, true where no padding
-        is, for all positions but the first; None where there is no padding.
+        ``embeddings`` with all padding at the end, and the mask [B, L + T] bool of all positions
+        except the first, false at padding; the mask is None where there is no padding.
     """
     if lengths is None:
         return embeddings, None

@@ -1,4 +1,4 @@
-"""OpenVLA-OFT in small, to be trained from scratch on a CPU.
+"""A tiny OpenVLA-OFT that can be trained from scratch on a CPU.
 
 The default sizes (0.8 M parameters) learn a LIBERO-like task from 340 demonstrations in about a
 minute on two cores, and improve by GRPO in another.
@@ -24,36 +24,37 @@ from verl_vla.policies.preprocessing import DINO_STATISTICS, EMPTY_PIECE, PROMPT
 UNKNOWN, BOS, STOP, PAD = "<unk>", "<s>", "</s>", "<pad>"
 SPECIAL_PIECES = (UNKNOWN, BOS, STOP, PAD, EMPTY_PIECE)
 VOCABULARY_MULTIPLE = 64
-"""The vocabulary is padded by this many rows, and to a multiple of it, as the published one is."""
+"""Number of rows that pad the vocabulary, which is also padded to a multiple of it, as published.
+"""
 CONTINUATION = "##"
 """WordPiece's mark of a piece that does not begin a word (BERT, arXiv 1810.04805)."""
 SPELLING = string.ascii_lowercase + string.digits
-"""Characters by which a word that is not in the vocabulary is spelled."""
+"""Characters that spell a word that is not in the vocabulary."""
 PUNCTUATION = string.punctuation + "‘’“”–—…"
-"""Each is a word. The typographic ones stand in LIBERO-PRO's and LIBERO-Plus's sentences."""
+"""Characters that are words. LIBERO-PRO's and LIBERO-Plus's sentences have the typographic ones."""
 WEIGHT_STD = 0.1
-"""Tried on first frames of the mini suite, 350 steps of 16: the lateral action's error fell from
-0.76 to 0.45 at (0.1, 1.0) for weights and positions, to 0.47 at (0.15, 1.0), and to 0.69 at
-(0.05, 0.25); large models use 0.02."""
+"""Standard deviation of initial weights. Chosen on first frames of the mini suite, 350 steps of 16:
+the lateral action's error fell from 0.76 to 0.45 at (0.1, 1.0) for weights and positions, to 0.47
+at (0.15, 1.0), and to 0.69 at (0.05, 0.25); large models use 0.02."""
 POSITION_STD = 1.0
-"""Of the vision tower's position embeddings; chosen with `WEIGHT_STD`."""
+"""Standard deviation of the vision tower's initial position embeddings; see `WEIGHT_STD`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TinySizes:
-    """How small. The defaults are the smallest that are known to learn."""
+    """Sizes of a tiny model. The defaults are the smallest that are known to learn."""
 
     image_size: int = 112
     render_size: int | None = None
-    """Of the camera images that it will be trained on, pixels."""
+    """Size of the camera images that the policy will be trained on, pixels."""
     patch_size: int = 14
     num_views: int = 1
     vision_width: int = 72
     vision_depth: int = 2
-    """Blocks that run; one more is stored, as in the published layout."""
+    """Number of blocks that run; one more is stored, as in the published layout."""
     vision_heads: int = 3
     fused: bool = False
-    """Two towers with every part of the published pair, instead of one plain tower."""
+    """Use two towers with every part of the published pair, instead of one plain tower."""
     llm_width: int = 96
     llm_depth: int = 4
     llm_heads: int = 4
@@ -62,11 +63,11 @@ class TinySizes:
     chunk_length: int = 8
     action_dim: int = 7
     proprio_dim: int = 0
-    """0 reads none."""
+    """Number of proprio values that the policy reads; 0 reads none."""
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast, sizes: TinySizes) -> OpenVLAOFTConfig:
-    """Describe a small model whose action ids lie right behind ``tokenizer``'s words."""
+    """Return the configuration of a model whose action ids directly follow the tokenizer's ids."""
     words_and_bins = len(tokenizer) + sizes.num_bins
     multiples = -(-words_and_bins // VOCABULARY_MULTIPLE)
     towers = _fused_towers(sizes) if sizes.fused else [_plain_tower(sizes)]
@@ -98,13 +99,13 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, sizes: TinySizes) -> OpenVLA
 
 
 def build_tokenizer(instructions: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Make a WordPiece tokenizer of the words in the prompts of ``instructions``.
+    """Build a WordPiece tokenizer of the words in the prompts of ``instructions``.
 
     A word is a run of letters and digits or a single other character, and is one piece. A word of
-    another instruction, such as a paraphrase, is spelled by the longest pieces that fit, down to
-    single characters (`SPELLING`), and accents are dropped, so every English sentence can be read.
-    Pieces are numbered in the order of the alphabet, behind the special ones: the same tasks give
-    the same ids.
+    another instruction, such as a paraphrase, is split into the longest pieces that fit, down to
+    single characters (`SPELLING`), and accents are dropped, so every English sentence can be
+    tokenised. Pieces are numbered alphabetically, after the special ones: the same tasks give the
+    same ids.
     """
     splitter = pre_tokenizers.BertPreTokenizer()
     words = {
@@ -143,14 +144,14 @@ def build_tiny_policy(
     seed: int = 0,
     proprio_stats: NormalizationStats | None = None,
 ) -> OpenVLAOFTPolicy:
-    """Make an untrained policy for the given tasks.
+    """Build an untrained policy for the given tasks.
 
     Args:
-        instructions: every instruction that it will ever be given.
-        statistics: of the actions it is to be trained on.
-        sizes: of the model.
-        seed: of the weights; the process's own random state is left as it was.
-        proprio_stats: where ``sizes`` has a proprio.
+        instructions: instructions of the tasks, whose words get pieces of the tokenizer.
+        statistics: statistics of the actions that it is to be trained on.
+        sizes: sizes of the model.
+        seed: seed of the weights; the process's random state is not changed.
+        proprio_stats: statistics of proprio; needed if ``sizes.proprio_dim`` is not 0.
     """
     tokenizer = build_tokenizer(instructions)
     config = tiny_config(tokenizer, sizes)

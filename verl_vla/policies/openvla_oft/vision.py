@@ -1,9 +1,9 @@
 """The vision towers of OpenVLA: plain vision transformers, with the published key names.
 
-They compute what timm 0.9.10 computes for ``vit_large_patch14_reg4_dinov2`` and
-``vit_so400m_patch14_siglip_224`` when asked for the output of the last block but one, without
-the final norm. What is stored but never runs (last block, norm, pooling head) is kept, so that a
-checkpoint can be saved again with every key, and frozen.
+They compute the same as timm 0.9.10's ``vit_large_patch14_reg4_dinov2`` and
+``vit_so400m_patch14_siglip_224`` for the output of the last block but one, without the final norm.
+Weights that are stored but never run (last block, norm, pooling head) are kept, so that a saved
+checkpoint has every key, and are frozen.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig, VisionTower
 
 NORM_EPSILON = 1e-6
-"""timm's LayerNorm in vision transformers; PyTorch's default is ten times larger."""
+"""Epsilon of timm's LayerNorm in vision transformers; PyTorch's default is ten times larger."""
 PROJECTOR_EXPANSION = 4
-"""Width of the projector's first layer over the width of its input."""
+"""Ratio of the width of the projector's first layer to the width of its input."""
 
 
 class FusedVisionBackbone(nn.Module):
-    """One or two towers whose patch features are put side by side."""
+    """One or two towers whose patch features are concatenated."""
 
     def __init__(self, config: OpenVLAOFTConfig) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class FusedVisionBackbone(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """One tower."""
+    """One vision tower."""
 
     def __init__(self, tower: VisionTower, config: OpenVLAOFTConfig) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class VisionTransformer(nn.Module):
         return x[:, self.num_prefix :]
 
     def freeze_unused(self) -> None:
-        """Take what never runs out of training, so that optimizers and FSDP do not wait for it."""
+        """Freeze weights that never run, so that optimizers and FSDP expect no gradients."""
         self.blocks[-1].requires_grad_(False)
         self.norm.requires_grad_(False)
         if self.attn_pool is not None:
@@ -96,7 +96,7 @@ class VisionTransformer(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Cuts an image into patches and embeds each."""
+    """Embedding of an image's patches."""
 
     def __init__(self, width: int, patch_size: int) -> None:
         super().__init__()
@@ -104,12 +104,12 @@ class PatchEmbed(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map [B, 3, H, W] to [B, patches, width], row by row of the image."""
-        # The weight's dtype and not the model's: FSDP computes in another one than it stores.
+        # the weight's dtype, not the model's: FSDP may compute in another dtype than it stores
         return self.proj(pixels.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
 
 
 class Block(GradientCheckpointingLayer):
-    """Attention and MLP, each behind a norm and inside a residual."""
+    """Transformer block: attention and MLP, each after a norm and with a residual connection."""
 
     def __init__(self, tower: VisionTower) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class LayerScale(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """SigLIP's pooling head: weights that a checkpoint stores and OpenVLA never runs."""
+    """SigLIP's pooling head, whose weights a checkpoint stores and OpenVLA never runs."""
 
     def __init__(self, width: int, mlp_size: int) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class AttentionPool(nn.Module):
 
 
 class Projector(nn.Module):
-    """Carries patch features into the language model's width."""
+    """Projection of patch features to the language model's width."""
 
     def __init__(self, vision_width: int, language_width: int) -> None:
         super().__init__()

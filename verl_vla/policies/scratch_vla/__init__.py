@@ -1,4 +1,4 @@
-"""A scratch VLA: any causal language model, one or two SigLIP towers, and actions from nothing."""
+"""Scratch VLA: a causal language model, one or two SigLIP towers, and untrained action tokens."""
 
 from verl_vla.policies.scratch_vla.checkpoint import register_auto_classes
 from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig

@@ -1,7 +1,7 @@
 """The action tokens of a vocabulary that was not made for actions.
 
-A language model's vocabulary is padded to a round number of rows, and training never touches the
-padding: its rows are all alike. Bins on such rows could not be told apart, so the action tokens
+A language model's vocabulary is padded to a round number of rows, and training never changes the
+padding: its rows are all equal. Bins on such rows could not be distinguished, so the action tokens
 take the last rows that differ.
 """
 
@@ -14,29 +14,29 @@ from torch.nn import functional
 from verl_vla.core.errors import ConfigError, ContractError
 
 PADDING_TOLERANCE = 1e-3
-"""Rows whose every value is closer than this are alike. Qwen2.5's 292 padding rows differ by 6e-5,
-its words by 1e-2 and more (measured on Qwen2.5-3B in "A VLA from scratch")."""
+"""Largest difference of any value at which two rows count as equal. Qwen2.5's 292 padding rows
+differ by 6e-5, its words by 1e-2 and more (measured on Qwen2.5-3B in "A VLA from scratch")."""
 
 
 def find_first_action_id(rows: Tensor, num_bins: int) -> int:
-    """Find where the last ``num_bins`` distinct rows of a vocabulary begin.
+    """Find the first of the last ``num_bins`` distinct rows of a vocabulary.
 
     Args:
         rows: [words, D], the embedding.
-        num_bins: C, how many are needed.
+        num_bins: C, number of rows that are needed.
 
     Returns:
         The token id of bin 0; ids up to ``num_bins - 1`` above it are distinct rows too.
 
     Raises:
-        ConfigError: if there are not as many, or some of them are alike.
+        ConfigError: there are not enough rows before the padding, or some of them are equal.
     """
     rows = rows.detach().float()
     is_other = (rows - rows[-1]).abs().amax(-1) >= PADDING_TOLERANCE
     others = is_other.nonzero().flatten()
     num_words = int(others[-1]) + 1 if len(others) else 0
     if num_words == len(rows) - 1:
-        num_words = len(rows)  # a last row like no other is a word, not padding
+        num_words = len(rows)  # a last row that equals no other is a word, not padding
     first = num_words - num_bins
     if first < 0:
         raise ConfigError(
@@ -55,7 +55,7 @@ def find_first_action_id(rows: Tensor, num_bins: int) -> int:
 
 
 class ActionTokens(nn.Module):
-    """Embedding and head of the action tokens, as weights of their own."""
+    """Embedding and head of the action tokens, as weights apart from the language model's."""
 
     def __init__(self, num_bins: int, width: int) -> None:
         super().__init__()
@@ -64,10 +64,10 @@ class ActionTokens(nn.Module):
 
 
 def embed_action_tokens(rows: Tensor, action_tokens: Tensor) -> Tensor:
-    """Look up [..., t] bins among [C, D] rows.
+    """Look up the embeddings of [..., t] bins in [C, D] rows.
 
     Raises:
-        ContractError: if a bin has no row. CUDA would read other memory and go on.
+        ContractError: a bin has no row; CUDA would silently read other memory.
     """
     if action_tokens.numel():
         low, high = int(action_tokens.min()), int(action_tokens.max())
@@ -79,7 +79,7 @@ def embed_action_tokens(rows: Tensor, action_tokens: Tensor) -> Tensor:
 
 
 def score_action_tokens(rows: Tensor, hidden: Tensor) -> Tensor:
-    """Score every bin in float32, under autocast too.
+    """Compute the logits of all bins in float32, even under autocast.
 
     Args:
         rows: [C, D], the head.

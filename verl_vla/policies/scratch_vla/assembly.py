@@ -1,21 +1,21 @@
-"""A new scratch VLA from a language model's folder and one or two SigLIP folders.
+"""Assembly of a new scratch VLA from a language model's folder and one or two SigLIP folders.
 
 The memory of fine-tuning Qwen2.5-3B with SigLIP-so400m at 384 px: two cameras, batch 8, LoRA of
 rank 32, trained action rows, gradient checkpointing. Weights are counted on the meta device by
 ``tests/unit/policies/test_scratch_vla_assembly.py``, the rest is arithmetic; nothing was measured
-on a GPU.
-A sequence has 2 x 729 patches, about 40 words and 55 action tokens: 1,553 places. GB are 1e9 bytes.
+on a GPU. A sequence has 2 x 729 patches, about 40 words and 55 action tokens: 1,553 positions. GB
+are 1e9 bytes.
 
     language model, frozen, bfloat16        3,085,938,688 weights                    6.17 GB
     SigLIP, frozen, bfloat16                  412,987,248 weights                    0.83 GB
     adapters, projector, action rows           67,473,408 weights, float32 weight,
                                                           gradient and two moments   1.08 GB
     inputs of 36 layers                       8 x 1,553 x 2,048, bfloat16            1.83 GB
-    inside of one layer and its gradient      8 x 1,553 x 49,920, bfloat16, twice    2.48 GB
+    activations of one layer, and gradient    8 x 1,553 x 49,920, bfloat16, twice    2.48 GB
     together                                                                        12.39 GB
 
-Without gradient checkpointing the insides of all 36 layers stay, 44.7 GB. A learner that keeps the
-frozen weights in float32, as `train` does, needs 7.0 GB more.
+Without gradient checkpointing the activations of all 36 layers are kept, 44.7 GB. A learner that
+keeps the frozen weights in float32, as `train` does, needs 7.0 GB more.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from verl_vla.policies.scratch_vla.policy import ScratchVLAPolicy
 from verl_vla.policies.scratch_vla.processor import ScratchVLAProcessor
 
 ADAPTED = ".base_layer."
-"""What peft puts into the name of a weight that has an adapter."""
+"""Part that PEFT inserts into the name of a weight that has an adapter."""
 NUM_BINS = 256
 
 
@@ -53,14 +53,14 @@ def assemble(
     seed: int = 0,
     **choices: Any,
 ) -> ScratchVLAPolicy:
-    """Put a policy together; projector and adapters are new, everything else is taken over.
+    """Assemble a policy; projector and adapters are new, all other weights are copied.
 
     Args:
         language: folder of a causal language model, with its tokenizer.
-        vision: folders of one or two SigLIP models of one image and patch size.
-        statistics: of the actions it is to be trained on.
-        dtype: of all weights.
-        seed: of the new weights; the process's own random state is left as it was.
+        vision: folders of one or two SigLIP models with the same image and patch size.
+        statistics: statistics of the actions that it is to be trained on.
+        dtype: dtype of all weights.
+        seed: seed of the new weights; the process's random state is not changed.
         choices: fields of `ScratchVLAConfig` that are not read from the folders.
 
     Raises:
@@ -96,7 +96,7 @@ def assemble(
         _take_over(new, tower)
     if config.action_rows == "trained":
         rows, head = slice(first, first + NUM_BINS), model.action_tokens.head
-        assert head is not None  # only a frozen tied head has none of its own
+        assert head is not None  # only with frozen_tied are there no separate rows
         with torch.no_grad():
             model.action_tokens.embedding.weight.copy_(embedding[rows])
             head.weight.copy_(source.get_output_embeddings().weight[rows])
@@ -106,7 +106,11 @@ def assemble(
 
 
 def _take_over(new: nn.Module, source: nn.Module) -> None:
-    """Copy every weight that ``new`` shares with ``source``, whether or not it has an adapter."""
+    """Copy all weights of ``source`` to ``new``, even where ``new`` has an adapter on them.
+
+    Raises:
+        ConfigError: ``source`` lacks a weight of ``new``, adapters excepted.
+    """
     stored = source.state_dict()
     names = {name: name.replace(ADAPTED, ".") for name in new.state_dict()}
     found = {name: stored[origin] for name, origin in names.items() if origin in stored}

@@ -1,4 +1,4 @@
-"""Who sees whom in a sequence of patches, prompt and action tokens."""
+"""Attention masks for a sequence of patches, prompt and action tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from verl_vla.core.errors import ContractError
 
 
 def align_right(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Move padding from behind the prompts to before them: ids and truth of a word, [B, L]."""
+    """Move padding from a prompt's end to its start; return ids and bool mask of words, [B, L]."""
     if attention_mask is None:
         return input_ids, torch.ones_like(input_ids, dtype=torch.bool)
     if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
@@ -25,9 +25,9 @@ def align_right(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tenso
 def pairwise_mask(
     is_token: Tensor, num_queries: int, *, causal: bool, dtype: torch.dtype
 ) -> Tensor:
-    """[B, 1, Q, S], 0 where the position sees the other one and the least number where not.
+    """Return the mask [B, 1, Q, S]: 0 where a position attends to another, else the dtype's least.
 
-    A padding position still sees the patches, so no row is empty, which would make it NaN.
+    A padding position still attends to the patches, since a row without any would become NaN.
     """
     batch, num_keys = is_token.shape
     sees = is_token[:, None, None, :].expand(batch, 1, num_queries, num_keys)

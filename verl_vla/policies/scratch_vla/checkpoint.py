@@ -1,4 +1,4 @@
-"""The folder of a scratch VLA: the files of every policy, nothing more."""
+"""The folder of a scratch VLA, which holds only the files that every policy has."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from verl_vla.policies.scratch_vla.modelling import ScratchVLAModel
 
 
 def register_auto_classes() -> None:
-    """Let transformers' Auto classes build our model for ``model_type: scratch_vla``."""
+    """Register the model with transformers' Auto classes, for ``model_type: scratch_vla``."""
     AutoConfig.register(ScratchVLAConfig.model_type, ScratchVLAConfig, exist_ok=True)
     AutoModel.register(ScratchVLAConfig, ScratchVLAModel, exist_ok=True)
 
 
 def read_config(folder: str | Path) -> ScratchVLAConfig:
-    """Read the sizes of a checkpoint.
+    """Read the configuration of a checkpoint.
 
     Raises:
         ConfigError: if the folder or its ``config.json`` is missing, or the parts do not fit.
@@ -35,7 +35,7 @@ def read_config(folder: str | Path) -> ScratchVLAConfig:
 
 
 def read_image_statistics(folder: str | Path, num_towers: int) -> tuple[ImageStatistics, ...]:
-    """Read how every vision tower wants its pixels.
+    """Read the image statistics of every vision tower.
 
     Raises:
         ConfigError: if the file is missing or there are not as many statistics as towers.

@@ -1,4 +1,4 @@
-"""Is this folder of a scratch VLA sound? The weights are held against their headers alone."""
+"""Validation of a scratch VLA's folder. Only the headers of the weight files are read."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from verl_vla.policies.scratch_vla.processor import ScratchVLAProcessor
 
 
 def examine(folder: str | Path, unnorm_key: str | None = None) -> list[Finding]:
-    """Look at everything a checkpoint folder must hold.
+    """Check everything that a checkpoint folder must hold.
 
     Args:
-        folder: of the checkpoint.
-        unnorm_key: which of its action statistics to use; see `load_statistics`.
+        folder: folder of the checkpoint.
+        unnorm_key: key of the action statistics to use; see `load_statistics`.
 
     Returns:
-        One finding for each subject. A folder whose ``config.json`` is wrong gets that one alone,
-        since nothing else can be judged.
+        One finding per subject. If ``config.json`` is wrong, that is the only finding, since
+        nothing else can be checked.
     """
     try:
         config = read_config(folder)

@@ -1,4 +1,4 @@
-"""What a scratch VLA is put together from; stored as the ``config.json`` of its folder."""
+"""Configuration of a scratch VLA, stored as the ``config.json`` of its folder."""
 
 from __future__ import annotations
 
@@ -6,37 +6,30 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 
+from verl_vla.config.choices import ACTION_ROWS, DECODINGS
 from verl_vla.config.grpo import LORA_ALPHA
 from verl_vla.core.errors import ConfigError
 from verl_vla.policies.base import PolicyShape
-
-DECODINGS = ("parallel", "autoregressive")
-"""``parallel``: all tokens of a chunk at once, each blind to the others (OpenVLA-OFT,
-arXiv:2502.19645, section IV). ``autoregressive``: one after the other (OpenVLA,
-arXiv:2406.09246)."""
-ACTION_ROWS = ("trained", "frozen_tied")
-"""``trained``: embedding and head of the action tokens are weights of their own. ``frozen_tied``:
-rows of the language model's tied, frozen vocabulary; it can point at them but never move them."""
 
 
 class ScratchVLAConfig(PreTrainedConfig):
     """Configuration of a scratch VLA.
 
     Args:
-        text_config: of the language model, with its ``model_type``.
-        vision_config: of the SigLIP tower.
-        second_vision_config: of another one that sees the same images, if there are two.
+        text_config: configuration of the language model, with its ``model_type``.
+        vision_config: configuration of the SigLIP tower.
+        second_vision_config: configuration of a second tower for the same images, or None.
         decoding: one of `DECODINGS`.
         action_rows: one of `ACTION_ROWS`.
         first_action_id: token id of bin 0. None takes the last rows of the vocabulary, which is
             right only where none of them is padding; see `find_first_action_id`.
-        n_action_bins: C, classes per action token.
-        num_views: V, images of one policy step.
-        chunk_length: K, actions of one policy step.
-        action_dim: A, values of one action.
-        lora_rank: of the adapters of the language model's linear layers, whose own weights are
-            then frozen; 0 trains the language model itself.
-        train_vision: whether the towers are trained.
+        n_action_bins: C, number of classes per action token.
+        num_views: V, number of images per policy step.
+        chunk_length: K, number of actions per policy step.
+        action_dim: A, number of values per action.
+        lora_rank: rank of adapters on the language model's linear layers, whose weights are then
+            frozen; 0 trains the language model itself.
+        train_vision: whether the vision towers are trained.
 
     Raises:
         ConfigError: if the parts do not fit together.
@@ -97,18 +90,18 @@ class ScratchVLAConfig(PreTrainedConfig):
 
     @property
     def num_patches(self) -> int:
-        """Image tokens of one policy step, over all views."""
+        """Number of image tokens of one policy step, over all views."""
         patch_size: Any = self.towers[0].patch_size
         return self.num_views * (self.image_size // patch_size) ** 2
 
     @property
     def num_action_tokens(self) -> int:
-        """T, action tokens of one policy step."""
+        """T, number of action tokens of one policy step."""
         return self.chunk_length * self.action_dim
 
     @property
     def shape(self) -> PolicyShape:
-        """The sizes that the rest of the system must agree with."""
+        """The sizes that the rest of the system must match."""
         return PolicyShape(
             num_views=self.num_views,
             image_size=self.image_size,
@@ -172,5 +165,5 @@ def _language(given: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConf
 
 def _tower(given: SiglipVisionConfig | dict[str, Any]) -> SiglipVisionConfig:
     tower = SiglipVisionConfig(**given) if isinstance(given, dict) else given
-    tower.vision_use_head = False  # pools an image into one vector; patches are wanted here
+    tower.vision_use_head = False  # the head pools an image into one vector; patches are needed
     return tower

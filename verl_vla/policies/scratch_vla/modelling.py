@@ -1,11 +1,11 @@
-"""A vision-language-action model put together from parts that know nothing of robots.
+"""A vision-language-action model assembled from parts that were not trained on robots.
 
     image patches | prompt | action tokens
 
-The logits of an action token are read one position before it, as a language model's always are, so
-the last token needs no position. Parallel decoding puts zero vectors in the positions and lets
-every token see every other one; autoregressive decoding puts in the tokens chosen before and hides
-what comes after. Padding lies between patches and prompt and is seen by nobody.
+The logits of an action token are read one position before it, as in any language model, so the last
+token needs no position. Parallel decoding puts zero vectors at the positions, and every token
+attends to all others; autoregressive decoding puts the tokens sampled before there, and attention
+is causal. Padding is between patches and prompt, and no token attends to it.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ ATTENTION = ("sdpa", "eager")
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """What every action token may see."""
+    """The tokens before the action tokens, which all of them may attend to."""
 
     embeddings: Tensor
-    """[B, P + L, D] patches and prompt, in the language model's type."""
+    """[B, P + L, D] patches and prompt, in the language model's dtype."""
     is_token: Tensor
-    """[B, P + L] bool, false where padding is."""
+    """[B, P + L] bool, false at padding."""
 
 
 class ScratchVLAModel(TokenModel):
-    """Scores or chooses the action tokens of one chunk from images and a prompt."""
+    """Model that scores or samples the action tokens of one chunk, given images and a prompt."""
 
     config_class = ScratchVLAConfig
 
@@ -68,12 +68,12 @@ class ScratchVLAModel(TokenModel):
         self.post_init()
         self._require_attention()
         if config.lora_rank:
-            # after post_init, which would fill the adapters' zeros with noise
+            # after post_init, which would initialise the adapters' zeros at random
             add_adapters(self.decoder, rank=config.lora_rank, alpha=config.lora_alpha)
         self.freeze_untrained()
 
     def freeze_untrained(self) -> None:
-        """Freeze what the configuration does not train."""
+        """Freeze the weights that the configuration does not train."""
         config = self.config
         self.vision_towers.requires_grad_(config.train_vision)
         for name, weight in self.language_model.named_parameters():
@@ -94,13 +94,13 @@ class ScratchVLAModel(TokenModel):
     def add_adapters(self, *, rank: int, alpha: int, targets: LoraTargets) -> None:
         """See `TokenModel.add_adapters`.
 
-        Both targets are the language model's layers: the projector and the action rows began as
-        nothing and go on being trained whole.
+        Both targets mean the language model's layers: the projector and the action rows were new
+        before fine-tuning, and they stay fully trained.
         """
         add_adapters(self.decoder, rank=rank, alpha=alpha)
 
     def merged_config(self) -> ScratchVLAConfig:
-        """Describe the same model without adapters."""
+        """Return the configuration of the model with its adapters merged."""
         config = deepcopy(self.config)
         config.lora_rank = 0
         return config
@@ -114,19 +114,20 @@ class ScratchVLAModel(TokenModel):
         sampler: ActionSampler | None = None,
         with_nll: bool = False,
     ) -> ActionLogits:
-        """Score ``action_tokens``, or choose some; the entry that FSDP wraps.
+        """Score ``action_tokens``, or sample them; FSDP wraps this method.
 
         Args:
             pixel_values: [B, V * towers * 3, H, W], normalised.
             input_ids: [B, L] prompts, padded on the right.
-            attention_mask: [B, L], 1 where a prompt is and 0 where padding is; None without any.
-            action_tokens: [B, T] int64; token k's logits are given the bins before it. Parallel
-                decoding does not need them.
-            sampler: chooses a bin for every token.
-            with_nll: score ``action_tokens`` among all bins; the head has no rows for other words.
+            attention_mask: [B, L], 1 for prompt and 0 for padding; None without padding.
+            action_tokens: [B, T] int64; token k's logits are conditioned on the bins before it.
+                Parallel decoding does not need them.
+            sampler: samples a bin for every token.
+            with_nll: score ``action_tokens`` over all bins; the head has no rows for other words.
 
         Raises:
-            ContractError: if decoding is autoregressive and there is neither or both.
+            ContractError: decoding is autoregressive and not exactly one of ``action_tokens`` and
+                ``sampler`` is given.
         """
         prefix = self._prefix(pixel_values, input_ids, attention_mask)
         if self.config.decoding == "parallel":
@@ -135,7 +136,7 @@ class ScratchVLAModel(TokenModel):
             inputs = self._embed(action_tokens[:, :-1]).to(prefix.embeddings.dtype)
             logits = self._score_at_once(prefix, inputs, causal=True)
         elif sampler is not None and action_tokens is None:
-            return self._choose_in_turn(prefix, sampler)
+            return self._decode_autoregressive(prefix, sampler)
         else:
             raise ContractError(
                 "autoregressive decoding scores the bins it is given or chooses its own; give "
@@ -143,7 +144,7 @@ class ScratchVLAModel(TokenModel):
             )
         answer = ActionLogits(logits=logits)
         if sampler is not None:
-            answer.action_tokens = sampler.choose(logits)
+            answer.action_tokens = sampler.sample(logits)
         if with_nll:
             assert action_tokens is not None
             answer.nll = functional.cross_entropy(
@@ -158,10 +159,10 @@ class ScratchVLAModel(TokenModel):
     def _prefix(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None
     ) -> Prefix:
-        """Put patches and prompts together, all in the type of the language model.
+        """Concatenate patches and prompts, all in the dtype of the language model.
 
-        Autocast decides the type of what a layer answers, and there may or may not be any: every
-        part gets its input, and the language model its sequence, in the type of its own weights.
+        Under autocast a layer's output may have another dtype than its weights, so every part gets
+        its input, and the language model its sequence, cast to the dtype of its weights.
         """
         ids, is_word = align_right(input_ids, attention_mask)
         words: Tensor = self.get_input_embeddings()(ids)
@@ -174,7 +175,7 @@ class ScratchVLAModel(TokenModel):
         )
 
     def _features(self, pixel_values: Tensor) -> Tensor:
-        """[B, V * patches, sum of the towers' widths], the towers side by side."""
+        """Return the towers' features, concatenated: [B, V * patches, sum of the widths]."""
         num_towers = len(self.vision_towers)
         views = pixel_values.unflatten(1, (self.config.num_views, num_towers, 3))
         by_tower = [
@@ -184,14 +185,14 @@ class ScratchVLAModel(TokenModel):
         return torch.cat(by_tower, dim=-1).unflatten(0, views.shape[:2]).flatten(1, 2)
 
     def _score_at_once(self, prefix: Prefix, inputs: Tensor, *, causal: bool) -> Tensor:
-        """[B, T, C] logits, given what is in the positions of all tokens but the last."""
+        """Return the logits [B, T, C], given the inputs of all action tokens but the last."""
         sequence = torch.cat([prefix.embeddings, inputs], dim=1)
         is_token = torch.cat([prefix.is_token, _all_true(inputs)], dim=1)
         hidden = self._encode(sequence, is_token, causal=causal)
         return self._score(hidden[:, prefix.embeddings.shape[1] - 1 :])
 
-    def _choose_in_turn(self, prefix: Prefix, sampler: ActionSampler) -> ActionLogits:
-        """Choose token after token; keys and values of what went before are kept."""
+    def _decode_autoregressive(self, prefix: Prefix, sampler: ActionSampler) -> ActionLogits:
+        """Sample one token after the other, with a cache of keys and values."""
         cache = DynamicCache()
         inputs, is_token = prefix.embeddings, prefix.is_token
         logits: list[Tensor] = []
@@ -202,7 +203,7 @@ class ScratchVLAModel(TokenModel):
                 is_token = torch.cat([is_token, _all_true(inputs)], dim=1)
             hidden = self._encode(inputs, is_token, causal=True, cache=cache)
             logits.append(self._score(hidden[:, -1:]))
-            action_tokens.append(sampler.choose(logits[-1], position))
+            action_tokens.append(sampler.sample(logits[-1], position))
         return ActionLogits(
             logits=torch.cat(logits, dim=1), action_tokens=torch.cat(action_tokens, dim=1)
         )
@@ -213,10 +214,10 @@ class ScratchVLAModel(TokenModel):
         """Run the language model on the last positions of a sequence.
 
         Args:
-            inputs: [B, Q, D], what is in the last Q positions.
-            is_token: [B, S] bool, of all positions.
-            causal: whether a position sees only those before it.
-            cache: holds the positions before the last Q, and keeps these.
+            inputs: [B, Q, D], embeddings at the last Q positions.
+            is_token: [B, S] bool, for all positions.
+            causal: whether a position attends only to itself and those before it.
+            cache: holds the positions before the last Q; these are added to it.
 
         Returns:
             [B, Q, D].
@@ -247,7 +248,7 @@ class ScratchVLAModel(TokenModel):
         return score_action_tokens(self._vocabulary_rows(), hidden)
 
     def _vocabulary_rows(self) -> Tensor:
-        """[C, D], the action ids' rows of the language model's own table."""
+        """Return [C, D], the action ids' rows of the language model's embedding."""
         first = self.config.first_action_id
         assert first is not None
         table: Any = self.get_input_embeddings()
@@ -271,7 +272,7 @@ class ScratchVLAModel(TokenModel):
 
 
 class Projector(nn.Module):
-    """Carries patch features into the language model's width; two layers, as in LLaVA-1.5."""
+    """Projection of patch features to the language model's width; two layers, as in LLaVA-1.5."""
 
     def __init__(self, vision_width: int, language_width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A scratch VLA behind the interface that a rollout and a learner know."""
+"""A scratch VLA behind the interface that rollouts and learners use."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class ScratchVLAPolicy(TokenPolicy[ScratchVLAModel]):
         """Load a checkpoint folder, without a hub and without code from the folder.
 
         Args:
-            folder: of the checkpoint.
-            dtype: of the weights; logits are float32 in any case.
-            unnorm_key: which of its action statistics to use; see `load_statistics`.
+            folder: folder of the checkpoint.
+            dtype: dtype of the weights; logits are always float32.
+            unnorm_key: key of the action statistics to use; see `load_statistics`.
 
         Raises:
-            ConfigError: names the file that is missing or does not fit.
+            ConfigError: a file is missing or does not fit; names it.
         """
         processor = ScratchVLAProcessor.from_pretrained(folder, unnorm_key)
         model = ScratchVLAModel.from_pretrained(
@@ -43,5 +43,5 @@ class ScratchVLAPolicy(TokenPolicy[ScratchVLAModel]):
     def action_mass(
         self, images: Tensor, prompts: Sequence[Tensor], *, proprio: Tensor | None = None
     ) -> Tensor:
-        """[n, T] ones: the head has rows for actions alone, so it can say nothing else."""
+        """Return ones, [n, T], since the head has rows for action ids only."""
         return torch.ones(len(images), self.shape.num_tokens)

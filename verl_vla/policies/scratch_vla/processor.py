@@ -1,4 +1,4 @@
-"""What lies between the tables and a scratch VLA."""
+"""Processor of a scratch VLA: prompts, pixels and bins."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig
 
 
 class ScratchVLAProcessor(TokenProcessor):
-    """Turns observations into model inputs and bins into simulator commands.
+    """Conversion of observations into model inputs and of bins into simulator commands.
 
     Args:
-        config: of the model.
-        tokenizer: of its language model.
-        image_statistics: one per vision tower.
-        action_statistics: of the data that the model is fine-tuned on.
-        render_size: of the camera images that it was fine-tuned on, pixels; None if unknown.
+        config: configuration of the model.
+        tokenizer: tokenizer of its language model.
+        image_statistics: one entry per vision tower.
+        action_statistics: statistics of the data that the model is fine-tuned on.
+        render_size: size of the camera images of that data, pixels; None if unknown.
 
     Raises:
-        ConfigError: if the parts do not belong together.
+        ConfigError: if the parts do not fit together.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class ScratchVLAProcessor(TokenProcessor):
     def from_pretrained(
         cls, folder: str | Path, unnorm_key: str | None = None
     ) -> ScratchVLAProcessor:
-        """Read everything but the weights from a checkpoint folder.
+        """Load the processor from a checkpoint folder, without reading its weights.
 
         Args:
-            folder: of the checkpoint.
-            unnorm_key: which of its action statistics to use; see `load_statistics`.
+            folder: folder of the checkpoint.
+            unnorm_key: key of the action statistics to use; see `load_statistics`.
 
         Raises:
-            ConfigError: names the file that is missing or does not fit.
+            ConfigError: a file is missing or does not fit; names it.
         """
         config = read_config(folder)
         return cls(

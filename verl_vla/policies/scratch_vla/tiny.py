@@ -1,4 +1,4 @@
-"""A scratch VLA in small: a random Qwen2 and a random SigLIP, to be trained on a CPU."""
+"""A tiny scratch VLA, with a random Qwen2 and a random SigLIP, that can be trained on a CPU."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from verl_vla.policies.scratch_vla.processor import ScratchVLAProcessor
 
 @dataclass(frozen=True, kw_only=True)
 class ScratchSizes:
-    """How small. The defaults are those of the tiny OpenVLA-OFT policy that is known to learn."""
+    """Sizes of a tiny model. The defaults are the tiny OpenVLA-OFT's, which is known to learn."""
 
     image_size: int = 112
     render_size: int | None = None
-    """Of the camera images that it will be trained on, pixels."""
+    """Size of the camera images that the policy will be trained on, pixels."""
     patch_size: int = 14
     num_views: int = 1
     num_towers: int = 1
@@ -44,7 +44,7 @@ class ScratchSizes:
 
 
 def tiny_config(num_words: int, sizes: ScratchSizes) -> ScratchVLAConfig:
-    """Describe a small model whose action ids lie right behind ``num_words`` words."""
+    """Return the configuration of a model whose action ids directly follow ``num_words`` words."""
     tower = SiglipVisionConfig(
         hidden_size=sizes.vision_width,
         intermediate_size=4 * sizes.vision_width,
@@ -86,13 +86,13 @@ def build_tiny_policy(
     sizes: ScratchSizes = ScratchSizes(),
     seed: int = 0,
 ) -> ScratchVLAPolicy:
-    """Make an untrained policy for the given tasks.
+    """Build an untrained policy for the given tasks.
 
     Args:
-        instructions: every instruction that it will ever be given.
-        statistics: of the actions it is to be trained on.
-        sizes: of the model.
-        seed: of the weights; the process's own random state is left as it was.
+        instructions: instructions of the tasks, whose words get pieces of the tokenizer.
+        statistics: statistics of the actions that it is to be trained on.
+        sizes: sizes of the model.
+        seed: seed of the weights; the process's random state is not changed.
     """
     tokenizer = build_tokenizer(instructions)
     config = tiny_config(len(tokenizer), sizes)

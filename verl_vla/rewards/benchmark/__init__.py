@@ -1,8 +1,9 @@
-"""Rewards measured before anyone trains on them: do they rank failures as the simulator does?
+"""Benchmark of rewards without training: do they rank failures as the simulator does?
 
-GRPO compares the episodes of a group. Where some succeed, the outcome ranks successes above
-failures for free; all that a shaped reward adds is an order *among failures*. So that is measured,
-on real failures of a policy, with controls that know nothing and one that knows everything.
+GRPO compares the episodes of a group. If some succeed, the outcome already ranks successes above
+failures; a shaped reward only adds an order *among failures*. The benchmark measures this order on
+real failures of a policy. Controls give the scale: a clock and random scores, which see nothing of
+the episode, and an oracle, which reads the simulator's state.
 """
 
 from verl_vla.rewards.benchmark.bench import BenchConfig, BenchRow, measure

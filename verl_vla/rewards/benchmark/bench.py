@@ -1,4 +1,4 @@
-"""Let rewards learn from one half of the starts, and judge them on the other."""
+"""Measurement of rewards: they learn from the train half of the starts, and score the test half."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ from verl_vla.rewards.benchmark.statistics import Estimate, Ranking, estimate, n
 from verl_vla.rl.advantage import group_advantage
 
 SAME_ADVANTAGE = 1e-4
-"""Advantages that differ by less are the same: GRPO adds 1e-6 to a standard deviation, which moves
-an advantage by about that much when rewards are scaled."""
+"""Difference up to which advantages count as the same: GRPO adds 1e-6 to a standard deviation,
+which moves an advantage by about that much when rewards are scaled."""
 SHUFFLED = ", shuffled"
-"""Ends the label of a reward that saw the frames of failures out of order."""
+"""Suffix of the label of a reward that saw the frames of failures out of order."""
 _SHUFFLED_PART = "shuffled"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchConfig:
-    """How rewards learn and are judged."""
+    """Settings of the measurement."""
 
     seed: int = 0
-    """Of what rewards draw, of the shuffling and of the intervals."""
+    """Seed of the rewards, of the frame shuffling and of the bootstrap intervals."""
     groups_per_update: int = 8
-    """Groups that a reward learns from at a time, as in a training step."""
+    """Groups that a reward learns from in one update, as in a training step."""
     curve_groups: int = 16
-    """Judged groups whose progress is followed along the episode; 0 for none. Rewards that encode
+    """Test groups whose progress is measured along the episode; 0 for none. Rewards that encode
     frames themselves take most of their time here."""
     curve_points: int = 8
-    """Moments of an episode at which progress is asked for."""
+    """Policy steps of an episode at which progress is measured."""
     resamples: int = 1000
-    """Of the groups, for the intervals."""
+    """Bootstrap resamples of the groups, for the intervals."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -67,16 +67,16 @@ class BenchConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readings:
-    """What a reward said of the test episodes."""
+    """Progress, scores and features that a reward gave for the test episodes."""
 
     progress: Floats
     """[B]"""
     score: Floats
     """[B]"""
     curves: tuple[Floats, ...]
-    """Of the first episodes, along each: progress at `prefix_lengths`, the outcome kept secret."""
+    """Progress along each of the first episodes, at `prefix_lengths`, with the outcome hidden."""
     end_features: Floats | None
-    """[B, D], the last row of each; None without an encoder."""
+    """[B, D], the last row of each episode; None without an encoder."""
     feature_space: str | None
 
 
@@ -89,19 +89,19 @@ class BenchRow:
     by_progress: Ranking
     by_score: Ranking
     changes_advantage: Estimate
-    """Share of groups; counts groups."""
+    """Share of groups whose advantages differ from those of the outcome; its count is of groups."""
     largest_change: float
-    """Of an advantage, from that of the outcome."""
+    """Largest difference of an advantage from that of the outcome."""
     paper: PaperNumbers | None
     statuses: dict[str, int]
     seconds: float
-    """Of encoding and scoring, for one episode."""
+    """Time to encode and score one episode."""
     feature_bytes: float
-    """Of one episode; NaN where the reward keeps its features to itself or has none."""
+    """Size of the features of one episode; NaN if the batch holds none for this reward."""
     readings: Readings
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the readings."""
+        """Return every field except the readings, as plain values."""
         return {
             "is_control": self.is_control,
             "by_progress": self.by_progress.as_json(),
@@ -118,13 +118,15 @@ class BenchRow:
 def measure(
     entries: Sequence[Entry], train: Sample, test: Sample, config: BenchConfig
 ) -> list[BenchRow]:
-    """Let every reward learn and judge it; a reward that looks at frames has a second line.
+    """Let every reward learn, then measure it; a reward that requires images has a second row.
+
+    The second row is a control: the frames of failures are shuffled.
 
     Args:
-        entries: fresh rewards; they are changed.
-        train: what they may learn from.
-        test: on other starts, split ``held_out``.
-        config: see there.
+        entries: new rewards; learning changes them.
+        train: episodes that they may learn from.
+        test: episodes of other starts, split ``held_out``.
+        config: settings of the measurement.
 
     Returns:
         The rows, in the order of the entries.
@@ -152,7 +154,7 @@ def measure(
 
 
 def _let_learn(reward: TrajectoryReward, batch: TrajectoryBatch, config: BenchConfig) -> None:
-    """As in training: groups in the order in which they were played, some at a time."""
+    """Let a reward learn as in training: some groups at a time, in the order of their ids."""
     if isinstance(reward, StatelessReward):
         return
     groups = np.unique(batch.group_id)
@@ -225,7 +227,7 @@ def _row(
 
 
 def advantage_changes(batch: TrajectoryBatch, result: RewardResult) -> Floats:
-    """[groups], the largest difference of an advantage of the group from that of the outcome."""
+    """Return [groups], the largest difference in each group of an advantage from the outcome's."""
     group = torch.from_numpy(batch.group_id)
     outcome = group_advantage(torch.from_numpy(batch.success.astype(np.float32)), group)
     shaped = group_advantage(torch.from_numpy(result.score), group)

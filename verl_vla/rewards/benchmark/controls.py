@@ -1,4 +1,4 @@
-"""Rewards that know nothing of what an episode shows; what they reach is worth nothing."""
+"""Control rewards that do not look at an episode; a useful reward must rank better than they do."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from verl_vla.rewards import Floats, RewardResult, StatelessReward, TrajectoryBa
 
 
 class ClockReward(StatelessReward):
-    """How many steps an episode took: rises on every success, and says nothing."""
+    """The number of steps of an episode: rises along every success, without any information."""
 
     def __call__(self, batch: TrajectoryBatch) -> RewardResult:
-        """Score by length; the longest failure of the batch is worth half a success."""
+        """Score failures by length; a failure as long as the longest episode scores 0.5."""
         steps = batch.num_steps.astype(np.float64)
         return _result(batch, steps, 0.5 * steps / steps.max(initial=1.0))
 
 
 class RandomReward(StatelessReward):
-    """A number drawn for each episode and length."""
+    """A random number for each episode and length."""
 
     def __init__(self, seed: int = 0) -> None:
-        """Make one; ``seed`` decides the numbers."""
+        """Make the reward; ``seed`` decides the numbers."""
         self._seed = seed
 
     def __call__(self, batch: TrajectoryBatch) -> RewardResult:
-        """Score by a draw that depends on the episode alone, not on the batch."""
+        """Score by a random number that depends on the episode only, not on the batch."""
         keys = zip(batch.episode_id.tolist(), batch.num_steps.tolist(), strict=True)
         drawn = np.array([np.random.default_rng([self._seed, *key]).random() for key in keys])
         return _result(batch, drawn, drawn)

@@ -1,4 +1,4 @@
-"""Progress along an episode, and the features that it is read from."""
+"""Progress along an episode, and a cache of the features that it is computed from."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from verl_vla.rewards.benchmark.samples import Indices, Sample, join, prefix_len
 from verl_vla.rewards.encoders.base import ImageEncoder
 
 TRAIN, TEST = "train", "test"
-"""The two halves of the episodes, as parts of the shelf."""
+"""Names of the two splits of the episodes in a `FeatureShelf`."""
 
 
 class FeatureShelf:
-    """Features of each part of the episodes, made once for all rewards of one feature space."""
+    """A cache of features per part of the episodes, shared by the rewards of one feature space."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[str, str], tuple[tuple[Rows, ...], float]] = {}
@@ -26,7 +26,7 @@ class FeatureShelf:
     def fill(
         self, reward: TrajectoryReward, part: str, batch: TrajectoryBatch
     ) -> tuple[TrajectoryBatch, float]:
-        """Return what `complete` does, and the seconds that encoding takes."""
+        """Return the batch as `complete` does, and the seconds that its encoding took at first."""
         if "features" not in reward.requires:
             return complete(reward, batch), 0.0
         space = cast("HasEncoder", reward).encoder.feature_space
@@ -48,17 +48,17 @@ def follow(
     num_groups: int,
     num_points: int,
 ) -> tuple[Floats, ...]:
-    """Ask for progress along the episodes of the first test groups, as if each had ended there.
+    """Measure progress along the episodes of the first test groups, as if each had ended there.
 
-    No outcome is told. References are the successes that the reward learned from.
+    The outcome is hidden from the reward. References are the successes that it learned from.
 
     Args:
-        reward: has learned.
-        shelf: of the features of both halves.
-        train: the training half.
-        test: the other.
-        num_groups: of the test groups, how many are followed.
-        num_points: moments of an episode, at most.
+        reward: a reward that has learned from ``train``.
+        shelf: cache of the features of both splits.
+        train: the train split.
+        test: the test split.
+        num_groups: number of test groups that are measured.
+        num_points: policy steps of an episode at which progress is measured, at most.
 
     Returns:
         For the first episodes of ``test``, progress at their `prefix_lengths`.
@@ -76,6 +76,7 @@ def follow(
     for point in range(max(map(len, lengths))):
         cut_at = np.array([ends[min(point, len(ends) - 1)] for ends in lengths])
         batch = _encode_cut(reward, shelf, test, sample, cut_at, point)
+        # the cut episodes have no success among them, so a reward without a memory needs these
         progress = judge(reward, join(batch, references)).progress[: len(batch)]
         for row, ends in enumerate(lengths):
             if point < len(ends):
@@ -91,10 +92,10 @@ def _encode_cut(
     cut_at: Indices,
     point: int,
 ) -> TrajectoryBatch:
-    """Complete the first policy steps of episodes.
+    """Call `complete` on the first policy steps of episodes.
 
-    An encoder that looks at one image at a time makes the same of a part as of the whole; one of
-    clips is asked again.
+    The features of an `ImageEncoder` do not depend on later images, so those of the complete
+    episode are cut. An encoder of clips must encode the shorter episode again.
     """
     batch = sample.cut(cut_at).batch
     if "features" not in reward.requires:

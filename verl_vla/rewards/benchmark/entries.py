@@ -1,4 +1,4 @@
-"""Which rewards are measured: read from words or a file, checked, and made."""
+"""The rewards that a benchmark measures: read from arguments or a file, checked, constructed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from verl_vla.rewards.benchmark.controls import ClockReward, RandomReward
 
 CLOCK, RANDOM, ORACLE = "clock", "random", "oracle"
 CONTROLS = (CLOCK, RANDOM, ORACLE)
-"""Labels that are always measured."""
+"""Labels of the controls, which are always measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class RewardSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One line of the table."""
+    """One reward of the table."""
 
     label: str
     reward: TrajectoryReward
@@ -39,17 +39,17 @@ class Entry:
 
 
 def read_rewards(words: str, arguments: Sequence[str]) -> dict[str, RewardSpec]:
-    """Read which rewards are wanted, by label.
+    """Read the rewards to measure, by label.
 
     Args:
-        words: ``name,label=name,...``, a name being its own label where none is given; or a YAML
+        words: ``name,label=name,...``, where a name without a label is its own label; or a YAML
             file of ``label: {reward: name, reward_args: {...}}``.
         arguments: ``label.key=value``, deeper keys joined by dots, values as in YAML. They are
             added to those of the file.
 
     Raises:
-        ConfigError: a file that is no such mapping, a label that stands twice or belongs to a
-            control, or an argument of a reward that is not there.
+        ConfigError: a file that is no such mapping, a label that is given twice or belongs to a
+            control, or an argument of a reward that is not listed.
     """
     specs = _read_file(Path(words)) if words.endswith((".yaml", ".yml")) else _read_words(words)
     for label in specs:
@@ -70,14 +70,14 @@ def read_rewards(words: str, arguments: Sequence[str]) -> dict[str, RewardSpec]:
 
 
 def make_entries(specs: Mapping[str, RewardSpec], seed: int) -> list[Entry]:
-    """Make the rewards, and the controls after them.
+    """Construct the rewards, followed by the controls.
 
     Args:
-        specs: by label.
-        seed: of what rewards draw at random.
+        specs: rewards by label.
+        seed: random seed of the rewards.
 
     Raises:
-        ConfigError: names the label, and what is wrong.
+        ConfigError: a reward cannot be constructed; the message names its label and the reason.
     """
     made = [
         Entry(label=label, reward=_make(label, spec, seed), is_control=False)

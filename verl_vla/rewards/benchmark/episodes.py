@@ -1,7 +1,7 @@
-"""The episodes that rewards are judged on: played once, kept on disk, read ever after.
+"""The episodes that rewards are measured on: rolled out once, kept on disk, then only read.
 
-A folder holds ``played.json``, which says how they were played, and one ``round_NNNN.npz`` for
-every few groups, so that a stopped call goes on where it stood.
+A folder holds ``played.json``, the settings of the rollouts, and one ``round_NNNN.npz`` for every
+few groups, so that a stopped call resumes after the last complete round.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from verl_vla.rl.rollout import NoiseSource, Simulators, rollout
 logger = logging.getLogger(__name__)
 
 BENCH_STREAM = 2
-"""Stream of the noise source; training plays from stream 0 and evaluation from 1."""
+"""Stream of the noise source; training uses stream 0 and evaluation stream 1."""
 GROUPS_PER_ROUND = 8
-"""Groups that are played together and kept in one file: a training step's worth of mini."""
+"""Groups of one rollout round, kept in one file: as many as a training step of mini."""
 PLAYED_FILE = "played.json"
 
 Group = list[EpisodeSpec]
@@ -37,28 +37,29 @@ Group = list[EpisodeSpec]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlayConfig:
-    """Which episodes are played, and how; calls that agree in it mean the same episodes."""
+    """Settings of the rollouts; calls with equal settings use the same episodes."""
 
     policy: str = "bases/mini"
     """Folder of a checkpoint."""
     suite: str = "mini"
     tasks: tuple[int, ...] | None = None
-    """Task ids; None plays all of the suite."""
+    """Task ids; None for all of the suite."""
     groups: int = 64
-    """Groups in all, spread evenly over the tasks; each has a training start of its own."""
+    """Number of groups over all tasks, spread evenly; each has a different training start."""
     group_size: int = 8
     temperature: float = 1.0
-    """Of the action tokens; failures must differ, so above 0."""
+    """Sampling temperature of the action tokens; above 0, since failures must differ."""
     seed: int = 0
-    """Of the choice of starts and of the noise."""
+    """Seed of the choice of starts and of the sampling noise."""
     step_limit: StepLimit = "published"
     render_size: int | None = None
-    """Camera image, pixels; None takes what the policy was fine-tuned on. The record of what was
-    played holds the number."""
+    """Side of the camera image in pixels; None for the size that the policy was fine-tuned on.
+    ``played.json`` holds the resolved number."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     unnorm_key: str | None = None
-    slots: int = 16
-    """Episodes under way at the same time; a batch's size can move the last bit of a logit."""
+    num_slots: int = 16
+    """Simulator slots, the number of episodes that run at the same time. It is part of the settings
+    because the batch size can change the last bit of a logit."""
 
     def __post_init__(self) -> None:
         for name, least in (("groups", 2), ("group_size", 2), ("slots", 1)):
@@ -76,17 +77,17 @@ class PlayConfig:
 def choose_groups(
     starts: Sequence[Start], *, groups: int, group_size: int, seed: int
 ) -> list[Group]:
-    """Choose starts, task by task in turn, each at most once.
+    """Choose starts round-robin over the tasks, each at most once.
 
     Args:
-        starts: to choose from, of all tasks.
-        groups: how many.
-        group_size: episodes of each.
-        seed: of the choice among the starts of a task.
+        starts: candidates, of all tasks.
+        groups: number of groups.
+        group_size: episodes per group.
+        seed: seed of the choice among the starts of a task.
 
     Raises:
-        ConfigError: more groups than starts, or fewer than two for a task, which could then not
-            be learned from and judged on different starts.
+        ConfigError: more groups than starts, or fewer than two for a task: the train and the test
+            split need different starts.
     """
     tasks = sorted({start.task_id for start in starts})
     if groups > len(starts):
@@ -121,14 +122,14 @@ def choose_groups(
 
 
 def claim(folder: Path, record: Mapping[str, Any]) -> None:
-    """Make the folder of episodes, or check that it holds those that ``record`` means.
+    """Create the folder of episodes, or check that it holds those that ``record`` describes.
 
     Args:
-        folder: of the episodes.
-        record: everything that decides what is played, as plain values.
+        folder: folder of the episodes.
+        record: all settings that decide the episodes, as plain values.
 
     Raises:
-        ConfigError: the folder holds others, or cannot be written.
+        ConfigError: the folder holds other episodes, or cannot be written.
     """
     wanted = json.loads(json.dumps(dict(record)))
     if (folder / PLAYED_FILE).is_file():
@@ -141,7 +142,7 @@ def claim(folder: Path, record: Mapping[str, Any]) -> None:
         if changed:
             raise ConfigError(
                 f"{folder} holds other episodes ({'; '.join(changed)}); choose another --out, or "
-                "read these with --episodes"
+                "read these with --episodes-from"
             )
         return
     with writing_to(folder):
@@ -150,7 +151,7 @@ def claim(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def played_with(folder: Path) -> dict[str, Any]:
-    """Read what decided the episodes of a folder.
+    """Read the settings that decided the episodes of a folder.
 
     Raises:
         ConfigError: the folder holds no episodes.
@@ -164,7 +165,7 @@ def played_with(folder: Path) -> dict[str, Any]:
 
 
 def is_complete(folder: Path, num_groups: int) -> bool:
-    """Whether all rounds are on disk."""
+    """Check that all rounds are on disk."""
     return all(_round_file(folder, i).is_file() for i in range(_num_rounds(num_groups)))
 
 
@@ -177,7 +178,7 @@ def play_missing(
     temperature: float,
     seed: int,
 ) -> None:
-    """Play the rounds that are not on disk yet and write each when it is over."""
+    """Roll out the rounds that are not on disk yet, and write each when it is complete."""
     num_rounds = _num_rounds(len(groups))
     for index in range(num_rounds):
         file = _round_file(folder, index)

@@ -1,8 +1,9 @@
-"""The five numbers by which SRPO (arXiv:2511.15605) compares rewards, for the record.
+"""The five numbers with which SRPO (arXiv:2511.15605) compares rewards, reported for reference.
 
-They do not say what a reward adds to the outcome. A clock has perfect SC and Mono, since both look
-at successes alone, and an outcome classifier the best MMD, JS and SMD, since these tell successes
-from failures. The paper gives neither kernel nor bins, so values compare within this project.
+They do not show what a reward adds to the outcome. A clock has perfect SC and Mono, since both use
+successes only, and an outcome classifier has the best MMD, JS and SMD, since these separate
+successes from failures. The paper does not state its kernel and bins, so values are comparable
+within this project only.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from verl_vla.rewards import Floats
 from verl_vla.rewards.benchmark.statistics import Indices, mean_over, number, pearson
 
 JS_BINS = 20
-"""Equal bins over the range of both classes."""
+"""Number of equal bins over the range of both classes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaperNumbers:
-    """Each per task, mean over tasks."""
+    """The five numbers, each the mean over tasks of its value per task."""
 
     sc: float
     """Correlation of progress with the frame's index, mean over successes."""
@@ -39,18 +40,18 @@ class PaperNumbers:
     num_failures: int
 
     def as_json(self) -> dict[str, float | int | None]:
-        """By name; null where unknown."""
+        """Return the numbers by name; null where unknown."""
         return {name: number(value) for name, value in asdict(self).items()}
 
 
 def paper_numbers(
     curves: Sequence[Floats], success: npt.NDArray[np.bool_], task: Indices
 ) -> PaperNumbers:
-    """Compute all five.
+    """Compute the five numbers.
 
     Args:
         curves: B arrays of progress along an episode, ragged; the last value is the final one.
-            The outcome must not have been told to whoever made them.
+            They must have been computed without the outcome.
         success: [B]
         task: [B]
     """
@@ -85,7 +86,7 @@ def paper_numbers(
 
 
 def index_correlation(curve: Floats) -> float:
-    """Pearson correlation with the index; NaN for a constant or unknown curve."""
+    """Return the Pearson correlation with the index; NaN for a constant or unknown curve."""
     return (
         math.nan
         if np.isnan(curve).any()
@@ -94,7 +95,7 @@ def index_correlation(curve: Floats) -> float:
 
 
 def rising_share(curve: Floats) -> float:
-    """Share of the steps that rise; NaN for a curve of one point or an unknown one.
+    """Return the share of the steps that rise; NaN for a curve of one point or an unknown one.
 
     >>> rising_share(np.array([0.0, 0.5, 0.5, 1.0]))
     0.666...
@@ -105,7 +106,7 @@ def rising_share(curve: Floats) -> float:
 
 
 def mmd2(a: Floats, b: Floats) -> float:
-    """Squared MMD with a Gaussian kernel (Gretton et al. 2012, biased estimate).
+    """Return the squared MMD with a Gaussian kernel (Gretton et al. 2012, biased estimate).
 
     The bandwidth is the median distance of all pairs; NaN where all values are the same.
     """
@@ -119,9 +120,9 @@ def mmd2(a: Floats, b: Floats) -> float:
 
 
 def jensen_shannon(a: Floats, b: Floats) -> float:
-    """Jensen-Shannon divergence of two histograms, nats: 0 for equal ones, ln 2 for disjoint ones.
+    """Return the Jensen-Shannon divergence of two histograms in nats.
 
-    NaN where all values are the same.
+    It is 0 for equal ones, ln 2 for disjoint ones, and NaN where all values are the same.
     """
     both = np.concatenate([a, b])
     if not np.ptp(both):
@@ -132,7 +133,7 @@ def jensen_shannon(a: Floats, b: Floats) -> float:
 
 
 def standardised_difference(a: Floats, b: Floats) -> float:
-    """Difference of the means in pooled standard deviations (Cohen's d); NaN without spread."""
+    """Return the difference of means in pooled standard deviations (Cohen's d), or NaN."""
     degrees = len(a) + len(b) - 2
     squares = float(np.square(a - a.mean()).sum() + np.square(b - b.mean()).sum())
     return float(a.mean() - b.mean()) / math.sqrt(squares / degrees) if squares else math.nan

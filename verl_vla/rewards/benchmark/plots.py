@@ -1,4 +1,4 @@
-"""Images of a measurement: progress along episodes, against the truth, and the features."""
+"""Plots of a measurement: progress along episodes, progress over true progress, and features."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ DPI = 120
 TITLE_SIZE = "x-small"
 SOLVED, FAILED = "#2a7f4f", "#c03020"
 PERPLEXITY = 30.0
-"""Neighbours that t-SNE keeps near, its authors' usual choice; fewer of few episodes."""
+"""Perplexity of t-SNE, in the range that its authors suggest; lower for few episodes."""
 MOMENTS = 21
-"""Shares of an episode at which curves of different lengths are averaged."""
+"""Number of points at which curves of different lengths are interpolated and averaged."""
 
 mpl.use("Agg")
 
 
 def draw_progress(path: Path, rows: Sequence[BenchRow], success: npt.NDArray[np.bool_]) -> None:
-    """Draw the mean progress along successes and failures, a panel for each reward.
+    """Plot the mean progress along successes and failures, one panel per reward.
 
     Args:
-        path: of the image.
-        rows: those without curves are left out.
-        success: [B], of the judged episodes.
+        path: path of the image file.
+        rows: rows of the table; those without curves are left out.
+        success: [B], outcomes of the test episodes.
     """
     followed = [row for row in rows if row.readings.curves]
     figure, panels = _panels(len(followed))
@@ -53,14 +53,14 @@ def draw_progress(path: Path, rows: Sequence[BenchRow], success: npt.NDArray[np.
         axes.set(xlabel="share of the episode", ylabel="progress")
         if axes.lines:
             axes.legend(frameon=False, fontsize="x-small")
-    figure.suptitle("mean progress along an episode, its outcome kept secret", fontsize="small")
+    figure.suptitle("mean progress along an episode, outcome hidden", fontsize="small")
     figure.savefig(path)
 
 
 def draw_reliability(
     path: Path, rows: Sequence[BenchRow], truth: Floats, success: npt.NDArray[np.bool_]
 ) -> None:
-    """Draw every failure's progress over what the simulator knows, a panel for each reward."""
+    """Plot the progress of every failure over its true progress, one panel per reward."""
     figure, panels = _panels(len(rows))
     for axes, row in zip(panels, rows, strict=False):
         axes.scatter(truth[~success], row.readings.progress[~success], s=6, color=FAILED, alpha=0.6)
@@ -79,12 +79,12 @@ def draw_reliability(
 def draw_features(
     path: Path, rows: Sequence[BenchRow], truth: Floats, success: npt.NDArray[np.bool_]
 ) -> bool:
-    """Draw the last features of every episode in two dimensions, a panel for each feature space.
+    """Plot the last features of every episode in two dimensions, one panel per feature space.
 
-    Only nearness means anything in it: neither axes nor gaps have a scale.
+    Only neighbourhood is meaningful in a t-SNE plot: axes and gaps have no scale.
 
     Returns:
-        Whether any reward had features to draw; nothing is written where none had.
+        True if any reward had features; otherwise nothing is written.
     """
     spaces = {
         row.readings.feature_space: row
@@ -112,13 +112,13 @@ def draw_features(
 
 
 def in_two_dimensions(features: Floats) -> Floats:
-    """Map [B, D] to [B, 2] by t-SNE (van der Maaten and Hinton 2008), the same each time."""
+    """Map [B, D] to [B, 2] by t-SNE (van der Maaten and Hinton 2008), with a fixed seed."""
     perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
     return TSNE(perplexity=perplexity, init="random", random_state=0).fit_transform(features)
 
 
 def _panels(num: int) -> tuple[Figure, Sequence[Axes]]:
-    """At least ``num`` panels; those left over are hidden."""
+    """Make a grid of at least ``num`` panels; surplus ones are hidden."""
     columns = min(COLUMNS, max(num, 1))
     lines = max(1, -(-num // columns))
     size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * lines + 0.4)

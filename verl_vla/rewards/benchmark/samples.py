@@ -1,4 +1,4 @@
-"""Episodes cut in the ways that a measurement needs: by start, by length, out of order."""
+"""Episodes prepared for a measurement: split by start, cut by length, shuffled."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ Indices = npt.NDArray[np.int64]
 Item = TypeVar("Item")
 
 RAGGED = ("frames", "proprio", "goals", "features")
-"""Fields of a batch that hold one array an episode, or nothing."""
+"""Fields of a batch that hold one array per episode, or None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Episodes without crashes, with everything that a reward may ask for but features."""
+    """Episodes without crashes, with every input that a reward may require except features."""
 
     batch: TrajectoryBatch
     executed: tuple[Indices, ...]
-    """B arrays [policy steps], steps that each chunk ran."""
+    """B arrays [policy steps], simulator steps that each chunk executed."""
 
     def __len__(self) -> int:
         return len(self.batch)
 
     @property
     def truth(self) -> Floats:
-        """[B], 0 to 1: how far the simulator says the goals were reached at the end."""
+        """True progress at the end by the simulator's state, [B], 0 to 1; see `goal_progress`."""
         assert self.batch.goals is not None
         return np.array([goal_progress(readings)[-1] for readings in self.batch.goals])
 
@@ -43,10 +43,10 @@ class Sample:
         return Sample(take(self.batch, rows), tuple(self.executed[row] for row in rows))
 
     def cut(self, num_policy_steps: Indices) -> Sample:
-        """Keep the first policy steps of every episode, and its outcome a secret.
+        """Keep the first policy steps of every episode, and hide its outcome.
 
         Args:
-            num_policy_steps: [B], at least 1 each and at most those that there are.
+            num_policy_steps: [B], at least 1 each and at most the length of the episode.
         """
         batch = self.batch
         assert batch.goals is not None
@@ -66,10 +66,10 @@ class Sample:
         )
 
     def shuffle_failures(self, seed: int) -> Sample:
-        """Put the frames of every failure in random order, the first excepted.
+        """Shuffle the frames of every failure, except the first.
 
-        The first frame is the layout of the scene, which rewards subtract; it tells nothing of
-        time. Successes stay as they are: they are what failures are held against.
+        The first frame shows the layout of the scene, which rewards subtract; it has no information
+        about time. Successes do not change: they are the references of failures.
         """
         batch = self.batch
         assert batch.frames is not None
@@ -82,7 +82,7 @@ class Sample:
 
 
 def make_sample(trajectories: Trajectories, *, suite: str, split: Split) -> Sample:
-    """Arrange trajectories, of which the crashed ones are left out."""
+    """Arrange trajectories by episode, without the crashed ones."""
     alive = trajectories.select(~trajectories.episodes.crashed)
     episode, executed = alive.policy_steps.episode.numpy(), alive.policy_steps.executed.numpy()
     return Sample(
@@ -92,9 +92,9 @@ def make_sample(trajectories: Trajectories, *, suite: str, split: Split) -> Samp
 
 
 def halve(sample: Sample) -> tuple[Sample, Sample]:
-    """Split by start: of every task one half to learn from, the other to be judged on.
+    """Split the starts of every task into a train and a test half.
 
-    The half to learn from takes the starts with the lower ids, and the odd one.
+    The train half has the starts with the lower ids, and the odd one.
 
     Raises:
         ConfigError: a task has one start only.
@@ -130,7 +130,7 @@ def take(batch: TrajectoryBatch, rows: Indices) -> TrajectoryBatch:
 
 
 def join(first: TrajectoryBatch, second: TrajectoryBatch) -> TrajectoryBatch:
-    """Put two batches of the same kind one after the other; split and space are the first's."""
+    """Concatenate two batches of the same kind; split and feature space are those of the first."""
     ragged: dict[str, Any] = {}
     for name in RAGGED:
         a, b = getattr(first, name), getattr(second, name)
@@ -148,7 +148,7 @@ def join(first: TrajectoryBatch, second: TrajectoryBatch) -> TrajectoryBatch:
 
 
 def prefix_lengths(num_policy_steps: int, max_points: int) -> list[int]:
-    """Lengths at which an episode is looked at, evenly spread, from its first policy step to all.
+    """Return the lengths to which an episode is cut: evenly spaced, from 1 to its full length.
 
     >>> prefix_lengths(4, 8), prefix_lengths(9, 3)
     ([1, 2, 3, 4], [1, 5, 9])

@@ -1,6 +1,7 @@
-"""The numbers that rewards are judged by. What cannot be computed is NaN, never 0.
+"""Statistics of rewards. A number that cannot be computed is NaN, never 0.
 
-Ranks are compared within a task and averaged over tasks: rewards need not have one unit for all.
+Ranks are compared within a task and averaged over tasks: a reward may have a different scale in
+each task.
 """
 
 from __future__ import annotations
@@ -19,38 +20,38 @@ from verl_vla.rewards import Floats
 Indices = npt.NDArray[np.int64]
 
 MIN_RANKED = 3
-"""Episodes of a task that can be ranked: two are always in perfect order or its reverse."""
+"""Least number of episodes for a rank correlation: for two it is always 1 or -1."""
 PAIR_GAP = 0.1
-"""Pairs of failures whose true progress differs by less are not asked about."""
+"""Difference in true progress that a pair of failures must exceed to be counted."""
 NEAR_MISS, FAR_MISS = 0.7, 0.3
-"""True progress from which a failure almost succeeded, and up to which it got nowhere."""
+"""True progress from which a failure is a near miss, and up to which it is a far miss."""
 MIN_GROUPS = 5
-"""Groups below which resampling them tells nothing of how their kind varies."""
+"""Least number of groups for a bootstrap interval: fewer do not show how groups vary."""
 MIN_DEFINED = 0.5
-"""Share of the resamples that must have a value for their quantiles to be an interval."""
+"""Share of the resamples that must have a value; below it there is no interval."""
 LEVEL = (2.5, 97.5)
 """Percentiles of a 95% interval."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A number that never travels without its interval and count."""
+    """A number with its interval and count."""
 
     value: float
     low: float
     high: float
     """Ends of the bootstrap interval, 95%."""
     count: int
-    """Of what the number was computed from; the one who asks for it says which."""
+    """Number of items that the value was computed from; the caller of `estimate` defines them."""
 
     def as_json(self) -> dict[str, Any]:
-        """NaN becomes null."""
+        """Return plain values; NaN becomes null."""
         ends = [number(self.low), number(self.high)]
         return {"value": number(self.value), "ci95": ends, "count": self.count}
 
 
 def number(value: float) -> float | None:
-    """JSON has no NaN: an unknown value is null."""
+    """Return None for NaN or infinity, since JSON has neither."""
     return float(value) if math.isfinite(value) else None
 
 
@@ -64,14 +65,15 @@ def estimate(
 ) -> Estimate:
     """Compute a number and its interval by resampling groups (Efron 1979, percentile method).
 
-    Episodes of a group share a start and are not independent, so whole groups are drawn.
+    Episodes of a group share a start and are not independent, so complete groups are resampled.
 
     Args:
-        statistic: from row indices to a number; a row may stand there several times.
-        group: [n], of each row.
-        seed: of the resampling.
-        resamples: how often; 1000 give an end of the interval to about a tenth of its width.
-        count: what to report as the count; rows where not given.
+        statistic: maps row indices to a number; a row may occur several times.
+        group: [n], group of each row.
+        seed: seed of the resampling.
+        resamples: number of resamples; 1000 give an end of the interval to about a tenth of its
+            width.
+        count: count to report; the number of rows by default.
     """
     value = statistic(np.arange(len(group)))
     known = np.unique(group)
@@ -90,7 +92,7 @@ def estimate(
 
 
 def spearman(a: Floats, b: Floats) -> float:
-    """Rank correlation with mean ranks for ties; NaN where one is constant or few are known.
+    """Return the rank correlation, mean ranks for ties; NaN if one is constant or n is below 3.
 
     >>> spearman(np.array([1.0, 2.0, 9.0]), np.array([0.1, 0.2, 0.3]))
     1.0
@@ -101,7 +103,7 @@ def spearman(a: Floats, b: Floats) -> float:
 
 
 def pearson(a: Floats, b: Floats) -> float:
-    """Correlation; NaN where one is constant or there are fewer than two."""
+    """Return the correlation; NaN where one is constant or there are fewer than two values."""
     if len(a) < 2 or not np.ptp(a) or not np.ptp(b):
         return math.nan
     x, y = a - a.mean(), b - b.mean()
@@ -109,7 +111,9 @@ def pearson(a: Floats, b: Floats) -> float:
 
 
 def auroc(positive: Floats, negative: Floats) -> float:
-    """How often a positive lies above a negative, ties by half; NaN where there is none of one.
+    """Return the share of pairs in which the positive is above the negative; a tie counts half.
+
+    NaN without positives or without negatives.
 
     >>> auroc(np.array([0.8, 0.5]), np.array([0.5, 0.1]))
     0.875
@@ -123,11 +127,11 @@ def auroc(positive: Floats, negative: Floats) -> float:
 
 
 def mean_over(labels: Indices, statistic: Callable[[Indices], float]) -> float:
-    """Mean of a statistic over the classes of rows where it is known; NaN where it never is.
+    """Return the mean of a statistic over the classes in which it is known; NaN if in none.
 
     Args:
         labels: [n], the class of each row.
-        statistic: from the rows of one class to a number.
+        statistic: maps the row indices of one class to a number.
     """
     values = [statistic(np.flatnonzero(labels == label)) for label in np.unique(labels)]
     known = [value for value in values if not math.isnan(value)]
@@ -136,17 +140,17 @@ def mean_over(labels: Indices, statistic: Callable[[Indices], float]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """How one reading of a reward orders the failures of a sample."""
+    """Agreement of the progress or score of failures with their true progress."""
 
     spearman: Estimate
-    """With true progress, per task, mean over tasks; counts failures."""
+    """Rank correlation with true progress, mean over tasks; its count is of failures."""
     pair_accuracy: Estimate
-    """Within groups, ties by half; counts pairs."""
+    """Share of pairs within a group in the right order, ties by half; its count is of pairs."""
     near_miss_auroc: Estimate
-    """Near-misses against far misses, per task, mean over tasks; counts both."""
+    """AUROC of near misses against far misses, mean over tasks; its count is of both."""
 
     def as_json(self) -> dict[str, Any]:
-        """All three, by name."""
+        """Return all three, by name."""
         return {
             "spearman": self.spearman.as_json(),
             "pair_accuracy": self.pair_accuracy.as_json(),
@@ -163,14 +167,14 @@ def rank_failures(
     seed: int,
     resamples: int,
 ) -> Ranking:
-    """Compare a reading of failures with what the simulator knows of them.
+    """Compare the progress or score of failures with their true progress.
 
     Args:
-        reading: [n]; NaN where the reward does not know, which leaves the failure out.
-        truth: [n], 0 to 1.
+        reading: [n], progress or score; a failure with NaN is left out.
+        truth: [n], true progress, 0 to 1.
         task: [n]
         group: [n]
-        seed: of the intervals.
+        seed: seed of the intervals.
         resamples: see `estimate`.
     """
 
@@ -185,7 +189,7 @@ def rank_failures(
     def correlation(rows: Indices) -> float:
         return mean_over(task[rows], lambda i: spearman(reading[rows[i]], truth[rows[i]]))
 
-    def near_against_whiff(rows: Indices) -> float:
+    def near_against_far_miss(rows: Indices) -> float:
         def of_task(i: Indices) -> float:
             value, true = reading[rows[i]], truth[rows[i]]
             return auroc(value[true >= NEAR_MISS], value[true <= FAR_MISS])
@@ -200,12 +204,12 @@ def rank_failures(
         pair_accuracy=interval(
             lambda rows: float(right[rows].mean()) if len(rows) else math.nan, group[better]
         ),
-        near_miss_auroc=interval(near_against_whiff, group, len(extreme)),
+        near_miss_auroc=interval(near_against_far_miss, group, len(extreme)),
     )
 
 
 def _pairs(truth: Floats, group: Indices) -> tuple[Indices, Indices]:
-    """Rows of one group that differ in truth: those that came farther, and those that did not."""
+    """Return pairs of rows of one group by true progress: the better rows and the worse ones."""
     gap = truth[:, None] - truth[None, :]
     better, worse = np.nonzero((gap > PAIR_GAP) & (group[:, None] == group[None, :]))
     return better, worse

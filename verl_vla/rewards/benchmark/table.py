@@ -26,19 +26,19 @@ def verdicts(rows: Sequence[BenchRow]) -> dict[str, Verdict]:
 
 
 def table_as_json(rows: Sequence[BenchRow], found: Mapping[str, Verdict]) -> dict[str, Any]:
-    """Every row by its label, with its verdict."""
+    """Return every row by its label, with its verdict."""
     return {row.label: row.as_json() | {"verdict": asdict(found[row.label])} for row in rows}
 
 
 def describe(test: Sample) -> dict[str, Any]:
-    """What there is to rank: without failures that differ, no number means anything."""
+    """Describe the test sample: without failures that differ, no number is meaningful."""
     truth = test.truth[~test.batch.success]
     return {
         "groups": len(np.unique(test.batch.group_id)),
         "successes": int(test.batch.success.sum()),
         "failures": len(truth),
         "near_misses": int((truth >= NEAR_MISS).sum()),
-        "far misses": int((truth <= FAR_MISS).sum()),
+        "far_misses": int((truth <= FAR_MISS).sum()),
         "true_progress_quartiles": [
             number(q) for q in (np.percentile(truth, (0, 25, 50, 75, 100)) if len(truth) else ())
         ],
@@ -46,13 +46,13 @@ def describe(test: Sample) -> dict[str, Any]:
 
 
 def ranking_table(rows: Sequence[BenchRow], found: Mapping[str, Verdict]) -> str:
-    """What the rewards are judged by."""
+    """Return the table of rankings and verdicts, as text."""
     head = [
         "reward",
         "Spearman (95%)",
         "of score",
         "pairs (95%)",
-        "near/whiff",
+        "near/far miss",
         "changes A",
         "largest",
         "ms/episode",
@@ -80,7 +80,7 @@ def ranking_table(rows: Sequence[BenchRow], found: Mapping[str, Verdict]) -> str
 
 
 def paper_table(rows: Sequence[BenchRow]) -> str:
-    """The five numbers of the paper, of the rewards whose progress was followed."""
+    """Return the paper's five numbers as text, for rewards with progress along episodes."""
     head = ["reward", "SC", "Mono", "MMD2", "JS", "SMD"]
     lines = [
         [

@@ -1,4 +1,4 @@
-"""The rule by which a reward passes, fixed before anything is played."""
+"""The rule by which a reward passes, fixed before any episode is played."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERDICT_RULE = {
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the rule says; None where it cannot say."""
+    """Result of the rule; None where it cannot decide."""
 
     ranks_failures: bool | None
     beats_the_clock: bool | None

@@ -24,11 +24,11 @@ ENCODERS: dict[str, Callable[..., FeatureExtractor]] = {
     "policy_towers": PolicyTowersEncoder,
 }
 OWN_PROCESS = "own_process"
-"""An argument that every encoder takes: true puts it into a process beside the one that trains."""
+"""Name of an argument that every encoder takes; true runs the encoder in a separate process."""
 
 
 def make_encoder(name: str, arguments: Mapping[str, Any]) -> FeatureExtractor:
-    """Make the encoder that a recipe names.
+    """Construct the encoder that a recipe names.
 
     Args:
         name: a key of `ENCODERS`.
@@ -36,8 +36,8 @@ def make_encoder(name: str, arguments: Mapping[str, Any]) -> FeatureExtractor:
             signature.
 
     Raises:
-        ConfigError: no such encoder, an argument it does not know or misses, or what its own
-            constructor refuses.
+        ConfigError: no such encoder, an unknown or missing argument, or an argument that the
+            constructor rejects.
     """
     if name not in ENCODERS:
         raise ConfigError(f"encoder is {name!r}; {nearest(name, list(ENCODERS))}")

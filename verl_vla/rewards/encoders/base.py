@@ -1,4 +1,4 @@
-"""What every encoder of images does alike: batches, dtype, device, and a name for its numbers."""
+"""Base classes of image encoders: batches, dtype, device, and a name for the feature space."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.policies.preprocessing import ImageStatistics, normalize_image
 
 Images = npt.NDArray[np.uint8]
-"""[T, H, W, 3], one view of one episode, in the order of its policy steps."""
+"""Images [T, H, W, 3] of one view of one episode, in the order of its policy steps."""
 Features = npt.NDArray[np.float32]
-"""[T, D]"""
+"""Features [T, D] of one episode."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-"""Owner and model, as the hub writes them."""
+"""Pattern of a model name on the Hugging Face hub, owner and model."""
 SAMPLED_WEIGHTS = 1024
-"""Numbers of every weight that enter the feature space's name: fine-tuning moves all of them, and
-reading a thousand takes no time."""
+"""Values of every weight tensor that enter the name of the feature space, about: fine-tuning moves
+all of them, and a thousand are quick to read."""
 
 
 class ImageEncoder(ABC):
-    """Encodes each image by itself, so what an episode gives cannot depend on its neighbours."""
+    """An encoder of single images: features of an episode do not depend on others in the batch."""
 
     def __init__(self, *, batch_size: int, feature_space: str) -> None:
-        """Make one.
+        """Set the batch size and the name of the feature space.
 
         Args:
-            batch_size: images computed at once.
+            batch_size: images per forward pass.
             feature_space: see `name_space`.
 
         Raises:
@@ -52,7 +52,7 @@ class ImageEncoder(ABC):
 
     @property
     def feature_space(self) -> str:
-        """Names weights, layer and preprocessing; features of two spaces are never compared."""
+        """Name of weights, layer and preprocessing; features of two spaces are never compared."""
         return self._feature_space
 
     def encode(self, frames: Sequence[Images]) -> list[Features]:
@@ -80,7 +80,7 @@ class ImageEncoder(ABC):
 
 
 class Network:
-    """A frozen network on its device, and what its images must look like."""
+    """A frozen network on its device, with the preprocessing of its images."""
 
     def __init__(
         self,
@@ -94,11 +94,11 @@ class Network:
         """Freeze ``module`` and move it.
 
         Args:
-            module: of the encoder; nothing trains it any more.
-            image_size: height and width it takes, pixels.
-            statistics: how each of its towers wants its pixels.
-            dtype: that it computes in, a key of `DTYPES`.
-            device: as torch spells it.
+            module: network of the encoder; it is not trained after this.
+            image_size: height and width of its input, pixels.
+            statistics: pixel mean and standard deviation for each of its towers.
+            dtype: dtype of the computation, a key of `DTYPES`.
+            device: name of a torch device.
 
         Raises:
             ConfigError: the dtype or the device is unknown.
@@ -131,10 +131,10 @@ class Network:
 
 
 def check_positive(**values: int) -> None:
-    """Refuse sizes below 1.
+    """Check that values are at least 1.
 
     Raises:
-        ConfigError: names the value.
+        ConfigError: a value is below 1; the message names it.
     """
     for name, value in values.items():
         if value < 1:
@@ -142,10 +142,10 @@ def check_positive(**values: int) -> None:
 
 
 def check_images(frames: Sequence[Images]) -> None:
-    """Refuse what is not uint8 [T, H, W, 3].
+    """Check that the images of every episode are uint8 [T, H, W, 3].
 
     Raises:
-        ContractError: names the episode's place.
+        ContractError: they are not; the message names the episode's index.
     """
     for index, episode in enumerate(frames):
         if episode.dtype != np.uint8 or episode.ndim != 4 or episode.shape[3] != 3:
@@ -156,14 +156,14 @@ def check_images(frames: Sequence[Images]) -> None:
 
 
 def require_folder(path: str, purpose: str) -> Path:
-    """Return the folder of a model's weights: a local one, or a copy of the hub's, fetched once.
+    """Return the folder of a model's weights: a local one, or a cached download from the hub.
 
     Args:
-        path: of a local folder as save_pretrained writes it, or a name on the Hugging Face hub.
-        purpose: what the weights are of, for messages.
+        path: a local folder as save_pretrained writes it, or a name on the Hugging Face hub.
+        purpose: name of the model, for error messages.
 
     Raises:
-        ConfigError: there is no such folder, and none of this name can be fetched.
+        ConfigError: there is no such folder, and the name cannot be fetched from the hub.
     """
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
@@ -185,12 +185,12 @@ def require_folder(path: str, purpose: str) -> Path:
 
 
 def name_space(kind: str, description: Mapping[str, Any], module: nn.Module | None = None) -> str:
-    """Name a feature space: two encoders that differ in anything have different names.
+    """Return the name of a feature space: encoders that differ in any part have different names.
 
     Args:
-        kind: of encoder, readable.
+        kind: readable name of the kind of encoder.
         description: layer, preprocessing, dtype; plain values.
-        module: whose weights are part of the name.
+        module: network whose weights are part of the name.
     """
     digest = hashlib.sha256(json.dumps(dict(description), sort_keys=True).encode())
     for name, weight in module.state_dict().items() if module is not None else ():

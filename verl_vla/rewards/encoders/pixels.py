@@ -1,4 +1,4 @@
-"""Pixels: the image itself, small. No weights, so it is the control for every encoder."""
+"""Encoder without weights: the downscaled image itself. It is the control for other encoders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PixelEncoder(ImageEncoder):
     """Mean brightness, or colour, of each cell of a grid."""
 
     def __init__(self, grid: int = 16, *, colour: bool = False, batch_size: int = 256) -> None:
-        """Make one.
+        """Make the encoder.
 
         Args:
             grid: cells in each direction.

@@ -1,7 +1,8 @@
-"""The policy's own vision towers, as they stood in a checkpoint folder.
+"""The policy's own vision towers, loaded from a checkpoint folder.
 
-They are a frozen copy: the towers that train along with the policy would move under the
-references, which is why their weights are part of the feature space's name.
+They are a frozen copy: features of towers that are trained along with the policy would not be
+comparable with older references. For the same reason their weights are part of the name of the
+feature space.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from verl_vla.rewards.encoders.base import (
 )
 
 VISION_PREFIX = "vision_backbone."
-"""Of the towers' weights in a checkpoint."""
+"""Prefix of the names of the towers' weights in a checkpoint."""
 Tower = Literal["all", "first", "last"]
 
 
 class PolicyTowersEncoder(ImageEncoder):
-    """Mean over the patch tokens that the policy itself is given."""
+    """An encoder that averages the patch tokens which the policy itself receives."""
 
     def __init__(
         self,
@@ -43,17 +44,17 @@ class PolicyTowersEncoder(ImageEncoder):
         device: str = "cpu",
         batch_size: int = 32,
     ) -> None:
-        """Load the towers, and nothing else, of a checkpoint.
+        """Load only the towers of a checkpoint.
 
         Args:
             path: folder of an OpenVLA-OFT checkpoint.
-            tower: whose features: ``first`` is DINOv2 and ``last`` SigLIP in published
-                checkpoints; ``all`` puts them side by side.
-            scramble_seed: if given, the numbers of each weight are put in random order: a tower of
-                the same scale that has learned nothing, the control for one that has.
-            dtype: that the towers compute in.
-            device: as torch spells it.
-            batch_size: images computed at once.
+            tower: tower whose features are used: ``first`` is DINOv2 and ``last`` SigLIP in
+                published checkpoints; ``all`` concatenates both.
+            scramble_seed: if given, the values of each weight are put in random order: a tower of
+                the same scale that has learned nothing, as a control.
+            dtype: dtype of the computation.
+            device: name of a torch device.
+            batch_size: images per forward pass.
 
         Raises:
             ConfigError: no such folder, or weights that do not fit its ``config.json``.

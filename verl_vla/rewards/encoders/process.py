@@ -1,7 +1,8 @@
-"""An encoder in a process of its own.
+"""An encoder in a separate process.
 
-The process that trains then holds neither its weights nor its device's context, and outlives it:
-a lost encoder is an error of one step, which is kept for the next start.
+The trainer process then does not hold the encoder's weights and device context, and survives its
+death: a lost encoder stops one training step, whose episodes are kept for the next start of the
+run.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from verl_vla.rewards import FeatureExtractor
 from verl_vla.rewards.encoders.base import Features, Images
 
 _made: list[FeatureExtractor] = []
-"""The one encoder of a process that was started here."""
+"""List that holds the one encoder of a process that `EncoderProcess` started."""
 
 
 class EncoderProcess:
-    """Passes episodes to an encoder beside this process, and its features back."""
+    """Proxy of an encoder in another process: sends it episodes and returns its features."""
 
     def __init__(self, make: Callable[[], FeatureExtractor]) -> None:
         """Start the process and have the encoder made there.
 
         Args:
-            make: picklable; what it raises is raised here.
+            make: picklable function that returns the encoder; its exceptions are raised here.
         """
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent)
@@ -33,11 +34,11 @@ class EncoderProcess:
 
     @property
     def feature_space(self) -> str:
-        """That of the encoder: where it runs does not change what its numbers mean."""
+        """Feature space of the encoder; it does not depend on the process that it runs in."""
         return self._feature_space
 
     def encode(self, frames: Sequence[Images]) -> list[Features]:
-        """Map episodes as the encoder does."""
+        """Map episodes with the encoder."""
         return self._pool.submit(_encode, list(frames)).result()
 
 

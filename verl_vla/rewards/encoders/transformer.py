@@ -1,4 +1,4 @@
-"""DINOv2 and SigLIP as transformers has them."""
+"""DINOv2 and SigLIP encoders, with the models of transformers."""
 
 from __future__ import annotations
 
@@ -20,20 +20,24 @@ from verl_vla.rewards.encoders.base import (
 )
 
 IMAGENET_STATISTICS = ImageStatistics(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-"""torchvision's constants, with which DINOv2 and V-JEPA 2 were trained."""
+"""Pixel statistics of torchvision, with which DINOv2 and V-JEPA 2 were trained."""
 DINO_MODELS: dict[str, Any] = {
     "dinov2": Dinov2Model,
     "dinov2_with_registers": Dinov2WithRegistersModel,
 }
-"""By the ``model_type`` of ``config.json``."""
+"""Model class by the ``model_type`` of ``config.json``."""
 SIGLIP_LAYER = -2
-"""OpenVLA reads SigLIP before its last block, without the final norm (openvla-oft
-``prismatic/extern/hf/modeling_prismatic.py``), and SigLIP-T took its features there."""
+"""Index of the hidden states that are read. OpenVLA reads SigLIP before its last block, without the
+final norm (openvla-oft ``prismatic/extern/hf/modeling_prismatic.py``), and SigLIP-T took its
+features there."""
 SIGLIP_TYPES = ("siglip", "siglip_vision_model")
 
 
 class Dinov2Encoder(ImageEncoder):
-    """Mean over the patch tokens of the last layer, normed; class and register tokens left out."""
+    """An encoder that averages the normed patch tokens of DINOv2's last layer.
+
+    Class and register tokens are left out.
+    """
 
     def __init__(
         self,
@@ -48,11 +52,11 @@ class Dinov2Encoder(ImageEncoder):
 
         Args:
             path: a local folder, or a name on the hub such as ``facebook/dinov2-large``.
-            image_size: that images are resized to, a multiple of the patch size. Position
+            image_size: side that images are resized to, a multiple of the patch size. Position
                 embeddings are interpolated to it.
-            dtype: that the network computes in.
-            device: as torch spells it.
-            batch_size: images computed at once.
+            dtype: dtype of the computation.
+            device: name of a torch device.
+            batch_size: images per forward pass.
 
         Raises:
             ConfigError: no such weights, another kind of model, or an impossible size.
@@ -89,7 +93,10 @@ class Dinov2Encoder(ImageEncoder):
 
 
 class SiglipEncoder(ImageEncoder):
-    """Mean over the patch tokens of the last block but one, as SigLIP-T and OpenVLA read them."""
+    """An encoder that averages the patch tokens of SigLIP's second-last block.
+
+    SigLIP-T and OpenVLA read the same layer.
+    """
 
     def __init__(
         self,
@@ -103,9 +110,9 @@ class SiglipEncoder(ImageEncoder):
 
         Args:
             path: a local folder, or a name on the hub such as ``google/siglip-so400m-patch14-224``.
-            dtype: that the network computes in.
-            device: as torch spells it.
-            batch_size: images computed at once.
+            dtype: dtype of the computation.
+            device: name of a torch device.
+            batch_size: images per forward pass.
 
         Raises:
             ConfigError: no such weights, or another kind of model.

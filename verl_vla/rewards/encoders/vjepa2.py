@@ -1,8 +1,8 @@
-"""V-JEPA 2 as transformers has it: an encoder of clips, whose tokens know what came before.
+"""V-JEPA 2 encoder, with the model of transformers: features of clips instead of single images.
 
-Attention spans a whole clip, so padding would reach into every token. Episodes of equal length
-share a forward pass and others do not: a short and a long episode of one batch give, each, what
-they give alone. A clip is never repeated to fill a length.
+Attention spans the complete clip, so padding would change every token. Therefore only episodes of
+equal length share a forward pass: the features of an episode do not depend on the lengths of the
+others in the batch. A clip is never repeated to fill a length.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODEL_TYPE = "vjepa2"
 
 
 class Vjepa2Encoder:
-    """Mean over the patch tokens of each tubelet: one row for every two frames."""
+    """An encoder that averages the patch tokens of each tubelet: one row for every two frames."""
 
     def __init__(
         self,
@@ -47,10 +47,10 @@ class Vjepa2Encoder:
 
         Args:
             path: a local folder, or a name on the hub such as ``facebook/vjepa2-vitl-fpc64-256``.
-            max_frames: of one clip; longer episodes are thinned by `pick_by_content`.
-            dtype: that the network computes in.
-            device: as torch spells it.
-            batch_size: clips computed at once.
+            max_frames: most frames of one clip; longer episodes are thinned by `pick_by_content`.
+            dtype: dtype of the computation.
+            device: name of a torch device.
+            batch_size: clips per forward pass.
 
         Raises:
             ConfigError: no such weights, or another kind of model.
@@ -81,7 +81,7 @@ class Vjepa2Encoder:
 
     @property
     def feature_space(self) -> str:
-        """Names weights, layer and preprocessing; features of two spaces are never compared."""
+        """Name of weights, layer and preprocessing; features of two spaces are never compared."""
         return self._feature_space
 
     def encode(self, frames: Sequence[Images]) -> list[Features]:
@@ -102,7 +102,7 @@ class Vjepa2Encoder:
         return rows
 
     def _clip(self, episode: Images) -> Images:
-        """Thin a long episode; complete the last tubelet with its own last frame."""
+        """Thin a long episode, and fill the last tubelet by repeating the last frame."""
         kept = episode[pick_by_content(episode, self._max_frames)]
         missing = -len(kept) % self._tubelet
         return np.concatenate([kept, np.repeat(kept[-1:], missing, axis=0)]) if missing else kept
@@ -122,21 +122,21 @@ class Vjepa2Encoder:
 
 
 def pick_by_content(episode: Images, num_frames: int) -> npt.NDArray[np.int64]:
-    """Choose frames at equal steps of how much the image changes, not of time.
+    """Choose frames at equal steps of accumulated image change, not of time.
 
-    An episode that ends in idling keeps its action; the first and last frame are always kept.
+    Long idle spans then take up few frames. The first and last frame are always kept.
 
     Args:
         episode: [T, H, W, 3].
-        num_frames: at most so many are chosen.
+        num_frames: largest number of frames to choose.
 
     Returns:
-        Indices in order, each once: all where there are not more.
+        Indices in order without duplicates; all indices of an episode that is not longer.
     """
     if len(episode) <= num_frames:
         return np.arange(len(episode))
     change = np.abs(np.diff(episode.astype(np.int16), axis=0)).mean(axis=(1, 2, 3))
-    # a little time in it, so that an image that never changes is still thinned evenly
+    # a small share of time is added, so that images that never change are still thinned evenly
     position = np.cumsum(np.concatenate([[0.0], change + 1e-6 * max(float(change.max()), 1.0)]))
     wanted = np.linspace(0, position[-1], num_frames)
     return np.unique(np.abs(position[None, :] - wanted[:, None]).argmin(axis=1))

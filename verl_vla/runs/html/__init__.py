@@ -1,1 +1,1 @@
-"""What a run did, as figures and as a page; the dashboard shows the same, live."""
+"""HTML reports: figures and a page of one run, and a live dashboard of several runs."""

@@ -1,7 +1,7 @@
-"""A page over all runs of a folder, read anew whenever a browser asks.
+"""Web dashboard of all runs in a folder; files are read again at every request.
 
-It only reads, and only what belongs to runs: a run is named by its path under the root, which is
-resolved and must not leave it, and of a run only the page and the videos of episodes are served.
+It only reads, and only files of runs: a run is named by its path under the root, which is resolved
+and must not leave it, and only a run's page and the videos of its episodes are served.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-"""Nothing from elsewhere is loaded, and no script of a run's text would run."""
+"""Headers of every response: a page loads nothing from other servers, and scripts inside the text
+of a run do not execute."""
 MAX_COMPARED = 8
-"""Runs in one figure; more cannot be told apart."""
+"""Largest number of runs in one figure; the colours of more would repeat."""
 
 
 def make_app(root: Path, hosts: Sequence[str] = LOOPBACK) -> FastAPI:
-    """The dashboard over the runs under ``root``.
+    """Create the dashboard of the runs under ``root``.
 
     Args:
-        root: nothing outside it is served.
-        hosts: names under which it may be asked, so that no page elsewhere can reach it by a name
-            of its own that points here.
+        root: folder of the runs; nothing outside it is served.
+        hosts: accepted host names of a request. The check prevents DNS rebinding, by which a
+            foreign web page could reach the dashboard through a host name that points here.
     """
     pages = _Pages(root.resolve())
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -55,7 +56,7 @@ def make_app(root: Path, hosts: Sequence[str] = LOOPBACK) -> FastAPI:
 
 
 class _Pages:
-    """What is answered to each address."""
+    """Handlers of the routes."""
 
     def __init__(self, root: Path) -> None:
         self._root = root

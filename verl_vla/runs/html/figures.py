@@ -1,4 +1,4 @@
-"""The figures of a run, as SVG that stands inside a page. matplotlib draws them."""
+"""The figures of a run, as SVG to embed in a page, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from verl_vla.runs.html.reader import Line, RunView, kind_of
 
 INK, GRID = "#30363d", "#d8dee4"
 COLORS = ("#2563eb", "#d97706", "#059669", "#c026d3", "#dc2626", "#0891b2", "#65a30d", "#7c3aed")
-"""Told apart at a glance; tasks and runs beyond them begin again."""
+"""Colours of tasks and runs, easy to distinguish; with more than eight they repeat."""
 PARTS = {
     "timing_s/gen": "playing",
     "timing_s/reward": "scoring",
@@ -54,13 +54,13 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 8.5,
 }
 LONG_LABEL = 26
-"""Characters of a label beyond which a legend has one label a line."""
+"""Length of a label, in characters, above which a legend has one label per line."""
 SIZE = (5.6, 3.0)
-"""Inches; a page scales it."""
+"""Width and height of a figure in inches; a page scales it."""
 
 
 def success(view: RunView) -> str:
-    """Training success with its interval, and each held-out evaluation with its own."""
+    """Plot training success and held-out evaluations, each with its interval."""
 
     def draw(axes: Axes) -> None:
         _training_curve(axes, view, "#8b98a5", "training, sampled, 95% interval")
@@ -71,7 +71,7 @@ def success(view: RunView) -> str:
 
 
 def success_by_task(view: RunView) -> str:
-    """Training success of each task."""
+    """Plot the training success of each task."""
 
     def draw(axes: Axes) -> None:
         for i, (task, name) in enumerate(view.task_names.items()):
@@ -93,7 +93,7 @@ def success_by_task(view: RunView) -> str:
 
 
 def groups(view: RunView) -> str:
-    """How many groups of each kind were played in a step; mixed ones are kept."""
+    """Plot the number of groups of each kind per training step; mixed ones are kept."""
 
     def draw(axes: Axes) -> None:
         steps = list(view.groups)
@@ -110,7 +110,7 @@ def groups(view: RunView) -> str:
 
 
 def failures(view: RunView) -> str:
-    """How far the failures came, by the simulator and, where it tells them apart, by the reward."""
+    """Plot the true progress of failures, and their reward unless it is 0 for all of them."""
 
     def draw(axes: Axes) -> None:
         far = {
@@ -131,7 +131,7 @@ def failures(view: RunView) -> str:
 
 
 def time_by_part(view: RunView) -> str:
-    """Where the seconds of each training step went."""
+    """Plot the seconds of each training step by part."""
 
     def draw(axes: Axes) -> None:
         lines = view.trained
@@ -149,10 +149,10 @@ def time_by_part(view: RunView) -> str:
 
 
 def waits(view: RunView) -> str:
-    """What share of the rollout's seconds was spent on whom."""
+    """Plot the shares of rollout time spent waiting for simulators and in the policy."""
     shares = {
         "perf/env_wait_share": "waiting for simulators",
-        "perf/policy_share": "policy deciding",
+        "perf/policy_share": "policy inference",
     }
 
     def draw(axes: Axes) -> None:
@@ -165,7 +165,7 @@ def waits(view: RunView) -> str:
 
 
 def memory(view: RunView) -> str:
-    """Peak memory of a learner process, and of its device where there is one."""
+    """Plot the peak memory of a learner process, and of its device if there is one."""
     kinds = {"perf/max_process_memory_gb": "process", "perf/max_memory_allocated_gb": "device"}
 
     def draw(axes: Axes) -> None:
@@ -180,7 +180,7 @@ def memory(view: RunView) -> str:
 
 
 def learning(view: RunView) -> str:
-    """Entropy, and how many tokens the bounds of the loss stopped."""
+    """Plot the entropy, and the share of tokens that the clip bounds of the loss stopped."""
 
     def draw(axes: Axes) -> None:
         steps = [line["step"] for line in view.trained]
@@ -188,10 +188,10 @@ def learning(view: RunView) -> str:
         _from_zero(axes)
         right = axes.twinx()
         right.spines["right"].set_visible(True)
-        for name, color in (("clip_low", COLORS[0]), ("clip_high", COLORS[1])):
-            share = [100 * line[f"actor/{name}"] for line in view.trained]
+        for name, color in (("low", COLORS[0]), ("high", COLORS[1])):
+            share = [100 * line[f"actor/pg_clipfrac_{name}"] for line in view.trained]
             right.plot(steps, share, marker=".", color=color)
-            axes.plot([], [], marker=".", color=color, label=name.replace("_", " "))
+            axes.plot([], [], marker=".", color=color, label=f"clipped, {name} bound")
         _from_zero(right)
         right.grid(visible=False)
         axes.plot([], [], marker=".", color=INK, label="entropy")
@@ -202,7 +202,7 @@ def learning(view: RunView) -> str:
 
 
 def compared(views: Mapping[str, RunView]) -> str:
-    """Held-out success of several runs; of one without evaluations its training success."""
+    """Plot the held-out success of several runs; training success for one without evaluations."""
 
     def draw(axes: Axes) -> None:
         for i, (name, view) in enumerate(views.items()):

@@ -1,4 +1,4 @@
-"""A run's folder as it is now, be the run under way, ended, or just begun."""
+"""Reading of a run's folder, whether the run is active, has ended, or has just begun."""
 
 from __future__ import annotations
 
@@ -26,49 +26,49 @@ Line = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunView:
-    """What a run's files say."""
+    """Contents of a run's files."""
 
     folder: Path
     recipe: Mapping[str, Any]
     lines: Sequence[Mapping[str, float]]
-    """Of ``metrics.jsonl``."""
+    """Lines of ``metrics.jsonl``."""
     episodes: Sequence[Line]
-    """Of the episode log: every episode that was played in training."""
+    """Lines of the episode log: every training episode."""
     evaluations: Mapping[int, Mapping[str, Any]]
     """Held-out evaluations by training step, in rising order."""
     solved_after: int | None
-    """The training step after which nothing failed any more, of a run that ended so."""
+    """Training step after which a run ended early because no episode failed; None otherwise."""
     quiet_s: float
-    """Seconds since anything was written."""
+    """Seconds since a file of the run was written."""
 
     @property
     def trained(self) -> list[Mapping[str, float]]:
-        """The lines of training steps."""
+        """Lines of training steps."""
         return [line for line in self.lines if "env/success_rate" in line]
 
     @property
     def judged(self) -> list[Mapping[str, float]]:
-        """The lines with a held-out evaluation."""
+        """Lines with a held-out evaluation."""
         return [line for line in self.lines if "val/success_rate" in line]
 
     @property
     def total_steps(self) -> int:
-        """Training steps that the recipe asks for."""
+        """Number of training steps in the recipe."""
         return self.recipe["trainer"]["total_training_steps"]
 
     @property
     def last_step(self) -> int:
-        """The training step that ended last; 0 before the first."""
+        """Training step that ended last; 0 before the first."""
         return int(self.trained[-1]["step"]) if self.trained else 0
 
     @property
     def has_ended(self) -> bool:
-        """Whether all steps are done, or nothing was left to learn."""
+        """True if all steps are done, or the run ended early because all was solved."""
         return self.last_step >= self.total_steps or self.last_step == self.solved_after
 
     @property
     def task_names(self) -> dict[int, str]:
-        """Names of the tasks that were evaluated; played ones that never were have their number."""
+        """Task names by id; a task that was trained on but never evaluated has its number."""
         names = {episode["task"]: f"task {episode['task']}" for episode in self.episodes}
         for record in self.evaluations.values():
             ids = list(dict.fromkeys(e["task"] for e in record["episodes"]))
@@ -85,7 +85,7 @@ class RunView:
 
     @property
     def recorded_groups(self) -> list[list[Line]]:
-        """Groups of which videos were kept, the newest first."""
+        """Groups with at least one video, the newest first."""
         recorded = [
             group
             for groups in self.groups.values()
@@ -96,12 +96,12 @@ class RunView:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run, begun or ended."""
+    """Check whether a folder is that of a run, begun or ended."""
     return (folder / RECIPE_FILE).is_file()
 
 
 def read_run(folder: Path) -> RunView:
-    """Read everything; a run that is going may be read at any moment.
+    """Read all files of a run; an active run may be read at any moment.
 
     Raises:
         ConfigError: the folder is not that of a run.
@@ -126,7 +126,7 @@ def read_run(folder: Path) -> RunView:
 
 
 def find_runs(root: Path) -> list[Path]:
-    """Folders of runs under ``root``, at any depth, ``root`` itself included; sorted.
+    """Return the folders of runs under ``root``, at any depth and with ``root`` itself, sorted.
 
     Links are not followed: a link could lead out of ``root``.
     """
@@ -134,7 +134,7 @@ def find_runs(root: Path) -> list[Path]:
 
 
 def kind_of(group: Sequence[Line]) -> str:
-    """What a group is worth to dynamic sampling: ``mixed``, or why it is not."""
+    """Classify a group for dynamic sampling: ``mixed``, or the reason why it is not."""
     outcomes = {e["outcome"] for e in group} - {Outcome.CRASH}
     if not outcomes:
         return "all crashed"

@@ -1,4 +1,4 @@
-"""A run as a page: ``report.html``, which stands alone, and the parts that the dashboard shows."""
+"""A run as a page: the self-contained ``report.html``, and the parts that the dashboard shows."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from verl_vla.runs.html.reader import Line, RunView, kind_of, read_run
 REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
 GROUPS_SHOWN = 3
-"""Of those whose videos were kept, the newest."""
-TELLING_GROUPS = 5
-"""Among the episodes of so many groups the best, the median and the worst are chosen."""
+"""Number of groups shown: the newest of those with videos."""
+SHOWN_GROUPS = 5
+"""Number of groups from which the best, the median and the worst episode are chosen."""
 GOING_S = 300.0
-"""A run that has not ended and wrote nothing for so long is called silent: stopped, or in a step
-that takes longer."""
+"""Seconds without a write after which a run that has not ended is shown as silent: it stopped, or a
+step takes longer."""
 
 REFRESH_EVERY_S = 300.0
-"""Seconds between two reports of a run that is going; less than 1% of its time."""
+"""Seconds between two reports of an active run; they take less than 1% of its time."""
 
 WORDS = {Outcome.SUCCESS: "solved", Outcome.TIMEOUT: "not solved", Outcome.CRASH: "simulator lost"}
 
 VideoSource = Callable[[int], str]
-"""From an episode's id to the address of its video."""
+"""Function from an episode's id to the address of its video."""
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``report.html`` of a run as it is now, whole or not at all; return its path.
+    """Write ``report.html`` of a run as it is now, atomically, and return its path.
 
     Raises:
         ConfigError: the folder is not that of a run.
@@ -51,21 +51,21 @@ def write_report(folder: Path) -> Path:
 
 
 class LiveReport:
-    """Writes the report of a run that is going, now and then: it takes a second or two."""
+    """Report of an active run, written at intervals because it takes a second or two."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._written_at = time.monotonic()
 
     def refresh(self) -> None:
-        """Write it, if that was not done lately."""
+        """Write the report if the last one is older than `REFRESH_EVERY_S`."""
         if time.monotonic() - self._written_at >= REFRESH_EVERY_S:
             write_report(self._folder)
             self._written_at = time.monotonic()
 
 
 def run_body(view: RunView, video: VideoSource) -> str:
-    """All that is shown of one run, as HTML."""
+    """Return the HTML body of one run's page."""
     return render(
         "run.html",
         view=view,
@@ -73,14 +73,14 @@ def run_body(view: RunView, video: VideoSource) -> str:
         facts=_facts(view),
         tasks=_task_rows(view),
         charts=_charts(view) if view.trained else [],
-        telling=[(title, _card(e, video)) for title, e in _telling(view)],
+        highlights=[(title, _card(e, video)) for title, e in _best_median_worst(view)],
         groups=[_shown_group(view, group, video) for group in view.recorded_groups[:GROUPS_SHOWN]],
         versions=_versions(view),
     )
 
 
 def status(view: RunView) -> str:
-    """Where a run stands, in words."""
+    """Describe the state of a run in words."""
     if view.has_ended:
         why = ", all solved" if view.last_step == view.solved_after else ""
         return f"ended after {view.last_step} training steps{why}"
@@ -90,7 +90,7 @@ def status(view: RunView) -> str:
 
 
 def share_with_counts(rate: Mapping[str, Any] | None) -> str:
-    """A success rate with its counts and its interval, as it stands in tables."""
+    """Format a success rate with its counts and its interval, as in the tables."""
     if rate is None:
         return "\N{EM DASH}"
     if rate["rate"] is None:
@@ -103,7 +103,7 @@ def share_with_counts(rate: Mapping[str, Any] | None) -> str:
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill a template; every value is escaped but what is marked safe there."""
+    """Fill a template; values are escaped unless the template marks them as safe."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -149,7 +149,7 @@ def _facts(view: RunView) -> list[tuple[str, str]]:
 
 
 def _task_rows(view: RunView) -> list[tuple[str, str, str, str]]:
-    """Name, first and last held-out rate, step limit."""
+    """Return rows of task name, first and last held-out rate, and step limit."""
     first, last = _ends(view)
     if first is None or last is None:
         return []
@@ -169,11 +169,11 @@ def _ends(view: RunView) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | 
     return (records[0], records[-1]) if records else (None, None)
 
 
-def _telling(view: RunView) -> list[tuple[str, Line]]:
-    """The best, the median and the worst of the newest recorded episodes."""
+def _best_median_worst(view: RunView) -> list[tuple[str, Line]]:
+    """Choose the best, the median and the worst of the newest recorded episodes."""
     recorded = [
         episode
-        for group in view.recorded_groups[:TELLING_GROUPS]
+        for group in view.recorded_groups[:SHOWN_GROUPS]
         for episode in group
         if video_path(view.folder, episode["episode"]).exists() and episode["score"] is not None
     ]

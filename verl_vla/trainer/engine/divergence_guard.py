@@ -30,11 +30,11 @@ class FiniteGuard:
     """Ends a run whose optimizer steps are left out one after the other; one for each rank."""
 
     folder: Path
-    """Where the batch of the last one is kept, and the weights that it met."""
+    """Folder for the batch of the last skipped step and the weights at that moment."""
     max_in_a_row: int
-    """That many are too many."""
+    """Number of consecutive skipped steps that ends the run."""
     num_in_a_row: int = field(default=0, init=False)
-    """Left out until now without one between them that was taken."""
+    """Number of consecutive steps skipped until now."""
 
     def count(self, norm: float, batch: Callable[[], Batch], export: Export) -> None:
         """Enter one optimizer step, on every rank.
@@ -62,7 +62,7 @@ class FiniteGuard:
 
 
 def all_finite(losses: list[float]) -> bool:
-    """Whether the losses of all ranks are finite; the same answer on every rank."""
+    """Return true where the losses of all ranks are finite; the same answer on every rank."""
     is_finite = all(math.isfinite(loss) for loss in losses)
     answer = torch.tensor(int(is_finite), device=get_device_id())
     torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN)

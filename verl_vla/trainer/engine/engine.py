@@ -43,19 +43,19 @@ class VLAEngine(FSDPEngine):
     """Builds, shards, runs, saves and exports the policy on one rank."""
 
     num_optimizer_steps = 0
-    """Since the last rollout: 0 while the first mini-batch of an update runs."""
+    """Number of optimizer steps since the last rollout; 0 during the first mini-batch."""
     guard: FiniteGuard
     """Set before the first update."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.losses: list[float] = []
-        """Of the micro-batches since the last optimizer step, this rank's."""
+        """This rank's losses of the micro-batches since the last optimizer step."""
         self._holds_all_weights = False
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the weights under adapters are held in 4 bits, on one rank and not sharded."""
+        """True where the weights under adapters are held in 4 bits, on one rank and not sharded."""
         return self.model_config.override_config["quantization"] == "nf4"
 
     def _build_module(self) -> nn.Module:
@@ -71,9 +71,9 @@ class VLAEngine(FSDPEngine):
         return module
 
     def _build_lora_module(self, module: nn.Module) -> Any:
-        """Where the model says; veRL's way needs a language model's methods.
+        """Add adapters where the model says; veRL's own way needs a language model's methods.
 
-        What is frozen keeps the type it was loaded in, what is trained is float32.
+        Frozen weights keep the dtype they were loaded in, trained ones are float32.
         """
         config, model = self.model_config, cast("Any", module)
         with torch.random.fork_rng(devices=[]):
@@ -141,7 +141,7 @@ class VLAEngine(FSDPEngine):
                 with_nll=with_nll,
             )
 
-    def choose(
+    def sample_actions(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -150,7 +150,7 @@ class VLAEngine(FSDPEngine):
         temperature: float,
         proprio: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Choose bins for a batch of observations, for a rollout.
+        """Sample action tokens for a batch of observations, for a rollout.
 
         Args:
             input_ids: [n, L] prompts, padded on the right.

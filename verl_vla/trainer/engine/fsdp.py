@@ -1,4 +1,4 @@
-"""How a policy is spread over the ranks: FSDP2, layer by layer."""
+"""Shard a policy over the ranks with FSDP2, layer by layer."""
 
 from __future__ import annotations
 

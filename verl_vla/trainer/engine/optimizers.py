@@ -21,7 +21,7 @@ CLASSES: dict[str, tuple[str, str]] = {
     "paged_adamw_8bit": ("bitsandbytes.optim", "PagedAdamW8bit"),
     "deepspeed_cpu_adam": ("deepspeed.ops.adam", "DeepSpeedCPUAdam"),
 }
-"""By ``optimizer.name``: module and class. DeepSpeed's is AdamW unless told otherwise."""
+"""Module and class of each ``optimizer.name``. DeepSpeed's class is AdamW by default."""
 
 
 def build_optimizer(

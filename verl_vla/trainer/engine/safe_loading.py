@@ -1,4 +1,4 @@
-"""What may come out of a checkpoint: tensors, plain values and a few types, and no code."""
+"""Load checkpoints without running code: tensors, plain values and a few types only."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from numpy._core.multiarray import _reconstruct
 
 SWITCH = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-"""Of ``torch.load``: it then reads weights alone, whatever its caller says. veRL says
-``weights_only=False``."""
+"""Environment variable that makes ``torch.load`` read weights only, also for a caller such as veRL
+that says ``weights_only=False``."""
 
 ALLOWED: list[Any] = [_reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType]
 """The state of NumPy's random numbers, which veRL saves with each rank. Torch itself allows FSDP2's
@@ -19,6 +19,6 @@ types."""
 
 
 def refuse_code() -> None:
-    """From now on, no ``torch.load`` of this process runs what a file says."""
+    """Keep every later ``torch.load`` of this process from running code of a file."""
     os.environ[SWITCH] = "1"
     torch.serialization.add_safe_globals(ALLOWED)

@@ -1,4 +1,4 @@
-"""What a rank trains: told from what is frozen, and saved alone where the base is frozen."""
+"""Trained weights: found among the frozen ones, and saved alone where the base is frozen."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def checkpoint_contents(*, has_adapters: bool) -> list[str]:
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:
-    """The weights that learn, in the order of the module."""
+    """Return the trained weights, in the order of the module."""
     return [weight for weight in module.parameters() if weight.requires_grad]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, in the same memory."""
+    """Return this rank's part of a tensor, in the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -49,7 +49,7 @@ class ClusterPolicy:
             },
             non_tensor_dict={"temperature": temperature},
         )
-        answer = self._workers.generate_actions(request)
+        answer = self._workers.sample_actions(request)
         action_tokens = answer["action_tokens"][: len(observations)]
         return ActionChunk(
             action_tokens=action_tokens,

@@ -1,11 +1,17 @@
-"""The environment-loop manager: what veRL calls to have groups played."""
+"""The episode loop: it chooses groups, plays and scores them, and hands their rows to veRL.
+
+veRL asks for a number of groups (`EpisodeLoop.next_groups`) and then for their rows
+(`EpisodeLoop.generate_sequences`, the name that veRL calls).
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Any
 
 import transfer_queue as tq
 from tensordict import TensorDict
@@ -15,8 +21,9 @@ from verl_vla.core.episode import EpisodeSpec
 from verl_vla.core.errors import RewardError
 from verl_vla.core.tables import Trajectories
 from verl_vla.rewards import TrajectoryReward, learn, score
+from verl_vla.rl.group_sampling import StartSampler
 from verl_vla.rl.rollout import NoiseSource, RolloutTimes, Simulators, rollout
-from verl_vla.runs.episode_recorder import EpisodeRecorder
+from verl_vla.runs.run_recorder import RunRecorder
 from verl_vla.trainer.grpo.cluster_policy import ClusterPolicy
 from verl_vla.trainer.grpo.rows import group_key, group_of, make_rows
 from verl_vla.trainer.grpo.unscored_episodes import UnscoredEpisodes
@@ -27,7 +34,7 @@ TRAINING_STREAM = 0
 
 @dataclass(slots=True)
 class StepStats:
-    """What all rounds of one training step cost and brought."""
+    """Counts and seconds of all rollout rounds of one training step."""
 
     times: RolloutTimes = field(default_factory=RolloutTimes)
     reward_s: float = 0.0
@@ -41,12 +48,12 @@ class StepStats:
     reward_metrics: dict[str, float] = field(default_factory=dict[str, float])
 
     def as_metrics(self) -> dict[str, float]:
-        """Under the names of `verl_vla.runs.metrics`; rates of nothing are NaN."""
-        judged = self.episodes - self.crashes
+        """Return metrics by their declared names; a rate of no episodes is NaN."""
+        completed = self.episodes - self.crashes
         rollout_s = self.times.total_s or math.nan
         return {
-            "env/success_rate": self.solved / judged if judged else math.nan,
-            "critic/score/mean": self.score_sum / judged if judged else math.nan,
+            "env/success_rate": self.solved / completed if completed else math.nan,
+            "critic/score/mean": self.score_sum / completed if completed else math.nan,
             "env/episodes": float(self.episodes),
             "env/crashes": float(self.crashes),
             "env/steps": float(self.steps),
@@ -62,10 +69,21 @@ class StepStats:
 
 
 class EpisodeLoop:
-    """Plays the groups veRL asks for and puts one row per policy step into TransferQueue.
+    """Plays the groups that veRL asks for and puts one row per policy step into TransferQueue.
 
-    `generate_sequences` is the name veRL calls. It blocks until every episode has ended and
-    every group is scored, so the replay buffer never has to poll.
+    `generate_sequences` blocks until every episode has ended and every group is scored, so the
+    replay buffer never has to poll.
+
+    Args:
+        policy: whose episodes they are.
+        simulators: a pool whose slots are all free.
+        reward: scores whole groups, and learns from them.
+        starts: chooses the init state of each group.
+        suite: name of the suite, for the reward.
+        temperature: sampling temperature of the action tokens.
+        seed: seed of the sampling noise.
+        recorder: keeps the episodes.
+        unscored: keeps the episodes that the reward could not score.
     """
 
     def __init__(
@@ -73,13 +91,13 @@ class EpisodeLoop:
         policy: ClusterPolicy,
         simulators: Simulators,
         reward: TrajectoryReward,
+        starts: StartSampler,
         *,
         suite: str,
         temperature: float,
         seed: int,
-        specs_of: Callable[[int], list[EpisodeSpec]],
-        recorder: EpisodeRecorder,
-        refused: UnscoredEpisodes,
+        recorder: RunRecorder,
+        unscored: UnscoredEpisodes,
     ) -> None:
         self._policy = policy
         self._simulators = simulators
@@ -87,15 +105,35 @@ class EpisodeLoop:
         self._suite = suite
         self._temperature = temperature
         self._noise = NoiseSource(seed=seed, stream=TRAINING_STREAM)
-        self._specs_of = specs_of
+        self._starts = starts
         self._recorder = recorder
-        self._refused = refused
-        self.account = StepStats()
-        """Of the training step under way; replaced when a step begins."""
+        self._unscored = unscored
+        self._specs: dict[int, list[EpisodeSpec]] = {}
+        self.stats = StepStats()
+        """Counts of the current training step."""
 
     def begin_step(self) -> None:
-        """Open a new account."""
-        self.account = StepStats()
+        """Forget the groups of the last training step and count from 0."""
+        self._specs.clear()
+        self.stats = StepStats()
+
+    def next_groups(self, num_groups: int) -> list[str]:
+        """Choose the init states of the next groups; return veRL's ``uid`` of each."""
+        groups = {group[0].group_id: group for group in self._starts.next_groups(num_groups)}
+        self._specs |= groups
+        return [group_key(group) for group in groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: the groups sampled so far and the reward's state."""
+        return {
+            "num_groups_sampled": self._starts.num_groups_sampled,
+            "reward": deepcopy(self._reward.state_dict()),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self._starts.num_groups_sampled = state["num_groups_sampled"]
+        self._reward.load_state_dict(state["reward"])
 
     def generate_sequences(self, prompts: TensorDict) -> None:
         """Play the groups named by ``prompts["uid"]`` to their end and store their rows.
@@ -105,17 +143,17 @@ class EpisodeLoop:
         """
         global_step = int(prompts["global_steps"])
         groups = [group_of(str(uid)) for uid in prompts["uid"]]
-        specs = [spec for group in groups for spec in self._specs_of(group)]
-        played = self._refused.take(specs, global_step) or self._play(specs)
-        self._enter(played)
+        specs = [spec for group in groups for spec in self._specs[group]]
+        played = self._unscored.take(specs, global_step) or self._play(specs)
+        self._count(played)
         alive = played.select(~played.episodes.crashed)
         try:
             scores = self._score_and_store(alive, global_step) if len(alive.episodes) else {}
         except RewardError:
-            self._refused.keep(played, global_step)
+            self._unscored.keep(played, global_step)
             raise
-        self._refused.forget(global_step)
-        self._recorder.add(global_step, played, scores)
+        self._unscored.forget(global_step)
+        self._recorder.add_episodes(global_step, played, scores)
         spread = _spread(played, scores)
         began = time.perf_counter()
         tq.kv_batch_put(
@@ -126,7 +164,7 @@ class EpisodeLoop:
                 for group in groups
             ],
         )
-        self.account.transfer_s += time.perf_counter() - began
+        self.stats.transfer_s += time.perf_counter() - began
 
     def _play(self, specs: list[EpisodeSpec]) -> Trajectories:
         return rollout(
@@ -135,7 +173,7 @@ class EpisodeLoop:
             self._simulators,
             temperature=self._temperature,
             noise=self._noise,
-            times=self.account.times,
+            times=self.stats.times,
         )
 
     def _score_and_store(self, alive: Trajectories, global_step: int) -> dict[int, float]:
@@ -143,10 +181,10 @@ class EpisodeLoop:
         began = time.perf_counter()
         batch, result = score(self._reward, alive, suite=self._suite, split="train")
         learned = learn(self._reward, batch)
-        self.account.reward_metrics = dict(result.metrics) | dict(learned)
-        self.account.score_sum += float(result.score.sum())
+        self.stats.reward_metrics = dict(result.metrics) | dict(learned)
+        self.stats.score_sum += float(result.score.sum())
         scored = time.perf_counter()
-        self.account.reward_s += scored - began
+        self.stats.reward_s += scored - began
         keys, fields, tags = make_rows(
             alive,
             result.score,
@@ -156,16 +194,16 @@ class EpisodeLoop:
         tq.kv_batch_put(
             keys=keys, fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id="train"
         )
-        self.account.transfer_s += time.perf_counter() - scored
+        self.stats.transfer_s += time.perf_counter() - scored
         return dict(zip(alive.episodes.episode_id.tolist(), result.score.tolist(), strict=True))
 
-    def _enter(self, played: Trajectories) -> None:
+    def _count(self, played: Trajectories) -> None:
         episodes = played.episodes
-        self.account.episodes += len(episodes)
-        self.account.crashes += int(episodes.crashed.sum())
-        self.account.solved += int(episodes.success.sum())
-        self.account.steps += int(episodes.num_steps.sum())
-        self.account.policy_steps += len(played.policy_steps)
+        self.stats.episodes += len(episodes)
+        self.stats.crashes += int(episodes.crashed.sum())
+        self.stats.solved += int(episodes.success.sum())
+        self.stats.steps += int(episodes.num_steps.sum())
+        self.stats.policy_steps += len(played.policy_steps)
 
 
 def _spread(played: Trajectories, scores: Mapping[int, float]) -> dict[int, float]:

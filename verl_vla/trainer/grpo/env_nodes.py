@@ -1,7 +1,7 @@
-"""Simulators on Ray nodes of their own: one pool a node, all of them seen as one.
+"""Simulators on separate Ray nodes: one pool a node, used as one pool.
 
 Which node plays an episode changes no number, since a simulator's answer depends on snapshot and
-chunk alone. A node that is lost costs the episodes it was playing; the others play on.
+chunk alone. A lost node costs the episodes that it was playing; the other nodes continue.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from verl_vla.trainer.grpo.run import Run
 logger = logging.getLogger(__name__)
 
 RESOURCE = "env_node"
-"""Ray's name for what a node that simulates has one of."""
+"""Ray's name of the resource that a node that simulates has one of."""
 
 NodeLost = (RayActorError, ObjectLostError)
-"""What Ray raises for an answer that will never come."""
+"""Errors that Ray raises for an answer that will never come."""
 
 
 class EnvNode:
-    """The pool of one node, in an actor of its own."""
+    """The pool of one node, in an actor."""
 
     def __init__(self, env: EnvironmentConfig, config: EnvConfig, shape: PolicyShape) -> None:
         self._stack = ExitStack()

@@ -1,4 +1,4 @@
-"""Start Ray and TransferQueue, train, and end both whatever happens.
+"""Start Ray and TransferQueue, train, and end both, also after an error.
 
 Most of a start is waiting for other processes to import, so things that need not wait for each
 other do not: veRL's trainer is imported while Ray starts, the learner while TransferQueue does.
@@ -50,8 +50,8 @@ NODES_POLL_S = 1.0
 """A Slurm job's nodes start within minutes of each other."""
 
 WORKER_NICENESS = 0
-"""Ray's own 15 would let the simulators, and whatever else runs on the machine, take the learner's
-turns."""
+"""Ray's default of 15 would let simulators and other programs of the machine run before the
+learner."""
 
 LOGICAL_CPUS_BESIDE_RANKS = 3
 """Ray slots, not cores: TransferQueue's controller, its storage, and one spare. Ray starts an
@@ -120,7 +120,7 @@ def _ray_cluster(run: Run, config: DictConfig) -> Generator[None]:
 
 
 def _start_ray(cluster: ClusterConfig, environment: dict[Any, Any]) -> None:
-    """Start a Ray of our own, a second time where a busy machine took longer than Ray waits."""
+    """Start Ray; try again where a busy machine took longer than Ray waits."""
     for attempt in range(RAY_ATTEMPTS):
         try:
             ray.init(

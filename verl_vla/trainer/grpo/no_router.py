@@ -1,7 +1,7 @@
-"""What veRL asks for to spread prompts over servers of a language model; here there are none.
+"""An empty router: veRL wants one to spread prompts over servers, and here there are none.
 
-veRL's own would import all of veRL in a process of its own, 9 processor seconds and 900 MB at each
-start, to be asked nothing. veRL makes this one as ``no_router.yaml`` beside this file says.
+veRL's own router would import all of veRL in one more process, 9 processor seconds and 900 MB at
+each start, and would never be asked. ``no_router.yaml`` beside this file makes veRL use this one.
 """
 
 from __future__ import annotations

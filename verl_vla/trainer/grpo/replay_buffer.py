@@ -10,7 +10,7 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from verl_vla.config.grpo import SamplingConfig
 from verl_vla.rl.group_sampling import GroupFilter, GroupResult
-from verl_vla.trainer.grpo.rows import group_key, group_of
+from verl_vla.trainer.grpo.rows import RowKey, group_key, group_of
 
 
 class GroupReplayBuffer(ReplayBuffer):
@@ -48,7 +48,8 @@ class GroupReplayBuffer(ReplayBuffer):
             "sampling/groups_kept": len(group_filter.kept),
             "sampling/rounds": group_filter.num_rounds,
         }
-        rows = dict(sorted(self.partitions[partition_id].items(), key=lambda item: _order(item[0])))
+        found = self.partitions[partition_id]
+        rows = {key: found[key] for key in sorted(found, key=RowKey.parse)}
         kept = [group_key(group) for group in group_filter.kept]
         return self._materialize_batch(partition_id, kept, rows), metrics
 
@@ -67,9 +68,3 @@ class GroupReplayBuffer(ReplayBuffer):
             )
             for key in fresh
         ]
-
-
-def _order(key: str) -> tuple[int, int, int]:
-    """Group, member and index of a row."""
-    _, member, index = key.split("_")
-    return group_of(key), int(member), int(index)

@@ -1,13 +1,12 @@
-"""Trajectories to veRL's rows and back: the one place where names and shapes change.
+"""Trajectories to veRL's rows and back: names and shapes change here and nowhere else.
 
 One policy step is one row. veRL expects a language model's row: a prompt of P tokens, a response of
-T tokens, and per-token values as long as the response. The bins of the T action tokens are the
-response.
+T tokens, and per-token values as long as the response. The T action tokens are the response.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,22 +19,50 @@ from verl_vla.rl.loss import executed_mask
 Row = dict[str, Any]
 
 
+class RowKey(NamedTuple):
+    """Key of one row in TransferQueue; keys sort by group, episode and policy step."""
+
+    group: int
+    member: int
+    """Index of the episode in its group."""
+    index: int
+    """Index of the policy step in its episode."""
+
+    def __str__(self) -> str:
+        """Spell the key: veRL's ``uid`` of the group, an underscore and the rest.
+
+        >>> str(RowKey(12, 3, 0))
+        'g12_3_0'
+        """
+        return f"{group_key(self.group)}_{self.member}_{self.index}"
+
+    @classmethod
+    def parse(cls, key: str) -> RowKey:
+        """Read a key back.
+
+        >>> RowKey.parse("g12_3_0")
+        RowKey(group=12, member=3, index=0)
+        """
+        uid, member, index = key.split("_")
+        return cls(group_of(uid), int(member), int(index))
+
+
 def group_key(group_id: int) -> str:
-    """Return veRL's ``uid``; it must hold no underscore."""
+    """Return the ``uid`` that veRL knows a group by; it must hold no underscore."""
     return f"g{group_id}"
 
 
-def group_of(key: str) -> int:
-    """The group that a row or prompt key belongs to.
+def group_of(uid: str) -> int:
+    """Return the group of a ``uid``.
 
-    >>> group_of("g12_3_0"), group_of("g12")
-    (12, 12)
+    >>> group_of("g12")
+    12
     """
-    return int(key.split("_")[0].removeprefix("g"))
+    return int(uid.removeprefix("g"))
 
 
 def is_padding(key: str) -> bool:
-    """Whether a row's key is one that veRL made for a row without content.
+    """Return true for a key that veRL made for a row without content.
 
     >>> is_padding("pad0f3c_1_0"), is_padding("g12_3_0")
     (True, False)
@@ -50,7 +77,7 @@ def make_rows(
     chunk_length: int,
     global_step: int,
 ) -> tuple[list[str], list[Row], list[Row]]:
-    """Rows of scored trajectories: keys, fields and tags, as TransferQueue takes them.
+    """Make the rows of scored trajectories: keys, fields and tags, as TransferQueue takes them.
 
     Args:
         trajectories: without crashed episodes.
@@ -71,7 +98,7 @@ def make_rows(
         member = members[group] = members[group] + 1 if group in members else 0
         rows = torch.nonzero(policy_steps.episode == b).flatten().tolist()
         for index, row in enumerate(rows):
-            keys.append(f"{group_key(group)}_{member}_{index}")
+            keys.append(str(RowKey(group, member, index)))
             is_last = index == len(rows) - 1
             earned = float(score[b]) if is_last else 0.0
             prompt = trajectories.prompt_ids[row]

@@ -21,13 +21,13 @@ from verl_vla.policies.openvla_oft.attention import require_backend
 from verl_vla.policies.registry import check_adapters, load_processor, require_valid
 from verl_vla.rewards import TrajectoryReward, load_reward, looks_at_images
 from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, task_ids
-from verl_vla.runs.episode_recorder import EpisodeRecorder
 from verl_vla.runs.run_dir import (
     evaluated_steps,
     evaluation_record,
     keep_evaluation,
     open_run_dir,
 )
+from verl_vla.runs.run_recorder import RunRecorder
 
 MAY_CHANGE = (
     "out",
@@ -52,9 +52,9 @@ class Run:
     policy_folder: Path
     processor: Processor
     env_config: EnvConfig
-    """Of every simulator."""
+    """Configuration of every simulator."""
     simulators: EnvPool | None
-    """On this machine; None where nodes of a Ray cluster simulate."""
+    """Pool of this machine; None where nodes of a Ray cluster simulate."""
     reward: TrajectoryReward
     training_starts: tuple[Start, ...]
     evaluation_starts: tuple[Start, ...]
@@ -62,18 +62,22 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints are kept."""
+        """Folder of the checkpoints."""
         return self.folder / "checkpoints"
 
-    def open_recorder(self) -> EpisodeRecorder:
-        """What is kept of the training episodes."""
-        header = played_in(self.env_config, self.task_names)
-        return EpisodeRecorder(
-            self.folder, header, self.processor.codec, self.recipe.trainer.keep_groups
+    def open_recorder(self) -> RunRecorder:
+        """Return the recorder of the run."""
+        trainer = self.recipe.trainer
+        return RunRecorder(
+            self.folder,
+            played_in(self.env_config, self.task_names),
+            self.processor.codec,
+            groups_per_step=trainer.keep_groups,
+            total_steps=trainer.total_training_steps,
         )
 
     def was_evaluated(self, step: int) -> bool:
-        """Whether the evaluation after a training step is kept."""
+        """Return true where the evaluation after a training step is kept."""
         return step in evaluated_steps(self.folder)
 
     def keep_evaluation(self, step: int, result: Evaluation) -> None:

@@ -1,13 +1,28 @@
-"""veRL's synchronous trainer, told what a group, a step and an evaluation are here.
+"""GRPO under veRL's synchronous trainer.
 
-The loop itself is veRL's ``PPOTrainer.fit``; this class answers its hooks.
+The loop is veRL's ``PPOTrainer.fit``; `VLATrainer` answers its hooks. One training step:
+
+    on_step_begin       forget the groups of the last step
+    _next_train_batch   EpisodeLoop.next_groups           choose n init states, one a group
+    generate_sequences  EpisodeLoop.generate_sequences    play, score and store the groups:
+                          rl.rollout.rollout                G episodes of every init state
+                            Policy.act                        images -> action tokens, all ranks
+                            EnvPool.step                      action chunks -> images
+                          rewards.scoring.score             a score for every episode
+                          rows.make_rows                    a row a policy step, TransferQueue
+    sample              GroupReplayBuffer.sample          drop groups that agree, ask for as many
+                                                          more, for sampling.max_rounds rounds
+    advantage           rl.advantage.group_advantage      score less the group's mean, over std
+    _update_actor       update.update                     PPO ratio, clipped to 0.8 .. 1.28
+                          VLAEngine, rl.loss.policy_loss
+    _validate           evaluation.evaluate.evaluate      every trainer.eval_every steps
+    _compute_metrics    RunRecorder.add_step              metrics, then the checkpoint
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -18,21 +33,17 @@ from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 
-from verl_vla.core.episode import EpisodeSpec
 from verl_vla.core.errors import RewardError, SolvedError
 from verl_vla.core.signals import StopRequest
 from verl_vla.evaluation import cold_start
 from verl_vla.evaluation.evaluate import evaluate
 from verl_vla.rl.group_sampling import StartSampler
 from verl_vla.rl.rollout import Simulators
-from verl_vla.runs.console import Progress
-from verl_vla.runs.html.report import LiveReport
-from verl_vla.runs.metrics import MetricsFile
 from verl_vla.runs.run_dir import keep_solved
 from verl_vla.trainer import checkpoint
+from verl_vla.trainer.grpo.advantage import write_advantages
 from verl_vla.trainer.grpo.cluster_policy import ClusterPolicy
 from verl_vla.trainer.grpo.env_loop import EpisodeLoop
-from verl_vla.trainer.grpo.rows import group_key
 from verl_vla.trainer.grpo.run import Run
 from verl_vla.trainer.grpo.unscored_episodes import UnscoredEpisodes
 from verl_vla.trainer.grpo.update import update
@@ -47,30 +58,23 @@ class VLATrainer(PPOTrainerSync):
 
     def __init__(self, config: Any, run: Run, simulators: Simulators, stop: StopRequest) -> None:
         super().__init__(config)
-        recipe = run.recipe
         self.run = run
+        self.recipe = run.recipe
         self.simulators = simulators
         self.stop = stop
-        self.recipe = recipe
-        self.starts = StartSampler(
-            run.training_starts, seed=recipe.seed, group_size=recipe.sampling.group_size
-        )
-        self.metrics_file = MetricsFile(run.folder / "metrics.jsonl")
         self.recorder = run.open_recorder()
-        self.report = LiveReport(run.folder)
-        self.progress = Progress(recipe.trainer.total_training_steps)
-        self._specs: dict[int, list[EpisodeSpec]] = {}
+        self._resumed_state: dict[str, Any] | None = None
+        self._step_began_with: dict[str, Any] = {}
+        self._greedy_before: cold_start.Rates | None = None
         self._evaluation_s = 0.0
         self._checkpoint_s = 0.0
         self._save_is_due = False
         self._last_saved = 0
-        self._greedy_before: cold_start.Rates | None = None
-        self._state_before: dict[str, Any] = {}
 
     def init(self) -> None:
-        """Start the workers, load the newest whole checkpoint, and make the episode loop."""
+        """Start the workers, load the newest valid checkpoint, and make the episode loop."""
         super().init()
-        cluster = self.recipe.cluster
+        recipe, cluster = self.recipe, self.recipe.cluster
         self.policy = ClusterPolicy(
             self.actor_rollout_wg,
             self.run.processor,
@@ -80,30 +84,32 @@ class VLATrainer(PPOTrainerSync):
             self.policy,
             self.simulators,
             self.run.reward,
-            suite=self.recipe.environment.suite,
-            temperature=self.recipe.sampling.temperature,
-            seed=self.recipe.seed,
-            specs_of=self._specs.__getitem__,
+            StartSampler(
+                self.run.training_starts, seed=recipe.seed, group_size=recipe.sampling.group_size
+            ),
+            suite=recipe.environment.suite,
+            temperature=recipe.sampling.temperature,
+            seed=recipe.seed,
             recorder=self.recorder,
-            refused=UnscoredEpisodes(self.run.folder, first_step=self.global_steps + 1),
+            unscored=UnscoredEpisodes(self.run.folder, first_step=self.global_steps + 1),
         )
-        self.actor_rollout_wg.set_policy_loss(self.recipe.loss, self.run.processor.shape.action_dim)
+        if self._resumed_state is not None:
+            self.loop.load_state_dict(self._resumed_state)
+        self.actor_rollout_wg.set_policy_loss(recipe.loss, self.run.processor.shape.action_dim)
         self.actor_rollout_wg.guard_updates(
-            str(self.run.folder / "diverged"), self.recipe.optimizer.max_skipped_in_a_row
+            str(self.run.folder / "diverged"), recipe.optimizer.max_skipped_in_a_row
         )
         if self.global_steps > 0:
             self.config.trainer.val_before_train = False
-        last_step = self.global_steps if self.global_steps else -1
-        self.metrics_file.rewind(last_step)
-        self.recorder.rewind(last_step)
+        self.recorder.rewind(self.global_steps if self.global_steps else -1)
 
     def train(self) -> None:
-        """Run veRL's loop to the last step, or to the one after which nothing fails any more.
+        """Run veRL's loop to the last step, or until no episode fails any more.
 
         Raises:
             SolvedError: nothing failed in the very first step, so nothing was learned.
             RewardError: the reward was refused. The steps before are saved and the episodes of
-                this one are kept, so that the same command goes on with a corrected reward.
+                this one are kept, so that the same command resumes with a corrected reward.
         """
         try:
             self.fit(self.loop)  # pyright: ignore[reportArgumentType] -- needs generate_sequences only
@@ -127,7 +133,7 @@ class VLATrainer(PPOTrainerSync):
         logger.info("every episode of step %d of %d was solved. %s", step, wanted, saved)
         if self.recipe.trainer.eval_every and not self.run.was_evaluated(self.global_steps):
             values = self._validate()
-            self.metrics_file.add_to_last(values | {"timing_s/testing": self._evaluation_s})
+            self.recorder.add_to_last_step(values | {"timing_s/testing": self._evaluation_s})
         keep_solved(self.run.folder, self.global_steps)
 
     def on_train_begin(self) -> None:
@@ -154,16 +160,15 @@ class VLATrainer(PPOTrainerSync):
         logger.info("cold-start check: %s", found.summary())
 
     def on_step_begin(self) -> None:
-        """Forget the groups of the last step and open a new account.
+        """Forget the groups of the last step.
 
         Raises:
             Interrupted: somebody asked for the end, and all that was learned is kept.
         """
         if self.stop.is_made and self._last_saved == self.global_steps - 1:
             self.stop.carry_out(self._last_saved)
-        self._specs.clear()
         self.loop.begin_step()
-        self._state_before = self._run_state()
+        self._step_began_with = self.loop.state_dict()
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -180,14 +185,15 @@ class VLATrainer(PPOTrainerSync):
 
     def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
         wanted = self.recipe.sampling.groups_per_step if num_prompts is None else num_prompts
-        groups = self.starts.next_groups(wanted)
-        self._specs.update({group[0].group_id: group for group in groups})
-        batch = tu.get_tensordict({"uid": [group_key(group[0].group_id) for group in groups]})
+        batch = tu.get_tensordict({"uid": self.loop.next_groups(wanted)})
         tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
         return batch
 
     def _get_required_batch_multiple(self, dp_size: int) -> int:
         return dp_size * self.recipe.optimizer.num_mini_batches
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        return write_advantages(batch, self.config.algorithm)
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch, values = update(
@@ -207,10 +213,10 @@ class VLATrainer(PPOTrainerSync):
         )
         self._evaluation_s = time.perf_counter() - began
         values = result.as_metrics(self.run.task_names)
-        self.progress.show_evaluation(self.global_steps, result.total)
+        self.recorder.show_evaluation(self.global_steps, result.total)
         self.run.keep_evaluation(self.global_steps, result)
         if self.global_steps == 0:
-            self.metrics_file.append(0, values | {"timing_s/testing": self._evaluation_s})
+            self.recorder.add_first_evaluation(values | {"timing_s/testing": self._evaluation_s})
             played = self.recipe.evaluation
             if played.temperature == 0:
                 self._greedy_before = cold_start.Rates.of(result, played.states)
@@ -227,7 +233,7 @@ class VLATrainer(PPOTrainerSync):
         """Replace what veRL collected by the declared metrics of the step, and report them."""
         declared = ("sampling/", "actor/", "val/")
         values = {k: float(v) for k, v in metrics.items() if k.startswith(declared)}
-        values |= self.loop.account.as_metrics()
+        values |= self.loop.stats.as_metrics()
         values |= memory_metrics(self.actor_rollout_wg.peak_memory())
         parts = {"old_log_prob", "ref", "adv", "update_actor"}
         values |= {
@@ -239,11 +245,10 @@ class VLATrainer(PPOTrainerSync):
             values["timing_s/testing"] = self._evaluation_s
         metrics.clear()
         metrics.update(values)
-        self.metrics_file.append(global_steps, values)
-        self.progress.show_step(global_steps, values)
+        self.recorder.add_step(global_steps, values)
         if self._save_is_due or self.stop.is_made:
-            self._write_checkpoint(self._run_state())
-        self.report.refresh()
+            self._write_checkpoint(self.loop.state_dict())
+        self.recorder.refresh_report()
 
     def _save_checkpoint(self) -> None:
         """Only note it: veRL saves before it evaluates and reports.
@@ -251,11 +256,6 @@ class VLATrainer(PPOTrainerSync):
         Saving last, a checkpoint of step N means that the metrics of step N are on disk.
         """
         self._save_is_due = True
-
-    def _run_state(self) -> dict[str, Any]:
-        """What veRL does not save, as it stands now."""
-        reward = deepcopy(self.run.reward.state_dict())
-        return {"num_groups_sampled": self.starts.num_groups_sampled, "reward": reward}
 
     def _save_steps_before(self, step: int) -> str:
         """Write the checkpoint that ``step``, cut short before its update, began from.
@@ -269,7 +269,7 @@ class VLATrainer(PPOTrainerSync):
         if not self.recipe.trainer.save_every:
             return "The training steps before are lost, since trainer.save_every is 0"
         self.global_steps = last
-        self._write_checkpoint(self._state_before)
+        self._write_checkpoint(self._step_began_with)
         return f"Training step {last} was saved"
 
     def _write_checkpoint(self, state: dict[str, Any]) -> None:
@@ -292,8 +292,6 @@ class VLATrainer(PPOTrainerSync):
         self.config.trainer.resume_mode = "resume_path"
         self.config.trainer.resume_from_path = str(folder)
         super()._load_checkpoint()
-        state = checkpoint.load_run_state(folder)
-        self.starts.num_groups_sampled = state["num_groups_sampled"]
-        self.run.reward.load_state_dict(state["reward"])
+        self._resumed_state = checkpoint.load_run_state(folder)
         self._last_saved = step
         logger.info("resumed after training step %d", self.global_steps)

@@ -28,8 +28,8 @@ class UnscoredEpisodes:
         self._first_step = first_step
 
     def file(self, step: int) -> Path:
-        """Where the episodes of a training step are kept."""
-        return self._folder / f"refused_step_{step}.npz"
+        """Return the file for the episodes of a training step."""
+        return self._folder / f"unscored_step_{step}.npz"
 
     def keep(self, played: Trajectories, step: int) -> None:
         """Write the episodes of a round of ``step``, crashed ones included."""

@@ -1,4 +1,4 @@
-"""The update of a training step: which rows the learner gets, and what it is told of them.
+"""The update of a training step: choose the rows of the learner, and count them.
 
 A row whose advantage is 0 has no gradient where the loss has no other term, so it never reaches
 the engine. The loss stays what it would be with it: its episode counts in the denominator.
@@ -26,8 +26,8 @@ def update(
 ) -> tuple[KVBatchMeta, dict[str, float]]:
     """Learn from a batch in one pass over it, in ``num_mini_batches`` optimizer steps.
 
-    Where no row has a gradient there is none; the schedule of the learning rate goes on all the
-    same, since it counts training steps.
+    Where no row has a gradient there is none; the schedule of the learning rate
+    advances nevertheless, since it counts training steps.
 
     Args:
         batch: padded and balanced, with advantages.

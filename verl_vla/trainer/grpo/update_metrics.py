@@ -17,7 +17,7 @@ def summarise_update(
     Args:
         reported: lists with one entry per micro-batch (in the same order under every name), made
             by `verl_vla.trainer.grpo.worker`, and ``grad_norm`` and ``lr`` per optimizer step;
-            a norm that is not finite stands for a step that was left out. ``kl_sum`` is among them
+            a norm that is not finite means a skipped step. ``kl_sum`` is among them
             where the loss has a KL term.
         num_padding: rows without content among them, from veRL.
         num_left_out: rows that never reached a rank.
@@ -51,9 +51,16 @@ def summarise_update(
 
 def summarise_no_update(num_left_out: int, num_mini_batches: int, lr: float) -> dict[str, float]:
     """The same metrics where no row had a gradient; what an update alone would tell is NaN."""
-    unknown = ("loss", "grad_norm", "entropy", "ratio_first", "ratio_first_deviation")
-    values = {f"actor/{name}": math.nan for name in (*unknown, "clip_low", "clip_high")}
-    return values | {
+    unknown = (
+        "actor/pg_loss",
+        "actor/grad_norm",
+        "actor/entropy",
+        "actor/ratio_first",
+        "actor/ratio_first_deviation",
+        "actor/pg_clipfrac_low",
+        "actor/pg_clipfrac_high",
+    )
+    return dict.fromkeys(unknown, math.nan) | {
         "actor/skipped_steps": float(num_mini_batches),
         "actor/lr": lr,
         "actor/rows": 0.0,

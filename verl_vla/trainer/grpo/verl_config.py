@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import verl
 from hydra import compose, initialize_config_dir
@@ -16,15 +14,19 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.trainer.checkpoint import UNFINISHED
 from verl_vla.trainer.engine.weights import checkpoint_contents
 from verl_vla.trainer.grpo.run import Run
-from verl_vla.trainer.verl_compat.process import MODEL_TYPE, ROLLOUT_NAME, choose_device
+from verl_vla.trainer.grpo.verl_overrides import Options, check_overrides
+from verl_vla.trainer.verl_compat.process import (
+    ADV_ESTIMATOR,
+    MODEL_TYPE,
+    ROLLOUT_NAME,
+    choose_device,
+)
 
 MAX_PROMPT_TOKENS = 64
 """Bound on a prompt's length in the token budget of a micro-batch; LIBERO's are 20 to 38
 (measured on all 130 instructions with the published tokenizer)."""
 
 PRECISION = {"float32": "fp32", "bfloat16": "bf16"}
-
-Options = dict[str, Any]
 
 
 def to_verl(run: Run) -> DictConfig:
@@ -39,7 +41,7 @@ def to_verl(run: Run) -> DictConfig:
     options = _algorithm(run) | _model(run) | _actor(run) | _rollout(run) | _run(run)
     for name, value in options.items():
         OmegaConf.update(config, name, value, force_add=True)
-    refuse_what_is_decided(run.recipe.verl, run.folder, options)
+    check_overrides(run.recipe.verl, run.folder, options)
     OmegaConf.set_struct(config, True)
     try:
         config = OmegaConf.merge(config, run.recipe.verl)
@@ -52,43 +54,10 @@ def to_verl(run: Run) -> DictConfig:
     return config
 
 
-def refuse_what_is_decided(section: Mapping[str, Any], folder: Path, options: Options) -> None:
-    """Keep a recipe's ``verl`` section to what is free, and what veRL writes to the run's folder.
-
-    Args:
-        section: nested options.
-        folder: of the run.
-        options: that the project sets, under their dotted names.
-
-    Raises:
-        ConfigError: it names an option of `to_verl`, code to trust, or a folder elsewhere.
-    """
-    for key, value in _flat(section).items():
-        if key in options or key.endswith("trust_remote_code"):
-            raise ConfigError(
-                f"verl.{key} is {value!r}, but the project decides this option; leave it out"
-            )
-        is_folder = key.endswith(("_dir", "_folder")) and isinstance(value, str)
-        if is_folder and not Path(value).resolve().is_relative_to(folder):
-            raise ConfigError(
-                f"verl.{key} is {value!r}, which is not in the run's folder; name a folder in "
-                f"{folder}"
-            )
-
-
-def _flat(values: Mapping[str, Any], path: str = "") -> Options:
-    """Nested options under their dotted names."""
-    found: Options = {}
-    for name, value in values.items():
-        key = f"{path}{name}"
-        found |= _flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
-    return found
-
-
 def _algorithm(run: Run) -> Options:
     sampling = run.recipe.sampling
     return {
-        "algorithm.adv_estimator": "grpo",
+        "algorithm.adv_estimator": ADV_ESTIMATOR,
         "algorithm.use_kl_in_reward": False,
         # Our replay buffer filters and refills; veRL's own filter has no cap.
         "algorithm.filter_groups.enable": False,

@@ -37,7 +37,7 @@ EVERY_RANK: Any = vars(Dispatch)["ONE_TO_ALL"]
 
 
 class VLAWorker(ActorRolloutRefWorker):
-    """veRL's actor worker, with `generate_actions` beside it."""
+    """veRL's actor worker, with `sample_actions` beside it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -77,8 +77,8 @@ class VLAWorker(ActorRolloutRefWorker):
         self.engine.guard = FiniteGuard(folder=Path(folder), max_in_a_row=max_in_a_row)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
-    def generate_actions(self, data: TensorDict) -> TensorDict:
-        """Choose bins for a batch of observations.
+    def sample_actions(self, data: TensorDict) -> TensorDict:
+        """Sample action tokens for a batch of observations.
 
         Args:
             data: ``input_ids`` and ``attention_mask`` [n, L] right-padded, ``images``
@@ -92,7 +92,7 @@ class VLAWorker(ActorRolloutRefWorker):
         temperature = float(tu.get_non_tensor_data(data, "temperature", None))
         self.engine.num_optimizer_steps = 0
         inputs = [data[name] for name in ("input_ids", "attention_mask", "images", "noise")]
-        action_tokens, log_probs = self.engine.choose(*inputs, temperature, data["proprio"])
+        action_tokens, log_probs = self.engine.sample_actions(*inputs, temperature, data["proprio"])
         return tu.get_tensordict({"action_tokens": action_tokens, "log_probs": log_probs})
 
     @register(dispatch_mode=EVERY_RANK)
@@ -178,9 +178,9 @@ def row_loss(
     action_dim: int,
     num_ranks: int,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The loss of one micro-batch of rows, and sums for the metrics.
+    """Compute the loss of one micro-batch of rows, and sums for the metrics.
 
-    FSDP averages gradients over ranks, the loss is a sum: hence the factor.
+    The loss is a sum over ranks and FSDP averages gradients, so it is scaled by ``num_ranks``.
     """
     width = log_probs.shape[1]
     mask = dense(data["response_mask"], width).bool()

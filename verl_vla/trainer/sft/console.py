@@ -1,4 +1,4 @@
-"""What a person sees of a fine-tuning run: lines on the console, a curve, evaluations as JSON."""
+"""Output of a fine-tuning run: lines on the console, a curve, evaluations as JSON."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class SFTConsole:
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Report a step now and then, the first, the last and every tested one always."""
         left_s = self._time_left_s(step, values["timing_s/step"])
-        is_telling = "val/accuracy" in values or step in (1, self._total_steps)
-        if step % self._show_every and not is_telling:
+        is_shown = "val/accuracy" in values or step in (1, self._total_steps)
+        if step % self._show_every and not is_shown:
             return
         held_out = (
             f"  held out {100 * values['val/accuracy']:.1f}%" if "val/accuracy" in values else ""

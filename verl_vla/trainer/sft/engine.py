@@ -16,6 +16,7 @@ from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelCo
 
 from verl_vla.config.sft import ScheduleConfig
 from verl_vla.datasets.sft_dataset import SampleBatch
+from verl_vla.policies.base import DTYPES
 from verl_vla.trainer.engine.divergence_guard import FiniteGuard
 from verl_vla.trainer.engine.engine import VLAEngine
 from verl_vla.trainer.engine.exported_policy import write_policy
@@ -24,7 +25,6 @@ from verl_vla.trainer.grpo.verl_config import PRECISION
 from verl_vla.trainer.sft.run import SFTRun
 from verl_vla.trainer.verl_compat.process import MODEL_TYPE
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOSS, ACCURACY = range(2)
 """Columns of the sums that ranks add up."""
 

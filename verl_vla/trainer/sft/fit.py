@@ -30,7 +30,7 @@ among 256 shades of nothing would be all noise."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SFTConfig:
-    """How a policy is fitted to demonstrations."""
+    """Options of `fit`."""
 
     steps: int = 800
     batch_size: int = 24
@@ -50,7 +50,7 @@ class SFTConfig:
     moves. Neighbouring bins are nearly the same motion: a target that says so is learned faster
     and leaves GRPO something to choose from. 0 asks for the demonstrated bin alone."""
     seed: int = 0
-    """Of the order of the samples."""
+    """Seed of the order of the samples."""
 
     def __post_init__(self) -> None:
         for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
@@ -65,7 +65,7 @@ class SFTConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """What a policy is fitted to; F images."""
+    """Training data of `fit`: F images with their action tokens and instructions."""
 
     images: Tensor
     """[F, V, H, W, 3] uint8."""
@@ -80,7 +80,7 @@ class Samples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What one step of `fit` measured."""
+    """Measurements of one step of `fit`."""
 
     step: int
     loss: float

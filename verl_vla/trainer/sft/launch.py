@@ -1,4 +1,4 @@
-"""Start the ranks of a fine-tuning run, one process each, and end them whatever happens."""
+"""Start the ranks of a fine-tuning run, one process each, and end them, also after an error."""
 
 from __future__ import annotations
 

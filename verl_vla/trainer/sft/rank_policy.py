@@ -60,7 +60,7 @@ def serve(engine: VLAEngine) -> None:
 
 
 def _broadcast(value: Any) -> Any:
-    """What the first rank gives, on every rank."""
+    """Return the first rank's value on every rank."""
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
@@ -78,7 +78,7 @@ def _answer(
     rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     rows = padded_rows(len(images), num_ranks)[rank::num_ranks]
     ids, mask = engine.processor.collate([prompts[row] for row in rows])
-    answer = engine.choose(ids, mask, images[rows], noise[rows], temperature, proprio[rows])
+    answer = engine.sample_actions(ids, mask, images[rows], noise[rows], temperature, proprio[rows])
     parts: list[Any] = [None] * num_ranks
     torch.distributed.all_gather_object(parts, answer)
     action_tokens, log_probs = (

@@ -19,8 +19,9 @@ from verl_vla.datasets.libero_reader import Demo, read_demos
 from verl_vla.datasets.rerender import Rerendering, rerender
 from verl_vla.datasets.sft_dataset import DemoSamples
 from verl_vla.envs.base import EnvConfig
-from verl_vla.envs.libero.suite import SUITES, libero_suite
+from verl_vla.envs.libero.suite import libero_suite
 from verl_vla.envs.libero.task import CAMERAS
+from verl_vla.envs.names import SUITES
 from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.policies.base import Processor
 from verl_vla.policies.normalization import (
@@ -66,10 +67,10 @@ class SFTRun:
     policy_folder: Path
     """The policy that the run starts from, with the statistics of the demonstrations."""
     render_size: int
-    """Of the images that are learned from, pixels."""
+    """Size of the training images before they are prepared for the policy, pixels."""
     env_config: EnvConfig
-    """Of every simulator."""
-    learned: tuple[Demo, ...]
+    """Configuration of every simulator."""
+    train: tuple[Demo, ...]
     held_out: tuple[Demo, ...]
     starts: tuple[Start, ...]
     """Held-out starts of the closed-loop evaluations."""
@@ -77,25 +78,25 @@ class SFTRun:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints are kept."""
+        """Folder of the checkpoints."""
         return self.folder / "checkpoints"
 
     def load_processor(self) -> Processor:
-        """What lies between the demonstrations and the policy."""
+        """Load the processor of the policy, for images of ``render_size``."""
         return _load_processor(self.policy_folder, self.render_size)
 
     def samples(self, processor: Processor) -> DemoSamples:
-        """What is learned."""
+        """Return the training samples."""
         recipe = self.recipe
-        return _samples(self.learned, processor, recipe.seed if recipe.demos.augment else None)
+        return _samples(self.train, processor, recipe.seed if recipe.demos.augment else None)
 
     def held_out_samples(self, processor: Processor) -> DemoSamples:
-        """What is tested open loop."""
+        """Return the samples of the open-loop test."""
         return _samples(self.held_out, processor, None)
 
     @contextmanager
     def open_simulators(self, processor: Processor) -> Generator[EnvPool]:
-        """The simulators of the closed-loop evaluations."""
+        """Open the simulators of the closed-loop evaluations."""
         with open_simulators(self.recipe.environment, self.env_config, processor.shape) as pool:
             yield pool
 
@@ -118,7 +119,7 @@ def open_sft_run(recipe: SFTRecipe) -> Generator[SFTRun]:
         if recipe.trainer.play_every
         else ()
     )
-    learned, held_out = read_demos(source, chosen, tasks, choice)
+    train, held_out = read_demos(source, chosen, tasks, choice)
     if recipe.policy.path is not None:
         find_policy(recipe.policy.path)
     if recipe.demos.images == "rerendered" or recipe.trainer.play_every:
@@ -126,13 +127,13 @@ def open_sft_run(recipe: SFTRecipe) -> Generator[SFTRun]:
     folder = Path(recipe.out).expanduser().resolve()
     with open_run_dir(folder, recipe.as_dict(), MAY_CHANGE):
         statistics = measure_statistics(
-            [demo.actions for demo in learned],
+            [demo.actions for demo in train],
             key=env.suite + (NO_NOOPS_SUFFIX if choice.filter_noops else ""),
         )
         policy_folder = _first_policy(recipe, folder / "first_policy", statistics)
         require_valid(policy_folder)
         check_adapters(policy_folder, recipe.policy.lora_rank, has_kl=False)
-        render_size = learned[0].render_size
+        render_size = train[0].render_size
         if recipe.demos.images == "rerendered":
             render_size = PUBLISHED_RENDER_SIZE if env.render_size is None else env.render_size
             work = Rerendering(
@@ -146,14 +147,14 @@ def open_sft_run(recipe: SFTRecipe) -> Generator[SFTRun]:
                 ),
             )
             rerender(work, tasks, workers=env.num_workers)
-            learned, held_out = read_demos(work.target, chosen, tasks, choice)
+            train, held_out = read_demos(work.target, chosen, tasks, choice)
         run = SFTRun(
             recipe=recipe,
             folder=folder,
             policy_folder=policy_folder,
             render_size=render_size,
             env_config=env_config(env, _load_processor(policy_folder, render_size)),
-            learned=tuple(learned),
+            train=tuple(train),
             held_out=tuple(held_out),
             starts=held_out_starts,
             task_names={task: chosen.tasks[task].name for task in tasks},
@@ -222,7 +223,7 @@ def _check_samples(run: SFTRun) -> None:
             f"{batch}; set a smaller batch or learn more episodes"
         )
     num_views = processor.shape.num_views
-    for demo in run.learned + run.held_out:
+    for demo in run.train + run.held_out:
         processor.prompt(demo.instruction)
         if len(demo.cameras) < num_views:
             raise ConfigError(
@@ -231,7 +232,7 @@ def _check_samples(run: SFTRun) -> None:
             )
     logger.info(
         "%d episodes, %d samples to learn; %d episodes held out",
-        len(run.learned),
+        len(run.train),
         len(samples),
         len(run.held_out),
     )

@@ -39,8 +39,8 @@ VALUES = "values"
 class SFTTrainer:
     """Steps, tests, evaluations and checkpoints of one run.
 
-    A step is saved before it is tested and played, so that nothing that goes wrong there can cost
-    the step; what is still owed to a saved step is done when the run goes on.
+    A step is saved before it is tested and evaluated, so that a fault there cannot cost the step;
+    a test or evaluation that a saved step still lacks is made when the run resumes.
     """
 
     def __init__(
@@ -104,14 +104,14 @@ class SFTTrainer:
         return self._rank == 0
 
     def _must_end(self) -> bool:
-        """Whether the first rank was asked to stop; the same answer on every rank."""
+        """Return true where the first rank was asked to stop; the same answer on every rank."""
         asked = self._stop is not None and self._stop.is_made
         answer = torch.tensor(int(asked), device=get_device_id())
         torch.distributed.broadcast(answer, src=0)
         return bool(answer)
 
     def _is_due(self, step: int, every: int) -> bool:
-        """Whether a thing done every so many steps, and at the last, is done at this one."""
+        """Return true at every ``every``-th step and at the last one."""
         return every > 0 and (step % every == 0 or step == self._steps.total_steps)
 
     def _batches(self, done: int) -> Iterator[SampleBatch]:

@@ -1,1 +1,1 @@
-"""What veRL needs to run on this machine: device, process settings, placement."""
+"""Run veRL on this machine: device, process settings, placement."""

@@ -1,4 +1,4 @@
-"""What veRL places on machines: ranks on cores, and no data set."""
+"""Place ranks on cores; veRL's data set is not used."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class PlatformCPU(PlatformBase):
 
     @property
     def device_module(self) -> ModuleType:
-        """What veRL uses where it would use ``torch.cuda``."""
+        """The module that veRL uses in place of ``torch.cuda``."""
         return _DEVICE_MODULE
 
     def is_available(self) -> bool:

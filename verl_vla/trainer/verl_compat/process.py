@@ -21,6 +21,9 @@ MODEL_TYPE = "vla"
 """veRL's key for `VLAEngine`; set as ``actor_rollout_ref.model.model_type``. Which architecture it
 holds, the checkpoint's own ``config.json`` says."""
 
+ADV_ESTIMATOR = "verl_vla_grpo"
+"""veRL's name for `verl_vla.rl.advantage.group_advantage`; set as ``algorithm.adv_estimator``."""
+
 ROLLOUT_NAME = "shared_weights"
 """veRL's name for a rollout that needs no server: the learner's module plays."""
 

@@ -11,11 +11,11 @@ import torch
 from bench_world import NUM_GROUPS, SIZE, make_trajectories
 from verl.utils import tensordict_utils as tu
 
-from verl_vla.core.episode import EpisodeSpec
+from verl_vla.core.episode import EpisodeSpec, Start
 from verl_vla.core.errors import RewardError
 from verl_vla.rewards import RewardResult, StatelessReward, TrajectoryBatch
+from verl_vla.rl.group_sampling import StartSampler
 from verl_vla.trainer.grpo.env_loop import EpisodeLoop
-from verl_vla.trainer.grpo.rows import group_key
 from verl_vla.trainer.grpo.unscored_episodes import UnscoredEpisodes
 
 STEP = 3
@@ -72,17 +72,17 @@ def test_a_refused_round_leaves_its_episodes_behind(tmp_path: Path) -> None:
         nobody,
         nobody,
         Unsure(),
+        StartSampler([Start(task_id=0, init_state_id=0)], seed=0, group_size=SIZE),
         suite="mini",
         temperature=1.0,
         seed=0,
-        specs_of=lambda group: SPECS[group * SIZE : (group + 1) * SIZE],
         recorder=nobody,
-        refused=kept,
+        unscored=kept,
     )
-    asked = tu.get_tensordict({"uid": [group_key(group) for group in range(NUM_GROUPS)]})
+    asked = tu.get_tensordict({"uid": loop.next_groups(NUM_GROUPS)})
     tu.assign_non_tensor_data(asked, "global_steps", STEP)
     with pytest.raises(RewardError, match=f"Unsure returned nan for episode {SIZE} "):
         loop.generate_sequences(asked)
-    assert loop.account.as_metrics()["env/episodes"] == len(SPECS)
-    assert np.isnan(loop.account.as_metrics()["perf/policy_steps_per_s"])
+    assert loop.stats.as_metrics()["env/episodes"] == len(SPECS)
+    assert np.isnan(loop.stats.as_metrics()["perf/policy_steps_per_s"])
     assert kept.take(SPECS, STEP) is not None

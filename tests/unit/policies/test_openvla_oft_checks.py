@@ -26,8 +26,8 @@ SIZES = TinySizes(image_size=28, vision_width=12, llm_width=16, llm_depth=1, llm
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sound") / "policy"
+def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("valid") / "policy"
     statistics = ActionStatistics(
         q01=-np.ones(7), q99=np.ones(7), mask=np.array([True] * 6 + [False]), key="mini"
     )
@@ -36,8 +36,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(sound: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(sound, tmp_path / "policy"))
+def folder(valid: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(valid, tmp_path / "policy"))
 
 
 def edit(file: Path, change: Callable[[dict], object]) -> None:
@@ -69,14 +69,14 @@ def split_into_shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("model-*.safetensors"))
 
 
-def test_a_sound_checkpoint_has_no_fault_and_says_what_it_is(sound: Path) -> None:
-    findings = {f.subject: f.says for f in examine(sound)}
-    assert faults(sound) == {}
+def test_a_sound_checkpoint_has_no_fault_and_says_what_it_is(valid: Path) -> None:
+    findings = {f.subject: f.says for f in examine(valid)}
+    assert faults(valid) == {}
     assert "vision 2 of 3 blocks of 12, language model 1 layers of 16" in findings["architecture"]
     assert "both directions" in findings["attention"]
     assert "'mini', 7 values" in findings["action statistics"]
     assert findings["weights"].endswith("F32")
-    require_valid(sound)
+    require_valid(valid)
 
 
 def test_shards_are_as_good_as_one_file(folder: Path) -> None:
@@ -181,8 +181,8 @@ def test_a_folder_that_is_none_gets_one_finding(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_the_mass_is_what_the_whole_softmax_gives_the_action_ids(sound: Path) -> None:
-    policy = OpenVLAOFTPolicy.from_pretrained(sound)
+def test_the_mass_is_what_the_whole_softmax_gives_the_action_ids(valid: Path) -> None:
+    policy = OpenVLAOFTPolicy.from_pretrained(valid)
     images = torch.randint(0, 256, (2, 1, 28, 28, 3), dtype=torch.uint8)
     prompts = [policy.processor.prompt(text) for text in ("lift it", "lift")]
     mass = policy.action_mass(images, prompts)
@@ -203,10 +203,10 @@ def test_a_head_that_never_learned_action_tokens_is_a_fault() -> None:
 
 
 def test_the_verb_answers_by_its_exit_code(
-    sound: Path, folder: Path, caplog: pytest.LogCaptureFixture
+    valid: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="verl_vla")
-    assert verb.run(["--checkpoint", str(sound)]) == 0
+    assert verb.run(["--checkpoint", str(valid)]) == 0
     assert "not measured" in caplog.text
     (folder / "tokenizer.json").unlink()
     assert verb.run(["--checkpoint", str(folder)]) == verb.EXIT_FAULT

@@ -69,8 +69,8 @@ def test_text_of_a_run_is_text(page):
 
 
 def test_best_median_and_worst_of_the_filmed_episodes(page):
-    telling = page[page.index("Best, median and worst") : page.index("Newest groups")]
-    assert re.findall(r'alt="episode (\d+)"', telling) == ["300", "202", "101"]
+    highlights = page[page.index("Best, median and worst") : page.index("Newest groups")]
+    assert re.findall(r'alt="episode (\d+)"', highlights) == ["300", "202", "101"]
 
 
 def test_a_run_that_has_just_begun_has_a_page(tmp_path):

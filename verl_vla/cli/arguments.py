@@ -1,0 +1,351 @@
+"""Arguments of every command.
+
+Only names are imported here, so that ``--help`` and a wrong argument are answered at once. An
+option that sets a field of a recipe has the name of that field.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import get_args
+
+from verl_vla.config.choices import ACTION_ROWS, ARCHITECTURES, DECODINGS, DTYPES, PROTOCOLS
+from verl_vla.diagnostics.planning.gpus import GPUS
+from verl_vla.envs.base import Split
+from verl_vla.envs.names import ALL_BASES, PERTURBATIONS, SUITES, SUITES_WITH_EXPERTS
+
+Parser = argparse.ArgumentParser
+
+STDOUT = "-"
+"""Value of ``doctor --json`` without a file."""
+QUICKSTARTS = {"mini": "quickstart", "libero_spatial": "quickstart_libero_spatial"}
+"""Recipe of each suite that has an embedded base policy."""
+BENCHMARKS = {
+    "images": "image preprocessing for the policy, one thread",
+    "env": "one simulator against LIBERO's stock environment: a chunk, and a reset",
+    "pool": "speed with more and more simulator processes",
+    "rollout": "a rollout with and without overlap of policy and simulators",
+    "update": "forward and backward passes over rows, and their memory",
+    "step": "complete training steps against those of another commit",
+    "gpu": "a 7.5 B policy with random weights on one device, without the hub and Ray",
+    "page": "write the tables of docs/benchmarks.md from the records in docs/benchmarks",
+}
+"""One-line help of each benchmark; a benchmark is a module of `verl_vla.diagnostics.benchmarks`."""
+
+
+def parse(command: str, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments of a command; a wrong one ends the process with its usage."""
+    if command == "bench" and arguments and arguments[0] in BENCHMARKS:
+        # the other options are those of the benchmark's module, which is slow to import
+        return argparse.Namespace(part=arguments[0], rest=list(arguments[1:]))
+    return make_parser(command).parse_intermixed_args(arguments)
+
+
+def make_parser(command: str) -> Parser:
+    """Make the parser of a command."""
+    add_arguments = COMMANDS[command]
+    parser = Parser(prog=f"verl-vla {command}", description=add_arguments.__doc__)
+    add_arguments(parser)
+    return parser
+
+
+def _train(parser: Parser) -> None:
+    """Improve a policy with GRPO under veRL; the same command resumes."""
+    _add_overrides(parser)
+
+
+def _explain(parser: Parser) -> None:
+    """Print every option of a recipe with its value, its origin and its meaning."""
+    _add_overrides(parser)
+
+
+def _plan(parser: Parser) -> None:
+    """Print whether a recipe fits a machine and how long it takes; exit code 1 if it does not."""
+    _add_overrides(parser)
+    parser.add_argument("--gpu", choices=list(GPUS), help="kind of GPU of every rank")
+    parser.add_argument("--num-nodes", type=int, help="number of nodes, as cluster.num_nodes")
+
+
+def _recipes(parser: Parser) -> None:
+    """List the recipes that come with the project."""
+
+
+def _eval(parser: Parser) -> None:
+    """Evaluate a policy; the same command resumes. Needs neither veRL nor Ray."""
+    add = parser.add_argument
+    add("--policy", required=True, help="folder of a checkpoint")
+    add(
+        "--suite",
+        required=True,
+        help=f"suite: {', '.join(SUITES)}, a perturbed one such as libero_plus, "
+        f"path/to/file.py:ClassName, or {ALL_BASES} with --perturbation plus",
+    )
+    add(
+        "--tasks",
+        type=int,
+        nargs="+",
+        help="task ids; with --perturbation those of the unperturbed suite; all if not given",
+    )
+    add("--episodes-per-task", type=int, help="starts per task; all recorded ones if not given")
+    add(
+        "--protocol",
+        choices=PROTOCOLS,
+        help="published: all tasks and recorded init states, greedy, openvla-oft's step limits, "
+        "256 px, and a table with published rates; for LIBERO's suites of ten tasks",
+    )
+    add(
+        "--states",
+        choices=get_args(Split),
+        help="starts: held_out (default); official: all recorded ones; sampled: new ones",
+    )
+    add("--temperature", type=float, help="sampling temperature; 0 (default) is greedy")
+    add("--step-limit", help="step limit: published (default), simplevla, or a number")
+    _add_policy_options(parser)
+    add("--dtype", choices=sorted(DTYPES), default="float32", help="dtype of the policy")
+    add("--seed", type=int, default=0, help="seed of the sampling noise")
+    _add_num_workers(parser)
+    _add_num_slots(parser, default=16)
+    add(
+        "--perturbation",
+        nargs="+",
+        help="perturbations of the suite, compared with the unperturbed control: "
+        f"{', '.join(PERTURBATIONS)}",
+    )
+    add("--control", help="earlier eval of the unperturbed suite; evaluated too if not given")
+    add("--tasks-per-axis", type=int, help="largest number of perturbed tasks per axis")
+    add("--out", required=True, help="folder of the results")
+
+
+def _compare(parser: Parser) -> None:
+    """Compare two evaluations on the same starts: which policy is better?"""
+    parser.add_argument("first", metavar="A", help="evaluation of the first policy")
+    parser.add_argument("second", metavar="B", help="evaluation of the second policy")
+    parser.add_argument("--out", help="JSON file of the same numbers")
+
+
+def _replay(parser: Parser) -> None:
+    """Make a video of a recorded episode."""
+    parser.add_argument("run", metavar="RUN", help="folder of a training run or of eval")
+    parser.add_argument("--episode", type=int, required=True, help="episode id in episodes.jsonl")
+    parser.add_argument("--out", help="video file; RUN/replays/episode_ID.mp4 if not given")
+
+
+def _report(parser: Parser) -> None:
+    """Write report.html of a training run."""
+    parser.add_argument("run", metavar="RUN", help="folder of a training run")
+
+
+def _dashboard(parser: Parser) -> None:
+    """Serve a local page on runs, finished or not."""
+    parser.add_argument("runs", metavar="RUNS_DIR", help="folder that contains runs, at any depth")
+    parser.add_argument("--port", type=int, default=8421, help="TCP port, 8421 if not given")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; any but 127.0.0.1 is open to other machines too",
+    )
+
+
+def _doctor(parser: Parser) -> None:
+    """Check whether this machine, or a checkpoint, can train; exit code 1 if there is a fault."""
+    add = parser.add_argument
+    add(
+        "--policy",
+        help="folder of a checkpoint to check instead of the machine; with --libero, in addition",
+    )
+    add("--libero", action="store_true", help="compare machine and checkpoint with LIBERO's own")
+    add("--json", nargs="?", const=STDOUT, help="with --libero, write JSON to a file or to stdout")
+    add("--out", default="runs", help="folder in which runs will be written")
+    add("--fix", action="store_true", help="print commands that fix the faults, without running")
+    add(
+        "--suite",
+        help=f"suite whose held-out images test the weights: {', '.join(SUITES)}; with --libero, "
+        "the suite that the policy's action statistics must match",
+    )
+    add("--images", type=int, default=8, help="number of images to test")
+    _add_policy_options(parser)
+    add("--dtype", choices=sorted(DTYPES), default="float32", help="dtype of the policy")
+
+
+def _check_suite(parser: Parser) -> None:
+    """Build every task of a suite and count failures by reason."""
+    add = parser.add_argument
+    add("--suite", required=True, help="any suite, such as libero_spatial_swap or libero_plus")
+    add("--tasks", type=int, nargs="+", help="task ids; all if not given")
+    add("--every", type=int, default=1, help="check only every EVERY-th task")
+    add("--out", help="JSON file of the results, updated during the check")
+
+
+def _demos(parser: Parser) -> None:
+    """Record demonstrations of scripted experts, as .npz or in LIBERO's layout."""
+    add = parser.add_argument
+    add("--suite", default="mini", help=", ".join(SUITES_WITH_EXPERTS))
+    add("--tasks", type=int, nargs="+", help="task ids; all if not given")
+    add("--episodes-per-task", type=int, default=60, help="solved episodes per task")
+    add("--render-size", type=int, default=128, help="side of the camera image, pixels")
+    add("--seed", type=int, default=0, help="seed of starts, pace and disturbances")
+    _add_num_workers(parser)
+    add("--out", required=True, help="file to write, .npz or .hdf5, or a folder")
+    add = parser.add_argument_group(".npz files only").add_argument
+    add("--noise", type=float, help="standard deviation of disturbances of a translation")
+    add("--every", type=int, help="steps between images")
+    add(
+        "--height-error",
+        type=float,
+        help="largest error in metres of a biased expert, which takes objects to be higher",
+    )
+    add("--image-size", type=int, help="side of the policy's images, pixels")
+
+
+def _sft(parser: Parser) -> None:
+    """Fine-tune on demonstrations: with a recipe, or a tiny policy from scratch on --demos."""
+    _add_overrides(parser)
+    add = parser.add_argument_group("a tiny policy from scratch").add_argument
+    add("--demos", help="file that `demos` wrote")
+    add("--architecture", choices=ARCHITECTURES, help="openvla_oft if not given")
+    add("--decoding", choices=DECODINGS, help="scratch_vla only; parallel if not given")
+    add("--chunk-length", type=int, help="actions of one policy step, scratch_vla only")
+    add("--tasks", type=int, nargs="+", help="task ids to learn; all in the file if not given")
+    add("--per-task", type=int, help="demonstrations of each task to use; all if not given")
+    add("--steps", type=int, help="optimizer steps")
+    add("--batch-size", type=int, help="images per step")
+    add("--lr", type=float, help="highest learning rate")
+    add("--smoothing", type=float, help="label smoothing, in bins")
+    add("--seed", type=int, help="seed of the weights and of the order of the images")
+    add("--threads", type=int, help="threads of this process; the result depends on it")
+    add("--out", help="checkpoint folder to write")
+
+
+def _new_policy(parser: Parser) -> None:
+    """Assemble a scratch VLA from a language model and vision towers."""
+    add = parser.add_argument
+    add("--language", required=True, help="folder of a causal language model")
+    add("--vision", required=True, nargs="+", help="folders of one or two SigLIP models")
+    add(
+        "--demos",
+        required=True,
+        help="file of `demos`, or folder of LIBERO's files, which give the normalization stats",
+    )
+    add("--decoding", choices=DECODINGS, default=DECODINGS[0], help="decoding of action tokens")
+    add(
+        "--action-rows",
+        choices=ACTION_ROWS,
+        default=ACTION_ROWS[0],
+        help="embedding rows of the action tokens",
+    )
+    add("--lora-rank", type=int, default=32, help="rank of the adapters; 0 trains all weights")
+    add("--num-views", type=int, default=1, help="number of cameras, 1 or 2")
+    add("--chunk-length", type=int, default=8, help="actions of one policy step")
+    add("--dtype", choices=sorted(DTYPES), default="bfloat16", help="dtype of the policy")
+    add("--seed", type=int, default=0, help="seed of projector and adapters")
+    add("--out", required=True, help="checkpoint folder to write")
+
+
+def _reward_bench(parser: Parser) -> None:
+    """Measure rewards before training on them: do they rank failures?"""
+    add = parser.add_argument
+    add("--rewards", required=True, help="NAME,LABEL=NAME,... or a .yaml file of them")
+    add(
+        "--reward-args",
+        nargs="+",
+        default=[],
+        metavar="LABEL.KEY=VALUE",
+        help="constructor arguments of the rewards",
+    )
+    add("--out", required=True, help="folder of the results; a repeated call reuses its episodes")
+    add("--episodes-from", help="folder of earlier episodes to read instead of new rollouts")
+    add("--seed", type=int, default=0, help="seed of starts, noise, rewards and intervals")
+    add("--groups-per-update", type=int, default=8, help="groups that a reward learns from at once")
+    add("--curve-groups", type=int, default=16, help="groups with progress curves; 0 for none")
+    _add_num_workers(parser)
+    add = parser.add_argument_group("rollouts").add_argument
+    add("--policy", help="folder of a checkpoint")
+    add("--suite", help=f"suite: {', '.join(SUITES)}")
+    add("--tasks", type=int, nargs="+", help="task ids; all if not given")
+    add("--groups", type=int, help="total number of groups, each with a different training start")
+    add("--group-size", type=int, help="episodes per group")
+    add("--temperature", type=float, help="sampling temperature of the action tokens")
+    add("--step-limit", help="step limit: published, simplevla, or a number")
+    _add_policy_options(parser)
+    add("--dtype", choices=sorted(DTYPES), help="dtype of the policy")
+    _add_num_slots(parser, default=None)
+
+
+def _quickstart(parser: Parser) -> None:
+    """Train the embedded policy on this machine and show its success before and after."""
+    add = parser.add_argument
+    add("--suite", choices=QUICKSTARTS, default="mini", help="suite; mini if not given")
+    add("--steps", type=int, help="training steps; the recipe's if not given")
+    add("--seed", type=int, help="seed of the run; 0 if not given")
+    add("--out", help="run folder; runs/RECIPE_seedS if not given")
+
+
+def _soak(parser: Parser) -> None:
+    """Roll out thousands of episodes while simulators crash; nothing may grow."""
+    add = parser.add_argument
+    add("--policy", default="bases/mini", help="folder of a checkpoint")
+    add("--tasks", type=int, nargs="+", default=[0, 6], help="task ids of the mini suite")
+    add("--episodes", type=int, default=2000, help="least number of episodes")
+    add("--block", type=int, default=80, help="episodes between two samples")
+    add("--step-limit", type=int, default=16, help="step limit; small, so that episodes are short")
+    add("--crash-share", type=float, default=0.01, help="share of episodes that crash")
+    _add_num_workers(parser)
+    _add_num_slots(parser, default=16)
+    add("--out", default="soak.json", help="JSON file of the results")
+
+
+def _bench(parser: Parser) -> None:
+    """Measure the speed of a part; prints a table, then one JSON object on the last line."""
+    listed = "\n".join(f"  {name:<8} {text}" for name, text in BENCHMARKS.items())
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"parts:\n{listed}\n\n`bench PART -h` lists the options of a part."
+    parser.add_argument("part", choices=BENCHMARKS, metavar="PART", help="part to measure")
+
+
+def _add_overrides(parser: Parser) -> None:
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="recipe=NAME, then options of the recipe, such as optimizer.lr=1e-5; "
+        "`verl-vla recipes` lists recipes, `verl-vla explain recipe=NAME` options",
+    )
+
+
+def _add_policy_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--render-size", type=int, help="side of the camera image, px; the policy's if not given")
+    add("--unnorm-key", help="entry of dataset_statistics.json")
+
+
+def _add_num_workers(parser: Parser) -> None:
+    parser.add_argument("--num-workers", type=int, default=2, help="number of simulator processes")
+
+
+def _add_num_slots(parser: Parser, default: int | None) -> None:
+    text = "simulator slots: episodes that run at the same time"
+    parser.add_argument("--num-slots", type=int, default=default, help=text)
+
+
+COMMANDS: dict[str, Callable[[Parser], None]] = {
+    "train": _train,
+    "eval": _eval,
+    "compare": _compare,
+    "replay": _replay,
+    "report": _report,
+    "dashboard": _dashboard,
+    "doctor": _doctor,
+    "check-suite": _check_suite,
+    "demos": _demos,
+    "sft": _sft,
+    "new-policy": _new_policy,
+    "reward-bench": _reward_bench,
+    "quickstart": _quickstart,
+    "soak": _soak,
+    "bench": _bench,
+    "recipes": _recipes,
+    "plan": _plan,
+    "explain": _explain,
+}
+"""Command to the function that adds its arguments; each is also a module of `verl_vla.cli`."""

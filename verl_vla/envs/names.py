@@ -1,0 +1,28 @@
+"""Names of suites and perturbations, without the code behind them.
+
+Nothing heavy is imported here, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+SUITES = ("mini", "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+"""Unperturbed suites."""
+
+SUITES_WITH_EXPERTS = ("mini", "libero_spatial", "libero_object")
+"""Suites that `verl_vla.envs.experts` can solve."""
+
+PERTURBED_BASES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+"""Suites that LIBERO-PRO and LIBERO-Plus perturb."""
+
+PRO_AXES = ("swap", "object", "language", "task", "environment")
+"""LIBERO-PRO's axes of perturbation."""
+
+PLUS_AXES = ("camera", "robot", "language", "light", "background", "noise", "layout")
+"""LIBERO-Plus's axes of perturbation, in the order of the published table."""
+
+ALL_BASES = "libero"
+"""Name for all of `PERTURBED_BASES`, under perturbations of LIBERO-Plus."""
+
+PERTURBATIONS = (*PRO_AXES, "plus", *(f"plus_{axis}" for axis in PLUS_AXES))
+"""Names of perturbations: LIBERO-PRO's five axes, and LIBERO-Plus's seven, together or one by
+one."""
