@@ -25,7 +25,7 @@ class RowKey(NamedTuple):
     group: int
     member: int
     """Index of the episode in its group."""
-    index: int
+    step: int
     """Index of the policy step in its episode."""
 
     def __str__(self) -> str:
@@ -34,17 +34,17 @@ class RowKey(NamedTuple):
         >>> str(RowKey(12, 3, 0))
         'g12_3_0'
         """
-        return f"{group_key(self.group)}_{self.member}_{self.index}"
+        return f"{group_key(self.group)}_{self.member}_{self.step}"
 
     @classmethod
     def parse(cls, key: str) -> RowKey:
         """Read a key back.
 
         >>> RowKey.parse("g12_3_0")
-        RowKey(group=12, member=3, index=0)
+        RowKey(group=12, member=3, step=0)
         """
-        uid, member, index = key.split("_")
-        return cls(group_of(uid), int(member), int(index))
+        uid, member, step = key.split("_")
+        return cls(group_of(uid), int(member), int(step))
 
 
 def group_key(group_id: int) -> str:
