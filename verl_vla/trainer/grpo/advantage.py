@@ -54,11 +54,9 @@ def write_advantages(batch: KVBatchMeta, config: Any) -> KVBatchMeta:
         batch: rows of whole episodes, and veRL's rows of padding, whose advantage is 0.
         config: veRL's algorithm section; ``adv_estimator`` names the estimator.
     """
-    data = tq.kv_batch_get(
-        keys=batch.keys,
-        partition_id=batch.partition_id,
-        select_fields=["response_mask", "rm_scores"],
-    )
+    assert batch.partition_id is not None, "the replay buffer names it"
+    names = ["response_mask", "rm_scores"]
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
     row_scores = torch.stack([scores.sum() for scores in data["rm_scores"].unbind()])
     advantage = row_advantages(batch.keys, row_scores, config)
     masks = data["response_mask"].unbind()
