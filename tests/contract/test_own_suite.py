@@ -111,7 +111,7 @@ def test_a_relative_name_is_made_absolute(name: str, monkeypatch: pytest.MonkeyP
         (
             "from verl_vla.envs.base import Suite\n"
             "class Mine(Suite):\n    name = 'mine'; versions = {}\n    def make_env(self, c): ...",
-            "lacks tasks, num_init_states, cameras, action_dim, proprio_dim, grippers",
+            "lacks tasks, num_init_states, cameras, action_dim, proprio_dim, gripper_dims",
         ),
     ],
 )

@@ -71,7 +71,8 @@ def test_it_holds_recipes_and_rewards(site: Path, tmp_path: Path) -> None:
 
 @pytest.mark.sim
 def test_it_evaluates_its_own_base(site: Path, tmp_path: Path) -> None:
-    words = "eval --policy bases/mini --suite mini --tasks 0 --episodes 2 --slots 2 --workers 1"
-    out = run(site, tmp_path, ["-m", "verl_vla", *words.split(), "--out", str(tmp_path / "out")])
-    assert "2 of 2" in out or "of 2" in out
+    words = "eval --policy bases/mini --suite mini --tasks 0 --episodes-per-task 2"
+    pool = ["--num-slots", "2", "--num-workers", "1", "--out", str(tmp_path / "out")]
+    out = run(site, tmp_path, ["-m", "verl_vla", *words.split(), *pool])
+    assert "2/2 played" in out
     assert (tmp_path / "out" / "evaluation.json").is_file()

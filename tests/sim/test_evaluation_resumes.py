@@ -14,6 +14,7 @@ import pytest
 
 from verl_vla.cli import eval as eval_verb
 from verl_vla.cli import replay as replay_verb
+from verl_vla.cli.arguments import parse
 from verl_vla.core.episode import Outcome
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import folder_lock
@@ -39,7 +40,7 @@ def words(out: Path, *more: str) -> list[str]:
 
 
 def play(out: Path) -> None:
-    process = FORK.Process(target=eval_verb.run, args=(words(out),))
+    process = FORK.Process(target=eval_verb.run, args=(parse("eval", words(out)),))
     process.start()
     process.join(LIMIT_S)
     assert process.exitcode == 0
@@ -48,7 +49,7 @@ def play(out: Path) -> None:
 def kill_after(out: Path, num_fresh: int) -> None:
     """Start it, and kill it without warning once so many more episodes have ended."""
     wanted = len(read_episodes(out)) + num_fresh
-    process = FORK.Process(target=eval_verb.run, args=(words(out),))
+    process = FORK.Process(target=eval_verb.run, args=(parse("eval", words(out)),))
     process.start()
     deadline = time.monotonic() + LIMIT_S
     while len(read_episodes(out)) < wanted:
@@ -106,12 +107,12 @@ def test_every_action_is_kept(undisturbed: Path) -> None:
 
 def test_another_evaluation_in_the_same_folder_is_refused(undisturbed: Path) -> None:
     with pytest.raises(ConfigError, match=r"step_limits.*48 -> 20.*choose another folder"):
-        eval_verb.run(words(undisturbed, "--step-limit", "20"))
+        eval_verb.run(parse("eval", words(undisturbed, "--step-limit", "20")))
 
 
 def test_two_evaluations_do_not_share_a_folder(undisturbed: Path) -> None:
     with folder_lock(undisturbed), pytest.raises(ConfigError, match=f"in use by.*{os.getpid()}"):
-        eval_verb.run(words(undisturbed))
+        eval_verb.run(parse("eval", words(undisturbed)))
 
 
 def test_an_episode_is_filmed_as_it_was_played(undisturbed: Path, tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_an_episode_is_filmed_as_it_was_played(undisturbed: Path, tmp_path: Path
     shortest = min(lines, key=lambda line: line["steps"])
     video = tmp_path / "video.mp4"
     words = [str(undisturbed), "--episode", str(shortest["episode"]), "--out", str(video)]
-    assert replay_verb.run(words) == 0
+    assert replay_verb.run(parse("replay", words)) == 0
     assert len(imageio.imread(video)) == shortest["steps"] + 1 + HOLD_FRAMES
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from verl_vla.cli import check_suite
 from verl_vla.cli import eval as eval_verb
+from verl_vla.cli.arguments import parse
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.image_preprocessing import prepare_image
 from verl_vla.envs.base import EnvConfig
@@ -187,7 +188,7 @@ def test_a_state_of_another_task_is_refused(usual: LiberoEnv) -> None:
 def test_check_suite_counts_what_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "checks.json"
     words = ["--suite", "libero_spatial_task", "--tasks", "2", "3", "--out", str(out)]
-    assert check_suite.run(words) == 0
+    assert check_suite.run(parse("check-suite", words)) == 0
     found = json.loads(out.read_text())
     assert [(check["task"], check["foreseen"]) for check in found] == [(2, False), (3, True)]
     assert found[0]["fault"] is None
@@ -200,7 +201,7 @@ def test_one_command_plays_the_perturbed_suites_and_their_control(tmp_path: Path
         *("--perturbation", "language", "task", "--states", "official", "--episodes-per-task", "2"),
         *("--step-limit", "4", "--num-workers", "1", "--num-slots", "1", "--out", str(tmp_path)),
     ]
-    assert eval_verb.run(words) == 0
+    assert eval_verb.run(parse("eval", words)) == 0
     language, task = json.loads((tmp_path / TABLE).read_text())
     assert language["axis"] == "language"
     assert language["control"]["episodes"] == language["perturbed"]["episodes"] == 2
@@ -211,7 +212,7 @@ def test_one_command_plays_the_perturbed_suites_and_their_control(tmp_path: Path
     assert [(e["task"], e["init_state"]) for e in record["episodes"]] == [(3, 0), (3, 1)]
     # the episodes are found again, and a control from an earlier evaluation gives the same table
     found = [*words, "--control", str(tmp_path / "libero_spatial")]
-    assert eval_verb.run(found) == 0
+    assert eval_verb.run(parse("eval", found)) == 0
     again = json.loads((tmp_path / "libero_spatial_language" / RESULT).read_text())
     assert again["time"]["episodes_found"] == 2
     assert json.loads((tmp_path / TABLE).read_text()) == [language, task]

@@ -87,7 +87,7 @@ class FineTuning(TrainingRun):
 
 def in_step(number: int, act: Callable[[SFTEngine, Any], None]) -> Callable[..., dict[str, float]]:
     """The engine's ``learn``, with ``act`` before the call of that number."""
-    learn, calls = SFTEngine.learn, 0
+    learn, calls = SFTEngine.train_step, 0
 
     def acting(engine: SFTEngine, batch: Any) -> dict[str, float]:
         nonlocal calls
@@ -194,7 +194,7 @@ def test_adapters_learn_are_resumed_and_merged(
     again = FineTuning(tmp_path / "again", mini_demos, *words)
     with monkeypatch.context() as patch:
         learn = in_step(3, lambda engine, batch: os.kill(os.getpid(), signal.SIGINT))
-        patch.setattr(SFTEngine, "learn", learn)
+        patch.setattr(SFTEngine, "train_step", learn)
         assert main(again.words) == EXIT_SIGNAL + signal.SIGINT
     assert complete_steps(again.folder / "checkpoints") == [1, 2, 3]
     again.here()
@@ -267,7 +267,7 @@ def test_a_scratch_vla_is_fine_tuned(
     if PLAYED_AT_THE_END in words:
         assert last["val/episodes"] == 2
     folder = run.policy(2)
-    assert main(["doctor", "--checkpoint", str(folder)]) == 0
+    assert main(["doctor", "--policy", str(folder)]) == 0
     assert load_policy(folder).processor.codec.statistics.key == "mini_no_noops"
     model = AutoModel.from_pretrained(folder)
     assert isinstance(model, ScratchVLAModel)

@@ -181,7 +181,7 @@ def test_a_run_that_ends_in_many_ways_goes_on_as_if_nothing_had_happened(
     run.finish()
     third = read_metrics(run.folder / "metrics.jsonl")[2]
     assert third["timing_s/gen"] == 0, "the episodes were played again"
-    assert not list(run.folder.glob("refused*"))
+    assert not list(run.folder.glob("unscored*"))
     assert reproducible(run.folder) == reproducible(complete_run.folder)
     assert largest_difference(weights(run, 4), weights(complete_run, 4)) == 0
     assert read_episodes(run.folder) == read_episodes(complete_run.folder)

@@ -40,9 +40,10 @@ EXIT_GREW = 1
 
 def run(options: argparse.Namespace) -> int:
     """Run the episodes, measure the growth, and return 1 if it exceeds a bound."""
-    for name in ("episodes", "block", "limit", "workers", "slots"):
+    for name in ("episodes", "block", "step_limit", "num_workers", "num_slots"):
         if getattr(options, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(options, name)}; set at least 1")
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} is {getattr(options, name)}; set at least 1")
     if not 0 <= options.crash_share < 1:
         raise ConfigError(f"--crash-share is {options.crash_share}; set a share, e.g. 0.01")
     began = time.perf_counter()
@@ -55,8 +56,8 @@ def run(options: argparse.Namespace) -> int:
         "wall_s": round(time.perf_counter() - began, 1),
         "tasks": options.tasks,
         "step_limit": options.step_limit,
-        "workers": options.num_workers,
-        "slots": options.num_slots,
+        "num_workers": options.num_workers,
+        "num_slots": options.num_slots,
         "growth": {name: round(value, 1) for name, value in grown.items()},
         "bounds": BOUNDS,
         "versions": provenance(),

@@ -82,7 +82,7 @@ def examine_libero(
     if suite is not None and suite not in SUITE_KEYS:
         raise ConfigError(f"--suite is {suite!r}, not LIBERO's; {nearest(suite, SUITE_KEYS)}")
     if checkpoint is not None and not Path(checkpoint).is_dir():
-        raise ConfigError(f"--checkpoint is {checkpoint}, which is not a folder; name a policy's")
+        raise ConfigError(f"--policy is {checkpoint}, which is not a folder; name a policy's")
     if ASSETS_VARIABLE not in os.environ and not assets_available():
         # a check must not start a download
         raise ConfigError(f"LIBERO's assets are not on this machine; {remedy_for_assets()}")

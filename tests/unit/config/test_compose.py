@@ -65,9 +65,10 @@ def test_a_choice_that_does_not_exist_is_refused(word, message):
 def test_every_knob_knows_who_had_the_last_word():
     origins = compose("reward=srpo", "seed=3", "optimizer={lr: 1e-4}").origins
     assert origins["environment.suite"] == "suite/spatial.yaml"
-    assert origins["sampling.temperature"] == "libero.yaml"
+    assert origins["optimizer.num_mini_batches"] == "reward/srpo.yaml"
+    assert origins["out"] == "libero.yaml"
     assert origins["optimizer.weight_decay"] == "reward/srpo.yaml"
-    assert origins["optimizer.micro_batch_size"] == "profile/8gpu.yaml"
+    assert origins["environment.num_slots"] == "profile/8gpu.yaml"
     assert origins["optimizer.lr"] == origins["seed"] == COMMAND_LINE
     assert "defaults" not in origins
     assert "trainer.project" not in origins

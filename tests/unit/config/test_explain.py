@@ -47,4 +47,4 @@ def test_the_command_needs_no_policy_and_prints_what_can_be_typed(capsys):
     assert "\nenvironment.tasks = [0,2]    [command line]\n    Task ids within the suite" in said
     assert "\ntrainer.loggers = []    [command line]\n" in said
     assert "\npolicy.unnorm_key = null    [default]\n" in said
-    assert "\nsampling.dynamic = true    [libero.yaml]\n" in said
+    assert "\noptimizer.num_mini_batches = 4    [libero.yaml]\n" in said

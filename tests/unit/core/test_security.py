@@ -172,5 +172,5 @@ def test_what_verl_writes_stays_in_the_runs_folder(tmp_path, section, message):
 
 def test_what_is_free_is_handed_on(tmp_path):
     inside = os.path.join(tmp_path, "dumps")
-    section = {"trainer": {"rollout_data_dir": inside, "balance_batch": False}}
+    section = {"trainer": {"rollout_data_dir": inside, "log_val_generations": 1}}
     check_overrides(section, tmp_path, {"trainer.default_local_dir": "x"})

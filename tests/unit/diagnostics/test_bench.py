@@ -16,7 +16,7 @@ SMALL = ["images", "--render-size", "32", "--image-size", "28", "--batch", "2", 
 def test_the_images_are_counted_and_the_conditions_stand_beside(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert bench.run(SMALL) == 0
+    assert bench.run(parse("bench", SMALL)) == 0
     *table, last = capsys.readouterr().out.splitlines()
     record = json.loads(last)
     low, high = record["images_per_core_second_range"]
@@ -36,4 +36,4 @@ def test_nothing_to_measure_is_refused(option: str) -> None:
 def test_a_part_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench.run(parse("bench", []))
-    assert "part" in capsys.readouterr().err
+    assert "PART" in capsys.readouterr().err

@@ -89,7 +89,7 @@ def test_a_reset_is_compared_without_its_first_image_and_with_it() -> None:
 
 def test_a_record_names_its_command_and_conditions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    found = record("env", argparse.Namespace(words=["env", "--suite", "a b"]), {"x": 1})
+    found = record("env", argparse.Namespace(arguments=["env", "--suite", "a b"]), {"x": 1})
     assert found["command"] == "python -m verl_vla bench env --suite 'a b'"
     assert found["conditions"]["OMP_NUM_THREADS"] == "3"
     assert {"commit", "machine", "mujoco"} <= found["conditions"].keys()
@@ -164,7 +164,7 @@ def test_a_commit_that_is_not_there_is_refused() -> None:
 
 def test_the_gpu_benchmark_runs_in_small_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     words = "gpu --size tiny --device cpu --batch 1 2 --update-batch 1 --matmul 64 --repeats 1"
-    assert bench.run(words.split()) == 0
+    assert bench.run(parse("bench", words.split())) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["parameters"] < 2e6
     assert found["policy_steps_per_s_2"] > 0

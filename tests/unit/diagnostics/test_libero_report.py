@@ -189,7 +189,7 @@ def test_the_command_says_that_this_is_libero(
     published: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="verl_vla")
-    assert verb.run(parse("doctor", ["--libero", "--checkpoint", str(published)])) == 0
+    assert verb.run(parse("doctor", ["--libero", "--policy", str(published)])) == 0
     assert caplog.messages[-1] == "this is LIBERO"
 
 
@@ -203,8 +203,8 @@ def test_the_command_lists_what_differs_by_effect(
     caplog.set_level("INFO", logger="verl_vla")
     monkeypatch.setenv(ASSETS_VARIABLE, str(assets))
     stand_in(assets)
-    words = ["--libero", "--checkpoint", str(folder), "--suite", "libero_10"]
-    assert verb.run(words) == verb.EXIT_FAULT
+    words = ["--libero", "--policy", str(folder), "--suite", "libero_10"]
+    assert verb.run(parse("doctor", words)) == verb.EXIT_FAULT
     text = caplog.text
     assert "2 of 14 differ from LIBERO" in text
     first, second = text.index("1. --unnorm-key"), text.index(f"2. unset {ASSETS_VARIABLE}")
@@ -222,8 +222,8 @@ def test_scripts_read_json(
     checks = json.loads(said.out)["checks"]
     assert [check["subject"] for check in checks] == ["mujoco", "all assets", "image pipeline"]
     file = tmp_path / "answer.json"
-    words = ["--libero", "--json", str(file), "--checkpoint", str(published), "--unnorm-key", "x"]
-    assert verb.run(words) == verb.EXIT_FAULT
+    words = ["--libero", "--json", str(file), "--policy", str(published), "--unnorm-key", "x"]
+    assert verb.run(parse("doctor", words)) == verb.EXIT_FAULT
     (differing,) = (check for check in json.loads(file.read_text())["checks"] if check["differs"])
     assert differing["effect"] == SCALE._asdict()
 
@@ -240,7 +240,7 @@ def test_json_of_the_machine_alone_and_a_suite_of_another_project_are_refused() 
     [
         (["--fix", "--images", "3"], "--fix True, --images 3: not used by --libero"),
         (["--render-size", "64"], "--render-size 64: not used"),
-        (["--checkpoint", "nowhere"], "--checkpoint is nowhere, which is not a folder"),
+        (["--policy", "nowhere"], "--policy is nowhere, which is not a folder"),
         (["--json", "nowhere/answer.json"], "there is no folder nowhere"),
         (["--json", "."], "is a folder; name a file in it"),
     ],

@@ -40,7 +40,7 @@ def test_this_machine_can_train(tmp_path):
 @pytest.mark.sim
 def test_an_image_is_really_rendered():
     check = machine._renders(None)
-    assert "drew a red box" in check.finding.says
+    assert "rendered a red box" in check.finding.says
     assert not check.finding.is_fault
 
 

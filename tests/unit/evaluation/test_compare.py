@@ -8,6 +8,7 @@ import math
 import pytest
 
 from verl_vla.cli import compare
+from verl_vla.cli.arguments import parse
 from verl_vla.core.episode import Outcome
 from verl_vla.core.errors import ConfigError
 from verl_vla.evaluation.compare import Paired, pair, read_evaluation, table, told_differences
@@ -87,7 +88,7 @@ def test_the_command_reads_folders_and_files_and_writes_what_it_prints(tmp_path,
     (tmp_path / "a" / "evaluation.json").write_text(json.dumps(A))
     (tmp_path / "step_4.json").write_text(json.dumps(B))
     words = [str(tmp_path / "a"), str(tmp_path / "step_4.json"), "--out", str(tmp_path / "out")]
-    assert compare.run(words) == 0
+    assert compare.run(parse("compare", words)) == 0
     written = json.loads((tmp_path / "out").read_text())["all tasks"]
     assert (written["first_only"], written["second_only"], written["p_value"]) == (1, 2, 1.0)
     lines = table(pair(A, B)).splitlines()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from verl_vla.cli import eval as eval_verb
+from verl_vla.cli.arguments import parse
 from verl_vla.core.episode import Outcome, Start
 from verl_vla.core.errors import ConfigError
 from verl_vla.envs.libero.suite import libero_suite
@@ -334,14 +335,14 @@ def test_a_control_is_refused_before_the_first_episode(tmp_path: Path, limit: st
         ["--suite", "libero_goal", "--perturbation", "swap"],
     ):
         with pytest.raises(ConfigError, match=f"libero_goal_swap does not compare.*{of_control}"):
-            eval_verb.run([*words, *suite_words])
+            eval_verb.run(parse("eval", [*words, *suite_words]))
     assert not out.exists()
 
 
 def test_control_is_a_word_for_perturbed_suites_alone(tmp_path: Path) -> None:
     words = ["--policy", "bases/mini", "--suite", "mini", "--out", str(tmp_path / "out")]
     with pytest.raises(ConfigError, match="suite 'mini' is not perturbed; add --perturbation"):
-        eval_verb.run([*words, "--control", str(tmp_path)])
+        eval_verb.run(parse("eval", [*words, "--control", str(tmp_path)]))
 
 
 def test_a_planned_part_names_its_tasks_once() -> None:

@@ -58,7 +58,7 @@ def test_the_file_of_rates_is_complete() -> None:
     assert len({row.name for row in found.rows}) == len(found.rows)
     for published_row in found.rows:
         assert published_row.episodes in (496, 500)
-        assert published_row.limit in ALLOWED["limit"]
+        assert published_row.limit in ALLOWED["step_limit"]
 
 
 @pytest.mark.parametrize("published_row", published().rows, ids=lambda row: row.name)
@@ -89,19 +89,22 @@ def test_without_a_protocol_the_defaults_hold() -> None:
 def test_the_protocol_is_that_of_the_published_evaluations() -> None:
     assert complete(asked()) == {
         "states": "official",
-        "sampling": "greedy",
-        "limit": "published",
+        "temperature": 0.0,
+        "step_limit": "published",
         "render_size": 256,
     }
-    assert complete(asked(limit="simplevla", states="official"))["limit"] == "simplevla"
+    assert complete(asked(step_limit="simplevla", states="official"))["step_limit"] == "simplevla"
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         ({"states": "held_out"}, "--states is held_out, .* have official; leave it out"),
-        ({"sampling": "1.0"}, "--sampling is 1.0, .* have greedy; leave it out"),
-        ({"limit": "100"}, "--step-limit is 100, .* have published or simplevla; leave it out"),
+        ({"temperature": 1.0}, "--temperature is 1.0, .* have 0.0; leave it out"),
+        (
+            {"step_limit": "100"},
+            "--step-limit is 100, .* have published or simplevla; leave it out",
+        ),
         ({"render_size": 128}, "--render-size is 128, .* have 256; leave it out"),
         ({"suite": "mini"}, "no published rates of 'mini' .* libero_10, or write --states"),
         ({"suite": "libero_90"}, "no published rates of 'libero_90'"),

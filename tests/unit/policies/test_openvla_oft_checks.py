@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from verl_vla.cli import doctor as verb
+from verl_vla.cli.arguments import parse
 from verl_vla.cli.doctor import in_turn
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError
@@ -49,7 +50,7 @@ def edit(file: Path, change: Callable[[dict], object]) -> None:
 def faults(folder: Path) -> dict[str, str]:
     """What is found wrong; the verb's exit code must say the same."""
     found = {f.subject: f.says for f in examine(folder) if f.is_fault}
-    assert verb.run(["--checkpoint", str(folder)]) == (verb.EXIT_FAULT if found else 0)
+    assert verb.run(parse("doctor", ["--policy", str(folder)])) == (verb.EXIT_FAULT if found else 0)
     return found
 
 
@@ -206,10 +207,10 @@ def test_the_verb_answers_by_its_exit_code(
     valid: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="verl_vla")
-    assert verb.run(["--checkpoint", str(valid)]) == 0
+    assert verb.run(parse("doctor", ["--policy", str(valid)])) == 0
     assert "not measured" in caplog.text
     (folder / "tokenizer.json").unlink()
-    assert verb.run(["--checkpoint", str(folder)]) == verb.EXIT_FAULT
+    assert verb.run(parse("doctor", ["--policy", str(folder)])) == verb.EXIT_FAULT
     assert "FAULT" in caplog.text
 
 
@@ -217,8 +218,8 @@ def test_the_verb_answers_by_its_exit_code(
 def test_the_embedded_policy_is_sound_on_real_images(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="verl_vla")
     base = Path(__file__).resolve().parents[3] / "bases" / "mini"
-    words = ["--checkpoint", str(base), "--suite", "mini", "--images", "6", "--render-size", "128"]
-    assert verb.run(words) == 0
+    words = ["--policy", str(base), "--suite", "mini", "--images", "6", "--render-size", "128"]
+    assert verb.run(parse("doctor", words)) == 0
     assert "on the action ids (6 images)" in caplog.text
 
 

@@ -53,7 +53,7 @@ def test_an_impossible_number_of_groups_is_refused(groups: int, message: str):
     [
         ({"groups": 1}, "groups is 1; set at least 2"),
         ({"group_size": 1}, "group_size is 1"),
-        ({"slots": 0}, "slots is 0"),
+        ({"num_slots": 0}, "num_slots is 0"),
         ({"temperature": 0.0}, "temperature is 0.0; episodes of one start must differ"),
         ({"seed": -1}, "seed is -1"),
     ],

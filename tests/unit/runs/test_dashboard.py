@@ -16,6 +16,7 @@ from fastapi.testclient import TestClient
 from report_world import add_step, make_run
 
 from verl_vla.cli import dashboard
+from verl_vla.cli.arguments import parse
 from verl_vla.core.errors import ConfigError
 from verl_vla.runs.html.dashboard import MAX_COMPARED, make_app
 from verl_vla.runs.html.report import TEMPLATES
@@ -127,7 +128,7 @@ def test_no_script_of_a_run_s_text_would_run(client):
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="is no folder; name the one that holds the runs"):
-        dashboard.run([str(tmp_path / "nowhere")])
+        dashboard.run(parse("dashboard", [str(tmp_path / "nowhere")]))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_it_binds_to_this_machine_unless_it_is_told_otherwise(
 ):
     bound = {}
     monkeypatch.setattr(uvicorn, "run", lambda app, **options: bound.update(options))
-    assert dashboard.run([str(root), *words]) == 0
+    assert dashboard.run(parse("dashboard", [str(root), *words])) == 0
     assert bound["host"] == host
     assert ("there is no password" in caplog.text) == warns
 

@@ -9,6 +9,7 @@ import pytest
 from report_world import NAMES, add_step, make_run
 
 from verl_vla.cli import report
+from verl_vla.cli.arguments import parse
 from verl_vla.core.episode import Outcome
 from verl_vla.core.errors import ConfigError
 from verl_vla.runs.html import figures
@@ -37,7 +38,7 @@ def folder(tmp_path):
 def page(tmp_path_factory) -> str:
     """The report of a run that is going."""
     folder = make_run(tmp_path_factory.mktemp("runs") / "first_run")
-    assert report.run([str(folder)]) == 0
+    assert report.run(parse("report", [str(folder)])) == 0
     return (folder / "report.html").read_text()
 
 

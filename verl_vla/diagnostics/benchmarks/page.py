@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ BEGIN = "<!-- written by `python -m verl_vla bench page` from docs/benchmarks/*.
 END = "<!-- end of what bench page writes -->"
 NOT_SHOWN = ("bench", "command", "conditions")
 """Entries of a record that are not rows of its table."""
+
+
+WIDTH, MARGIN = 94, 6
+"""Columns of a command, and of what a continued line adds: its indent and the backslash."""
+WHOLE_WORDS: dict[str, bool] = {"break_long_words": False, "break_on_hyphens": False}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +60,10 @@ def table(name: str, record: Record) -> str:
     """Format one record in Markdown: its command, its numbers, its conditions."""
     rows = [f"| {key} | {_cell(value)} |" for key, value in record.items() if key not in NOT_SHOWN]
     conditions = ", ".join(f"{key} {value}" for key, value in record["conditions"].items())
-    lines = [f"### {name}", "", f"`{record['command']}`", ""]
-    return "\n".join([*lines, "| what | value |", "|---|---|", *rows, "", f"{conditions}.", ""])
+    command = " \\\n    ".join(textwrap.wrap(record["command"], WIDTH, **WHOLE_WORDS))
+    lines = [f"### {name}", "", "```bash", command, "```", ""]
+    told = textwrap.fill(f"{conditions}.", WIDTH + MARGIN, **WHOLE_WORDS)
+    return "\n".join([*lines, "| what | value |", "|---|---|", *rows, "", told, ""])
 
 
 def _cell(value: Any) -> str:

@@ -62,7 +62,7 @@ class PlayConfig:
     because the batch size can change the last bit of a logit."""
 
     def __post_init__(self) -> None:
-        for name, least in (("groups", 2), ("group_size", 2), ("slots", 1)):
+        for name, least in (("groups", 2), ("group_size", 2), ("num_slots", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; set at least {least}")
         if self.temperature <= 0:
