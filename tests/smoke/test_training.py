@@ -58,6 +58,8 @@ pytestmark = [pytest.mark.smoke, pytest.mark.sim]
 
 EQUAL_UPDATE = 1e-5
 """How far one rank's first update may be from that of two: float32 sums in another order."""
+MAX_ROUNDED_WEIGHTS = 8
+"""Of 850,000 weights; one was seen, of ``projector.fc3``, with the gradient's norm equal to 3e-7."""
 
 BROKEN = "score[batch.episode_id == {episode}] = np.nan\n        return RewardResult"
 """What makes the reward of the documentation one that must be refused."""
@@ -217,10 +219,16 @@ def test_several_nodes_train_as_one_and_a_lost_one_costs_its_episodes(
     run.disturb_when(
         lambda: complete_steps(run.folder / "checkpoints") == [1], several_nodes.kill_env_node
     )
-    assert largest_difference(weights(run, 1), weights(complete_run, 1)) < EQUAL_UPDATE
     one, (two, after) = (
         read_metrics(r.folder / "metrics.jsonl")[:n] for r, n in ((complete_run, 1), (run, 2))
     )
+    assert two["actor/grad_norm"] == pytest.approx(one[0]["actor/grad_norm"], rel=1e-6)
+    # AdamW divides by the gradient's own size, so a weight whose gradient is itself a rounding
+    # error may move otherwise, by less than the learning rate
+    pairs = [(weights(run, 1)[name], alone) for name, alone in weights(complete_run, 1).items()]
+    apart = torch.cat([(a - b).abs().flatten() for a, b in pairs])
+    assert (apart > EQUAL_UPDATE).sum() <= MAX_ROUNDED_WEIGHTS
+    assert apart.max() < two["actor/lr"]
     for name, value in one[0].items():
         if name.startswith(("env/", "sampling/", "critic/")) and is_reproducible(name):
             assert two[name] == value, name
