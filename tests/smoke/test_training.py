@@ -59,7 +59,7 @@ pytestmark = [pytest.mark.smoke, pytest.mark.sim]
 EQUAL_UPDATE = 1e-5
 """How far one rank's first update may be from that of two: float32 sums in another order."""
 MAX_ROUNDED_WEIGHTS = 8
-"""Of 850,000 weights; one was seen, of ``projector.fc3``, with the gradient's norm equal to 3e-7."""
+"""Of 850,000; one was seen, of ``projector.fc3``, with the gradient's norm equal to 3e-7."""
 
 BROKEN = "score[batch.episode_id == {episode}] = np.nan\n        return RewardResult"
 """What makes the reward of the documentation one that must be refused."""

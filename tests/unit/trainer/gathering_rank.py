@@ -74,6 +74,7 @@ def main(rank: int, store: str) -> None:
     state = {name: list(w.full_tensor().shape) for name, w in one.model.state_dict().items()}
     assert state == whole, "a policy can be exported in the middle"
     found["kept_after_export"] = one.play()
+    torch.distributed.barrier()  # gloo aborts a rank whose partner is gone
     torch.distributed.destroy_process_group()
     sys.stdout.write(json.dumps(found) + "\n")
 

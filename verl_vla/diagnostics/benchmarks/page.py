@@ -22,7 +22,6 @@ NOT_SHOWN = ("bench", "command", "conditions")
 
 WIDTH, MARGIN = 94, 6
 """Columns of a command, and of what a continued line adds: its indent and the backslash."""
-WHOLE_WORDS: dict[str, bool] = {"break_long_words": False, "break_on_hyphens": False}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -60,9 +59,9 @@ def table(name: str, record: Record) -> str:
     """Format one record in Markdown: its command, its numbers, its conditions."""
     rows = [f"| {key} | {_cell(value)} |" for key, value in record.items() if key not in NOT_SHOWN]
     conditions = ", ".join(f"{key} {value}" for key, value in record["conditions"].items())
-    command = " \\\n    ".join(textwrap.wrap(record["command"], WIDTH, **WHOLE_WORDS))
+    command = " \\\n    ".join(_wrap(record["command"], WIDTH))
     lines = [f"### {name}", "", "```bash", command, "```", ""]
-    told = textwrap.fill(f"{conditions}.", WIDTH + MARGIN, **WHOLE_WORDS)
+    told = "\n".join(_wrap(f"{conditions}.", WIDTH + MARGIN))
     return "\n".join([*lines, "| what | value |", "|---|---|", *rows, "", told, ""])
 
 
@@ -80,3 +79,7 @@ def _list(values: Sequence[Any]) -> str:
     if numbers and len(values) == len(("median", "least", "largest")):
         return f"{values[0]} ({values[1]} to {values[2]})"
     return ", ".join(map(str, values)) or "none"
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
