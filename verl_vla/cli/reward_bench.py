@@ -27,6 +27,7 @@ from verl_vla.core.schema import parse
 from verl_vla.core.success_rate import count
 from verl_vla.core.tables import Trajectories
 from verl_vla.envs.registry import suite
+from verl_vla.policies.base import DTYPES
 from verl_vla.policies.checkpoint import weight_files
 from verl_vla.policies.registry import load_policy, load_processor
 from verl_vla.rewards.benchmark import (
@@ -59,7 +60,6 @@ from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, 
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RESULT_FILE = "reward_bench.json"
 EPISODES_FOLDER = "episodes"
 WEIGHTS = "weights"

@@ -10,6 +10,9 @@ from typing import Literal, get_args
 Dtype = Literal["float32", "bfloat16"]
 DTYPES = get_args(Dtype)
 
+LoraTargets = Literal["language_model", "all-linear"]
+"""Layers that get adapters; see `verl_vla.policies.token_model.TokenModel.add_adapters`."""
+
 ARCHITECTURES = ("openvla_oft", "scratch_vla")
 """Architectures of a policy that ``sft`` can make from scratch."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from verl_vla.config.choices import Dtype, LoraTargets
 from verl_vla.core.errors import ConfigError
 
 
@@ -134,9 +135,6 @@ class ColdStartConfig:
             )
 
 
-LoraTargets = Literal["language_model", "all-linear"]
-"""Layers that get adapters; see `verl_vla.policies.token_model.TokenModel.add_adapters`."""
-
 LORA_ALPHA = 16
 """Default alpha (openvla-oft, ``vla-scripts/finetune.py``: ``min(lora_rank, 16)``, rank 32)."""
 
@@ -150,7 +148,7 @@ class PolicyConfig:
     statistics. A relative path starts at the project's root."""
     unnorm_key: str | None = None
     """Entry of ``dataset_statistics.json`` to normalize with; null where there is only one."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Dtype of the arithmetic and of frozen weights under adapters. Trained weights are kept in
     float32, and the head is always computed in float32."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"

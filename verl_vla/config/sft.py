@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from verl_vla.config.choices import Dtype
 from verl_vla.config.compose import RECIPES_FOLDER, compose_recipe
 from verl_vla.config.grpo import LORA_ALPHA, EnvironmentConfig, EvaluationConfig
 from verl_vla.core.errors import ConfigError
@@ -59,7 +60,7 @@ class LearnerConfig:
     are merged into the weights of the policy that is saved."""
     lora_alpha: int = LORA_ALPHA
     """Numerator of the adapters' scale, which is ``lora_alpha / lora_rank``."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Dtype of the arithmetic and of the saved weights; the head is always float32."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Back end of the language model's attention, which is bidirectional in both."""

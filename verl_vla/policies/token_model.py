@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from verl_vla.config.grpo import LoraTargets
+from verl_vla.config.choices import LoraTargets
 from verl_vla.policies.checkpoint import require_all_weights
 
 Model = TypeVar("Model", bound="TokenModel")

@@ -27,12 +27,11 @@ def group_advantage(reward: Tensor, group_id: Tensor) -> Tensor:
     tensor([ 0.7071, -0.7071,  0.0000,  0.0000])
     """
     advantage = torch.zeros_like(reward)
-    for group in group_id.unique():
+    # the mean of equal numbers can be off by a rounding error, which the division would magnify
+    for group in group_id[is_informative(reward, group_id)].unique():
         members = group_id == group
         rewards = reward[members]
-        # the mean of equal numbers can be off by a rounding error, which the division would magnify
-        if (rewards != rewards[0]).any():
-            advantage[members] = (rewards - rewards.mean()) / (rewards.std() + STD_EPSILON)
+        advantage[members] = (rewards - rewards.mean()) / (rewards.std() + STD_EPSILON)
     return advantage
 
 

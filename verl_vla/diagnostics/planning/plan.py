@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
-
 from verl_vla.config.grpo import PolicyConfig, Recipe
 from verl_vla.diagnostics.planning.duration import num_policy_steps, step_seconds, total_seconds
 from verl_vla.diagnostics.planning.gpus import Gpu
 from verl_vla.diagnostics.planning.memory import DeviceMemory, device_memory, host_memory
 from verl_vla.diagnostics.planning.trace import Adapters, ModelConfig, Trace, trace_model
 from verl_vla.envs.registry import suite
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from verl_vla.policies.base import DTYPES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

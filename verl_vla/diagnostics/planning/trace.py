@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModel
 
-from verl_vla.config.grpo import LoraTargets
+from verl_vla.config.choices import LoraTargets
 from verl_vla.policies.action_distribution import log_prob
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig
 from verl_vla.policies.scratch_vla import ScratchVLAConfig

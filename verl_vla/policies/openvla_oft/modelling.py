@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from verl_vla.config.grpo import LoraTargets
+from verl_vla.config.choices import LoraTargets
 from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.policies.base import ActionLogits, ActionSampler
 from verl_vla.policies.lora import ADAPTER_MARK, add_adapters, head_rows

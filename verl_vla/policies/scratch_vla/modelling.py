@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel, Cache, DynamicCache, SiglipVisionModel
 
-from verl_vla.config.grpo import LoraTargets
+from verl_vla.config.choices import LoraTargets
 from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.policies.base import ActionLogits, ActionSampler
 from verl_vla.policies.lora import ADAPTER_MARK, add_adapters

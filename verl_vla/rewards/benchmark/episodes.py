@@ -11,10 +11,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from verl_vla.config.choices import Dtype
 from verl_vla.core.episode import EpisodeSpec, Start
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import atomic_write, writing_to
@@ -55,7 +56,7 @@ class PlayConfig:
     render_size: int | None = None
     """Side of the camera image in pixels; None for the size that the policy was fine-tuned on.
     ``played.json`` holds the resolved number."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     unnorm_key: str | None = None
     num_slots: int = 16
     """Simulator slots, the number of episodes that run at the same time. It is part of the settings

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from verl_vla.core.errors import ConfigError, ContractError
+from verl_vla.policies import base
 from verl_vla.policies.preprocessing import ImageStatistics, normalize_image
 
 Images = npt.NDArray[np.uint8]
@@ -25,7 +26,7 @@ Images = npt.NDArray[np.uint8]
 Features = npt.NDArray[np.float32]
 """Features [T, D] of one episode."""
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = base.DTYPES | {"float16": torch.float16}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 """Pattern of a model name on the Hugging Face hub, owner and model."""
 SAMPLED_WEIGHTS = 1024
