@@ -12,7 +12,8 @@ import torch
 from documented_suite import JOINTS, PAGE, two_armed_policy, write_documented_suite
 
 from verl_vla.config.compose import load_recipe
-from verl_vla.config.grpo import ClipRange, EnvironmentConfig
+from verl_vla.config.grpo import ClipRange
+from verl_vla.config.shared import EnvironmentConfig
 from verl_vla.core.episode import EpisodeSpec
 from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.core.tables import Trajectories

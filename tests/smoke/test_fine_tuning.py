@@ -48,17 +48,17 @@ SMALL = (
     "optimizer.micro_batch_size=2",
     "optimizer.warmup_steps=2",
     "optimizer.decay_at=[5]",
-    "trainer.total_steps=6",
+    "trainer.total_training_steps=6",
     "trainer.save_every=2",
     "trainer.test_every=1",
-    "trainer.play_every=0",
+    "trainer.eval_every=0",
     "trainer.keep_checkpoints=9",
 )
 DRAWN_AGAIN = "demos.images=rerendered"
-PLAYED_AT_THE_END = "trainer.play_every=100"
+PLAYED_AT_THE_END = "trainer.eval_every=100"
 MORE_THAN_THERE_ARE = ("evaluation.episodes_per_task=99",)
 """No matter where nothing is played."""
-BRIEF = ("trainer.total_steps=2", "trainer.test_every=0")
+BRIEF = ("trainer.total_training_steps=2", "trainer.test_every=0")
 
 
 class FineTuning(TrainingRun):
@@ -162,7 +162,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 
 
 def test_two_ranks_learn_as_one(whole: tuple[FineTuning, str], tmp_path: Path) -> None:
-    words = ("trainer.total_steps=1", "trainer.play_every=1", "ranks.num_ranks=2")
+    words = ("trainer.total_training_steps=1", "trainer.eval_every=1", "cluster.num_ranks=2")
     both = FineTuning(tmp_path / "two", whole[0].drawn, *words).here()
     one, (two,) = whole[0].reproducible()[0], both.reproducible()
     assert two["train/loss"] == pytest.approx(one["train/loss"], abs=RANKS_DIFFER)
@@ -176,7 +176,7 @@ def test_two_ranks_learn_as_one(whole: tuple[FineTuning, str], tmp_path: Path) -
 def test_adapters_learn_are_resumed_and_merged(
     mini_demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("policy.lora_rank=4", "policy.gradient_checkpointing=true", "trainer.total_steps=4")
+    words = ("policy.lora_rank=4", "policy.gradient_checkpointing=true", "trainer.total_training_steps=4")
     run = FineTuning(tmp_path / "whole", mini_demos, *words).here()
     losses = [line["train/loss"] for line in run.reproducible()]
     assert losses[-1] < losses[0]

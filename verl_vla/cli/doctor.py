@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from verl_vla.cli.arguments import STDOUT, make_parser
-from verl_vla.config.grpo import EnvironmentConfig
+from verl_vla.config.shared import EnvironmentConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import atomic_write, require_place

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from verl_vla.config.grpo import EnvironmentConfig, EvaluationConfig
+from verl_vla.config.shared import EnvironmentConfig, EvaluationConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import atomic_write, folder_lock

@@ -9,7 +9,7 @@ from typing import Any
 
 from verl_vla.config.compose import RECIPES_FOLDER, Composition, compose_recipe, leaves
 from verl_vla.config.grpo import Recipe
-from verl_vla.core.schema import meanings, parse
+from verl_vla.config.schema import meanings, parse
 
 DEFAULT = "default"
 WIDTH = 100

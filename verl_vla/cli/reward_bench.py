@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from verl_vla.config.grpo import EnvironmentConfig
+from verl_vla.config.schema import parse
+from verl_vla.config.shared import EnvironmentConfig
 from verl_vla.core.episode import EpisodeSpec
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import atomic_write, folder_lock, writing_to
 from verl_vla.core.provenance import provenance
-from verl_vla.core.schema import parse
 from verl_vla.core.success_rate import count
 from verl_vla.core.tables import Trajectories
 from verl_vla.envs.registry import suite

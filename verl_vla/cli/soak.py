@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from verl_vla.config.grpo import EnvironmentConfig
+from verl_vla.config.shared import EnvironmentConfig
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.provenance import provenance
 from verl_vla.diagnostics.faulty_env import make_crashing

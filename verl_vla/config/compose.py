@@ -1,9 +1,9 @@
-"""Composition of ``recipe=NAME key=value ...``: Hydra merges the files, dataclasses check them."""
+"""Composition of ``recipe=NAME key=value ...``: Hydra merges the files, pydantic checks them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,9 +19,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_vla.config.grpo import Recipe
+from verl_vla.config.schema import parse
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import PROJECT_FOLDER
-from verl_vla.core.schema import parse
 from verl_vla.core.text import nearest
 
 RECIPES_FOLDER = PROJECT_FOLDER / "recipes"
@@ -170,7 +170,7 @@ def _split(
         members = group_options(group, folder) if group in choices else []
         if value in members:
             words.append(f"{group}='{value}'")
-        elif group in choices and group not in Recipe.__dataclass_fields__:
+        elif group in choices and group not in [field.name for field in fields(Recipe)]:
             raise ConfigError(f"{group} is {value!r}, which is unknown; {nearest(value, members)}")
         else:
             options.append(override)

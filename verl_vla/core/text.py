@@ -7,17 +7,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def nearest(name: str, choices: Sequence[str], others: Sequence[str] = ()) -> str:
+def nearest(
+    name: str, choices: Sequence[str], others: Sequence[str] = (), *, prefix: str = ""
+) -> str:
     """Return the end of a message: which known name ``name`` probably meant, and the ``choices``.
 
-    ``others`` are searched too, but not listed, since there are too many of them.
+    ``others`` are searched too, but not listed, since there are too many of them. ``prefix`` is
+    shown before each name.
 
     >>> nearest("libero_spacial", ["libero_spatial", "mini"])
     "did you mean 'libero_spatial'? Known: libero_spatial, mini"
     """
     close = difflib.get_close_matches(name, [*choices, *others], n=1)
-    known = f"Known: {', '.join(choices)}"
-    return f"did you mean {close[0]!r}? {known}" if close else known
+    known = f"Known: {', '.join(prefix + choice for choice in choices)}"
+    return f"did you mean {prefix + close[0]!r}? {known}" if close else known
 
 
 def differences(

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from verl_vla.config.grpo import ColdStartConfig, EvaluationConfig
+from verl_vla.config.grpo import ColdStartConfig
+from verl_vla.config.shared import EvaluationConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ColdStartError
 from verl_vla.core.files import atomic_write

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from verl_vla.config.grpo import EvaluationConfig
+from verl_vla.config.shared import EvaluationConfig
 from verl_vla.core.episode import EpisodeSpec, Start
 from verl_vla.core.success_rate import SuccessRate, count
 from verl_vla.core.tables import Trajectories

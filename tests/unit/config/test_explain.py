@@ -6,7 +6,7 @@ from verl_vla.cli import arguments
 from verl_vla.cli.explain import explain, run
 from verl_vla.config.compose import RECIPES_FOLDER, compose_recipe
 from verl_vla.config.grpo import Recipe
-from verl_vla.core.schema import meanings, parse
+from verl_vla.config.schema import meanings, parse
 
 
 def explained(*words: str):

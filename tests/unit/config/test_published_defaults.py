@@ -9,7 +9,7 @@ import yaml
 
 from verl_vla.config.compose import RECIPES_FOLDER, leaves, load_recipe
 from verl_vla.config.grpo import Recipe
-from verl_vla.core.schema import parse
+from verl_vla.config.schema import parse
 
 SIMPLEVLA = {
     "sampling.groups_per_step": 64,

@@ -9,13 +9,8 @@ import pytest
 import yaml
 
 from verl_vla.config.compose import RECIPES_FOLDER, find_recipe, load_recipe, recipe_names
-from verl_vla.config.grpo import (
-    EnvironmentConfig,
-    OptimizerConfig,
-    PolicyConfig,
-    Recipe,
-    TrainerConfig,
-)
+from verl_vla.config.grpo import GRPOOptimizerConfig, GRPOPolicyConfig, GRPOTrainerConfig, Recipe
+from verl_vla.config.shared import EnvironmentConfig
 from verl_vla.core.errors import ConfigError
 
 TEXT = """\
@@ -53,7 +48,7 @@ def test_a_recipe_holds_what_differs_and_dataclasses_the_rest(load):
     recipe = load()
     assert recipe == Recipe(
         out="runs/test",
-        policy=PolicyConfig(path="some/checkpoint"),
+        policy=GRPOPolicyConfig(path="some/checkpoint"),
         environment=EnvironmentConfig(suite="mini"),
         sampling=type(recipe.sampling)(group_size=4),
     )
@@ -140,12 +135,12 @@ def test_loading_twice_gives_the_same(load):
         ("seed=1.5", "seed is 1.5; it must be int"),
         ("seed=-1", "seed is -1; set 0 or more"),
         ("optimizer.lr=nan", "optimizer.lr is nan"),
-        ("optimizer.lr=0", "optimizer.lr is 0.0; set more than 0"),
-        ("optimizer.clip_grad=0", "optimizer.clip_grad is 0.0; set more than 0"),
+        ("optimizer.lr=0", "optimizer.lr is 0; set more than 0"),
+        ("optimizer.clip_grad=0", "optimizer.clip_grad is 0; set more than 0"),
         ("optimizer.warmup_steps=-1", "optimizer.warmup_steps is -1; set 0 or more"),
         ("optimizer.weight_decay=-0.1", "optimizer.weight_decay is -0.1; set 0 or more"),
         ("optimizer.betas=[0.9]", "optimizer.betas is [0.9]; AdamW takes two"),
-        ("optimizer.betas=[0.9,1]", "optimizer.betas is [0.9, 1.0]; AdamW takes two"),
+        ("optimizer.betas=[0.9,1]", "optimizer.betas is [0.9, 1]; AdamW takes two"),
         ("optimizer.micro_batch_size=0", "optimizer.micro_batch_size is 0; set at least 1"),
         ("optimizer.num_mini_batches=0", "optimizer.num_mini_batches is 0; set at least 1"),
         ("loss.clip.high=1.5", "loss.clip.high is 1.5; a ratio is clipped between 0 and 2"),
@@ -169,7 +164,7 @@ def test_loading_twice_gives_the_same(load):
         ),
         ("environment.step_limit=long", "environment.step_limit is 'long'; choose one of"),
         ("environment.num_slots=0", "environment.num_slots is 0; set at least 1"),
-        ("environment.timeout_s=0", "environment.timeout_s is 0.0; set the seconds to wait"),
+        ("environment.timeout_s=0", "environment.timeout_s is 0; set the seconds to wait"),
         ("trainer.total_training_steps=0", "trainer.total_training_steps is 0; set at least 1"),
         ("trainer.save_every=-1", "trainer.save_every is -1; set 0 for never"),
         ("trainer.keep_checkpoints=0", "trainer.keep_checkpoints is 0; keep at least 1, or set"),
@@ -177,7 +172,7 @@ def test_loading_twice_gives_the_same(load):
         ("cluster.device=tpu", "cluster.device is 'tpu'; choose one of 'auto', 'cuda', 'cpu'"),
         ("evaluation.episodes_per_task=0", "evaluation.episodes_per_task is 0; set at least 1"),
         ("cold_start.mode=no", "cold_start.mode is 'no'; choose one of 'stop', 'off'"),
-        ("cold_start.threshold=15", "cold_start.threshold is 15.0; it is a share of episodes"),
+        ("cold_start.threshold=15", "cold_start.threshold is 15; it is a share of episodes"),
         ("out=", "out is empty; name a folder for the run"),
         ("seed", "'seed' is no key=value; write e.g. seed=1"),
         ("~seed=1", "'~seed=1' is no key=value"),
@@ -275,7 +270,7 @@ def test_nothing_can_write_to_a_recipe(load):
     check(load(), "recipe")
 
 
-@pytest.mark.parametrize("config", [OptimizerConfig, TrainerConfig])
+@pytest.mark.parametrize("config", [GRPOOptimizerConfig, GRPOTrainerConfig])
 def test_the_defaults_pass_their_own_checks(config):
     config()
 

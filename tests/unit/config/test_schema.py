@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import FrozenInstanceError, replace
 from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, model_validator
 
+from verl_vla.config.schema import meanings, parse, remedy, section
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.schema import parse
 from verl_vla.core.text import nearest
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("loss.clip")
 class Clip:
-    low: float = 0.2
+    low: StrictFloat = Field(default=0.2, gt=0)
+    """Lower
+    bound."""
     norm: Literal["token", "episode"] = "token"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    clip: Clip = field(default_factory=Clip)
-    betas: tuple[float, ...] = (0.9, 0.999)
+@section("loss")
+class Loss:
+    clip: Clip = Clip()
+    betas: tuple[StrictFloat, ...] = (0.9, 0.999)
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("")
 class Options:
     name: str
-    count: int = 1
-    is_on: bool = False
-    limit: Literal["published"] | int = "published"
-    maybe: int | None = None
-    loss: Section = field(default_factory=Section)
-    rates: dict[str, float] = field(default_factory=dict[str, float])
-    rest: dict[str, Any] = field(default_factory=dict[str, Any])
+    count: StrictInt = 1
+    is_on: StrictBool = False
+    limit: Literal["published"] | StrictInt = "published"
+    maybe: StrictInt | None = None
+    loss: Loss = Loss()
+    rates: dict[str, StrictFloat] = Field(default_factory=dict[str, float])
+    rest: dict[str, Any] = Field(default_factory=dict[str, Any])
 
 
 def test_what_is_not_said_keeps_its_default():
@@ -59,7 +62,7 @@ def test_every_kind_of_value_is_read():
         is_on=True,
         limit=220,
         maybe=7,
-        loss=Section(clip=Clip(low=1.0, norm="episode"), betas=(0.0, 0.5)),
+        loss=Loss(clip=Clip(low=1.0, norm="episode"), betas=(0.0, 0.5)),
         rates={"x": 1.0},
         rest={"anything": [1, {"deep": None}]},
     )
@@ -125,9 +128,9 @@ def test_nan_is_refused_because_every_check_would_let_it_pass():
         ),
         (
             {"name": "a", "loss": {"zzz": 1}},
-            "unknown key 'loss.zzz'; known keys: loss.clip, loss.betas",
+            "unknown key 'loss.zzz'; Known: loss.clip, loss.betas",
         ),
-        ({"name": "a", 3: 1}, "unknown key '3'; known keys: name, count"),
+        ({"name": "a", 3: 1}, "unknown key '3'; Known: name, count"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest_or_all(values, message):

@@ -10,7 +10,7 @@ import yaml
 
 from verl_vla.cli.main import EXIT_USAGE, main
 from verl_vla.config.compose import recipe_names
-from verl_vla.config.sft import SFT_RECIPES_FOLDER, ScheduleConfig, SFTRecipe, load_sft_recipe
+from verl_vla.config.sft import SFT_RECIPES_FOLDER, SFTOptimizerConfig, SFTRecipe, load_sft_recipe
 from verl_vla.core.errors import ConfigError
 
 OPEN = {
@@ -42,8 +42,8 @@ def test_the_published_settings() -> None:
     """openvla-oft vla-scripts/finetune.py and LIBERO.md."""
     recipe = load_sft_recipe(["recipe=sft_libero", *OPEN["sft_libero"]])
     assert (recipe.policy.lora_rank, recipe.policy.lora_alpha) == (32, 16)
-    assert recipe.optimizer.batch_size / recipe.ranks.num_ranks == 8
-    assert recipe.trainer.total_steps == 150_000
+    assert recipe.optimizer.batch_size / recipe.cluster.num_ranks == 8
+    assert recipe.trainer.total_training_steps == 150_000
     rates = [recipe.optimizer.lr * recipe.optimizer.lr_factor(s) for s in (0, 99_999, 100_000)]
     assert rates == pytest.approx([5e-4, 5e-4, 5e-5])
     assert recipe.optimizer.clip_grad is None
@@ -80,9 +80,9 @@ def test_the_memory_of_the_qwen_recipe_adds_up() -> None:
         ("optimizer.clip_grad=0", "null not to clip"),
         ("optimizer.betas=[0.9]", "AdamW takes two numbers"),
         ("trainer.save_every=0", "trainer.save_every is 0; set at least 1"),
-        ("trainer.play_every=-1", "trainer.play_every is -1"),
-        ("ranks.num_ranks=5", "5 ranks cannot share evenly"),
-        ("ranks.num_ranks=0", "ranks.num_ranks is 0"),
+        ("trainer.eval_every=-1", "trainer.eval_every is -1"),
+        ("cluster.num_ranks=5", "5 ranks cannot share evenly"),
+        ("cluster.num_ranks=0", "cluster.num_ranks is 0"),
         ("out=''", "out is empty"),
         ("seed=-1", "seed is -1"),
         ("environment.suite=mini environment.tasks=[1,]x", "cannot be read"),
@@ -110,7 +110,7 @@ def test_a_recipe_written_as_yaml_is_the_same_recipe(tmp_path: Path) -> None:
 
 
 def test_the_rate_rises_then_falls_in_steps() -> None:
-    schedule = ScheduleConfig(warmup_steps=10, decay_at=(20, 30))
+    schedule = SFTOptimizerConfig(warmup_steps=10, decay_at=(20, 30))
     factors = [schedule.lr_factor(step) for step in range(40)]
     assert factors[0] == pytest.approx(0.19)
     assert factors[9:20] == [1.0] * 11

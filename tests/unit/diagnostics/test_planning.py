@@ -18,8 +18,8 @@ from verl_vla.cli import plan as cli
 from verl_vla.cli.explain import explain
 from verl_vla.config.compose import RECIPES_FOLDER, compose_recipe, load_recipe, recipe_names
 from verl_vla.config.grpo import Recipe
+from verl_vla.config.schema import parse
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.schema import parse
 from verl_vla.diagnostics.planning.gpus import GPUS
 from verl_vla.diagnostics.planning.memory import ENCODER_BYTES, MAX_PROMPT_TOKENS, rows_per_pass
 from verl_vla.diagnostics.planning.plan import make_plan, trace_policy

@@ -17,7 +17,7 @@ from one_chunk_world import (
     OneChunkSimulators,
 )
 
-from verl_vla.config.grpo import EvaluationConfig
+from verl_vla.config.shared import EvaluationConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.success_rate import WILSON_Z, SuccessRate, count

@@ -12,16 +12,15 @@ import pytest
 import yaml
 
 from verl_vla.config.grpo import (
-    ClusterConfig,
     ColdStartConfig,
-    EnvironmentConfig,
-    EvaluationConfig,
+    GRPOClusterConfig,
+    GRPOOptimizerConfig,
+    GRPOPolicyConfig,
+    GRPOTrainerConfig,
     KLConfig,
-    OptimizerConfig,
-    PolicyConfig,
     Recipe,
-    TrainerConfig,
 )
+from verl_vla.config.shared import EnvironmentConfig, EvaluationConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.envs.libero.task import CAMERAS
@@ -72,7 +71,7 @@ def policy_folder(tmp_path_factory) -> Path:
 def recipe(policy_folder, tmp_path) -> Recipe:
     return Recipe(
         out=str(tmp_path / "run"),
-        policy=PolicyConfig(path=str(policy_folder)),
+        policy=GRPOPolicyConfig(path=str(policy_folder)),
         environment=EnvironmentConfig(
             suite="mini", tasks=(0, 2), render_size=64, num_workers=1, num_slots=1
         ),
@@ -165,7 +164,7 @@ def test_adapters_must_go_with_the_checkpoint(recipe, tmp_path, no_simulators):
         tmp_path / "plain"
     )
     own, none = (
-        replace(recipe, policy=PolicyConfig(path=str(tmp_path / name), lora_rank=8))
+        replace(recipe, policy=GRPOPolicyConfig(path=str(tmp_path / name), lora_rank=8))
         for name in ("own", "plain")
     )
     assert "has adapters of rank 4 already" in refusal(own)
@@ -190,10 +189,10 @@ def test_a_run_may_grow_longer_and_be_reported_elsewhere(recipe, no_simulators):
     open_and_close(recipe)
     longer = replace(
         recipe,
-        trainer=TrainerConfig(total_training_steps=500, save_every=1, loggers=()),
+        trainer=GRPOTrainerConfig(total_training_steps=500, save_every=1, loggers=()),
         evaluation=EvaluationConfig(episodes_per_task=1),
         cold_start=ColdStartConfig(mode="off"),
-        cluster=ClusterConfig(address="auto"),
+        cluster=GRPOClusterConfig(address="auto"),
         environment=replace(recipe.environment, num_workers=7, timeout_s=77.0),
     )
     open_and_close(longer)
@@ -227,7 +226,7 @@ def test_another_experiment_in_the_same_folder_is_refused(
 
 def test_every_difference_is_named(recipe, no_simulators):
     open_and_close(recipe)
-    answer = refusal(replace(recipe, seed=1, optimizer=OptimizerConfig(micro_batch_size=2)))
+    answer = refusal(replace(recipe, seed=1, optimizer=GRPOOptimizerConfig(micro_batch_size=2)))
     assert "optimizer.micro_batch_size: 16 -> 2; seed: 0 -> 1" in answer
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from verl_vla.config.grpo import LORA_ALPHA
+from verl_vla.config.shared import LORA_ALPHA
 from verl_vla.core.errors import ConfigError
 from verl_vla.diagnostics.benchmarks.measuring import Record, record, require_positive
 from verl_vla.policies.base import ActionSampler

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from verl_vla.config.grpo import PolicyConfig, Recipe
+from verl_vla.config.grpo import GRPOPolicyConfig, Recipe
 from verl_vla.diagnostics.planning.duration import num_policy_steps, step_seconds, total_seconds
 from verl_vla.diagnostics.planning.gpus import Gpu
 from verl_vla.diagnostics.planning.memory import DeviceMemory, device_memory, host_memory
@@ -63,7 +63,7 @@ def make_plan(recipe: Recipe, config: ModelConfig, gpu: Gpu | None) -> Plan:
     )
 
 
-def trace_policy(policy: PolicyConfig, config: ModelConfig) -> Trace:
+def trace_policy(policy: GRPOPolicyConfig, config: ModelConfig) -> Trace:
     """Trace the model of ``config`` with the settings of ``policy``."""
     adapters = policy.lora_rank and Adapters(
         rank=policy.lora_rank, alpha=policy.lora_alpha, targets=policy.lora_targets

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 
 from verl_vla.config.choices import ACTION_ROWS, DECODINGS
-from verl_vla.config.grpo import LORA_ALPHA
+from verl_vla.config.shared import LORA_ALPHA
 from verl_vla.core.errors import ConfigError
 from verl_vla.policies.base import PolicyShape
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field, StrictInt
 
-from verl_vla.core.errors import ConfigError
+from verl_vla.config.schema import section
 from verl_vla.rewards import (
     Floats,
     RewardResult,
@@ -38,31 +39,21 @@ SHUFFLED = ", shuffled"
 _SHUFFLED_PART = "shuffled"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@section("")
 class BenchConfig:
     """Settings of the measurement."""
 
-    seed: int = 0
+    seed: StrictInt = 0
     """Seed of the rewards, of the frame shuffling and of the bootstrap intervals."""
-    groups_per_update: int = 8
+    groups_per_update: StrictInt = Field(default=8, ge=1)
     """Groups that a reward learns from in one update, as in a training step."""
-    curve_groups: int = 16
+    curve_groups: StrictInt = Field(default=16, ge=0)
     """Test groups whose progress is measured along the episode; 0 for none. Rewards that encode
     frames themselves take most of their time here."""
-    curve_points: int = 8
+    curve_points: StrictInt = Field(default=8, ge=2)
     """Policy steps of an episode at which progress is measured."""
-    resamples: int = 1000
+    resamples: StrictInt = Field(default=1000, ge=1)
     """Bootstrap resamples of the groups, for the intervals."""
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("groups_per_update", 1),
-            ("curve_groups", 0),
-            ("curve_points", 2),
-            ("resamples", 1),
-        ):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}; set at least {least}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
+from pydantic import Field
 
+from verl_vla.config.schema import parse, section
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.schema import parse
 from verl_vla.core.text import nearest
 from verl_vla.rewards import TrajectoryReward, load_reward
 from verl_vla.rewards.benchmark.controls import ClockReward, RandomReward
@@ -20,13 +21,13 @@ CONTROLS = (CLOCK, RANDOM, ORACLE)
 """Labels of the controls, which are always measured."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@section("")
 class RewardSpec:
     """A reward as a recipe would name it."""
 
     reward: str
     """A file of ``rewards/``, an entry point, or ``path/to/file.py:ClassName``."""
-    reward_args: dict[str, Any] = field(default_factory=dict[str, Any])
+    reward_args: dict[str, Any] = Field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field, StrictFloat, StrictInt
 
 from verl_vla.config.choices import Dtype
+from verl_vla.config.schema import remedy, section
 from verl_vla.core.episode import EpisodeSpec, Start
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import atomic_write, writing_to
 from verl_vla.core.tables import Trajectories
 from verl_vla.core.trajectory_io import read_trajectories, write_trajectories
-from verl_vla.envs.base import StepLimit
 from verl_vla.policies.base import Policy
 from verl_vla.rl.rollout import NoiseSource, Simulators, rollout
 
@@ -36,43 +36,37 @@ PLAYED_FILE = "played.json"
 Group = list[EpisodeSpec]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@section("")
 class PlayConfig:
     """Settings of the rollouts; calls with equal settings use the same episodes."""
 
     policy: str = "bases/mini"
     """Folder of a checkpoint."""
     suite: str = "mini"
-    tasks: tuple[int, ...] | None = None
+    tasks: tuple[StrictInt, ...] | None = None
     """Task ids; None for all of the suite."""
-    groups: int = 64
+    groups: StrictInt = Field(default=64, ge=2)
     """Number of groups over all tasks, spread evenly; each has a different training start."""
-    group_size: int = 8
-    temperature: float = 1.0
+    group_size: StrictInt = Field(default=8, ge=2)
+    temperature: StrictFloat = Field(
+        default=1.0,
+        gt=0,
+        json_schema_extra=remedy(
+            "episodes of one start must differ to be ranked, so set a positive number"
+        ),
+    )
     """Sampling temperature of the action tokens; above 0, since failures must differ."""
-    seed: int = 0
+    seed: StrictInt = Field(default=0, ge=0)
     """Seed of the choice of starts and of the sampling noise."""
-    step_limit: StepLimit = "published"
-    render_size: int | None = None
+    step_limit: Literal["published", "simplevla"] | StrictInt = "published"
+    render_size: StrictInt | None = None
     """Side of the camera image in pixels; None for the size that the policy was fine-tuned on.
     ``played.json`` holds the resolved number."""
     dtype: Dtype = "float32"
     unnorm_key: str | None = None
-    num_slots: int = 16
+    num_slots: StrictInt = Field(default=16, ge=1)
     """Simulator slots, the number of episodes that run at the same time. It is part of the settings
     because the batch size can change the last bit of a logit."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("groups", 2), ("group_size", 2), ("num_slots", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}; set at least {least}")
-        if self.temperature <= 0:
-            raise ConfigError(
-                f"temperature is {self.temperature}; episodes of one start must differ to be "
-                "ranked, so set a positive number"
-            )
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; set 0 or more")
 
 
 def choose_groups(

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import ray
 from ray.exceptions import ObjectLostError, RayActorError
 
-from verl_vla.config.grpo import EnvironmentConfig
+from verl_vla.config.shared import EnvironmentConfig
 from verl_vla.core.episode import EpisodeSpec
 from verl_vla.core.errors import ConfigError, EpisodeCrashed
 from verl_vla.envs.base import EnvConfig

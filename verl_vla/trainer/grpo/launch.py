@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
-from verl_vla.config.grpo import ClusterConfig
+from verl_vla.config.grpo import GRPOClusterConfig
 from verl_vla.core.errors import ConfigError, DivergedError, LearnerLostError
 from verl_vla.core.signals import stop_requests
 from verl_vla.envs.libero.assets import ASSETS_VARIABLE
@@ -119,7 +119,7 @@ def _ray_cluster(run: Run, config: DictConfig) -> Generator[None]:
         ray.shutdown()
 
 
-def _start_ray(cluster: ClusterConfig, environment: dict[Any, Any]) -> None:
+def _start_ray(cluster: GRPOClusterConfig, environment: dict[Any, Any]) -> None:
     """Start Ray; try again where a busy machine took longer than Ray waits."""
     for attempt in range(RAY_ATTEMPTS):
         try:
@@ -141,7 +141,7 @@ def _start_ray(cluster: ClusterConfig, environment: dict[Any, Any]) -> None:
             ray.shutdown()
 
 
-def _logical_cpus(cluster: ClusterConfig) -> int | None:
+def _logical_cpus(cluster: GRPOClusterConfig) -> int | None:
     """Slots for the embedded profile; on a GPU node Ray counts the cores itself."""
     if choose_device(cluster.device) == "cuda":
         return None

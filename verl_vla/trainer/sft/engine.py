@@ -14,7 +14,7 @@ from verl.trainer.config import CheckpointConfig
 from verl.utils.device import get_device_id
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 
-from verl_vla.config.sft import ScheduleConfig
+from verl_vla.config.sft import SFTOptimizerConfig
 from verl_vla.datasets.sft_dataset import SampleBatch
 from verl_vla.policies.base import DTYPES
 from verl_vla.trainer.engine.divergence_guard import FiniteGuard
@@ -78,7 +78,7 @@ class SFTEngine(VLAEngine):
                 # an infinite bound measures the norm and clips nothing
                 clip_grad=math.inf if schedule.clip_grad is None else schedule.clip_grad,
                 lr_warmup_steps=schedule.warmup_steps,
-                total_training_steps=run.recipe.trainer.total_steps,
+                total_training_steps=run.recipe.trainer.total_training_steps,
             ),
             CheckpointConfig(save_contents=contents, load_contents=contents),
         )
@@ -91,7 +91,7 @@ class SFTEngine(VLAEngine):
     def _build_lr_scheduler(
         self, optimizer: torch.optim.Optimizer
     ) -> torch.optim.lr_scheduler.LambdaLR:
-        schedule: ScheduleConfig = self._run.recipe.optimizer
+        schedule: SFTOptimizerConfig = self._run.recipe.optimizer
         return torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.lr_factor)
 
     def train_step(self, batch: SampleBatch) -> dict[str, float]:

@@ -11,7 +11,7 @@ from multiprocessing.process import BaseProcess
 import torch
 import torch.distributed
 
-from verl_vla.config.sft import RanksConfig
+from verl_vla.config.sft import SFTClusterConfig
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.processes import end_with_parent
 from verl_vla.core.signals import leave_signals_to_parent, stop_requests
@@ -23,8 +23,8 @@ from verl_vla.trainer.verl_compat.process import choose_device, divert_output, p
 
 def train(run: SFTRun) -> None:
     """Fine-tune to the last step of ``run``'s recipe; this process is the first rank."""
-    device = _device(run.recipe.ranks)
-    num_ranks = run.recipe.ranks.num_ranks
+    device = _device(run.recipe.cluster)
+    num_ranks = run.recipe.cluster.num_ranks
     with ExitStack() as stack:
         store = stack.enter_context(tempfile.TemporaryDirectory(prefix="verl_vla_sft_"))
         address = f"file://{store}/store"
@@ -33,7 +33,7 @@ def train(run: SFTRun) -> None:
         stack.enter_context(divert_output(run.folder))
         engine = SFTEngine(run)
         engine.initialize()
-        plays = run.recipe.trainer.play_every > 0
+        plays = run.recipe.trainer.eval_every > 0
         simulators = stack.enter_context(run.open_simulators(engine.processor)) if plays else None
         stop = stack.enter_context(stop_requests())
         SFTTrainer(run, engine, simulators, stop).train()
@@ -86,13 +86,13 @@ def _process_group(rank: int, num_ranks: int, device: str, address: str) -> Gene
         torch.distributed.destroy_process_group()
 
 
-def _device(ranks: RanksConfig) -> str:
-    device = choose_device(ranks.device)
+def _device(cluster: SFTClusterConfig) -> str:
+    device = choose_device(cluster.device)
     available = torch.cuda.device_count()
-    if device == "cuda" and available < ranks.num_ranks:
+    if device == "cuda" and available < cluster.num_ranks:
         raise ConfigError(
-            f"ranks.num_ranks is {ranks.num_ranks}, but this machine has {available} GPUs; "
-            "set at most that, or ranks.device=cpu"
+            f"cluster.num_ranks is {cluster.num_ranks}, but this machine has {available} GPUs; "
+            "set at most that, or cluster.device=cpu"
         )
-    prepare_verl(device, option="ranks.device")
+    prepare_verl(device, option="cluster.device")
     return device

@@ -116,13 +116,13 @@ def open_sft_run(recipe: SFTRecipe) -> Generator[SFTRun]:
         starts(
             chosen, tasks, recipe.evaluation.states, per_task=recipe.evaluation.episodes_per_task
         )
-        if recipe.trainer.play_every
+        if recipe.trainer.eval_every
         else ()
     )
     train, held_out = read_demos(source, chosen, tasks, choice)
     if recipe.policy.path is not None:
         find_policy(recipe.policy.path)
-    if recipe.demos.images == "rerendered" or recipe.trainer.play_every:
+    if recipe.demos.images == "rerendered" or recipe.trainer.eval_every:
         chosen.require_simulator()
     folder = Path(recipe.out).expanduser().resolve()
     with open_run_dir(folder, recipe.as_dict(), MAY_CHANGE):

@@ -60,6 +60,7 @@ class SFTTrainer:
         """
         self._run = run
         self._steps = run.recipe.trainer
+        self._last_step = self._steps.total_training_steps
         self._engine = engine
         self._simulators = simulators
         self._stop = stop
@@ -68,7 +69,7 @@ class SFTTrainer:
         self._samples = run.samples(engine.processor)
         self._held_out = run.held_out_samples(engine.processor) if run.held_out else None
         self._metrics = MetricsFile(run.folder / "metrics.jsonl", SFT_METRICS)
-        self._report = SFTConsole(run.folder, self._steps.total_steps, self._steps.show_every)
+        self._report = SFTConsole(run.folder, self._last_step, self._steps.show_every)
 
     def train(self) -> None:
         """Learn from the newest whole checkpoint to the last step.
@@ -96,7 +97,7 @@ class SFTTrainer:
             began = time.perf_counter()
         if self._is_first:
             self._report.draw(read_metrics(self._run.folder / "metrics.jsonl"))
-            folder = checkpoint.step_folder(self._run.checkpoints, self._steps.total_steps)
+            folder = checkpoint.step_folder(self._run.checkpoints, self._last_step)
             logger.info("the policy is in %s", folder / "policy")
 
     @property
@@ -112,7 +113,7 @@ class SFTTrainer:
 
     def _is_due(self, step: int, every: int) -> bool:
         """Return true at every ``every``-th step and at the last one."""
-        return every > 0 and (step % every == 0 or step == self._steps.total_steps)
+        return every > 0 and (step % every == 0 or step == self._last_step)
 
     def _batches(self, done: int) -> Iterator[SampleBatch]:
         recipe = self._run.recipe
@@ -121,7 +122,7 @@ class SFTTrainer:
             batch_size=recipe.optimizer.batch_size,
             seed=recipe.seed,
             first_step=done,
-            last_step=self._steps.total_steps,
+            last_step=self._last_step,
             rank=self._rank,
             num_ranks=self._num_ranks,
         )
@@ -142,7 +143,7 @@ class SFTTrainer:
         """Test and play where it is time to, and write the step down."""
         if self._held_out is not None and self._is_due(step, self._steps.test_every):
             values |= self._test()
-        if self._is_due(step, self._steps.play_every):
+        if self._is_due(step, self._steps.eval_every):
             values |= self._evaluate(step)
         if self._is_first:
             self._metrics.append(step, values)
