@@ -32,6 +32,7 @@ PACKAGE_OF = {
     "hydra": "hydra-core",
     "libero": "hf-libero",
     "transfer_queue": "transferqueue",
+    "typing_extensions": "typing-extensions",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }

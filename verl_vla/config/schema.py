@@ -34,14 +34,6 @@ def section(path: str) -> Callable[[type[T]], type[T]]:
 
     Args:
         path: dotted name of the section within a recipe, for messages; empty for a recipe.
-
-    >>> from pydantic import StrictFloat
-    >>> @section("loss.clip")
-    ... class Clip:
-    ...     low: StrictFloat = Field(default=0.2, gt=0)
-    >>> Clip(low=0)
-    Traceback (most recent call last):
-    verl_vla.core.errors.ConfigError: loss.clip.low is 0; set more than 0
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -75,6 +67,12 @@ def parse(schema: type[T], values: Mapping[str, Any], path: str = "") -> T:
     Raises:
         ConfigError: unknown keys (with the nearest known ones), missing keys, or values of the
             wrong type, outside the choices or out of range.
+
+    >>> from verl_vla.config.grpo import ClipRange
+    >>> parse(ClipRange, {"low": 1, "hi": 0.3}, "loss.clip")
+    Traceback (most recent call last):
+    verl_vla.core.errors.ConfigError: unknown key 'loss.clip.hi'; did you mean 'loss.clip.high'? ...
+    loss.clip.low is 1; a ratio is clipped between 0 and 2, so choose a number between 0 and 1, ...
     """
     try:
         return TypeAdapter(schema).validate_python(dict(values))
