@@ -176,7 +176,11 @@ def test_two_ranks_learn_as_one(whole: tuple[FineTuning, str], tmp_path: Path) -
 def test_adapters_learn_are_resumed_and_merged(
     mini_demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("policy.lora_rank=4", "policy.gradient_checkpointing=true", "trainer.total_training_steps=4")
+    words = (
+        "policy.lora_rank=4",
+        "policy.gradient_checkpointing=true",
+        "trainer.total_training_steps=4",
+    )
     run = FineTuning(tmp_path / "whole", mini_demos, *words).here()
     losses = [line["train/loss"] for line in run.reproducible()]
     assert losses[-1] < losses[0]

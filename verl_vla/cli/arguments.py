@@ -276,7 +276,7 @@ def _quickstart(parser: Parser) -> None:
     """Train the embedded policy on this machine and show its success before and after."""
     add = parser.add_argument
     add("--suite", choices=QUICKSTARTS, default="mini", help="suite; mini if not given")
-    add("--steps", type=int, help="training steps; the recipe's if not given")
+    add("--total-training-steps", type=int, help="training steps; the recipe's if not given")
     add("--seed", type=int, help="seed of the run; 0 if not given")
     add("--out", help="run folder; runs/RECIPE_seedS if not given")
 

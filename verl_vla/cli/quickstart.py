@@ -50,8 +50,8 @@ def recipe_overrides(options: argparse.Namespace) -> list[str]:
     recipe = QUICKSTARTS[options.suite]
     out = f"runs/{recipe}_seed{seed}" if options.out is None else options.out
     overrides = [f"recipe={recipe}", f"seed={seed}", f"out='{out}'"]
-    if options.steps is not None:
-        overrides.append(f"trainer.total_training_steps={options.steps}")
+    if options.total_training_steps is not None:
+        overrides.append(f"trainer.total_training_steps={options.total_training_steps}")
     return overrides
 
 

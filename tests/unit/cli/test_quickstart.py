@@ -42,7 +42,9 @@ def test_the_embedded_suite_is_the_default_and_runs_do_not_share_a_folder() -> N
 
 
 def test_steps_seed_and_folder_are_taken(tmp_path: Path) -> None:
-    recipe = recipe_of(*("--suite", "libero_spatial", "--steps", "3"), "--out", str(tmp_path))
+    recipe = recipe_of(
+        *("--suite", "libero_spatial", "--total-training-steps", "3"), "--out", str(tmp_path)
+    )
     assert recipe.trainer.total_training_steps == 3
     assert recipe.out == str(tmp_path)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import FrozenInstanceError, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given
@@ -137,6 +138,92 @@ def test_an_unknown_key_is_answered_with_the_nearest_or_all(values, message):
     with pytest.raises(ConfigError) as caught:
         parse(Options, values)
     assert message in str(caught.value)
+
+
+@section("range")
+class Range(Clip):
+    """A base, fields with answers of their own, and a check across fields."""
+
+    high: StrictFloat = Field(default=0.3, gt=0, json_schema_extra=remedy("choose e.g. 0.3"))
+    """Upper bound."""
+    norm: Literal["token", "episode"] = "episode"
+    steps: Literal["all"] | Annotated[StrictInt, Field(ge=1)] = Field(
+        default="all", json_schema_extra=remedy("set 'all' or at least 1")
+    )
+    pair: tuple[Annotated[StrictFloat, Field(ge=0, lt=1)], ...] = Field(
+        default=(0.5, 0.5), min_length=2, json_schema_extra=remedy("two shares are needed")
+    )
+    most: tuple[Annotated[StrictInt, Field(le=9)], ...] = ()
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Range:
+        if self.low > self.high:
+            raise ConfigError(f"range.low is {self.low}, above range.high; swap them")
+        return self
+
+
+def refusal(schema: type[object], **values: object) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        schema(**values)
+    return str(caught.value).splitlines()
+
+
+def test_all_errors_are_reported_at_once_one_a_line_unknown_keys_first():
+    assert refusal(Options, name=3, loss={"clip": {"low": 0, "hi": 1}}, cuont=2) == [
+        "unknown key 'loss.clip.hi'; Known: loss.clip.low, loss.clip.norm",
+        "unknown key 'cuont'; did you mean 'count'? Known: name, count, is_on, limit, maybe, loss, "
+        "rates, rest",
+        "name is 3; it must be str",
+        "loss.clip.low is 0; set more than 0",
+    ]
+
+
+def test_a_section_that_is_made_by_itself_is_named_with_its_path():
+    assert refusal(Clip, low=-1.0) == ["loss.clip.low is -1.0; set more than 0"]
+    assert refusal(Loss, clip={"low": -1}) == ["loss.clip.low is -1; set more than 0"]
+    with pytest.raises(ConfigError, match="loss.clip.low is 0; set"):
+        replace(Clip(), low=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "lines"),
+    [
+        ({"high": 0}, ["range.high is 0; choose e.g. 0.3"]),
+        ({"high": "x"}, ["range.high is 'x'; it must be float"]),
+        ({"high": float("nan")}, ["range.high is nan, which no check can compare; set a number"]),
+        ({"steps": 0}, ["range.steps is 0; set 'all' or at least 1"]),
+        (
+            {"steps": "al"},
+            ["range.steps is 'al'; choose one of 'all'; or range.steps is 'al'; it must be int"],
+        ),
+        ({"pair": [0.5]}, ["range.pair is [0.5]; two shares are needed"]),
+        ({"pair": [0.5, 1, 2]}, ["range.pair is [0.5, 1, 2]; two shares are needed"]),
+        ({"pair": [0.5, 0.1, "x"]}, ["range.pair[2] is 'x'; it must be float"]),
+        ({"most": [3, 10]}, ["range.most[1] is 10; it should be less than or equal to 9"]),
+        ({"norm": ""}, ["range.norm is empty; choose one of 'token', 'episode'"]),
+        ({"low": 0.4}, ["range.low is 0.4, above range.high; swap them"]),
+        ({"low": 0.4, "high": -1}, ["range.high is -1; choose e.g. 0.3"]),
+    ],
+)
+def test_a_field_answers_for_its_range_in_its_own_words(values, lines):
+    assert refusal(Range, **values) == lines
+
+
+def test_descriptions_come_from_the_docstrings_also_of_a_base():
+    found = dict(meanings(Range, "range"))
+    assert found["range.low"] == "Lower bound."
+    assert found["range.high"] == "Upper bound."
+    assert found["range.most"] == ""
+
+
+def test_a_section_is_frozen_keyword_only_and_travels_between_processes():
+    section = Loss(clip=Clip(low=0.1))
+    with pytest.raises(FrozenInstanceError):
+        section.clip.low = 0.2
+    with pytest.raises(TypeError):
+        Clip(0.2)
+    assert pickle.loads(pickle.dumps(section)) == section
+    assert replace(section, betas=(0.1,)).clip is section.clip
 
 
 @given(st.dictionaries(st.text(), st.none() | st.booleans() | st.integers() | st.text()))
