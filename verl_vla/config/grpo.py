@@ -55,6 +55,7 @@ class SamplingConfig:
 IN_CLIP_RANGE = remedy(
     "a ratio is clipped between 0 and 2, so choose a number between 0 and 1, e.g. 0.2"
 )
+"""Answer to a bound of the probability ratio that is no share."""
 
 
 @section("loss.clip")
@@ -198,7 +199,9 @@ class GRPOTrainerConfig(TrainerConfig):
     keep_checkpoints: StrictInt = Field(
         default=2,
         ge=1,
-        json_schema_extra=remedy("keep at least 1, or set trainer.save_every=0 to save none"),
+        json_schema_extra=remedy(
+            "keep at least 1, or set trainer.save_every=0 to save only the last"
+        ),
     )
     eval_every: StrictInt = Field(default=10, ge=0, json_schema_extra=NEVER)
     eval_before: StrictBool = True

@@ -13,6 +13,7 @@ LORA_ALPHA = 16
 """Default alpha (openvla-oft, ``vla-scripts/finetune.py``: ``min(lora_rank, 16)``, rank 32)."""
 
 NEVER = remedy("set 0 for never")
+"""Answer to an interval below 0."""
 
 Betas = Annotated[
     tuple[Annotated[StrictFloat, Field(ge=0, lt=1)], ...],
@@ -24,6 +25,7 @@ Betas = Annotated[
         ),
     ),
 ]
+"""Type of AdamW's betas."""
 
 
 @section("evaluation")
@@ -75,8 +77,6 @@ class EnvironmentConfig:
 class PolicyConfig:
     """What the policies of all recipes have."""
 
-    lora_rank: StrictInt | None = Field(default=None, ge=1)
-    """Rank of LoRA adapters; null adds none."""
     lora_alpha: StrictInt = Field(default=LORA_ALPHA, ge=1)
     """Numerator of the adapters' scale, which is ``lora_alpha / lora_rank``."""
     gradient_checkpointing: StrictBool = False
