@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.processes import end_with_parent
+from verl_vla.core.signals import end_with_parent
 from verl_vla.core.text import format_seconds
 from verl_vla.datasets.libero_reader import JOINTS, Node, demo_file
 from verl_vla.datasets.libero_writer import IMAGES, PARTIAL_SUFFIX
