@@ -121,7 +121,8 @@ class ColdStartConfig:
     """Lowest success rate that is trained. Source: set by the authors of a VLA from scratch for
     LIBERO-Spatial, which solved 0 of 15 episodes; GRPO without the check taught it nothing."""
     episodes: int = 32
-    """Number of probe episodes, spread evenly over the tasks; fewer if there are fewer starts."""
+    """Number of probe episodes in a round, spread evenly over the tasks; up to four rounds are
+    played while the interval of the success rate holds the threshold."""
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:

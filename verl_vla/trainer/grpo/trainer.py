@@ -150,9 +150,10 @@ class VLATrainer(PPOTrainerSync):
         if config.mode == "off" or not is_first or cold_start.was_passed(folder):
             return
         found = cold_start.probe(
-            cold_start.probe_starts(self.run.training_starts, config.episodes),
+            self.run.training_starts,
             self.policy,
             self.simulators,
+            config=config,
             temperature=self.recipe.sampling.temperature,
             seed=self.recipe.seed,
             greedy=self._greedy_before,
