@@ -107,7 +107,8 @@ class VlmJudgeReward(StatelessReward):
         progress = np.ones(len(batch), dtype=np.float32)
         with ThreadPoolExecutor(self._num_requests) as pool:
             asked = [
-                pool.submit(self._judge, batch.frames[row], batch.task_key[row]) for row in failures
+                pool.submit(self._judge, _as_seen(batch, row), batch.task_key[row])
+                for row in failures
             ]
             progress[failures] = [answer.result() for answer in asked]
         lost = np.isnan(progress)
@@ -128,9 +129,9 @@ class VlmJudgeReward(StatelessReward):
         )
 
     def _judge(self, frames: npt.NDArray[np.uint8], task_key: str) -> float:
-        """Return the progress, 0 to 1, or NaN if the server gave no valid answer."""
+        """Return the progress in ``frames`` [T, H, W, 3], 0 to 1, or NaN without a valid answer."""
         rows = np.linspace(0, len(frames) - 1, min(self._num_frames, len(frames))).round()
-        images = [frames[int(row), 0] for row in rows]
+        images = [frames[int(row)] for row in rows]
         question = QUESTION.format(instruction=self._instructions[task_key], count=len(images))
         content: list[dict[str, Any]] = [{"type": "text", "text": question}]
         content += [{"type": "image_url", "image_url": {"url": _as_url(p)}} for p in images]
@@ -170,6 +171,13 @@ class VlmJudgeReward(StatelessReward):
         )
         with urllib.request.urlopen(request, timeout=self._timeout_s) as answer:
             return json.load(answer)
+
+
+def _as_seen(batch: TrajectoryBatch, row: int) -> npt.NDArray[np.uint8]:
+    """Return an episode's first view [T, H, W, 3] with left and right as a person sees them."""
+    assert batch.frames is not None
+    frames = batch.frames[row][:, 0]
+    return frames[:, :, ::-1] if batch.mirrored else frames
 
 
 def _as_url(image: npt.NDArray[np.uint8]) -> str:

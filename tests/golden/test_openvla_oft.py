@@ -88,6 +88,10 @@ def test_logits_of_prompts_of_different_lengths(
         assert (logits[row] - outputs[f"action_logits_{row}"]).abs().max() < 1e-5
 
 
+BFLOAT16_ROUNDING = 2**-8
+"""Relative error of rounding to bfloat16, which has 8 significant bits."""
+
+
 @torch.no_grad()
 def test_in_bfloat16_it_errs_no_more_than_the_original(
     outputs: dict[str, Tensor], prompts: list[Tensor]
@@ -109,7 +113,10 @@ def test_in_bfloat16_it_errs_no_more_than_the_original(
             ((these / 1.6).log_softmax(-1) - exact).abs() for these in (logits[0], originals)
         )
         assert 0 < ours.mean() <= theirs.mean() < 0.01
-        assert ours.max() <= theirs.max() < 0.07
+        # the order of sums, which a processor chooses, can move a single token by one rounding
+        rounding = BFLOAT16_ROUNDING * exact.abs().max()
+        assert ours.max() <= theirs.max() + rounding
+        assert theirs.max() < 0.07 + rounding
 
 
 def test_decoded_actions(

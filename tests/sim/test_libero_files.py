@@ -18,6 +18,7 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.core.image_preprocessing import prepare_image
 from verl_vla.datasets.action_targets import measure_statistics
 from verl_vla.datasets.libero_reader import Demo, FrameReader, demo_file, read_demos
+from verl_vla.datasets.libero_writer import IMAGES
 from verl_vla.datasets.rerender import Rerendering, rerender, rerender_task
 from verl_vla.datasets.sft_dataset import DemoSamples, Draw, SampleBatch, StepSampler, collate
 from verl_vla.envs.base import EnvConfig
@@ -78,6 +79,39 @@ def test_an_image_is_turned_as_policies_see_it(mini_demos: Path) -> None:
         seen = env.simulator(LIFT).render(camera)
         assert np.array_equal(FrameReader().read(demo, 4, camera), seen)
     env.close()
+
+
+def test_an_image_is_the_one_before_its_action_in_files_of_liberos_own_script(
+    mini_demos: Path, tmp_path: Path
+) -> None:
+    """LIBERO ``scripts/create_dataset.py`` stores each row's observation after its action."""
+    name = MINI.task(LIFT).name
+    shutil.copy(demo_file(mini_demos, name), tmp_path)
+    with h5py.File(demo_file(tmp_path, name), "a") as file:
+        episode = file["data/demo_0"]
+        for path in ("obs/joint_states", *IMAGES.values()):
+            values = episode[path][()]
+            episode[path][:-1] = values[1:]
+    [before, *_], _ = read_demos(mini_demos, MINI, [LIFT], ALL)
+    [after, *_], _ = read_demos(tmp_path, MINI, [LIFT], ALL)
+    first = int(before.steps[0] == 0)
+    assert np.array_equal(after.steps, before.steps[first:])
+    assert np.array_equal(after.actions, before.actions[first:])
+    reader = FrameReader()
+    for index in range(len(after.steps)):
+        assert np.array_equal(reader.read(after, index), reader.read(before, index + first))
+    reader.close()
+
+
+def test_a_file_that_does_not_tell_when_its_images_were_taken_is_refused(
+    mini_demos: Path, tmp_path: Path
+) -> None:
+    name = MINI.task(LIFT).name
+    shutil.copy(demo_file(mini_demos, name), tmp_path)
+    with h5py.File(demo_file(tmp_path, name), "a") as file:
+        del file["data/demo_1/obs/joint_states"]
+    with pytest.raises(ConfigError, match="demo_1 holds no obs/joint_states, so nothing tells"):
+        read_demos(tmp_path, MINI, [LIFT], ALL)
 
 
 def test_episodes_are_chosen_in_the_order_of_their_numbers(mini_demos: Path, tmp_path) -> None:

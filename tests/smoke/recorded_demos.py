@@ -47,18 +47,20 @@ def _record_episode(env: LiberoEnv, task_id: int, index: int, group: h5py.Group)
     env.reset(task_id, index)
     simulator = env.simulator(task_id)
     expert = EXPERTS[env.suite.task(task_id).name](simulator, PACE, 0.0)
-    actions, states, frames = [], [], {camera: [] for camera in CAMERAS}
+    actions, states, joints, frames = [], [], [], {camera: [] for camera in CAMERAS}
     is_solved = False
     while not is_solved:
         last = actions[-1][-1] if actions else SETTLE_ACTION[-1]
         idle = np.array([*SETTLE_ACTION[:-1], last])
         actions.append(idle if len(actions) in IDLE_AT else expert.act())
         states.append(simulator._env.sim.get_state().flatten())
+        joints.append(simulator.seen_robot().arm_rad)
         for camera, seen in frames.items():
             seen.append(simulator.render(camera)[::-1, ::-1])
         is_solved = simulator.step(actions[-1])
         assert len(actions) < 200, "the expert has lost its way"
     group["actions"] = np.stack(actions)
     group["states"] = np.stack(states)
+    group["obs/joint_states"] = np.stack(joints)
     for camera, seen in frames.items():
         group[IMAGES[camera]] = np.stack(seen)

@@ -26,8 +26,7 @@ from verl_vla.policies.openvla_oft import OpenVLAOFTModel
 from verl_vla.policies.registry import load_policy, load_processor, require_valid
 from verl_vla.policies.scratch_vla import ScratchVLAModel, ScratchVLAPolicy
 from verl_vla.policies.scratch_vla.assembly import assemble
-from verl_vla.runs.metrics import is_reproducible, read_metrics
-from verl_vla.runs.sft_metrics import SFT_METRICS
+from verl_vla.runs.metrics import SFT_METRICS, is_reproducible, read_metrics
 from verl_vla.trainer.checkpoint import complete_steps, step_folder
 from verl_vla.trainer.sft.engine import SFTEngine
 

@@ -412,8 +412,8 @@ def test_a_policy_that_never_succeeds_is_not_trained(tmp_path: Path) -> None:
         ],
     )
     said = run.finish(EXIT_COLD_START)
-    assert "sampled at temperature 0.8 it solved 0 of 4 training episodes" in said
-    assert f"{task.name}: greedy 0 of 4, sampled 0 of 4" in said
+    assert "sampled at temperature 0.8 it solved 0 of 16 training episodes" in said
+    assert f"{task.name}: greedy 0 of 4, sampled 0 of 16" in said
     assert "Fine-tune the policy further on demonstrations" in said
     kept = json.loads((run.folder / "cold_start.json").read_text())
     assert not kept["passed"]

@@ -25,7 +25,7 @@ from verl_vla.policies.registry import load_policy
 from verl_vla.runs.metrics import read_metrics
 from verl_vla.runs.plots import success_table, text_curve
 from verl_vla.runs.run_dir import evaluated_steps, evaluation_file
-from verl_vla.runs.video import record_video, write_side_by_side
+from verl_vla.runs.video import record_videos, write_side_by_side
 from verl_vla.trainer import checkpoint
 from verl_vla.trainer.grpo.run import Run, open_run
 
@@ -126,7 +126,7 @@ def _record_and_count(
     """Record the most informative held-out start with both policies; return the parameter count."""
     start = _informative_start(before["episodes"], after["episodes"])
     policies = [load_policy(folder) for folder in folders]
-    clips = [record_video(policy, run.env_config, start) for policy in policies]
+    clips = record_videos(policies, run.env_config, start)
     write_side_by_side(
         run.folder / "before_after.mp4",
         list(zip(("before training", "after training"), clips, strict=True)),

@@ -105,7 +105,14 @@ def run(options: argparse.Namespace) -> int:
     if options.episodes_from is None:
         _play(folder, played, _environment(played, options.num_workers))
     trajectories = read_rounds(folder, played.groups)
-    train, test = halve(make_sample(trajectories, suite=played.suite, split="train"))
+    train, test = halve(
+        make_sample(
+            trajectories,
+            suite=played.suite,
+            split="train",
+            mirrored=suite(played.suite).images_are_mirrored,
+        )
+    )
     rows = measure(entries, train, test, config)
     result |= {
         "outcomes": _outcomes(trajectories, played),

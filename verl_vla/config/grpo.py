@@ -115,7 +115,8 @@ class ColdStartConfig:
     episodes: StrictInt = Field(
         default=32, ge=1, json_schema_extra=remedy("set at least 1, or cold_start.mode=off")
     )
-    """Number of probe episodes, spread evenly over the tasks; fewer if there are fewer starts."""
+    """Number of probe episodes in a round, spread evenly over the tasks; up to four rounds are
+    played while the interval of the success rate holds the threshold."""
 
 
 @section("policy")

@@ -1,16 +1,33 @@
-"""Stop on SIGINT or SIGTERM: the current step is finished and saved first."""
+"""End of processes: on SIGINT or SIGTERM after the current step is saved, or with the parent."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 from verl_vla.core.errors import Interrupted
+
+EXIT_ORPHANED = 1
+
+
+def end_with_parent() -> None:
+    """End this process when its parent ends, even by a kill; call it once, at the start."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only processes that multiprocessing started have a parent"
+
+    def wait() -> None:
+        parent.join()
+        os._exit(EXIT_ORPHANED)
+
+    threading.Thread(target=wait, daemon=True, name="end_with_parent").start()
+
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """SIGINT comes from Ctrl-C; SIGTERM from ``kill``, container engines and schedulers."""

@@ -47,6 +47,14 @@ class SuccessRate:
         low, high = min(p, (centre - half) / scale), max(p, (centre + half) / scale)
         return (max(0.0, low), min(1.0, high))
 
+    def plus(self, other: SuccessRate) -> SuccessRate:
+        """Return the counts of both."""
+        return SuccessRate(
+            successes=self.successes + other.successes,
+            episodes=self.episodes + other.episodes,
+            crashes=self.crashes + other.crashes,
+        )
+
     def as_json(self) -> dict[str, Any]:
         """Return the rate (null where every episode crashed), its counts, and its interval."""
         return {

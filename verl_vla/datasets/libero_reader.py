@@ -4,6 +4,10 @@ There is one HDF5 file per task, ``<task name>_demo.hdf5``: a group ``data`` wit
 ``problem_info`` and, for each episode, ``demo_i/actions`` [T, 7], ``demo_i/states``
 [T, 1 + nq + nv] (time, positions, velocities) and, for each camera, the `IMAGES` [T, H, W, 3]
 uint8, stored bottom-up as OpenGL renders. Source: LIBERO ``scripts/create_dataset.py``.
+
+A state is the one before its action. In LIBERO's own files the observation of a row was made
+*after* its action; in openvla's copy and in files of `verl_vla.datasets.libero_writer` before it.
+The arm's joints tell which: `_is_after_action`.
 """
 
 from __future__ import annotations
@@ -27,6 +31,12 @@ from verl_vla.datasets.libero_writer import FILE_SUFFIX, IMAGES, file_name
 from verl_vla.envs.libero.suite import LiberoSuite
 from verl_vla.envs.libero.task import CAMERAS
 
+JOINTS = "obs/joint_states"
+"""Path of the arm's joint angles [T, 7], rad, within an episode's group."""
+ARM = slice(1, 8)
+"""Columns of a state that hold the arm's joint angles: robosuite's robot is the model's first body,
+and column 0 is the time."""
+
 Node = Any
 """An h5py file, group or data set; h5py's types do not say which of them a name refers to."""
 
@@ -42,6 +52,8 @@ class Demo:
     instruction: str
     steps: npt.NDArray[np.int64]
     """[T], index of each action in the file."""
+    image_rows: npt.NDArray[np.int64]
+    """[T], index in the file of the image before each action."""
     actions: npt.NDArray[np.float32]
     """[T, 7], simulator units; float32 as in openvla-oft's copy of the data."""
     render_size: int
@@ -138,7 +150,7 @@ class FrameReader:
         (``experiments/robot/libero/libero_utils.py:33``) and as `Renderer.render` returns it.
         """
         file = self._file(demo.file)
-        stored = file[f"data/{demo.name}/{IMAGES[camera]}"][int(demo.steps[index])]
+        stored = file[f"data/{demo.name}/{IMAGES[camera]}"][int(demo.image_rows[index])]
         return np.ascontiguousarray(stored[::-1, ::-1])
 
     def close(self) -> None:
@@ -197,13 +209,34 @@ def _read_demo(
             "action needs the image before it: fetch or record the file again"
         )
     steps = moving_steps(actions) if choice.filter_noops else np.arange(len(actions))
+    lag = int(_is_after_action(episode, f"{path}: {name}"))
+    steps = steps[steps >= lag]  # nothing shows the moment before the first action
     return Demo(
         file=path,
         name=name,
         task_id=task_id,
         instruction=instruction,
         steps=steps,
+        image_rows=steps - lag,
         actions=actions[steps].astype(np.float32),
         render_size=render_size,
         cameras=tuple(camera for camera in CAMERAS if IMAGES[camera] in episode),
     )
+
+
+def _is_after_action(episode: Node, label: str) -> bool:
+    """Check whether an episode's observations were made after the action of their row.
+
+    The joints of the arm are compared with those of the state before the action and of the state
+    after it; the nearer one decides. A replay that drifts a little does not change the answer.
+    """
+    if JOINTS not in episode:
+        raise ConfigError(
+            f"{label} holds no {JOINTS}, so nothing tells whether its images were taken before or "
+            "after their actions; record it with them, or set demos.images=rerendered"
+        )
+    seen = np.asarray(episode[JOINTS], dtype=np.float64)
+    arm = np.asarray(episode["states"], dtype=np.float64)[:, ARM]
+    to_before = np.abs(seen[:-1] - arm[:-1]).sum()
+    to_after = np.abs(seen[:-1] - arm[1:]).sum()
+    return bool(to_after < to_before)

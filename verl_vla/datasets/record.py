@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.processes import end_with_parent
+from verl_vla.core.signals import end_with_parent
 from verl_vla.datasets.demonstrations import Demonstration
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.experts.choice import make_expert

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.processes import end_with_parent
+from verl_vla.core.signals import end_with_parent
 from verl_vla.core.text import format_seconds
-from verl_vla.datasets.libero_reader import Node, demo_file
+from verl_vla.datasets.libero_reader import JOINTS, Node, demo_file
 from verl_vla.datasets.libero_writer import IMAGES, PARTIAL_SUFFIX
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.env import LiberoEnv
@@ -41,7 +42,7 @@ class Rerendering:
     source: Path
     """Folder of LIBERO's files."""
     target: Path
-    """Folder of the files with the new images; they hold actions, states and images only."""
+    """Folder of the files with the new images; they hold actions, states, joints and images."""
     env: EnvConfig
     """Environment whose ``cameras`` are rendered, at its ``render_size``."""
 
@@ -120,9 +121,12 @@ def _draw_episode(source: Node, target: Node, env: LiberoEnv, task_id: int) -> i
         for camera in env.config.cameras
     }
     simulator = env.simulator(task_id)
+    joints: list[npt.NDArray[np.float64]] = []
     for step, state in enumerate(states):
         simulator.begin(state)
+        joints.append(simulator.seen_robot().arm_rad)
         for camera in frames:
             # bottom-up and not mirrored, as LIBERO stores images
             frames[camera][step] = simulator.render(camera)[::-1, ::-1]
+    target[JOINTS] = np.stack(joints)
     return len(states)

@@ -170,6 +170,9 @@ class Suite(ABC):
     """Indices of the values of an action that are commanded by sign, -1 opens and +1 closes. A
     policy's statistics do not normalise them. Empty where all values are normalised."""
 
+    images_are_mirrored: bool = False
+    """True where left and right are swapped in every image, as in LIBERO's training data; a reward
+    whose judge knows the sides (a vision-language model) swaps them back."""
     policy_sizes: Mapping[str, Any] = MappingProxyType({})
     """Entries of ``config.json`` in which OpenVLA-OFT policies published for this suite differ from
     those for LIBERO; ``plan`` uses them where the policy's folder is not available."""

@@ -47,6 +47,7 @@ def evaluate(
     config: EvaluationConfig,
     seed: int,
     times: RolloutTimes | None = None,
+    first_episode: int = 0,
 ) -> Evaluation:
     """Roll out every start once and count the successes.
 
@@ -57,12 +58,13 @@ def evaluate(
         config: settings, with the temperature.
         seed: seed of the sampling noise; greedy episodes do not use it.
         times: if given, the seconds spent are added to it.
+        first_episode: id of the first episode; episodes of another id have other noise.
     """
     specs = [
         EpisodeSpec(
             task_id=start.task_id, init_state_id=start.init_state_id, group_id=i, episode_id=i
         )
-        for i, start in enumerate(starts)
+        for i, start in enumerate(starts, first_episode)
     ]
     trajectories = rollout(
         specs,

@@ -59,6 +59,8 @@ class TrajectoryBatch:
     """B arrays [T, D] of the reward's encoder, ragged in T; None unless required."""
     feature_space: str | None = None
     """`FeatureExtractor.feature_space` of the encoder that made ``features``; None without them."""
+    mirrored: bool = False
+    """True where left and right are swapped in ``frames``, as LIBERO's policies see them."""
     split: Split = "train"
     """Split of the init states; held-out trajectories are scored but must never change a reward's
     state."""

@@ -36,6 +36,7 @@ def score(
     *,
     suite: str,
     split: Split,
+    mirrored: bool,
 ) -> tuple[TrajectoryBatch, RewardResult]:
     """Score trajectories without crashes and check the scores.
 
@@ -46,7 +47,7 @@ def score(
         ContractError: a crashed episode, or a duplicate episode id.
         RewardError: as in `complete` and `judge`.
     """
-    batch = complete(reward, make_batch(trajectories, suite=suite, split=split))
+    batch = complete(reward, make_batch(trajectories, suite=suite, split=split, mirrored=mirrored))
     return batch, judge(reward, batch)
 
 
@@ -55,8 +56,12 @@ def looks_at_images(reward: TrajectoryReward) -> bool:
     return bool(reward.requires & {"frames", "features"})
 
 
-def make_batch(trajectories: Trajectories, *, suite: str, split: Split) -> TrajectoryBatch:
+def make_batch(
+    trajectories: Trajectories, *, suite: str, split: Split, mirrored: bool
+) -> TrajectoryBatch:
     """Arrange trajectories by episode, with every input that a reward may require except features.
+
+    ``mirrored`` is the suite's `Suite.images_are_mirrored`.
 
     Raises:
         ContractError: a crashed episode, or a duplicate episode id.
@@ -87,6 +92,7 @@ def make_batch(trajectories: Trajectories, *, suite: str, split: Split) -> Traje
         ),
         proprio=tuple(proprio[r] for r in rows),
         goals=trajectories.goals,
+        mirrored=mirrored,
         split=split,
     )
 

@@ -1,6 +1,6 @@
-"""Videos of single episodes, rendered step by step.
+"""Videos of single episodes.
 
-The episode runs in its usual environment. After each step its snapshot is restored in a second
+The episode runs in its usual environment. For each frame its snapshot is restored in a second
 simulator, which renders a larger image; so rendering cannot change the episode.
 """
 
@@ -18,18 +18,21 @@ from PIL import Image, ImageDraw, ImageFont
 
 from verl_vla.core.episode import Outcome, Start
 from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.libero.env import LiberoEnv
 from verl_vla.envs.libero.suite import make_libero_env
 from verl_vla.policies.base import Policy
 
 FRAMES_PER_S = 20
-"""Frame rate: LIBERO's control rate, so a video runs at real speed."""
+"""Frame rate of a frame per step: LIBERO's control rate, so a video runs at real speed."""
+STEPS_PER_FRAME = 2
+"""Simulator steps between two frames of `record_videos`; rendering costs more than physics."""
 
 FRAME_SIZE = 384
 """Height and width of one image, pixels."""
 
 CAPTION_HEIGHT = 44
 HOLD_FRAMES = 20
-"""Number of times that the last image is repeated: one second."""
+"""Number of times that the last frame is repeated."""
 
 Frames = list[npt.NDArray[np.uint8]]
 
@@ -39,7 +42,7 @@ class VideoClip:
     """One recorded episode."""
 
     frames: Frames
-    """Images [FRAME_SIZE, FRAME_SIZE, 3], one per step and one of the start."""
+    """Images [FRAME_SIZE, FRAME_SIZE, 3]: start, one every `STEPS_PER_FRAME` steps, and end."""
     outcome: Outcome
     num_steps: int
     instruction: str
@@ -51,42 +54,46 @@ class VideoClip:
         return f"{how} after {self.num_steps} steps"
 
 
-def record_video(policy: Policy, config: EnvConfig, start: Start) -> VideoClip:
-    """Roll out one episode greedily and render every step of it.
+def record_videos(policies: Sequence[Policy], config: EnvConfig, start: Start) -> list[VideoClip]:
+    """Roll out one greedy episode of each policy from the same start, and render it.
 
     Args:
-        policy: policy that acts, as in an evaluation.
-        config: environment as in the evaluation; the video has a larger render size.
+        policies: policies that act, as in an evaluation.
+        config: environment as in the evaluation; the videos have a larger render size.
         start: the recorded start.
     """
     env = make_libero_env(config)
     camera = make_libero_env(replace(config, render_size=FRAME_SIZE))
     try:
-        seen = env.reset(start.task_id, start.init_state_id)
-        instruction = seen.instruction
-        frames: Frames = []
-        outcome: Outcome | None = None
-        num_steps = 0
-
-        def draw() -> None:
-            camera.restore(env.snapshot())
-            frames.append(camera.simulator(start.task_id).render(config.cameras[0]))
-
-        draw()
-        while outcome is None:
-            noise = torch.zeros(1, policy.shape.num_tokens, dtype=torch.float64)
-            for action in policy.act([seen], noise, temperature=0.0).actions[0]:
-                result = env.step_chunk(action[None])
-                num_steps += 1
-                draw()
-                outcome = result.outcome
-                if result.observation is None:
-                    break
-                seen = result.observation
+        return [_record(policy, env, camera, start) for policy in policies]
     finally:
         env.close()
         camera.close()
+
+
+def _record(policy: Policy, env: LiberoEnv, camera: LiberoEnv, start: Start) -> VideoClip:
+    seen = env.reset(start.task_id, start.init_state_id)
+    instruction = seen.instruction
+    noise = torch.zeros(1, policy.shape.num_tokens, dtype=torch.float64)
+    frames = [_frame(env, camera, start.task_id)]
+    outcome: Outcome | None = None
+    num_steps = 0
+    while outcome is None:
+        for action in policy.act([seen], noise, temperature=0.0).actions[0]:
+            outcome = env.step(action.astype(np.float64))
+            num_steps += 1
+            if outcome is not None or num_steps % STEPS_PER_FRAME == 0:
+                frames.append(_frame(env, camera, start.task_id))
+            if outcome is not None:
+                break
+        else:
+            seen = env.observe()
     return VideoClip(frames=frames, outcome=outcome, num_steps=num_steps, instruction=instruction)
+
+
+def _frame(env: LiberoEnv, camera: LiberoEnv, task_id: int) -> npt.NDArray[np.uint8]:
+    camera.restore(env.snapshot())
+    return camera.simulator(task_id).render(env.config.cameras[0])
 
 
 def write_side_by_side(path: Path, clips: Sequence[tuple[str, VideoClip]]) -> None:
@@ -94,7 +101,8 @@ def write_side_by_side(path: Path, clips: Sequence[tuple[str, VideoClip]]) -> No
     length = max(len(clip.frames) for _, clip in clips) + HOLD_FRAMES
     columns = [_captioned(title, clip, length) for title, clip in clips]
     video = [np.concatenate(images, axis=1) for images in zip(*columns, strict=True)]
-    imageio.imwrite(path, np.stack(video), fps=FRAMES_PER_S, codec="libx264", macro_block_size=4)
+    rate = FRAMES_PER_S / STEPS_PER_FRAME
+    imageio.imwrite(path, np.stack(video), fps=rate, codec="libx264", macro_block_size=4)
 
 
 def _captioned(title: str, clip: VideoClip, length: int) -> Frames:
@@ -106,7 +114,7 @@ def _captioned(title: str, clip: VideoClip, length: int) -> Frames:
         sheet = Image.new("RGB", (FRAME_SIZE, FRAME_SIZE + CAPTION_HEIGHT), "black")
         sheet.paste(Image.fromarray(frame), (0, CAPTION_HEIGHT))
         draw = ImageDraw.Draw(sheet)
-        state = clip.verdict if is_over else f"step {i}"
+        state = clip.verdict if is_over else f"step {STEPS_PER_FRAME * i}"
         draw.text((8, 4), f"{title}: {state}", fill="white", font=font)
         draw.text((8, 23), clip.instruction, fill="#bbbbbb", font=font)
         images.append(np.asarray(sheet))

@@ -19,7 +19,7 @@ from verl_vla.datasets.demonstrations import DemonstrationFile
 from verl_vla.policies.scratch_vla.assembly import assemble
 from verl_vla.rewards.encoders.transformer import Dinov2Encoder
 from verl_vla.trainer.checkpoint import RUN_STATE, load_run_state
-from verl_vla.trainer.engine.safe_loading import SWITCH, refuse_code
+from verl_vla.trainer.engine.weights import SWITCH, refuse_code
 from verl_vla.trainer.grpo.verl_overrides import check_overrides
 
 SOURCES = sorted(

@@ -21,7 +21,7 @@ from verl_vla.config.grpo import Recipe
 from verl_vla.config.schema import parse
 from verl_vla.core.errors import ConfigError
 from verl_vla.diagnostics.planning.gpus import GPUS
-from verl_vla.diagnostics.planning.memory import ENCODER_BYTES, MAX_PROMPT_TOKENS, rows_per_pass
+from verl_vla.diagnostics.planning.memory import ENCODER_BYTES, rows_per_pass
 from verl_vla.diagnostics.planning.plan import make_plan, trace_policy
 from verl_vla.diagnostics.planning.remedies import _candidates, find_remedy
 from verl_vla.diagnostics.planning.trace import Adapters, build_model, count_weights, trace_model
@@ -29,7 +29,6 @@ from verl_vla.envs.registry import suite
 from verl_vla.envs.robotwin import RoboTwin
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig
 from verl_vla.rewards.encoders import ENCODERS
-from verl_vla.trainer.grpo.verl_config import MAX_PROMPT_TOKENS as TRAINER_MAX_PROMPT_TOKENS
 
 SUITES, REWARDS = ("spatial", "object", "goal", "10", "90"), ("binary", "srpo", "siglip_t")
 PROFILES = {"8gpu": "a100-80", "lora_24gb": "a10g", "qlora_24gb": "a10g"}
@@ -260,9 +259,8 @@ def test_a_remedy_is_the_first_that_fits():
     assert find_remedy(replace(plan, gpu=hopeless), config) is None
 
 
-def test_every_encoder_has_its_bytes_and_the_budget_is_the_trainers():
+def test_every_encoder_has_its_bytes():
     assert set(ENCODER_BYTES) == set(ENCODERS)
-    assert MAX_PROMPT_TOKENS == TRAINER_MAX_PROMPT_TOKENS
 
 
 def test_step_limits_decide_how_long_a_round_can_be():

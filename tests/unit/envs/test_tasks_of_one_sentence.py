@@ -51,7 +51,7 @@ def test_references_of_one_task_are_not_those_of_another_with_its_sentence() -> 
     uses = Counter(task.instruction for task in tasks)
     sentence = next(words for words, number in uses.items() if number == max(uses.values()))
     ids = [i for i, task in enumerate(tasks) if task.instruction == sentence]
-    batch = make_batch(trajectories(ids), suite="libero_90", split="train")
+    batch = make_batch(trajectories(ids), suite="libero_90", split="train", mirrored=True)
     features = tuple(np.full((2, 3), float(i), dtype=np.float32) for i in ids)
     batch = replace(batch, features=features, feature_space="test")
     memory = ReferenceMemory(capacity=4, max_age=4)

@@ -6,6 +6,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from verl_vla.config.grpo import ColdStartConfig
@@ -14,7 +15,15 @@ from verl_vla.core.errors import ColdStartError, ConfigError
 from verl_vla.core.success_rate import SuccessRate
 from verl_vla.envs.fake import FakeEnv, FakeEnvConfig
 from verl_vla.envs.pool.env_pool import EnvPool
-from verl_vla.evaluation.cold_start import Probe, Rates, keep, probe, probe_starts, was_passed
+from verl_vla.evaluation.cold_start import (
+    MAX_ROUNDS,
+    Probe,
+    Rates,
+    keep,
+    probe,
+    probe_starts,
+    was_passed,
+)
 from verl_vla.policies.normalization import ActionStatistics
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
 
@@ -38,10 +47,10 @@ def measured(sampled: tuple[int, int], greedy: tuple[int, int]) -> Probe:
         ((4, 32), (14, 100), False),
         ((5, 32), (0, 100), True),  # 15.6% sampled: GRPO learns from that
         ((3, 20), (0, 20), True),  # exactly the threshold
-        ((1, 32), (15, 100), True),  # at most 15.7%: not refuted, and greedy play is good enough
-        ((0, 32), (90, 100), False),  # at most 10.7%: drowned by the temperature
+        ((4, 32), (90, 100), False),  # greedy play decides nothing
+        ((0, 32), (90, 100), False),  # drowned by the temperature
         ((0, 0), (0, 0), False),  # every simulator was lost
-        ((0, 0), (9, 10), True),
+        ((0, 0), (9, 10), False),
     ],
 )
 def test_the_rule(sampled: tuple[int, int], greedy: tuple[int, int], passes: bool) -> None:
@@ -52,6 +61,34 @@ def test_the_rule(sampled: tuple[int, int], greedy: tuple[int, int], passes: boo
     else:
         with pytest.raises(ColdStartError):
             found.require(THRESHOLD, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("sampled", "is_decided"),
+    [((0, 32), True), ((1, 32), False), ((4, 32), False), ((5, 32), True), ((0, 0), False)],
+)
+def test_more_episodes_are_played_while_the_interval_holds_the_threshold(
+    sampled: tuple[int, int], is_decided: bool
+) -> None:
+    assert measured(sampled, (0, 0)).is_decided(THRESHOLD) == is_decided
+
+
+@pytest.mark.parametrize(("rate", "low", "high"), [(0.05, 0.0, 0.05), (0.2, 0.93, 1.0)])
+def test_a_policy_of_5_percent_is_refused_and_one_of_20_percent_trained(
+    rate: float, low: float, high: float
+) -> None:
+    rng = np.random.default_rng(0)
+    episodes = ColdStartConfig().episodes
+    passed = 0
+    for _ in range(2000):
+        solved = played = 0
+        while played < MAX_ROUNDS * episodes:
+            solved, played = solved + int(rng.binomial(episodes, rate)), played + episodes
+            found = measured((solved, played), (0, 0))
+            if found.is_decided(THRESHOLD):
+                break
+        passed += found.passes(THRESHOLD)
+    assert low <= passed / 2000 <= high
 
 
 def refusal(found: Probe) -> str:
@@ -139,12 +176,28 @@ def test_a_real_policy_is_probed_on_real_processes() -> None:
         timeout_s=60.0,
         worker_env={},
     ) as pool:
-        first, again = (
-            probe(starts, policy, pool, temperature=1.0, seed=5, greedy=greedy)
-            for greedy in (None, rates(7, 9, "held_out"))
+        first, again, passed = (
+            probe(
+                starts,
+                policy,
+                pool,
+                config=ColdStartConfig(episodes=episodes, threshold=threshold),
+                temperature=1.0,
+                seed=5,
+                greedy=greedy,
+            )
+            for greedy, episodes, threshold in (
+                (None, 6, 0.35),
+                (rates(7, 9, "held_out"), 6, 0.35),
+                (None, 16, 0.01),
+            )
         )
     assert first.sampled == again.sampled
-    assert first.sampled.total.episodes == first.greedy.total.episodes == 16
+    assert first.greedy is not None
+    assert first.greedy.total.episodes == 6
+    assert first.sampled.total.episodes == 16  # 6, 6 and what is left: the interval holds 35%
+    assert passed.greedy is None
+    assert passed.sampled.total.successes > 0
     # Actions drawn evenly solve one in six of these; an untrained greedy policy goes one way.
     assert 0 < first.sampled.total.successes < 16
     assert first.greedy.split == "train"

@@ -110,7 +110,9 @@ def make_trajectories() -> Trajectories:
 
 
 def judge(reward, trajectories=None, split="train"):
-    return score(reward, trajectories or make_trajectories(), suite="mini", split=split)
+    return score(
+        reward, trajectories or make_trajectories(), suite="mini", split=split, mirrored=True
+    )
 
 
 def test_a_plain_name_is_a_file_of_the_rewards_folder():

@@ -46,7 +46,7 @@ ARGUMENTS = ["knn.encoder=pixels", "head.encoder=pixels", "released.encoder=pixe
 
 @pytest.fixture(scope="module")
 def halves() -> tuple[Sample, Sample]:
-    return halve(make_sample(make_trajectories(), suite="mini", split="train"))
+    return halve(make_sample(make_trajectories(), suite="mini", split="train", mirrored=True))
 
 
 @pytest.fixture(scope="module")

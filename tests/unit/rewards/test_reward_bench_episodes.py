@@ -111,7 +111,9 @@ def test_a_folder_holds_one_kind_of_episodes(tmp_path: Path):
 
 
 def test_halves_share_no_start_and_each_task_is_in_both():
-    first, second = halve(make_sample(make_trajectories(), suite="mini", split="train"))
+    first, second = halve(
+        make_sample(make_trajectories(), suite="mini", split="train", mirrored=True)
+    )
     assert (first.batch.split, second.batch.split) == ("train", "held_out")
     where = [
         set(zip(s.batch.task_key, s.batch.init_state_id.tolist(), strict=True))
@@ -124,7 +126,7 @@ def test_halves_share_no_start_and_each_task_is_in_both():
 
 
 def test_a_task_with_one_start_cannot_be_halved():
-    sample = make_sample(make_trajectories(), suite="mini", split="train")
+    sample = make_sample(make_trajectories(), suite="mini", split="train", mirrored=True)
     one = np.flatnonzero(sample.batch.group_id == 0)
     with pytest.raises(ConfigError, match="task mini/0 has episodes of 1 start"):
         halve(sample.take(one))
@@ -132,14 +134,14 @@ def test_a_task_with_one_start_cannot_be_halved():
 
 def test_a_crash_is_no_failure():
     whole = make_trajectories(crash_last=True)
-    sample = make_sample(whole, suite="mini", split="train")
+    sample = make_sample(whole, suite="mini", split="train", mirrored=True)
     assert len(sample) == len(whole.episodes) - 1
     assert int(whole.episodes.outcome[-1]) == Outcome.CRASH
     assert len(sample.executed) == len(sample)
 
 
 def test_a_cut_episode_shows_its_beginning_and_hides_its_end():
-    sample = make_sample(make_trajectories(), suite="mini", split="train")
+    sample = make_sample(make_trajectories(), suite="mini", split="train", mirrored=True)
     lengths = np.array([1 + row % len(e) for row, e in enumerate(sample.executed)])
     cut = sample.cut(lengths)
     assert not cut.batch.success.any()
@@ -155,7 +157,7 @@ def test_a_cut_episode_shows_its_beginning_and_hides_its_end():
 
 
 def test_shuffling_moves_frames_of_failures_alone_and_not_the_first():
-    sample = make_sample(make_trajectories(), suite="mini", split="train")
+    sample = make_sample(make_trajectories(), suite="mini", split="train", mirrored=True)
     shuffled = sample.shuffle_failures(0)
     moved = 0
     for old, new, solved in zip(
@@ -172,7 +174,7 @@ def test_shuffling_moves_frames_of_failures_alone_and_not_the_first():
 
 
 def test_taking_and_joining_keep_the_rows_together():
-    batch = make_sample(make_trajectories(), suite="mini", split="train").batch
+    batch = make_sample(make_trajectories(), suite="mini", split="train", mirrored=True).batch
     a, b = take(batch, np.array([3, 1])), take(batch, np.array([5]))
     both = join(a, b)
     assert both.episode_id.tolist() == batch.episode_id[[3, 1, 5]].tolist()

@@ -27,7 +27,7 @@ from verl_vla.rewards.benchmark.statistics import (
     rank_failures,
     spearman,
 )
-from verl_vla.rewards.benchmark.verdict import decide
+from verl_vla.rewards.benchmark.table import decide
 
 NAN = math.nan
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import simplejpeg
 from judge_server import MODEL, judge_server, url_of
 
 from verl_vla.core.errors import ConfigError, RewardError
@@ -63,6 +67,18 @@ def test_the_judge_is_asked_as_openai_is(server, judge):
     assert "push the red cube" in text["text"]
     assert "5 images" in text["text"]
     assert len(images) == 5
+
+
+@pytest.mark.parametrize("mirrored", [True, False])
+def test_the_judge_sees_left_and_right_as_a_person_does(server, judge, mirrored):
+    batch = episodes(0.0)
+    batch.frames[0][:, 0, :, :4] = 255  # bright at the left of what the policy sees
+    judge(num_frames=1)(replace(batch, mirrored=mirrored))
+    [body] = server.asked
+    url = body["messages"][0]["content"][1]["image_url"]["url"]
+    image = simplejpeg.decode_jpeg(base64.b64decode(url.split(",")[1])).astype(int)
+    left, right = image[:, :4].mean(), image[:, -4:].mean()
+    assert (right > left + 200) if mirrored else (left > right + 200)
 
 
 def test_a_short_episode_shows_all_it_has(server, judge):

@@ -12,6 +12,7 @@ from verl_vla.core.files import PROJECT_FOLDER
 from verl_vla.runs.metrics import (
     METRICS,
     OPEN_FAMILIES,
+    SFT_METRICS,
     TIMING_FAMILY,
     Metric,
     MetricsFile,
@@ -19,7 +20,6 @@ from verl_vla.runs.metrics import (
     is_reproducible,
     read_metrics,
 )
-from verl_vla.runs.sft_metrics import SFT_METRICS
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
-from verl_vla.trainer.engine.gathering import keep_gathered, shed_gathered
+from verl_vla.trainer.engine.fsdp import keep_gathered, shed_gathered
 
 NUM_LAYERS, WIDTH, POLICY_STEPS = 3, 8, 4
 

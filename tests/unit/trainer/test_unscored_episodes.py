@@ -74,6 +74,7 @@ def test_a_refused_round_leaves_its_episodes_behind(tmp_path: Path) -> None:
         Unsure(),
         StartSampler([Start(task_id=0, init_state_id=0)], seed=0, group_size=SIZE),
         suite="mini",
+        mirrored=True,
         temperature=1.0,
         seed=0,
         recorder=nobody,

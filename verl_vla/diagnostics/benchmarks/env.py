@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from verl_vla.core.processes import end_with_parent
+from verl_vla.core.signals import end_with_parent
 from verl_vla.diagnostics.benchmarks.measuring import (
     Record,
     Seconds,

@@ -14,15 +14,17 @@ import torch
 from verl_vla.core.episode import EpisodeSpec, Observation
 from verl_vla.core.tables import ActionChunk
 from verl_vla.diagnostics.benchmarks.measuring import (
+    NOISE,
     Record,
     Seconds,
+    factory_of,
+    open_pool,
     ratio,
     record,
     require_positive,
     take_turns,
     timed,
 )
-from verl_vla.diagnostics.benchmarks.simulators import NOISE, factory_of, open_pool
 from verl_vla.envs.base import EnvFactory
 from verl_vla.envs.names import SUITES
 from verl_vla.envs.pool.env_pool import EnvPool

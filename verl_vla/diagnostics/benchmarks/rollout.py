@@ -15,8 +15,11 @@ import torch
 
 from verl_vla.core.episode import EpisodeSpec
 from verl_vla.diagnostics.benchmarks.measuring import (
+    NOISE,
     Record,
     Seconds,
+    factory_of,
+    open_pool,
     ratio,
     record,
     require_positive,
@@ -24,7 +27,6 @@ from verl_vla.diagnostics.benchmarks.measuring import (
     take_turns,
     timed,
 )
-from verl_vla.diagnostics.benchmarks.simulators import NOISE, factory_of, open_pool
 from verl_vla.envs.names import SUITES
 from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.policies.base import Policy

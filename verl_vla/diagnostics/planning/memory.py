@@ -10,6 +10,7 @@ from verl_vla.config.grpo import Recipe
 from verl_vla.diagnostics.planning.trace import PROMPT_TOKENS, RGB, Trace
 from verl_vla.envs.base import Suite, simulators_per_process
 from verl_vla.policies.base import PolicyShape
+from verl_vla.rl.setup import micro_batch_tokens
 
 FLOAT32 = 4
 BYTES = {"float32": FLOAT32, "bfloat16": 2}
@@ -27,8 +28,6 @@ NF4_BYTES = 0.5 + 1 / 64 + FLOAT32 / (64 * 256)
 (QLoRA, arXiv:2305.14314, section 3)."""
 GATHERED_LAYERS = 2
 """Layers gathered at the same time: FSDP2 fetches the next one while one computes."""
-MAX_PROMPT_TOKENS = 64
-"""Prompt length in the token budget of a micro-batch: `verl_vla.trainer.grpo.verl_config`."""
 CUDA_BYTES = 1_000_000_000
 """Bytes of context, libraries and allocator fragmentation: assumed, not measured."""
 ENCODER_BYTES = {
@@ -74,7 +73,7 @@ class DeviceMemory:
 
 def rows_per_pass(micro_batch_size: int, shape: PolicyShape) -> int:
     """Return the policy steps in one pass of veRL, whose budget counts tokens, not rows."""
-    budget = micro_batch_size * (MAX_PROMPT_TOKENS + shape.num_tokens)
+    budget = micro_batch_tokens(micro_batch_size, shape)
     return max(1, budget // (PROMPT_TOKENS + shape.num_tokens))
 
 

@@ -80,6 +80,7 @@ class LiberoSuite(Suite):
     action_dim: int = ACTION_DIM
     proprio_dim: int = PROPRIO_DIM
     gripper_dims: tuple[int, ...] = (ACTION_DIM - 1,)
+    images_are_mirrored: bool = True
     package: str | None = None
     """Package of the perturbed tasks; see `verl_vla.envs.libero.task_packages`."""
 

@@ -20,14 +20,13 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from verl_vla.config.choices import LoraTargets
 from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.policies.base import ActionLogits, ActionSampler
 from verl_vla.policies.lora import ADAPTER_MARK, add_adapters, head_rows
-from verl_vla.policies.openvla_oft.attention import require_backend, require_bidirectional_backend
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig
-from verl_vla.policies.openvla_oft.proprio import ProprioProjector
 from verl_vla.policies.openvla_oft.sequence import move_padding_last, prompt_lengths, read
 from verl_vla.policies.openvla_oft.vision import (
     AttentionPool,
@@ -37,6 +36,63 @@ from verl_vla.policies.openvla_oft.vision import (
     VisionTransformer,
 )
 from verl_vla.policies.token_model import TokenModel
+
+
+class ProprioProjector(nn.Module):
+    """Projection of proprio to the language model's width."""
+
+    def __init__(self, config: OpenVLAOFTConfig) -> None:
+        super().__init__()
+        width = config.language.hidden_size
+        self.fc1 = nn.Linear(config.proprio_dim, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, proprio: Tensor | None) -> Tensor:
+        """Map [B, P], normalised, to one token [B, 1, D].
+
+        Raises:
+            ContractError: ``proprio`` is None.
+        """
+        if proprio is None:
+            raise ContractError("the policy reads proprio, but none was given with the images")
+        return self.fc2(functional.gelu(self.fc1(proprio)))[:, None]
+
+
+FLASH_ATTENTION = "flash_attention_2"
+BIDIRECTIONAL_ATTENTION = ("sdpa", "eager", FLASH_ATTENTION)
+"""Back ends of transformers 5 that obey ``is_causal=False`` with and without padding. The first two
+read it from the mask, flash attention from the flag of the config and of every ``self_attn``
+(``integrations/flash_attention.py``); it removes padding by the same mask."""
+
+
+def require_bidirectional_backend(backend: str | None) -> None:
+    """Refuse a back end that would silently be causal, or that this machine does not have.
+
+    Raises:
+        ConfigError: the back end is unsuitable; names the suitable ones, or what is missing.
+    """
+    if backend not in BIDIRECTIONAL_ATTENTION:
+        raise ConfigError(
+            f"attn_implementation is '{backend}'; OpenVLA-OFT needs attention in both directions, "
+            f"which is ensured for {BIDIRECTIONAL_ATTENTION}: choose one of them"
+        )
+    require_backend(backend)
+
+
+def require_backend(backend: str | None) -> None:
+    """Refuse a back end that this machine does not have.
+
+    Without this check transformers would look for a substitute on a hub.
+
+    Raises:
+        ConfigError: a CUDA device or a package is missing.
+    """
+    if backend == FLASH_ATTENTION and not is_flash_attn_2_available():
+        raise ConfigError(
+            f"attn_implementation is '{FLASH_ATTENTION}', which needs a CUDA device and the "
+            "package flash-attn, and one of them is missing here; install it (the extra gpu), or "
+            "choose sdpa"
+        )
 
 
 class OpenVLAOFTModel(TokenModel):

@@ -20,13 +20,13 @@ from verl_vla.rewards.benchmark.episodes import (
 from verl_vla.rewards.benchmark.plots import draw_features, draw_progress, draw_reliability
 from verl_vla.rewards.benchmark.samples import Sample, halve, make_sample
 from verl_vla.rewards.benchmark.table import (
+    VERDICT_RULE,
     describe,
     paper_table,
     ranking_table,
     table_as_json,
     verdicts,
 )
-from verl_vla.rewards.benchmark.verdict import VERDICT_RULE
 
 __all__ = [
     "VERDICT_RULE",

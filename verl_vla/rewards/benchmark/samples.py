@@ -81,12 +81,12 @@ class Sample:
         return replace(self, batch=replace(batch, frames=tuple(frames)))
 
 
-def make_sample(trajectories: Trajectories, *, suite: str, split: Split) -> Sample:
+def make_sample(trajectories: Trajectories, *, suite: str, split: Split, mirrored: bool) -> Sample:
     """Arrange trajectories by episode, without the crashed ones."""
     alive = trajectories.select(~trajectories.episodes.crashed)
     episode, executed = alive.policy_steps.episode.numpy(), alive.policy_steps.executed.numpy()
     return Sample(
-        make_batch(alive, suite=suite, split=split),
+        make_batch(alive, suite=suite, split=split, mirrored=mirrored),
         tuple(executed[episode == row] for row in range(len(alive.episodes))),
     )
 

@@ -11,7 +11,7 @@ import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
-from verl_vla.core.processes import end_with_parent
+from verl_vla.core.signals import end_with_parent
 from verl_vla.rewards import FeatureExtractor
 from verl_vla.rewards.encoders.base import Features, Images
 

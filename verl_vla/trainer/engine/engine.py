@@ -29,12 +29,15 @@ from verl_vla.policies.base import ActionLogits, ActionSampler
 from verl_vla.policies.lora import nf4, without_adapters
 from verl_vla.policies.registry import load_model, load_processor
 from verl_vla.trainer.engine.divergence_guard import FiniteGuard, all_finite, plain_rows
-from verl_vla.trainer.engine.exported_policy import write_policy
-from verl_vla.trainer.engine.fsdp import shard
-from verl_vla.trainer.engine.gathering import keep_gathered, shed_gathered
+from verl_vla.trainer.engine.fsdp import keep_gathered, shard, shed_gathered
 from verl_vla.trainer.engine.optimizers import build_optimizer
-from verl_vla.trainer.engine.safe_loading import refuse_code
-from verl_vla.trainer.engine.weights import load_trained, save_trained, trained
+from verl_vla.trainer.engine.weights import (
+    load_trained,
+    refuse_code,
+    save_trained,
+    trained,
+    write_policy,
+)
 from verl_vla.trainer.grpo.rows import dense, pack_like_language_model, right_padded, stacked
 from verl_vla.trainer.verl_compat.process import MODEL_TYPE
 

@@ -1,4 +1,4 @@
-"""Shard a policy over the ranks with FSDP2, layer by layer."""
+"""Shard a policy over the ranks with FSDP2, layer by layer; keep it gathered for a rollout."""
 
 from __future__ import annotations
 
@@ -6,9 +6,29 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from verl.utils.fsdp_utils import fsdp2_load_full_state_dict
 from verl.utils.torch_dtypes import PrecisionType
+
+
+def keep_gathered(module: nn.Module) -> None:
+    """From the next forward pass on, every rank keeps all weights that it gathers.
+
+    To be ended by `shed_gathered` before they change.
+    """
+    for part in _sharded_parts(module):
+        part.set_reshard_after_forward(False, recurse=False)
+
+
+def shed_gathered(module: nn.Module, reshard_after_forward: bool) -> None:
+    """Give up what `keep_gathered` kept, and do as before: each rank has its shards alone."""
+    for part in _sharded_parts(module):
+        part.set_reshard_after_forward(reshard_after_forward, recurse=False)
+        part.reshard()
+
+
+def _sharded_parts(module: nn.Module) -> list[FSDPModule]:
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
 def shard(

@@ -80,6 +80,7 @@ class EpisodeLoop:
         reward: scores whole groups, and learns from them.
         starts: chooses the init state of each group.
         suite: name of the suite, for the reward.
+        mirrored: `Suite.images_are_mirrored`, for the reward.
         temperature: sampling temperature of the action tokens.
         seed: seed of the sampling noise.
         recorder: keeps the episodes.
@@ -94,6 +95,7 @@ class EpisodeLoop:
         starts: StartSampler,
         *,
         suite: str,
+        mirrored: bool,
         temperature: float,
         seed: int,
         recorder: RunRecorder,
@@ -102,7 +104,7 @@ class EpisodeLoop:
         self._policy = policy
         self._simulators = simulators
         self._reward = reward
-        self._suite = suite
+        self._suite, self._mirrored = suite, mirrored
         self._temperature = temperature
         self._noise = NoiseSource(seed=seed, stream=TRAINING_STREAM)
         self._starts = starts
@@ -179,7 +181,9 @@ class EpisodeLoop:
     def _score_and_store(self, alive: Trajectories, global_step: int) -> dict[int, float]:
         """Return the score of each episode, by its id."""
         began = time.perf_counter()
-        batch, result = score(self._reward, alive, suite=self._suite, split="train")
+        batch, result = score(
+            self._reward, alive, suite=self._suite, split="train", mirrored=self._mirrored
+        )
         learned = learn(self._reward, batch)
         self.stats.reward_metrics = dict(result.metrics) | dict(learned)
         self.stats.score_sum += float(result.score.sum())

@@ -17,7 +17,7 @@ from verl_vla.envs.registry import suite
 from verl_vla.evaluation.conditions import conditions, played_in
 from verl_vla.evaluation.evaluate import Evaluation
 from verl_vla.policies.base import Processor
-from verl_vla.policies.openvla_oft.attention import require_backend
+from verl_vla.policies.openvla_oft.modelling import require_backend
 from verl_vla.policies.registry import check_adapters, load_processor, require_valid
 from verl_vla.rewards import TrajectoryReward, load_reward, looks_at_images
 from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, task_ids

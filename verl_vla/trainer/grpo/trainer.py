@@ -35,6 +35,7 @@ from verl.utils import tensordict_utils as tu
 
 from verl_vla.core.errors import RewardError, SolvedError
 from verl_vla.core.signals import StopRequest
+from verl_vla.envs.registry import suite
 from verl_vla.evaluation import cold_start
 from verl_vla.evaluation.evaluate import evaluate
 from verl_vla.rl.group_sampling import StartSampler
@@ -88,6 +89,7 @@ class VLATrainer(PPOTrainerSync):
                 self.run.training_starts, seed=recipe.seed, group_size=recipe.sampling.group_size
             ),
             suite=recipe.environment.suite,
+            mirrored=suite(recipe.environment.suite).images_are_mirrored,
             temperature=recipe.sampling.temperature,
             seed=recipe.seed,
             recorder=self.recorder,
@@ -148,9 +150,10 @@ class VLATrainer(PPOTrainerSync):
         if config.mode == "off" or not is_first or cold_start.was_passed(folder):
             return
         found = cold_start.probe(
-            cold_start.probe_starts(self.run.training_starts, config.episodes),
+            self.run.training_starts,
             self.policy,
             self.simulators,
+            config=config,
             temperature=self.recipe.sampling.temperature,
             seed=self.recipe.seed,
             greedy=self._greedy_before,

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_vla.core.errors import ConfigError
+from verl_vla.rl.setup import micro_batch_tokens
 from verl_vla.trainer.checkpoint import UNFINISHED
 from verl_vla.trainer.engine.weights import checkpoint_contents
 from verl_vla.trainer.grpo.run import Run
@@ -21,10 +22,6 @@ from verl_vla.trainer.verl_compat.process import (
     ROLLOUT_NAME,
     choose_device,
 )
-
-MAX_PROMPT_TOKENS = 64
-"""Bound on a prompt's length in the token budget of a micro-batch; LIBERO's are 20 to 38
-(measured on all 130 instructions with the published tokenizer)."""
 
 PRECISION = {"float32": "fp32", "bfloat16": "bf16"}
 
@@ -100,8 +97,7 @@ def _model(run: Run) -> Options:
 
 def _actor(run: Run) -> Options:
     recipe, actor = run.recipe, "actor_rollout_ref.actor"
-    tokens = MAX_PROMPT_TOKENS + run.processor.shape.num_tokens
-    budget = recipe.optimizer.micro_batch_size * tokens
+    budget = micro_batch_tokens(recipe.optimizer.micro_batch_size, run.processor.shape)
     optim = f"{actor}.optim"
     has_adapters = recipe.policy.lora_rank is not None
     return {

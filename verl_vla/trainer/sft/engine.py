@@ -19,8 +19,7 @@ from verl_vla.datasets.sft_dataset import SampleBatch
 from verl_vla.policies.base import DTYPES
 from verl_vla.trainer.engine.divergence_guard import FiniteGuard
 from verl_vla.trainer.engine.engine import VLAEngine
-from verl_vla.trainer.engine.exported_policy import write_policy
-from verl_vla.trainer.engine.weights import checkpoint_contents
+from verl_vla.trainer.engine.weights import checkpoint_contents, write_policy
 from verl_vla.trainer.grpo.verl_config import PRECISION
 from verl_vla.trainer.sft.run import SFTRun
 from verl_vla.trainer.verl_compat.process import MODEL_TYPE

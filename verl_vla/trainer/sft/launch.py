@@ -13,8 +13,7 @@ import torch.distributed
 
 from verl_vla.config.sft import SFTClusterConfig
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.processes import end_with_parent
-from verl_vla.core.signals import leave_signals_to_parent, stop_requests
+from verl_vla.core.signals import end_with_parent, leave_signals_to_parent, stop_requests
 from verl_vla.trainer.sft.engine import SFTEngine
 from verl_vla.trainer.sft.run import SFTRun
 from verl_vla.trainer.sft.trainer import SFTTrainer

@@ -20,9 +20,8 @@ from verl_vla.datasets.sft_dataset import Draw, SampleBatch, StepSampler, collat
 from verl_vla.evaluation.conditions import conditions
 from verl_vla.evaluation.evaluate import evaluate
 from verl_vla.rl.rollout import Simulators
-from verl_vla.runs.metrics import MetricsFile, read_metrics
+from verl_vla.runs.metrics import SFT_METRICS, MetricsFile, read_metrics
 from verl_vla.runs.run_dir import evaluation_record
-from verl_vla.runs.sft_metrics import SFT_METRICS
 from verl_vla.trainer import checkpoint
 from verl_vla.trainer.sft.console import SFTConsole
 from verl_vla.trainer.sft.engine import SFTEngine
