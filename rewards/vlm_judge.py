@@ -107,7 +107,7 @@ class VlmJudgeReward(StatelessReward):
         progress = np.ones(len(batch), dtype=np.float32)
         with ThreadPoolExecutor(self._num_requests) as pool:
             asked = [
-                pool.submit(self._judge, _as_seen(batch, row), batch.task_key[row])
+                pool.submit(self._judge, _as_seen(batch, int(row)), batch.task_key[row])
                 for row in failures
             ]
             progress[failures] = [answer.result() for answer in asked]
