@@ -25,6 +25,7 @@ from verl_vla.diagnostics.benchmarks.measuring import (
     take_turns,
     timed,
 )
+from verl_vla.diagnostics.benchmarks.memory import sizes_by_task, unique_set_size
 from verl_vla.diagnostics.benchmarks.pool import IdlePolicy, scaling, two_against_one
 from verl_vla.diagnostics.benchmarks.rollout import compare
 from verl_vla.diagnostics.benchmarks.step_model import (
@@ -93,6 +94,18 @@ def test_a_record_names_its_command_and_conditions(monkeypatch: pytest.MonkeyPat
     assert found["command"] == "python -m verl_vla bench env --suite 'a b'"
     assert found["conditions"]["OMP_NUM_THREADS"] == "3"
     assert {"commit", "machine", "mujoco"} <= found["conditions"].keys()
+
+
+def test_the_unique_set_size_counts_private_pages_alone() -> None:
+    rollup = "55d0-7ffe ---p 00000000 00:00 0 [rollup]\nRss: 900 kB\nShared_Clean: 500 kB\n"
+    rollup += "Private_Clean: 100 kB\nPrivate_Dirty: 300 kB\nSwap: 7 kB\n"
+    assert unique_set_size(rollup) == 400 * 1024
+
+
+@pytest.mark.sim
+def test_each_task_of_a_suite_adds_its_simulator() -> None:
+    first, second = sizes_by_task("mini", 2, 64)
+    assert 20 < second - first < 400
 
 
 def test_both_ways_of_a_simulator_get_the_same_moves() -> None:
