@@ -25,7 +25,6 @@ from verl_vla.diagnostics.benchmarks.measuring import (
     take_turns,
     timed,
 )
-from verl_vla.diagnostics.benchmarks.memory import sizes_by_task, unique_set_size
 from verl_vla.diagnostics.benchmarks.pool import IdlePolicy, scaling, two_against_one
 from verl_vla.diagnostics.benchmarks.rollout import compare
 from verl_vla.diagnostics.benchmarks.step_model import (
@@ -38,6 +37,7 @@ from verl_vla.diagnostics.benchmarks.step_model import (
     table_rows,
 )
 from verl_vla.envs.fake import FakeEnv, FakeEnvConfig
+from verl_vla.envs.libero.simulator_memory import sizes_by_task, unique_set_size
 from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.policies.base import PolicyShape
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tokenizer, tiny_config
