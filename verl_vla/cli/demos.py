@@ -25,6 +25,7 @@ from verl_vla.envs.experts.choice import check_experts
 from verl_vla.envs.libero.suite import LiberoSuite, libero_suite
 from verl_vla.envs.libero.task import CAMERAS
 from verl_vla.rl.setup import task_ids
+from verl_vla.runs.terminal import track
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ Recorded = TypeVar("Recorded", Demonstration, LiberoEpisode)
 def _show(episodes: Iterator[Recorded], chosen: LiberoSuite, total: int) -> Iterator[Recorded]:
     began = time.perf_counter()
     task, steps = None, list[int]()
-    for done, episode in enumerate(episodes, 1):
+    for done, episode in enumerate(track(episodes, "demonstrations", total), 1):
         if episode.task_id != task:
             task, steps = episode.task_id, []
         steps.append(episode.num_steps)

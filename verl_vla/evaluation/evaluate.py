@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from verl_vla.config.grpo import EvaluationConfig
@@ -47,6 +47,7 @@ def evaluate(
     config: EvaluationConfig,
     seed: int,
     times: RolloutTimes | None = None,
+    ended: Callable[[Trajectories], None] | None = None,
 ) -> Evaluation:
     """Roll out every start once and count the successes.
 
@@ -57,6 +58,7 @@ def evaluate(
         config: settings, with the temperature.
         seed: seed of the sampling noise; greedy episodes do not use it.
         times: if given, the seconds spent are added to it.
+        ended: see `verl_vla.rl.rollout.rollout`.
     """
     specs = [
         EpisodeSpec(
@@ -71,6 +73,7 @@ def evaluate(
         temperature=config.temperature,
         noise=NoiseSource(seed=seed, stream=EVALUATION_STREAM),
         times=times,
+        ended=ended,
     )
     tasks = sorted({start.task_id for start in starts})
     return Evaluation(
