@@ -202,20 +202,21 @@ def _evaluate(options: argparse.Namespace, part: _Part, out: Path) -> dict[str, 
         if found:
             logger.info("%d episodes are in %s already; the others follow", len(found), out)
         if remaining := unplayed(found, len(part.starts)):
-            advance = stack.enter_context(bar("episodes", len(remaining)))
-            lines = play_remaining(
-                part.starts,
-                policy(),
-                stack.enter_context(
-                    open_simulators(part.env, part.simulated, part.processor.shape)
-                ),
-                part.processor.codec,
-                episode_log,
-                found,
-                temperature=options.temperature,
-                seed=options.seed,
-                show=EvaluationProgress(len(part.starts), found, advance).show,
+            simulators = stack.enter_context(
+                open_simulators(part.env, part.simulated, part.processor.shape)
             )
+            with bar("episodes", len(remaining)) as advance:
+                lines = play_remaining(
+                    part.starts,
+                    policy(),
+                    simulators,
+                    part.processor.codec,
+                    episode_log,
+                    found,
+                    temperature=options.temperature,
+                    seed=options.seed,
+                    show=EvaluationProgress(len(part.starts), found, advance).show,
+                )
         else:
             lines = last_of_each(found)
         _show(lines, part.names)

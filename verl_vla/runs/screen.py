@@ -26,6 +26,12 @@ STYLES = {"ok": "green", "FAULT": "bold red"}
 REFRESHES_PER_SECOND = 4
 """Fewer than rich's 10, since simulators want the cores."""
 
+BAR_WIDTH = 24
+"""Columns of a bar, which leave room for the note in a terminal of 80."""
+
+UNLIMITED = 10_000
+"""Columns of a terminal in which every table fits."""
+
 
 class Screen:
     """A terminal: lines and tables above, and the bars of what is under way below them."""
@@ -34,7 +40,7 @@ class Screen:
         self._console = Console(file=stream, force_terminal=True)
         self._bars = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(BAR_WIDTH),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -52,12 +58,17 @@ class Screen:
         self._console.print(Text(line), soft_wrap=True)
 
     def draw(self, table: TextTable) -> None:
-        """Draw a table, then write its notes."""
+        """Draw a table, then write its notes; numbers that a box would cut are written as lines."""
         drawn = Table(box=SIMPLE_HEAD, show_header=bool(table.head))
         for index, name in enumerate(table.head or [""] * len(table.rows[0])):
             drawn.add_column(name.strip(), justify="left" if index in table.left else "right")
         for row in table.rows:
             drawn.add_row(*map(_cell, row))
+        without_limit = self._console.options.update_width(UNLIMITED)
+        needed = self._console.measure(drawn, options=without_limit).maximum
+        if table.head and needed > self._console.width:
+            self.write(table)
+            return
         self._console.print(drawn)
         for note in table.notes:
             self.write(note)

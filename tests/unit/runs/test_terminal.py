@@ -116,6 +116,17 @@ def test_a_terminal_gets_a_drawn_table(
     assert all(part in text for part in ("task", "50.0%", "[ 6, 79]", "[greedy]"))
 
 
+def test_a_table_of_numbers_that_does_not_fit_is_its_lines(
+    terminal: tuple[TextIO, Callable[[], str]],
+    attach: Callable[[TextIO], logging.Logger],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "16")
+    stream, sent = terminal
+    attach(stream).info("%s", TABLE)
+    assert sent().splitlines() == LINES
+
+
 def test_cells_of_wrapped_text_are_wrapped_by_the_terminal(
     terminal: tuple[TextIO, Callable[[], str]], attach: Callable[[TextIO], logging.Logger]
 ) -> None:
