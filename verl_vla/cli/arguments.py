@@ -19,6 +19,7 @@ Parser = argparse.ArgumentParser
 
 STDOUT = "-"
 """Value of ``doctor --json`` without a file."""
+SHELLS = ("bash", "zsh", "fish")
 QUICKSTARTS = {"mini": "quickstart", "libero_spatial": "quickstart_libero_spatial"}
 """Recipe of each suite that has an embedded base policy."""
 BENCHMARKS = {
@@ -70,6 +71,11 @@ def _plan(parser: Parser) -> None:
 
 def _recipes(parser: Parser) -> None:
     """List the recipes that come with the project."""
+
+
+def _completion(parser: Parser) -> None:
+    """Print the script with which a shell completes commands, options and recipes."""
+    parser.add_argument("shell", choices=SHELLS, help="shell that reads the script")
 
 
 def _eval(parser: Parser) -> None:
@@ -301,7 +307,7 @@ def _bench(parser: Parser) -> None:
     listed = "\n".join(f"  {name:<8} {text}" for name, text in BENCHMARKS.items())
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"parts:\n{listed}\n\n`bench PART -h` lists the options of a part."
-    parser.add_argument("part", choices=BENCHMARKS, metavar="PART", help="part to measure")
+    parser.add_argument("part", choices=list(BENCHMARKS), metavar="PART", help="part to measure")
 
 
 def _add_overrides(parser: Parser) -> None:
@@ -348,5 +354,6 @@ COMMANDS: dict[str, Callable[[Parser], None]] = {
     "recipes": _recipes,
     "plan": _plan,
     "explain": _explain,
+    "completion": _completion,
 }
 """Command to the function that adds its arguments; each is also a module of `verl_vla.cli`."""

@@ -11,6 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from verl_vla.core.text import TextTable
+from verl_vla.runs.terminal import show_table
+
 
 def run(options: argparse.Namespace) -> int:
     """Measure, then print the table and the JSON object."""
@@ -23,9 +26,9 @@ def run(options: argparse.Namespace) -> int:
     chosen = parser.parse_args(options.rest)
     chosen.arguments = [options.part, *options.rest]
     record = benchmark.measure(chosen)
-    width = max(map(len, record))
-    for name, value in record.items():
-        print(f"{name:<{width}}  {_plain(value)}")
+    show_table(
+        TextTable([], [[name, _plain(value)] for name, value in record.items()], left=(0, 1))
+    )
     line = json.dumps(record)
     if chosen.keep is not None:
         chosen.keep.write_text(json.dumps(record, indent=1) + "\n")

@@ -19,7 +19,8 @@ def run(options: argparse.Namespace) -> int:
     """Print the table, and the differences in the reported conditions."""
     first, second = (read_evaluation(Path(path)) for path in (options.first, options.second))
     pairs = pair(first, second)
-    logger.info("A  %s\nB  %s\n\n%s", options.first, options.second, table(pairs))
+    logger.info("A  %s\nB  %s\n", options.first, options.second)
+    logger.info("%s", table(pairs))
     logger.info(
         "\n%s, %s states, %s; p: exact McNemar test on the starts where A and B disagree",
         first["suite"],

@@ -25,6 +25,7 @@ from verl_vla.envs.experts.choice import check_experts
 from verl_vla.envs.libero.suite import LiberoSuite, libero_suite
 from verl_vla.envs.libero.task import CAMERAS
 from verl_vla.rl.setup import task_ids
+from verl_vla.runs.terminal import bar
 
 logger = logging.getLogger(__name__)
 
@@ -130,20 +131,23 @@ Recorded = TypeVar("Recorded", Demonstration, LiberoEpisode)
 def _show(episodes: Iterator[Recorded], chosen: LiberoSuite, total: int) -> Iterator[Recorded]:
     began = time.perf_counter()
     task, steps = None, list[int]()
-    for done, episode in enumerate(episodes, 1):
-        if episode.task_id != task:
-            task, steps = episode.task_id, []
-        steps.append(episode.num_steps)
-        if done % max(1, total // REPORTS) == 0 or done == total:
-            spent = time.perf_counter() - began
-            logger.info(
-                "%4d/%d  %s: %d to %d steps  %s  left %s",
-                done,
-                total,
-                chosen.task(episode.task_id).instruction,
-                min(steps),
-                max(steps),
-                format_seconds(spent),
-                format_seconds(spent / done * (total - done)),
-            )
-        yield episode
+    with bar("demonstrations", total) as advance:
+        for done, episode in enumerate(episodes, 1):
+            if episode.task_id != task:
+                task, steps = episode.task_id, []
+            steps.append(episode.num_steps)
+            if advance is not None:
+                advance(f"task {task}: {min(steps)} to {max(steps)} steps")
+            elif done % max(1, total // REPORTS) == 0 or done == total:
+                spent = time.perf_counter() - began
+                logger.info(
+                    "%4d/%d  %s: %d to %d steps  %s  left %s",
+                    done,
+                    total,
+                    chosen.task(episode.task_id).instruction,
+                    min(steps),
+                    max(steps),
+                    format_seconds(spent),
+                    format_seconds(spent / done * (total - done)),
+                )
+            yield episode

@@ -24,6 +24,7 @@ from verl_vla.config.shared import EnvironmentConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import atomic_write, require_place
+from verl_vla.core.text import TextTable
 from verl_vla.diagnostics.libero_check import as_rows, describe
 from verl_vla.diagnostics.libero_report import examine_libero
 from verl_vla.diagnostics.machine import examine_machine
@@ -138,11 +139,15 @@ def in_turn(by_task: Sequence[Sequence[Start]]) -> list[Start]:
 
 
 def _show(findings: Sequence[Finding]) -> None:
-    width = max(len(finding.subject) for finding in findings)
-    for finding in findings:
-        mark = "FAULT" if finding.is_fault else "ok"
-        indent = " " * (width + 9)
-        text = textwrap.fill(
-            finding.says, WIDTH, initial_indent=indent, subsequent_indent=indent
-        ).lstrip()
-        logger.info("%-*s  %-5s  %s", width, finding.subject, mark, text)
+    indent = " " * (max(len(finding.subject) for finding in findings) + len("  FAULT  "))
+    rows = [
+        [
+            finding.subject,
+            f"{'FAULT' if finding.is_fault else 'ok':<5}",
+            textwrap.fill(
+                finding.says, WIDTH, initial_indent=indent, subsequent_indent=indent
+            ).lstrip(),
+        ]
+        for finding in findings
+    ]
+    logger.info("%s", TextTable([], rows, left=range(3)))

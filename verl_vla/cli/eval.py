@@ -46,6 +46,7 @@ from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, 
 from verl_vla.runs.console import EvaluationProgress
 from verl_vla.runs.episode_log import EpisodeLog, read_episodes
 from verl_vla.runs.run_dir import evaluation_record
+from verl_vla.runs.terminal import bar
 
 logger = logging.getLogger(__name__)
 
@@ -200,20 +201,22 @@ def _evaluate(options: argparse.Namespace, part: _Part, out: Path) -> dict[str, 
         found = read_episodes(out)
         if found:
             logger.info("%d episodes are in %s already; the others follow", len(found), out)
-        if unplayed(found, len(part.starts)):
-            lines = play_remaining(
-                part.starts,
-                policy(),
-                stack.enter_context(
-                    open_simulators(part.env, part.simulated, part.processor.shape)
-                ),
-                part.processor.codec,
-                episode_log,
-                found,
-                temperature=options.temperature,
-                seed=options.seed,
-                show=EvaluationProgress(len(part.starts), found).show,
+        if remaining := unplayed(found, len(part.starts)):
+            simulators = stack.enter_context(
+                open_simulators(part.env, part.simulated, part.processor.shape)
             )
+            with bar("episodes", len(remaining)) as advance:
+                lines = play_remaining(
+                    part.starts,
+                    policy(),
+                    simulators,
+                    part.processor.codec,
+                    episode_log,
+                    found,
+                    temperature=options.temperature,
+                    seed=options.seed,
+                    show=EvaluationProgress(len(part.starts), found, advance).show,
+                )
         else:
             lines = last_of_each(found)
         _show(lines, part.names)

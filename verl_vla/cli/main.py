@@ -26,6 +26,7 @@ from verl_vla.core.errors import (
     StarvedError,
 )
 from verl_vla.core.text import nearest
+from verl_vla.runs.terminal import Console
 
 EXIT_USAGE = 2
 """Exit code of an invalid request; nothing was started."""
@@ -62,7 +63,7 @@ STOPPED = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code of the process."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    _speak_plainly()
+    console = _speak_plainly()
     _one_thread_each()
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(_help())
@@ -72,7 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"{argv[0]!r} is no command; {nearest(argv[0], list(COMMANDS))}")
         options = parse(argv[0], argv[1:])
         command = importlib.import_module(f"verl_vla.cli.{argv[0].replace('-', '_')}")
-        return command.run(options)
+        try:
+            return command.run(options)
+        finally:
+            console.end_bars()
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_USAGE
@@ -87,9 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_SIGNAL + signal.SIGINT
 
 
-def _speak_plainly() -> None:
+def _speak_plainly() -> Console:
     """Log our own messages to stdout without prefixes; loggers of libraries do not change."""
-    console = logging.StreamHandler(sys.stdout)
+    console = Console(sys.stdout)
     console.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("verl_vla")
     ours.addHandler(console)
@@ -97,6 +101,9 @@ def _speak_plainly() -> None:
     ours.propagate = False
     # bitsandbytes warns at every import about missing optional kernels
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not console.draws:
+        os.environ["TQDM_DISABLE"] = "1"  # bars of libraries, whose carriage returns fill a log
+    return console
 
 
 def _one_thread_each() -> None:

@@ -56,7 +56,10 @@ from verl_vla.rewards.benchmark import (
     table_as_json,
     verdicts,
 )
+from verl_vla.rewards.encoders.base import track_batches
 from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, task_ids
+from verl_vla.runs.console import episodes_bar
+from verl_vla.runs.terminal import track_encoding
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +94,8 @@ def run(options: argparse.Namespace) -> int:
         curve_groups=options.curve_groups,
     )
     entries = make_entries(specs, config.seed)
+    for entry in entries:
+        track_batches(entry.reward, track_encoding)
     out = Path(options.out)
     folder, played, record = _find_episodes(options, out)
     result: dict[str, Any] = {
@@ -179,7 +184,12 @@ def _play(folder: Path, played: PlayConfig, env: EnvironmentConfig) -> None:
     policy = load_policy(find_policy(played.policy), DTYPES[played.dtype], played.unnorm_key)
     torch.nn.Module.to(policy.model, device)
     simulated = replace(env_config(env, policy.processor), render_final=True)
-    with folder_lock(folder), open_simulators(env, simulated, policy.shape) as simulators:
+    num_episodes = played.groups * played.group_size
+    with (
+        folder_lock(folder),
+        open_simulators(env, simulated, policy.shape) as simulators,
+        episodes_bar("episodes", num_episodes) as ended,
+    ):
         play_missing(
             folder,
             _groups(played),
@@ -187,6 +197,7 @@ def _play(folder: Path, played: PlayConfig, env: EnvironmentConfig) -> None:
             simulators,
             temperature=played.temperature,
             seed=played.seed,
+            ended=ended,
         )
 
 

@@ -24,6 +24,7 @@ from verl_vla.envs.registry import suite
 from verl_vla.policies.base import TrainablePolicy
 from verl_vla.policies.openvla_oft import tiny as tiny_openvla_oft
 from verl_vla.policies.scratch_vla import tiny as tiny_scratch_vla
+from verl_vla.runs.terminal import track
 from verl_vla.trainer.sft.fit import SFTConfig, StepReport, action_statistics, fit, make_samples
 from verl_vla.trainer.sft.run import open_sft_run
 
@@ -135,7 +136,7 @@ def _chosen(
 def _show(reports: Iterable[StepReport], total: int) -> None:
     began = time.perf_counter()
     recent: list[StepReport] = []
-    for report in reports:
+    for report in track(reports, "steps", total):
         recent.append(report)
         if report.step % SHOW_EVERY == 0 or report.step == total:
             logger.info(

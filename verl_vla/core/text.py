@@ -1,9 +1,9 @@
-"""Text for messages: the nearest known name, differences of mappings, time spans."""
+"""Text for messages: the nearest known name, differences of mappings, time spans, tables."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 
@@ -58,3 +58,44 @@ def format_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+class TextTable(str):
+    """A table as plain text, which keeps its cells so that a terminal can draw them.
+
+    >>> print(TextTable(["task", "rate"], [["lift", "50%"], ["push", "100%"]], notes=["greedy"]))
+    task  rate
+    lift   50%
+    push  100%
+    greedy
+    """
+
+    head: Sequence[str]
+    """Names of the columns; empty for a table without a head."""
+    rows: Sequence[Sequence[str]]
+    left: Collection[int]
+    """Columns whose cells are aligned to the left."""
+    notes: Sequence[str]
+    """Lines below the table."""
+
+    def __new__(
+        cls,
+        head: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        *,
+        left: Collection[int] = (0,),
+        notes: Sequence[str] = (),
+    ) -> TextTable:
+        """Align the cells in columns, two spaces apart."""
+        lines = [head, *rows] if head else rows
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = [
+            "  ".join(
+                cell.ljust(width) if i in left else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        table = super().__new__(cls, "\n".join([*text, *notes]))
+        table.head, table.rows, table.left, table.notes = head, rows, left, notes
+        return table

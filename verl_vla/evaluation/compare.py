@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 from verl_vla.core.episode import Outcome
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.success_rate import SuccessRate
-from verl_vla.core.text import differences
+from verl_vla.core.text import TextTable, differences
 from verl_vla.evaluation.conditions import DECIDES
 
 TOLD = ("image_size", "seed", "dtype", "device", "versions")
@@ -120,16 +120,14 @@ def told_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> lis
     return differences(here, there)
 
 
-def table(pairs: Mapping[str, Paired]) -> str:
+def table(pairs: Mapping[str, Paired]) -> TextTable:
     """Format rates with 95% Wilson intervals, disagreements, and p-values of McNemar's test."""
-    width = max(map(len, pairs))
-    head = f"{'':<{width}}  {'A':>24}  {'B':>24}  {'A only':>6}  {'B only':>6}  {'p':>7}"
     rows = [
-        f"{name:<{width}}  {_cell(found.rates[0])}  {_cell(found.rates[1])}  "
-        f"{found.first_only:6d}  {found.second_only:6d}  {found.p_value:7.4f}"
+        [name, *map(_cell, found.rates), str(found.first_only), str(found.second_only)]
+        + [f"{found.p_value:7.4f}"]
         for name, found in pairs.items()
     ]
-    return "\n".join([head, *rows])
+    return TextTable(["", "A", "B", "A only", "B only", "p"], rows)
 
 
 def as_json(pairs: Mapping[str, Paired]) -> dict[str, Any]:

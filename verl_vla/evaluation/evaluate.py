@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from verl_vla.config.shared import EvaluationConfig
@@ -48,6 +48,7 @@ def evaluate(
     seed: int,
     times: RolloutTimes | None = None,
     first_episode: int = 0,
+    ended: Callable[[Trajectories], None] | None = None,
 ) -> Evaluation:
     """Roll out every start once and count the successes.
 
@@ -59,6 +60,7 @@ def evaluate(
         seed: seed of the sampling noise; greedy episodes do not use it.
         times: if given, the seconds spent are added to it.
         first_episode: id of the first episode; episodes of another id have other noise.
+        ended: see `verl_vla.rl.rollout.rollout`.
     """
     specs = [
         EpisodeSpec(
@@ -73,6 +75,7 @@ def evaluate(
         temperature=config.temperature,
         noise=NoiseSource(seed=seed, stream=EVALUATION_STREAM),
         times=times,
+        ended=ended,
     )
     tasks = sorted({start.task_id for start in starts})
     return Evaluation(

@@ -15,7 +15,7 @@ from typing import Any
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.success_rate import SuccessRate, count_entries
-from verl_vla.core.text import differences
+from verl_vla.core.text import TextTable, differences
 from verl_vla.envs.libero.suite import libero_suite
 from verl_vla.envs.libero.task import LiberoTask
 from verl_vla.evaluation.compare import Paired, count_pairs
@@ -157,25 +157,24 @@ def told_differences(record: Mapping[str, Any], control: Mapping[str, Any]) -> l
     return differences(here, there)
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Row]) -> TextTable:
     """Format a line for each axis, and below them the tasks that were not evaluated."""
-    width = max(len(_name(row)) for row in rows)
-    head = f"{'':<{width}}  {'tasks':>11}  {'perturbed':>24}  {'control':>24}  {'p':>7}"
-    lines = [head]
+    cells: list[list[str]] = []
     for row in rows:
         total = row.tasks_evaluated + row.tasks_left_out + sum(row.refused.values())
         control = "-" if row.control is None else _cell(row.control)
         p_value = "-" if row.paired is None else f"{row.paired.p_value:.4f}"
-        lines.append(
-            f"{_name(row):<{width}}  {f'{row.tasks_evaluated} of {total}':>11}  "
-            f"{_cell(row.perturbed)}  {control:>24}  {p_value:>7}"
+        tasks = f"{row.tasks_evaluated} of {total}"
+        cells.append(
+            [_name(row), f"{tasks:>11}", _cell(row.perturbed), f"{control:>24}", f"{p_value:>7}"]
         )
+    notes: list[str] = []
     for row in rows:
         for reason, number in row.refused.items():
-            lines.append(f"{_name(row)}: {number} tasks not evaluated: {reason}")
+            notes.append(f"{_name(row)}: {number} tasks not evaluated: {reason}")
         if row.tasks_left_out:
-            lines.append(f"{_name(row)}: {row.tasks_left_out} tasks not asked for")
-    return "\n".join(lines)
+            notes.append(f"{_name(row)}: {row.tasks_left_out} tasks not asked for")
+    return TextTable(["", "tasks", "perturbed", "control", "p"], cells, notes=notes)
 
 
 def _row(

@@ -16,6 +16,7 @@ import yaml
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.success_rate import SuccessRate
+from verl_vla.core.text import TextTable
 from verl_vla.envs.base import StepLimit, Suite
 from verl_vla.policies.base import PolicyShape
 from verl_vla.rl.setup import PUBLISHED_RENDER_SIZE
@@ -162,36 +163,31 @@ def compare_with_published(
     }
 
 
-def published_table(suite_name: str, compared: Mapping[str, Any]) -> str:
+def published_table(suite_name: str, compared: Mapping[str, Any]) -> TextTable:
     """Format the result of `compare_with_published`: a line per policy, then a legend."""
     texts = list(dict.fromkeys(text for row in compared["rows"] for text in row["differs"]))
     marks = {text: chr(ord("a") + i) for i, text in enumerate(texts)}
-    width = max(len(row["name"]) for row in compared["rows"])
-    head = f"{suite_name:<{width}}  {'rate':>6}  {'95% interval':>12}  {'episodes':>8}"
-    lines = [f"{head}  {'4 suites':>8}  overlap  differs", _line("this policy", width, compared)]
+    head = [suite_name, "rate", "95% interval", "episodes", "4 suites", "overlap", "differs"]
+    rows = [["this policy", *_rate_cells(compared["ours"]), "", "", ""]]
     for row in compared["rows"]:
         overlap = {True: "yes", False: "NO", None: "-"}[row["overlaps"]]
         differs = " ".join(marks[text] for text in row["differs"])
-        lines.append(
-            f"{_line(row['name'], width, {'ours': row})}  {100 * row['mean']:7.1f}%  {overlap:>7}"
-            f"  {differs}".rstrip()
-        )
-    lines.append("")
-    lines += [f"{mark}  {text}" for text, mark in marks.items()]
-    lines.append(f"Published rows: {', '.join(compared['common'])}.")
+        mean = f"{100 * row['mean']:.1f}%"
+        rows.append([row["name"], *_rate_cells(row), mean, overlap, differs])
+    notes = ["", *(f"{mark}  {text}" for text, mark in marks.items())]
+    notes.append(f"Published rows: {', '.join(compared['common'])}.")
     if compared["left_out"]:
-        lines.append(
+        notes.append(
             f"Not the whole protocol: {', '.join(compared['left_out'])} were evaluated; the "
             "published rates are of all."
         )
-    return "\n".join(lines)
+    return TextTable(head, rows, left=(0, len(head) - 1), notes=notes)
 
 
-def _line(name: str, width: int, compared: Mapping[str, Any]) -> str:
-    rate = compared["ours"]
+def _rate_cells(rate: Mapping[str, Any]) -> list[str]:
     low, high = (100 * end for end in rate["ci95"])
     share = "-" if rate["rate"] is None else f"{100 * rate['rate']:.1f}%"
-    return f"{name:<{width}}  {share:>6}  {f'{low:.1f}-{high:.1f}%':>12}  {rate['episodes']:8d}"
+    return [f"{share:>6}", f"{low:.1f}-{high:.1f}%", str(rate["episodes"])]
 
 
 def _overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:

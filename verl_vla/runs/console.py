@@ -1,15 +1,18 @@
-"""Progress lines on the console during a run."""
+"""Progress on the console during a run: lines, and bars where `terminal` draws."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from verl_vla.core.episode import Outcome
 from verl_vla.core.success_rate import SuccessRate
+from verl_vla.core.tables import Trajectories
 from verl_vla.core.text import format_seconds
+from verl_vla.runs.terminal import Advance, bar
 
 logger = logging.getLogger(__name__)
 
@@ -69,16 +72,40 @@ class Progress:
         return self._seconds_per_step * (self._total_steps - step)
 
 
+@contextmanager
+def episodes_bar(what: str, total: int) -> Generator[Callable[[Trajectories], None] | None]:
+    """Show a bar of episodes; yield the ``ended`` of `verl_vla.rl.rollout.rollout` that moves it.
+
+    It is None where no bar is drawn, so that a rollout makes no table of each episode for it.
+    """
+    solved = 0
+    with bar(what, total) as advance:
+        if advance is None:
+            yield None
+            return
+
+        def count(ended: Trajectories) -> None:
+            nonlocal solved
+            solved += int(ended.episodes.success.sum())
+            advance(f"{solved} solved")
+
+        yield count
+
+
 class EvaluationProgress:
-    """Progress of one evaluation: a line every `EVALUATION_LINES_EVERY_S`.
+    """Progress of one evaluation: a line every `EVALUATION_LINES_EVERY_S`, or a bar.
 
     Args:
         total: number of episodes of the evaluation.
         found: log lines of the episodes that an earlier process completed.
+        advance: moves the bar, if there is one.
     """
 
-    def __init__(self, total: int, found: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self, total: int, found: Sequence[Mapping[str, Any]], advance: Advance | None = None
+    ) -> None:
         self._total = total
+        self._advance = advance
         self._outcomes = [line["outcome"] for line in found]
         self._found = self._played
         self._began = self._shown = time.perf_counter()
@@ -87,6 +114,12 @@ class EvaluationProgress:
         """Add an episode that ended; log a line when it is due, and after the last episode."""
         self._outcomes.append(line["outcome"])
         now, played = time.perf_counter(), self._played
+        rate = 100 * self._outcomes.count(Outcome.SUCCESS) / max(1, played)
+        lost = self._outcomes.count(Outcome.CRASH)
+        if self._advance is not None:
+            if line["outcome"] != Outcome.CRASH:
+                self._advance(f"success {rate:.1f}%  simulators lost {lost}")
+            return
         if now - self._shown < EVALUATION_LINES_EVERY_S and played < self._total:
             return
         self._shown = now
@@ -96,8 +129,8 @@ class EvaluationProgress:
             len(str(self._total)),
             played,
             self._total,
-            100 * self._outcomes.count(Outcome.SUCCESS) / max(1, played),
-            self._outcomes.count(Outcome.CRASH),
+            rate,
+            lost,
             format_seconds(spent),
             format_seconds(spent / fresh * (self._total - played)),
         )

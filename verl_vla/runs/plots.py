@@ -9,6 +9,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from verl_vla.core.text import TextTable
+
 BARS = " ▁▂▃▄▅▆▇█"
 """Bar characters in eighths of a character cell."""
 
@@ -101,7 +103,7 @@ def text_curve(values: Sequence[float]) -> str:
     return "".join(BARS[round(value * (len(BARS) - 1))] for value in values)
 
 
-def success_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+def success_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> TextTable:
     """Format two evaluations as a table, per task and pooled, with counts and intervals.
 
     Args:
@@ -110,11 +112,8 @@ def success_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """
     rows = [(name, before["tasks"][name], after["tasks"][name]) for name in before["tasks"]]
     rows.append(("all tasks", before["total"], after["total"]))
-    title = f"held-out, {before['sampling']}"
-    width = max(len(title), *(len(name) for name, _, _ in rows))
-    head = f"{title:<{width}}  {'before':>26}  {'after':>26}"
-    lines = [f"{name:<{width}}  {_cell(old)}  {_cell(new)}" for name, old, new in rows]
-    return "\n".join([head, *lines])
+    head = [f"held-out, {before['sampling']}", "before", "after"]
+    return TextTable(head, [[name, _cell(old), _cell(new)] for name, old, new in rows])
 
 
 def _cell(rate: Mapping[str, Any]) -> str:

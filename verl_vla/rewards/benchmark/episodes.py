@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,8 +172,12 @@ def play_missing(
     *,
     temperature: float,
     seed: int,
+    ended: Callable[[Trajectories], None] | None,
 ) -> None:
-    """Roll out the rounds that are not on disk yet, and write each when it is complete."""
+    """Roll out the rounds that are not on disk yet, and write each when it is complete.
+
+    ``ended`` is called as each episode ends; see `verl_vla.rl.rollout.rollout`.
+    """
     num_rounds = _num_rounds(len(groups))
     for index in range(num_rounds):
         file = _round_file(folder, index)
@@ -182,7 +186,9 @@ def play_missing(
         first = index * GROUPS_PER_ROUND
         specs = [spec for group in groups[first : first + GROUPS_PER_ROUND] for spec in group]
         noise = NoiseSource(seed=seed, stream=BENCH_STREAM)
-        trajectories = rollout(specs, policy, simulators, temperature=temperature, noise=noise)
+        trajectories = rollout(
+            specs, policy, simulators, temperature=temperature, noise=noise, ended=ended
+        )
         write_trajectories(file, trajectories)
         solved = int(trajectories.episodes.success.sum())
         logger.info(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from verl_vla.core.text import TextTable
 from verl_vla.rewards.benchmark.bench import BenchRow
 from verl_vla.rewards.benchmark.entries import CLOCK
 from verl_vla.rewards.benchmark.samples import Sample
@@ -69,8 +70,8 @@ def describe(test: Sample) -> dict[str, Any]:
     }
 
 
-def ranking_table(rows: Sequence[BenchRow], found: Mapping[str, Verdict]) -> str:
-    """Return the table of rankings and verdicts, as text."""
+def ranking_table(rows: Sequence[BenchRow], found: Mapping[str, Verdict]) -> TextTable:
+    """Return the table of rankings and verdicts."""
     head = [
         "reward",
         "Spearman (95%)",
@@ -100,11 +101,11 @@ def ranking_table(rows: Sequence[BenchRow], found: Mapping[str, Verdict]) -> str
         ]
         for row in rows
     ]
-    return _align([head, *lines])
+    return TextTable(head, lines)
 
 
-def paper_table(rows: Sequence[BenchRow]) -> str:
-    """Return the paper's five numbers as text, for rewards with progress along episodes."""
+def paper_table(rows: Sequence[BenchRow]) -> TextTable:
+    """Return the paper's five numbers, for rewards with progress along episodes."""
     head = ["reward", "SC", "Mono", "MMD2", "JS", "SMD"]
     lines = [
         [
@@ -114,7 +115,7 @@ def paper_table(rows: Sequence[BenchRow]) -> str:
         for row in rows
         if (p := row.paper) is not None
     ]
-    return _align([head, *lines])
+    return TextTable(head, lines)
 
 
 def _interval(found: Estimate) -> str:
@@ -129,14 +130,3 @@ def _plain(value: float, digits: int = 2) -> str:
 
 def _share(value: float) -> str:
     return f"{100 * value:.0f}%" if math.isfinite(value) else UNKNOWN
-
-
-def _align(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn import functional
 from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.policies import base
 from verl_vla.policies.preprocessing import ImageStatistics, normalize_image
+from verl_vla.rewards.base import HasEncoder, TrajectoryReward
 
 Images = npt.NDArray[np.uint8]
 """Images [T, H, W, 3] of one view of one episode, in the order of its policy steps."""
@@ -34,7 +35,23 @@ SAMPLED_WEIGHTS = 1024
 all of them, and a thousand are quick to read."""
 
 
-class ImageEncoder(ABC):
+class BatchedEncoder:
+    """An encoder that computes in batches, which a caller can track."""
+
+    def __init__(self) -> None:
+        self.track: Callable[[Sequence[Any]], Iterable[Any]] = iter
+        """Iterator over the batches of one call of ``encode``."""
+
+
+def track_batches(
+    reward: TrajectoryReward, track: Callable[[Sequence[Any]], Iterable[Any]]
+) -> None:
+    """Let ``track`` iterate over the batches of a reward's encoder; not in another process."""
+    if isinstance(reward, HasEncoder) and isinstance(reward.encoder, BatchedEncoder):
+        reward.encoder.track = track
+
+
+class ImageEncoder(BatchedEncoder, ABC):
     """An encoder of single images: features of an episode do not depend on others in the batch."""
 
     def __init__(self, *, batch_size: int, feature_space: str) -> None:
@@ -47,6 +64,7 @@ class ImageEncoder(ABC):
         Raises:
             ConfigError: ``batch_size`` is below 1.
         """
+        super().__init__()
         check_positive(batch_size=batch_size)
         self._batch_size = batch_size
         self._feature_space = feature_space
@@ -70,7 +88,7 @@ class ImageEncoder(ABC):
         images = np.concatenate(filled)
         parts = [
             self.embed(images[start : start + self._batch_size])
-            for start in range(0, len(images), self._batch_size)
+            for start in self.track(range(0, len(images), self._batch_size))
         ]
         rows = np.concatenate(parts).astype(np.float32)
         return np.split(rows, np.cumsum(lengths)[:-1])

@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.rewards.encoders.base import (
+    BatchedEncoder,
     Features,
     Images,
     Network,
@@ -31,7 +32,7 @@ from verl_vla.rewards.encoders.transformer import IMAGENET_STATISTICS
 MODEL_TYPE = "vjepa2"
 
 
-class Vjepa2Encoder:
+class Vjepa2Encoder(BatchedEncoder):
     """An encoder that averages the patch tokens of each tubelet: one row for every two frames."""
 
     def __init__(
@@ -55,6 +56,7 @@ class Vjepa2Encoder:
         Raises:
             ConfigError: no such weights, or another kind of model.
         """
+        super().__init__()
         check_positive(batch_size=batch_size, max_frames=max_frames)
         folder = require_folder(path, "V-JEPA 2")
         config: Any = AutoConfig.from_pretrained(
@@ -93,12 +95,15 @@ class Vjepa2Encoder:
         for index, clip in enumerate(clips):
             if len(clip):
                 by_length.setdefault(len(clip), []).append(index)
-        for indices in by_length.values():
-            for start in range(0, len(indices), self._batch_size):
-                together = indices[start : start + self._batch_size]
-                made = self._embed(np.stack([clips[index] for index in together]))
-                for index, features in zip(together, made, strict=True):
-                    rows[index] = features
+        batches = [
+            indices[start : start + self._batch_size]
+            for indices in by_length.values()
+            for start in range(0, len(indices), self._batch_size)
+        ]
+        for together in self.track(batches):
+            made = self._embed(np.stack([clips[index] for index in together]))
+            for index, features in zip(together, made, strict=True):
+                rows[index] = features
         return rows
 
     def _clip(self, episode: Images) -> Images:

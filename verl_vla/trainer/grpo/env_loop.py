@@ -23,6 +23,7 @@ from verl_vla.core.tables import Trajectories
 from verl_vla.rewards import TrajectoryReward, learn, score
 from verl_vla.rl.group_sampling import StartSampler
 from verl_vla.rl.rollout import NoiseSource, RolloutTimes, Simulators, rollout
+from verl_vla.runs.console import episodes_bar
 from verl_vla.runs.run_recorder import RunRecorder
 from verl_vla.trainer.grpo.cluster_policy import ClusterPolicy
 from verl_vla.trainer.grpo.rows import group_key, group_of, make_rows
@@ -169,14 +170,16 @@ class EpisodeLoop:
         self.stats.transfer_s += time.perf_counter() - began
 
     def _play(self, specs: list[EpisodeSpec]) -> Trajectories:
-        return rollout(
-            specs,
-            self._policy,
-            self._simulators,
-            temperature=self._temperature,
-            noise=self._noise,
-            times=self.stats.times,
-        )
+        with episodes_bar("rollout", len(specs)) as ended:
+            return rollout(
+                specs,
+                self._policy,
+                self._simulators,
+                temperature=self._temperature,
+                noise=self._noise,
+                times=self.stats.times,
+                ended=ended,
+            )
 
     def _score_and_store(self, alive: Trajectories, global_step: int) -> dict[int, float]:
         """Return the score of each episode, by its id."""

@@ -38,9 +38,12 @@ from verl_vla.core.signals import StopRequest
 from verl_vla.envs.registry import suite
 from verl_vla.evaluation import cold_start
 from verl_vla.evaluation.evaluate import evaluate
+from verl_vla.rewards.encoders.base import track_batches
 from verl_vla.rl.group_sampling import StartSampler
 from verl_vla.rl.rollout import Simulators
+from verl_vla.runs.console import episodes_bar
 from verl_vla.runs.run_dir import keep_solved
+from verl_vla.runs.terminal import track_encoding
 from verl_vla.trainer import checkpoint
 from verl_vla.trainer.grpo.advantage import write_advantages
 from verl_vla.trainer.grpo.cluster_policy import ClusterPolicy
@@ -76,6 +79,7 @@ class VLATrainer(PPOTrainerSync):
         """Start the workers, load the newest valid checkpoint, and make the episode loop."""
         super().init()
         recipe, cluster = self.recipe, self.recipe.cluster
+        track_batches(self.run.reward, track_encoding)
         self.policy = ClusterPolicy(
             self.actor_rollout_wg,
             self.run.processor,
@@ -207,13 +211,15 @@ class VLATrainer(PPOTrainerSync):
 
     def _validate(self) -> dict[str, float]:
         began = time.perf_counter()
-        result = evaluate(
-            self.run.evaluation_starts,
-            self.policy,
-            self.simulators,
-            config=self.recipe.evaluation,
-            seed=self.recipe.seed,
-        )
+        with episodes_bar("evaluation", len(self.run.evaluation_starts)) as ended:
+            result = evaluate(
+                self.run.evaluation_starts,
+                self.policy,
+                self.simulators,
+                config=self.recipe.evaluation,
+                seed=self.recipe.seed,
+                ended=ended,
+            )
         self._evaluation_s = time.perf_counter() - began
         values = result.as_metrics(self.run.task_names)
         self.recorder.show_evaluation(self.global_steps, result.total)

@@ -20,8 +20,10 @@ from verl_vla.datasets.sft_dataset import Draw, SampleBatch, StepSampler, collat
 from verl_vla.evaluation.conditions import conditions
 from verl_vla.evaluation.evaluate import evaluate
 from verl_vla.rl.rollout import Simulators
+from verl_vla.runs.console import episodes_bar
 from verl_vla.runs.metrics import SFT_METRICS, MetricsFile, read_metrics
 from verl_vla.runs.run_dir import evaluation_record
+from verl_vla.runs.terminal import track
 from verl_vla.trainer import checkpoint
 from verl_vla.trainer.sft.console import SFTConsole
 from verl_vla.trainer.sft.engine import SFTEngine
@@ -78,7 +80,8 @@ class SFTTrainer:
         """
         done = self._resume()
         began = time.perf_counter()
-        for step, batch in enumerate(self._batches(done), done + 1):
+        batches = track(self._batches(done), "fine-tuning", self._steps.total_steps - done)
+        for step, batch in enumerate(batches, done + 1):
             loaded = time.perf_counter()
             values = self._engine.train_step(batch)
             values |= {
@@ -178,13 +181,15 @@ class SFTTrainer:
         began = time.perf_counter()
         policy = RankPolicy(self._engine)
         recipe = self._run.recipe
-        result = evaluate(
-            self._run.starts,
-            policy,
-            self._simulators,
-            config=recipe.evaluation,
-            seed=recipe.seed,
-        )
+        with episodes_bar("evaluation", len(self._run.starts)) as ended:
+            result = evaluate(
+                self._run.starts,
+                policy,
+                self._simulators,
+                config=recipe.evaluation,
+                seed=recipe.seed,
+                ended=ended,
+            )
         policy.dismiss()
         names = self._run.task_names
         given = conditions(
