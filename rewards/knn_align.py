@@ -31,6 +31,7 @@ class KnnAlignReward(ReferenceReward):
         memory_capacity: int = 64,
         memory_max_age: int = 100,
         max_invalid_share: float = 0.05,
+        noise_gate: bool = True,
     ) -> None:
         """Make a reward without references.
 
@@ -44,6 +45,7 @@ class KnnAlignReward(ReferenceReward):
             memory_capacity: successes kept of each task.
             memory_max_age: updates after which they are removed.
             max_invalid_share: see `ReferenceReward`.
+            noise_gate: see `ReferenceReward`.
 
         Raises:
             ConfigError: a number outside its range.
@@ -59,6 +61,7 @@ class KnnAlignReward(ReferenceReward):
             memory_capacity=memory_capacity,
             memory_max_age=memory_max_age,
             max_invalid_share=max_invalid_share,
+            noise_gate=noise_gate,
         )
         self._num_neighbours = num_neighbours
         self._final_share = final_share

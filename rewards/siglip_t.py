@@ -4,6 +4,9 @@ There are three temporal parts. ``none``: frame features without change. ``addit
 one, which adds a random embedding of the frame index; since it is added before a mean, it cannot
 distinguish orders of frames. ``causal``: the intended one, a progress head that is trained on the
 run's successes at each update.
+
+The scores are ours in all three: features are centred on the start, and the quality of a failure is
+(1 + cosine) / 2, an absolute number. The published scores are `rewards/siglip_t_published.py`.
 """
 
 from __future__ import annotations
@@ -12,11 +15,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import nn
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.rewards import (
+    AdditiveTime,
     Floats,
     HeadConfig,
     ProgressHead,
@@ -26,14 +28,14 @@ from verl_vla.rewards import (
     TrajectoryBatch,
     align,
     center_on_start,
+    cosine,
 )
 from verl_vla.rewards.encoders import make_encoder
 
-FREQUENCIES = 256
-MAX_PERIOD = 10_000.0
-"""Size and longest period of the published time embedding (siglip-grpo
-``temporal_embedding.py``)."""
 NUM_NEIGHBOURS = 5
+HELD_OUT_EVERY = 4
+"""Of the successes, those whose episode id divides by 4 never train the head: how much it varies on
+them is the noise of its progress."""
 NO_HEAD = 0.5
 """Quality of all failures before the head was trained on a success."""
 
@@ -58,6 +60,7 @@ class SiglipTReward(ReferenceReward):
         memory_capacity: int = 64,
         memory_max_age: int = 100,
         max_invalid_share: float = 0.05,
+        noise_gate: bool = True,
         seed: int = 0,
     ) -> None:
         """Make an untrained reward.
@@ -78,6 +81,7 @@ class SiglipTReward(ReferenceReward):
             memory_capacity: successes kept of each task.
             memory_max_age: updates after which they are removed.
             max_invalid_share: see `ReferenceReward`.
+            noise_gate: see `ReferenceReward`.
             seed: seed of the random weights and of the head's training.
 
         Raises:
@@ -103,6 +107,7 @@ class SiglipTReward(ReferenceReward):
             memory_capacity=memory_capacity,
             memory_max_age=memory_max_age,
             max_invalid_share=max_invalid_share,
+            noise_gate=noise_gate,
         )
         self._temporal = temporal
         self._pooling = pooling
@@ -110,7 +115,7 @@ class SiglipTReward(ReferenceReward):
         self._config = HeadConfig(width=head_width, steps=head_steps)
         self._seed = seed
         self._head: ProgressHead | None = None
-        self._time: nn.Module | None = None
+        self._time: AdditiveTime | None = None
 
     def measure(
         self, task_key: str, episodes: Sequence[Rows], references: Sequence[Reference]
@@ -125,7 +130,7 @@ class SiglipTReward(ReferenceReward):
                 [align(rows, successes, NUM_NEIGHBOURS)[-self._last_k :].mean() for rows in timed]
             )
         centre = np.mean([self._pool(rows) for rows in successes], axis=0)
-        return np.array([_cosine(self._pool(rows), centre) for rows in timed])
+        return np.array([cosine(self._pool(rows), centre) for rows in timed])
 
     def quality(self, task_key: str, measures: Floats) -> Floats:
         """Return progress without change; map a cosine from -1 to 1 onto 0 to 1."""
@@ -133,11 +138,20 @@ class SiglipTReward(ReferenceReward):
             return measures
         return (1 + measures) / 2
 
+    def unseen(self, items: Sequence[Reference]) -> list[int]:
+        """Return the indices of the references that did not train the head."""
+        if self._temporal != "causal":
+            return super().unseen(items)
+        return [i for i, item in enumerate(items) if item.episode_id % HELD_OUT_EVERY == 0]
+
     def update(self, batch: TrajectoryBatch) -> Mapping[str, float]:
-        """Add the successes to the memory, and train the head on all successes in it."""
+        """Add the successes to the memory, and train the head on three in four of them."""
         metrics = dict(super().update(batch))
         memory = self._memory
-        kept = {key: [r.features for r in memory.of_task(key)] for key in memory.tasks}
+        kept = {
+            key: [r.features for r in memory.of_task(key) if r.episode_id % HELD_OUT_EVERY]
+            for key in memory.tasks
+        }
         successes = {key: rows for key, rows in kept.items() if rows}
         if self._temporal == "causal" and successes:
             if self._head is None:
@@ -177,28 +191,5 @@ class SiglipTReward(ReferenceReward):
         if self._temporal != "additive":
             return rows
         if self._time is None:
-            self._time = _time_embedding(features.shape[1], self._seed)
-        with torch.no_grad():
-            return rows + self._time(_sinusoids(len(rows))).numpy()
-
-
-def _time_embedding(feature_size: int, seed: int) -> nn.Module:
-    """Make the published network, which is untrained in the publication too."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Linear(FREQUENCIES, feature_size), nn.SiLU(), nn.Linear(feature_size, feature_size)
-        )
-
-
-def _sinusoids(num_rows: int) -> torch.Tensor:
-    """Return [T, FREQUENCIES], cosines then sines of the row index."""
-    half = FREQUENCIES // 2
-    rates = torch.exp(-np.log(MAX_PERIOD) * torch.arange(half) / half)
-    angles = torch.arange(num_rows)[:, None] * rates[None]
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def _cosine(a: Floats, b: Floats) -> float:
-    size = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(a @ b) / size if size > 0 else 0.0
+            self._time = AdditiveTime(features.shape[1], self._seed)
+        return rows + self._time(len(rows))

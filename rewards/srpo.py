@@ -4,6 +4,18 @@ The formula is the paper's, with corrections of its release: every episode has s
 the scale of clustering is such that clusters are found, and the z-score has the sign that rewards
 *near* failures (equation 5 as printed would reward far ones). Mean and spread of the distances come
 from earlier steps once there are enough, so that no failure changes the score of another.
+
+Beyond the paper:
+
+- clips have the length of their episode, up to the encoder's ``max_frames``, instead of 64 frames
+  each; a longer one is thinned by how much its images change, not by time (`Vjepa2Encoder`);
+- features are relative to the episode's first row (``from_start``);
+- failures of a group that differ by less than successes do score ``alpha / 2`` (``noise_gate``);
+- successes of earlier steps are references too (``memory_capacity``).
+
+Groups without a success reach training only with ``sampling.filter_on=reward``. The default drops
+them, and so does the release, before it scores them (siiRL
+``user_interface/filter_interface/embodied.py:113``: success rates from 0.1 to 0.9 are kept).
 """
 
 from __future__ import annotations
@@ -54,6 +66,7 @@ class SrpoReward(ReferenceReward):
         memory_capacity: int = 64,
         memory_max_age: int = 100,
         max_invalid_share: float = 0.05,
+        noise_gate: bool = True,
     ) -> None:
         """Make a reward without references.
 
@@ -67,6 +80,7 @@ class SrpoReward(ReferenceReward):
             memory_capacity: successes kept of each task.
             memory_max_age: updates after which they are removed.
             max_invalid_share: see `ReferenceReward`.
+            noise_gate: see `ReferenceReward`.
 
         Raises:
             ConfigError: a number outside its range.
@@ -78,6 +92,7 @@ class SrpoReward(ReferenceReward):
             memory_capacity=memory_capacity,
             memory_max_age=memory_max_age,
             max_invalid_share=max_invalid_share,
+            noise_gate=noise_gate,
         )
         self._from_start = from_start
         self._distances: dict[str, list[float]] = {}

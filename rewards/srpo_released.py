@@ -18,13 +18,18 @@ from sklearn.cluster import dbscan
 from sklearn.preprocessing import StandardScaler
 
 from verl_vla.core.errors import ConfigError, ContractError
-from verl_vla.rewards import Floats, Need, RewardResult, StatelessReward, TrajectoryBatch
+from verl_vla.rewards import (
+    Floats,
+    Need,
+    RewardResult,
+    StatelessReward,
+    TrajectoryBatch,
+    min_max_sigmoid,
+)
 from verl_vla.rewards.encoders import make_encoder
 
 NUM_FRAMES = 64
-SCALE, STEEPNESS, OFFSET = 0.6, 10.0, 0.5
 RADIUS, MIN_SAMPLES = 0.5, 2
-SMALL_RANGE = 1e-6
 THIRD_PERSON = 0
 
 Aliasing = Literal["group", "pair", "none"]
@@ -119,12 +124,7 @@ def released_scores(
 def _failure_scores(successes: Floats, failures: Floats) -> Floats:
     centres = _released_centres(successes)
     distance = np.linalg.norm(failures[:, None] - centres[None], axis=2).min(axis=1)
-    extent = float(np.ptp(distance))
-    if extent < SMALL_RANGE:
-        normalised = np.full(len(distance), 0.5)
-    else:
-        normalised = (distance - distance.min()) / extent
-    return SCALE / (1 + np.exp(-STEEPNESS * (OFFSET - normalised)))
+    return min_max_sigmoid(-distance)
 
 
 def _released_centres(successes: Floats) -> Floats:

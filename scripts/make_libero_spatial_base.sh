@@ -14,6 +14,6 @@ if [ ! -e "$out/demonstrations.npz" ]; then
         --height-error 0.025 --num-workers 2 --out "$out/demonstrations.npz"
 fi
 if [ ! -e "$out/base" ]; then
-    "$python" -m verl_vla sft --demos "$out/demonstrations.npz" --steps 3000 --smoothing 2 --threads 1 --out "$out/base.partial"
+    "$python" -m verl_vla sft --demos "$out/demonstrations.npz" --steps 6000 --smoothing 2 --threads 1 --out "$out/base.partial"
     mv "$out/base.partial" "$out/base"
 fi

@@ -33,6 +33,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "oracle": {},
     "reaching": {},
     "siglip_t": {**PIXELS, "head_steps": 2},
+    "siglip_t_published": PIXELS,
     "srpo": PIXELS,
     "srpo_released": PIXELS,
     "vlm_judge": {"model": MODEL, "instructions": {"mini/0": "push", "mini/1": "lift"}},

@@ -82,7 +82,8 @@ def measure_statistics(episodes: Sequence[npt.ArrayLike], *, key: str) -> Action
     )
     mask = np.ones(actions.shape[1], dtype=bool)
     mask[GRIPPER] = False
-    return ActionStatistics(q01=low, q99=high, mask=mask, key=key)
+    extremes = np.stack([actions.min(axis=0), actions.max(axis=0)]).astype(np.float64)
+    return ActionStatistics(q01=low, q99=high, mask=mask, key=key, extremes=extremes)
 
 
 def action_chunks(actions: Floats, length: int) -> Floats:

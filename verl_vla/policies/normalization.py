@@ -31,6 +31,8 @@ COLUMNS: dict[Normalization, tuple[str, str]] = {
     "bounds_q99": ("q01", "q99"),
     "bounds": ("min", "max"),
 }
+EXTREMES = ("min", "max")
+"""Names of a value's smallest and largest number in the file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +41,11 @@ class NormalizationStats:
 
     Args:
         q01: [A] value that is mapped to -1, dataset units; with ``bounds`` the smallest value.
-        q99: [A] value that is mapped to +1; equal to ``q01`` where a value never changes.
+        q99: [A] value that is mapped to +1.
         mask: [A] true where a value is normalised.
         key: name that a checkpoint stores the statistics under.
         normalization: the normalization, which decides the columns of the file.
+        extremes: [2, A] smallest and largest value; None where they are not known.
 
     Raises:
         ConfigError: if the lengths differ, or a range is reversed or not finite.
@@ -53,6 +56,7 @@ class NormalizationStats:
     mask: npt.NDArray[np.bool_]
     key: str = "actions"
     normalization: Normalization = "bounds_q99"
+    extremes: Array | None = None
 
     def __post_init__(self) -> None:
         for name, dtype in (("q01", np.float64), ("q99", np.float64), ("mask", np.bool_)):
@@ -73,8 +77,18 @@ class NormalizationStats:
     def __len__(self) -> int:
         return len(self.mask)
 
+    @property
+    def is_constant(self) -> npt.NDArray[np.bool_]:
+        """[A], true where a value never changes; without extremes, where its quantiles agree.
+
+        A value that changes in less than 1% of the steps has equal quantiles and is no constant:
+        openvla-oft normalises it to -1 or +1 (``normalize_action_and_proprio``, ``zeros_mask``).
+        """
+        low, high = (self.q01, self.q99) if self.extremes is None else self.extremes
+        return low == high
+
     def unnormalize(self, normalised: npt.ArrayLike) -> Array:
-        """Map -1..1 to the ranges; a value that never changes gets its constant.
+        """Map -1..1 to the ranges; a value without a range gets ``q01``.
 
         Args:
             normalised: [..., A].
@@ -98,7 +112,7 @@ class NormalizationStats:
         """
         given = np.asarray(values, dtype=np.float64)
         scaled = 2 * (given - self.q01) / (self.q99 - self.q01 + RANGE_EPSILON) - 1
-        scaled = np.where(self.q01 == self.q99, 0.0, np.clip(scaled, -1.0, 1.0))
+        scaled = np.where(self.is_constant, 0.0, np.clip(scaled, -1.0, 1.0))
         return np.where(self.mask, scaled, given)
 
 
@@ -129,8 +143,9 @@ def load_statistics(
         ConfigError: the file or the dataset is missing, or there are several and none is named.
     """
     key, dataset = _read_dataset(folder, unnorm_key)
-    low, high, mask = _columns(folder, key, dataset["action"], (*COLUMNS[normalization], "mask"))
-    return ActionStatistics(low, high, mask, key, normalization)
+    action = dataset["action"]
+    low, high, mask = _columns(folder, key, action, (*COLUMNS[normalization], "mask"))
+    return ActionStatistics(low, high, mask, key, normalization, _extremes(action))
 
 
 def load_proprio_stats(
@@ -148,7 +163,8 @@ def load_proprio_stats(
     key, dataset = _read_dataset(folder, unnorm_key)
     (proprio,) = _columns(folder, key, dataset, ("proprio",))
     low, high = _columns(folder, key, proprio, COLUMNS[normalization])
-    return NormalizationStats(low, high, np.ones(len(low), dtype=np.bool_), key, normalization)
+    mask = np.ones(len(low), dtype=np.bool_)
+    return NormalizationStats(low, high, mask, key, normalization, _extremes(proprio))
 
 
 def save_statistics(
@@ -156,11 +172,17 @@ def save_statistics(
 ) -> None:
     """Write action and proprio statistics, which `load_statistics` etc. read back exactly."""
     low, high = COLUMNS[statistics.normalization]
-    dataset = {
-        name: {low: r.q01.tolist(), high: r.q99.tolist(), "mask": r.mask.tolist()}
-        for name, r in (("action", statistics), ("proprio", proprio))
-        if r is not None
-    }
+    dataset: dict[str, dict[str, list[Any]]] = {}
+    for name, r in (("action", statistics), ("proprio", proprio)):
+        if r is not None:
+            known = (
+                {} if r.extremes is None else dict(zip(EXTREMES, r.extremes.tolist(), strict=True))
+            )
+            dataset[name] = known | {
+                low: r.q01.tolist(),
+                high: r.q99.tolist(),
+                "mask": r.mask.tolist(),
+            }
     text = json.dumps({statistics.key: dataset}, indent=2)
     (Path(folder) / STATISTICS_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -187,6 +209,13 @@ def _columns(
             "fine-tuning"
         )
     return [values[name] for name in names]
+
+
+def _extremes(values: dict[str, Any]) -> Array | None:
+    """Return the smallest and largest values [2, A], which published files have."""
+    if not values.keys() >= {*EXTREMES}:
+        return None
+    return np.array([values[name] for name in EXTREMES], dtype=np.float64)
 
 
 def _choose_key(present: Sequence[str], wanted: str | None, path: Path) -> str:

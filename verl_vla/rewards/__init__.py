@@ -12,11 +12,14 @@ from verl_vla.rewards.base import (
     TrajectoryReward,
 )
 from verl_vla.rewards.features import (
+    AdditiveTime,
     Floats,
     align,
     center_on_start,
+    cosine,
     is_valid,
     last_rows,
+    min_max_sigmoid,
     normalised_time,
 )
 from verl_vla.rewards.goal_progress import goal_progress, smallest_reach
@@ -28,6 +31,7 @@ from verl_vla.rewards.scoring import complete, judge, learn, looks_at_images, ma
 
 __all__ = [
     "REWARDS_FOLDER",
+    "AdditiveTime",
     "FeatureExtractor",
     "Floats",
     "HeadConfig",
@@ -45,6 +49,7 @@ __all__ = [
     "align",
     "center_on_start",
     "complete",
+    "cosine",
     "goal_progress",
     "import_file",
     "is_valid",
@@ -54,6 +59,7 @@ __all__ = [
     "load_reward",
     "looks_at_images",
     "make_batch",
+    "min_max_sigmoid",
     "normalised_time",
     "score",
     "smallest_reach",

@@ -1,4 +1,4 @@
-"""Operations on an episode's features [T, D]: validity, idle rows, normalised time, alignment."""
+"""Operations on an episode's features [T, D]: validity, idle rows, time, alignment, similarity."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import nn
 
 from verl_vla.rewards.base import Rows
 
@@ -14,6 +16,13 @@ Floats = npt.NDArray[np.float64]
 IDLE_SHARE = 0.05
 """Share of an episode's median movement below which a row is idle. The threshold is relative to the
 median and not in units of the encoder, so that every feature space has the same rule."""
+FREQUENCIES = 256
+MAX_PERIOD = 10_000.0
+"""Size and longest period of the published time embedding (siglip-grpo
+``temporal_embedding.py``; its config's own number is never passed on)."""
+RELEASED_SCALE, RELEASED_STEEPNESS, SMALL_RANGE = 0.6, 10.0, 1e-6
+"""Constants of the scores that siiRL (``utils/reward_score/embodied.py``) and siglip-grpo
+(``reward.py:71-130``) released."""
 
 
 def is_valid(features: Rows) -> bool:
@@ -87,3 +96,48 @@ def align(features: Rows, successes: Sequence[Rows], num_neighbours: int) -> Flo
     num = min(num_neighbours, len(known))
     nearest = np.argsort(distance, axis=1, kind="stable")[:, :num]
     return time[nearest].mean(axis=1)
+
+
+class AdditiveTime:
+    """The embedding of the row index that siglip-grpo adds to features; random, never trained."""
+
+    def __init__(self, feature_size: int, seed: int) -> None:
+        """Make the network; the random state of the process does not change."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._network = nn.Sequential(
+                nn.Linear(FREQUENCIES, feature_size),
+                nn.SiLU(),
+                nn.Linear(feature_size, feature_size),
+            )
+
+    @torch.no_grad()
+    def __call__(self, num_rows: int) -> Rows:
+        """Return [T, D], to be added to the features of T rows."""
+        half = FREQUENCIES // 2
+        rates = torch.exp(-np.log(MAX_PERIOD) * torch.arange(half) / half)
+        angles = torch.arange(num_rows)[:, None] * rates[None]
+        return self._network(torch.cat([angles.cos(), angles.sin()], dim=1)).numpy()
+
+
+def cosine(a: Floats, b: Floats) -> float:
+    """Return the cosine similarity of two vectors [D], 0 where one of them is 0."""
+    size = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / size if size > 0 else 0.0
+
+
+def min_max_sigmoid(closeness: Floats) -> Floats:
+    """Return the released scores [n] of failures, from how close [n] each came to success.
+
+    0.6 sigmoid(10 (c - 0.5)), with c the closeness stretched to 0..1 over the failures. The worst
+    of several failures therefore always scores 0.004 and the best 0.596.
+
+    >>> min_max_sigmoid(np.array([0.1, 0.2, 0.3])).round(3).tolist()
+    [0.004, 0.3, 0.596]
+    """
+    extent = float(np.ptp(closeness))
+    if extent < SMALL_RANGE:
+        stretched = np.full(len(closeness), 0.5)
+    else:
+        stretched = (closeness - closeness.min()) / extent
+    return RELEASED_SCALE / (1 + np.exp(-RELEASED_STEEPNESS * (stretched - 0.5)))

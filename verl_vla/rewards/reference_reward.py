@@ -29,8 +29,8 @@ MAX_LEFT_OUT = 8
 """Number of successes that are measured against the others to estimate the noise; more would cost
 time without a better estimate."""
 LONE_NOISE = 0.1
-"""Share of the mean measure that counts as noise with a single reference, which has no spread:
-more than several references usually show."""
+"""Share of the mean measure that counts as noise with less than two references to measure, which
+have no spread: more than several references usually show."""
 RATE_KEPT = 0.8
 """Weight of the old success rate in an update: a mean over about 5 steps."""
 TIE = 1e-4
@@ -64,6 +64,7 @@ class ReferenceReward(ABC):
         memory_capacity: int,
         memory_max_age: int,
         max_invalid_share: float,
+        noise_gate: bool,
     ) -> None:
         """Make a reward without references.
 
@@ -76,6 +77,8 @@ class ReferenceReward(ABC):
             memory_max_age: updates after which they are removed.
             max_invalid_share: share of a batch whose features may be unusable; above it, and with
                 more than one such episode, the run stops instead of training on guesses.
+            noise_gate: give the failures of a group the same score, ``alpha / 2``, where their
+                measures differ by less than those of successes do. No publication does this.
 
         Raises:
             ConfigError: a number outside its range.
@@ -92,6 +95,7 @@ class ReferenceReward(ABC):
         self._anneal = anneal
         self._rates: dict[str, float] = {}
         self._max_invalid_share = max_invalid_share
+        self._noise_gate = noise_gate
         self._memory = ReferenceMemory(memory_capacity, memory_max_age)
 
     @abstractmethod
@@ -112,6 +116,10 @@ class ReferenceReward(ABC):
     @abstractmethod
     def quality(self, task_key: str, measures: Floats) -> Floats:
         """Map measures [n] of failures to [0, 1], monotonically."""
+
+    def unseen(self, items: Sequence[Reference]) -> list[int]:
+        """Return the indices of the references that `measure` has learned nothing from."""
+        return list(range(len(items)))
 
     def __call__(self, batch: TrajectoryBatch) -> RewardResult:
         """Score each episode without a change of state."""
@@ -196,6 +204,8 @@ class ReferenceReward(ABC):
         noise = self._noise(task_key, items, measures)
         found.noise.append(noise)
         found.progress[rows], found.score[rows] = measures, scores
+        if not self._noise_gate:
+            return
         for group in np.unique(batch.group_id[rows]):
             members = [i for i, row in enumerate(rows) if batch.group_id[row] == group]
             if _is_noise(measures[members], scores[members], noise):
@@ -213,9 +223,10 @@ class ReferenceReward(ABC):
 
         Each of the newest successes is measured against the others.
         """
-        if len(items) == 1:
+        unseen = self.unseen(items)
+        if len(unseen) < 2:
             return LONE_NOISE * float(np.abs(measures).mean())
-        newest = sorted(range(len(items)), key=lambda i: items[i].episode_id)[-MAX_LEFT_OUT:]
+        newest = sorted(unseen, key=lambda i: items[i].episode_id)[-MAX_LEFT_OUT:]
         left_out = [
             float(self.measure(task_key, [items[i].features], without(items, i))[0]) for i in newest
         ]

@@ -81,6 +81,18 @@ def test_tokens_are_ordered_time_first() -> None:
     assert torch.equal(make_codec().encode(decoded), action_tokens)
 
 
+def test_a_rare_value_is_normalised_to_the_ends_and_a_constant_to_zero(tmp_path: Path) -> None:
+    """openvla-oft ``normalize_action_and_proprio``: zero only where min and max agree."""
+    quantiles = {"q01": [0.0, 0.0], "q99": [0.0, 0.0], "mask": [True, True]}
+    stats = ActionStatistics(**quantiles, extremes=np.array([[-1.0, 0.0], [1.0, 0.0]]))
+    save_statistics(tmp_path, stats)
+    for known in (stats, load_statistics(tmp_path)):
+        assert known.normalize([0.0, 0.0]).tolist() == [-1.0, 0.0]
+        assert known.normalize([0.3, 0.0]).tolist() == [1.0, 0.0]
+        assert known.unnormalize([1.0, 1.0]).tolist() == [0.0, 0.0]
+    assert ActionStatistics(**quantiles).normalize([0.3, 0.0]).tolist() == [0.0, 0.0]
+
+
 @given(st.lists(st.integers(0, NUM_BINS - 1), min_size=CHUNK * DIM, max_size=CHUNK * DIM))
 def test_encoding_a_decoded_bin_gives_it_back(chosen: list[int]) -> None:
     action_tokens = torch.tensor([chosen])

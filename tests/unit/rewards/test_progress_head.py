@@ -40,6 +40,21 @@ def test_update_moves_the_weights_that_score():
     assert all(not torch.equal(first[name], second[name]) for name in first)
 
 
+def test_one_success_in_four_never_trains_the_head_and_gives_its_noise():
+    first = make_batch([1] * 8)
+    features = list(first.features or ())
+    for row in (0, 4):
+        features[row] = features[row][::-1] * 3
+    heads = []
+    for batch in (first, make_batch([1] * 8, features=tuple(features))):
+        reward = load_reward("siglip_t", {"encoder": "pixels", "head_steps": 3}, seed=1)
+        reward.update(batch)
+        heads.append(reward.state_dict()["head"]["network"])
+        items = reward._memory.of_task("mini/0")
+        assert [items[i].episode_id for i in reward.unseen(items)] == [0, 4]
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
+
+
 def test_training_lowers_the_loss_and_ranks_failures_it_never_saw():
     head = ProgressHead(SIZE, SMALL, seed=0)
     losses = [head.train(successes())["head_loss"] for _ in range(4)]

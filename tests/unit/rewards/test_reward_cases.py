@@ -105,8 +105,9 @@ def test_two_failures_with_a_tiny_gap_are_not_told_apart(taught):
     assert result.status[2] == result.status[3]
 
 
-def test_a_gap_within_the_noise_of_successes_is_gated_to_half_of_alpha():
-    made = make("knn_align", alpha=0.6)
+@pytest.mark.parametrize("noise_gate", [True, False])
+def test_a_gap_within_the_noise_of_successes_is_gated_to_half_of_alpha(noise_gate):
+    made = make("knn_align", alpha=0.6, noise_gate=noise_gate)
     batch = make_batch([1] * 4 + [0.9, 0.9, 0.9, 0.9], seed=1)
     assert set(made(batch).status[4:]) <= {"gated", "shaped"}
     measures = np.array([0.50, 0.51, 0.50, 0.51])
@@ -114,6 +115,10 @@ def test_a_gap_within_the_noise_of_successes_is_gated_to_half_of_alpha():
         measures if len(episodes) == 4 else np.array([episodes[0].mean()])
     )
     result = made(batch)
+    if not noise_gate:
+        assert result.status[4:] == ("shaped",) * 4
+        np.testing.assert_allclose(result.score[4:], 0.6 * measures, atol=1e-7)
+        return
     assert result.status[4:] == ("gated",) * 4
     np.testing.assert_allclose(result.score[4:], 0.3, atol=1e-7)
     assert result.metrics["num_gated"] == 4

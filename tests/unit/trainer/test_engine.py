@@ -293,5 +293,20 @@ def test_a_checkpoint_before_the_first_update_is_gone_on_from(make: Make, tmp_pa
     assert 0 < lr < engine.lr_scheduler_step() == again.lr_scheduler_step()
 
 
+def test_the_first_training_step_of_a_warm_up_learns(make: Make) -> None:
+    """veRL's own schedule begins at a rate of 0."""
+    engine = make("optimizer.warmup_steps=4", "optimizer.lr=0.001")
+    action_tokens, _ = choose(engine)
+    rates = []
+    for _ in range(6):
+        rates.append(engine.optimizer.param_groups[0]["lr"])
+        engine.lr_scheduler_step()
+    assert rates == pytest.approx([0.0002, 0.0004, 0.0006, 0.0008, 0.001, 0.001])
+    fresh = make("optimizer.warmup_steps=4", "optimizer.lr=0.001")
+    before = weights(fresh)
+    update(fresh, action_tokens)
+    assert moved(before, weights(fresh))
+
+
 def is_big(value: object) -> bool:
     return isinstance(value, Tensor) and value.numel() > SIZES.llm_width

@@ -79,6 +79,7 @@ def test_a_knob_that_verl_does_not_have_is_refused(translate):
         ("verl.actor_rollout_ref.actor.kl_loss_coef=0.01", "set loss.kl.coefficient"),
         ("verl.actor_rollout_ref.actor.policy_loss.loss_mode=gspo", "rl/loss.py"),
         ("verl.actor_rollout_ref.actor.optim.lr=1e-4", "set optimizer.lr instead"),
+        ("verl.actor_rollout_ref.actor.optim.lr_scheduler_type=cosine", "is constant after"),
         ("verl.actor_rollout_ref.rollout.temperature=1", "set sampling.temperature instead"),
         ("verl.algorithm.adv_estimator=gae", "the project decides this option; leave it out"),
     ],

@@ -106,6 +106,15 @@ class VLAEngine(FSDPEngine):
     def _build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(trained(module), self.optimizer_config)
 
+    def _build_lr_scheduler(
+        self, optimizer: torch.optim.Optimizer
+    ) -> torch.optim.lr_scheduler.LambdaLR:
+        """Warm up linearly; veRL's schedule begins at 0, so that its first step learns nothing."""
+        warmup = self.optimizer_config.lr_warmup_steps
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1))
+        )
+
     def optimizer_zero_grad(self) -> None:
         """Forget the gradients of the weights; the optimizer may know only their shards."""
         self.module.zero_grad()

@@ -12,6 +12,7 @@ Options = dict[str, Any]
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
+CONSTANT = "leave it out: the learning rate is constant after optimizer.warmup_steps"
 REPLACED = {
     f"{ACTOR}.clip_ratio": "set loss.clip.low and loss.clip.high",
     f"{ACTOR}.clip_ratio_low": "set loss.clip.low",
@@ -26,6 +27,10 @@ REPLACED = {
     f"{ACTOR}.ppo_micro_batch_size": "set optimizer.micro_batch_size",
     f"{ACTOR}.ppo_micro_batch_size_per_gpu": "set optimizer.micro_batch_size",
     f"{ACTOR}.grad_clip": "set optimizer.clip_grad",
+    f"{ACTOR}.optim.lr_warmup_steps_ratio": "set optimizer.warmup_steps",
+    f"{ACTOR}.optim.lr_scheduler_type": CONSTANT,
+    f"{ACTOR}.optim.min_lr_ratio": CONSTANT,
+    f"{ACTOR}.optim.num_cycles": CONSTANT,
     "algorithm.gamma": "leave it out: an episode has one score, at its end",
     "algorithm.lam": "leave it out: an episode has one score, at its end",
     "algorithm.kl_ctrl": "set loss.kl.coefficient",
