@@ -39,6 +39,7 @@ def fingerprint(folder: str | Path) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(p for p in Path(folder).iterdir() if p.is_file()):
+        # the name too: two files that exchanged their names make another checkpoint
         digest.update(f"{path.name}\n".encode())
         with path.open("rb") as file:
             while block := file.read(HASHED_AT_ONCE):
@@ -147,6 +148,7 @@ def read_weight_layout(folder: str | Path) -> dict[str, tuple[tuple[int, ...], s
     layout: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in weight_files(folder):
         try:
+            # opened, not loaded: safetensors keeps shapes and dtypes in a header
             with safe_open(file, framework="pt") as stored:
                 for name in stored.keys():  # noqa: SIM118 -- not a mapping
                     part = stored.get_slice(name)
