@@ -60,7 +60,7 @@ class Paired:
         """
         disagreements = self.first_only + self.second_only
         if not disagreements:
-            # nothing tells the policies apart, which chance explains in full
+            # no disagreement at all, which chance explains in full
             return 1.0
         return float(binomtest(self.first_only, disagreements, 0.5).pvalue)
 

@@ -101,7 +101,7 @@ def _rendered_with(chosen: Suite) -> dict[str, Any]:
     return {"renderer": _renderer(), "assets": assets}
 
 
-@cache
 # a GL context takes a second, and the answer does not change
+@cache
 def _renderer() -> str:
     return renderer_name()

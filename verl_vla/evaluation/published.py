@@ -226,6 +226,7 @@ def _differences(
         (row.actions != "tokens", f"actions: {row.actions}, here tokens"),
         (theirs != ours, f"step limit: {theirs}, here {ours}"),
         (
+            # not known is no difference that could be named
             row.fixtures == "moving",
             "fixtures: elsewhere in each episode, up to 2 cm apart; here as in its first",
         ),

@@ -60,8 +60,10 @@ def play_remaining(
 
     def keep(ended: Trajectories) -> None:
         fresh = episode_lines(ended, codec, with_actions=True)
+        # written before it is shown: what the user has seen is on disk
         episode_log.append(fresh)
         lines.extend(fresh)
+        # `rollout` hands over one episode at a time
         show(fresh[0])
 
     while remaining := unplayed(lines, len(starts)):

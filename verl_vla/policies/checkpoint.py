@@ -121,6 +121,7 @@ def weight_files(folder: str | Path) -> tuple[Path, ...]:
     root = Path(folder)
     index = root / WEIGHTS_INDEX_FILE
     if index.is_file():
+        # the index names the file of every weight, so each file comes many times
         parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         missing = [part for part in parts if not (root / part).is_file()]
         if missing:

@@ -41,8 +41,8 @@ def executed_mask(executed: Tensor, *, chunk_length: int, action_dim: int) -> Te
     tensor([[1, 1, 0, 0],
             [1, 1, 1, 1]], dtype=torch.int32)
     """
-    # [N, K] -> [N, K * A]: the tokens of a chunk are time-major
     ran = torch.arange(chunk_length, device=executed.device) < executed[:, None]
+    # [N, K] -> [N, K * A]: the tokens of a chunk are time-major
     return ran.repeat_interleave(action_dim, dim=1)
 
 
@@ -88,7 +88,7 @@ def policy_loss(
     token_loss = -torch.minimum(ratio * gain, bounded * gain)
     loss = (token_loss * mask * weight[:, None]).sum()
     with torch.no_grad():
-        # the minimum is the side without gradient, the clipped one, under these signs only
+        # only under these signs is the minimum the clipped side, which has no gradient
         stopped_low = (ratio < 1 - clip.low) & (gain < 0) & mask
         stopped_high = (ratio > 1 + clip.high) & (gain > 0) & mask
         return LossParts(

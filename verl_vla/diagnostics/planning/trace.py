@@ -210,8 +210,8 @@ class _Living(TorchDispatchMode):
                 self._note(part.untyped_storage())
         return result
 
-    # a storage, not a tensor: views share it, and it counts once
     def _note(self, storage: torch.UntypedStorage) -> None:
+        # a storage, not a tensor: views share it, and it counts once
         if storage in self._known:
             return
         self._known.add(storage)

@@ -68,7 +68,7 @@ def _grasps(scene: Scene, item: Boxes, axis: Floats) -> list[tuple[Grasp, float]
     lowest = item.bottom + scene.fingers_below_m + FLOOR_M
     # as deep as hand and fingers allow, but neither into the surface below nor over the object
     height = max(item.top - min(DEPTH_M, scene.hand_above_m), min(lowest, item.top))
-    # a cup can be narrower at its top than further down: only what the pads hold counts
+    # only what the pads hold counts: an object may be wider further down
     held = item.between(height - PAD_M, height + PAD_M).corners.reshape(-1, 3)
     low, high = (held @ axis).min(), (held @ axis).max()
     if high - low <= WIDEST_M:

@@ -143,7 +143,7 @@ class PickAndPlace(Expert):
         )
         height = max(rest[2], highest + below + CLEARANCE_M)
         over = self._funnel(rest, goal + held, height)
-        # aside only as far as it has risen: not yet a clearance below the free height, all at it
+        # sideways only as far as it has risen: 0 at a clearance below the free height, 1 at it
         risen = (hand[2] - (height - CLEARANCE_M)) / CLEARANCE_M
         aside = rest[:2] - hand[:2]
         if np.linalg.norm(aside) > ASIDE_M:

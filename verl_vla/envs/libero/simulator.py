@@ -118,7 +118,7 @@ class Simulator:
         """Run one control step (1/20 s); return True where LIBERO considers the task solved."""
         self._env._post_process()  # switches lights that follow a joint
         self._arm.start(action)
-        # less the one that start() has made
+        # start() has made one of them
         self._arm.run_substeps(self._substeps - UNSEEN_SUBSTEPS - 1)
         # step 23 of 25: every body is shown where it is now
         before = self._see()

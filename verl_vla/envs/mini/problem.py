@@ -58,8 +58,8 @@ class Mini_Tabletop(_Tabletop):  # noqa: N801 -- LIBERO finds a problem by its l
 
 def look_at(eye: tuple[float, ...], target: tuple[float, ...]) -> npt.NDArray[np.float64]:
     """Return the orientation [4] (w, x, y, z) of a camera at ``eye`` that looks at ``target``."""
-    backward = np.subtract(eye, target)
     # columns right, up, backward: a MuJoCo camera looks along -z
+    backward = np.subtract(eye, target)
     backward /= np.linalg.norm(backward)
     right = np.cross([0.0, 0.0, 1.0], backward)
     right /= np.linalg.norm(right)

@@ -243,7 +243,7 @@ class OpenVLAOFTConfig(PreTrainedConfig):
         for name, (value, least) in sizes.items():
             if value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")
-        # action ids count down from the padding, and must not run into words
+        # action ids lie right before the padding; too many bins would reach the special tokens
         if self.first_action_id <= self.stop_id:
             raise ConfigError(
                 f"text_config.vocab_size is {self.language.vocab_size}, of which "

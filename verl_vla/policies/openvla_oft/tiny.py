@@ -95,7 +95,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, sizes: TinySizes) -> OpenVLA
         proprio_dim=sizes.proprio_dim,
         initializer_range=WEIGHT_STD,
         position_embedding_std=POSITION_STD,
-        # the published 1e-5 suits pretrained towers; an untrained block would have no effect
+        # at the default of 1e-5 an untrained block would have next to no effect
         layer_scale_init=1.0,
     )
 

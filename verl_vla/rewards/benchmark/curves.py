@@ -79,7 +79,6 @@ def follow(
         cut_at = np.array([ends[min(point, len(ends) - 1)] for ends in lengths])
         batch = _encode_cut(reward, shelf, test, sample, cut_at, point)
         # the cut episodes have no success among them, so a reward without a memory needs these
-        # without the references, which come after
         progress = judge(reward, join(batch, references)).progress[: len(batch)]
         for row, ends in enumerate(lengths):
             if point < len(ends):

@@ -173,7 +173,7 @@ def require_folder(path: str, purpose: str) -> Path:
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
         return folder
-    # a folder that is there is meant, even if it is the wrong one
+    # a folder that exists is what the user means, so the hub is not asked
     if folder.exists() or not HUB_NAME.fullmatch(path):
         raise ConfigError(
             f"{path} holds no config.json; point encoder_args.path at a local folder with the "

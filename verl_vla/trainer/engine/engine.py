@@ -315,7 +315,7 @@ class VLAEngine(FSDPEngine):
         write_policy(self.module, self.processor, folder, is_quantized=self.is_quantized)
 
 
-# every process that reads veRL's files imports this module
+# veRL imports this module in trainer and ranks (``external_lib``), before it reads a file
 refuse_code()
 # not as a decorator, which would hide the type of the class from whoever extends it
 EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp2"], device=["cuda", "npu", "cpu"])(

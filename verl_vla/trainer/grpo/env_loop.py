@@ -50,7 +50,7 @@ class StepStats:
     def as_metrics(self) -> dict[str, float]:
         """Return metrics by their declared names; a rate of no episodes is NaN."""
         completed = self.episodes - self.crashes
-        # episodes that were kept for a corrected reward are not played again, which takes no time
+        # 0 where episodes kept for a corrected reward were scored without being played
         rollout_s = self.times.total_s or math.nan
         return {
             "env/success_rate": self.solved / completed if completed else math.nan,

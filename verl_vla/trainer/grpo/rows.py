@@ -107,7 +107,7 @@ def make_rows(
                     "uid": group_key(group),
                     "prompts": prompt,
                     "responses": policy_steps.action_tokens[row],
-                    # veRL fills micro-batches and balances ranks by the length of ``input_ids``
+                    # veRL fills micro-batches by the length of ``input_ids``
                     "input_ids": torch.cat([prompt, policy_steps.action_tokens[row]]),
                     "position_ids": torch.arange(len(prompt) + num_tokens),
                     "response_mask": mask[row],

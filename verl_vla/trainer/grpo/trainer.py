@@ -103,7 +103,7 @@ class VLATrainer(PPOTrainerSync):
         self.actor_rollout_wg.guard_updates(
             str(self.run.folder / "diverged"), recipe.optimizer.max_skipped_in_a_row
         )
-        # it belongs to step 0; veRL would repeat it with each start
+        # the evaluation before training belongs to step 0; veRL would repeat it with each start
         if self.global_steps > 0:
             self.config.trainer.val_before_train = False
         # -1: a run that begins anew also drops the evaluation of step 0
@@ -174,7 +174,7 @@ class VLATrainer(PPOTrainerSync):
         Raises:
             Interrupted: somebody asked for the end, and all that was learned is kept.
         """
-        # `_compute_metrics` saves where an end was asked for, so one more step is not lost
+        # only when the last step is saved, which `_compute_metrics` does once an end is asked for
         if self.stop.is_made and self._last_saved == self.global_steps - 1:
             self.stop.carry_out(self._last_saved)
         self.loop.begin_step()
@@ -202,7 +202,7 @@ class VLATrainer(PPOTrainerSync):
         return batch
 
     def _get_required_batch_multiple(self, dp_size: int) -> int:
-        # veRL would pad to groups * group_size rows, and policy steps are far more than episodes
+        # veRL would pad to a multiple of groups * group_size, as if an episode were one row
         return dp_size * self.recipe.optimizer.num_mini_batches
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
@@ -232,7 +232,7 @@ class VLATrainer(PPOTrainerSync):
         if self.global_steps == 0:
             self.recorder.add_first_evaluation(values | {"timing_s/testing": self._evaluation_s})
             played = self.recipe.evaluation
-            # the cold-start check needs not play these again
+            # the cold-start check need not play greedy episodes again
             if played.temperature == 0:
                 self._greedy_before = cold_start.Rates.of(result, played.states)
         return values
