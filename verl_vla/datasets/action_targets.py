@@ -80,6 +80,7 @@ def measure_statistics(episodes: Sequence[npt.ArrayLike], *, key: str) -> Action
     low, high = (
         np.quantile(actions, q, axis=0).astype(np.float64) for q in (LOW_QUANTILE, HIGH_QUANTILE)
     )
+    # openvla-oft leaves the gripper as it is: an opening of 0 or 1 lies within -1..1
     mask = np.ones(actions.shape[1], dtype=bool)
     mask[GRIPPER] = False
     extremes = np.stack([actions.min(axis=0), actions.max(axis=0)]).astype(np.float64)
@@ -107,6 +108,7 @@ def action_chunks(actions: Floats, length: int) -> Floats:
             f"an episode has {len(actions)} actions, but the policy acts {length} steps at a time; "
             "leave that episode out"
         )
+    # [T - K + 1, A, K] -> [T - K + 1, K, A]; a view, so overlapping chunks take no memory
     return np.lib.stride_tricks.sliding_window_view(actions, length, axis=0).swapaxes(1, 2)
 
 

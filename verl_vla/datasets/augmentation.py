@@ -81,6 +81,7 @@ def to_hsv(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     value = pixels.amax(-1)
     spread = value - pixels.amin(-1)
     one = torch.ones_like(spread)
+    # grey has no hue, so any divisor will do
     divisor = torch.where(spread > 0, spread, one)
     sixth = torch.where(
         value == red,
@@ -88,6 +89,7 @@ def to_hsv(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
     saturation = spread / torch.where(value > 0, value, one)
+    # between red and magenta the hue comes out negative
     return (sixth / 6) % 1, saturation, value
 
 
@@ -113,7 +115,9 @@ def _crop(pixels: Tensor, offset: float) -> Tensor:
     """
     for dim in (0, 1):
         size = pixels.shape[dim]
+        # the first and the last lie on the crop's corner pixels, not between them
         position = (offset + CROP_AREA**0.5 * torch.linspace(0, 1, size)) * (size - 1)
+        # the last position lies on a pixel that has none after it
         below = position.floor().long().clamp(max=size - 2)
         part = (position - below).reshape([-1 if d == dim else 1 for d in range(3)])
         low, high = pixels.index_select(dim, below), pixels.index_select(dim, below + 1)

@@ -74,6 +74,7 @@ class DemonstrationFile:
         return len(self._episodes)
 
     def __getitem__(self, index: int) -> Demonstration:
+        # as a list takes an index: negative from the end, IndexError beyond, which iteration needs
         name = _member(range(len(self))[index])
         return Demonstration(
             **self._episodes[index],
@@ -116,6 +117,7 @@ def write(
             "render_size": render_size,
             "episodes": episodes,
         }
+        # last, since it describes what was written before it
         _write_member(archive, HEADER, np.array(json.dumps(header)))
     partial_file.replace(path)
 
@@ -125,5 +127,6 @@ def _member(index: int) -> str:
 
 
 def _write_member(archive: zipfile.ZipFile, name: str, array: npt.NDArray[Any]) -> None:
+    # the member's size is not known before it is written, and may be beyond 2 GiB
     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
         np.lib.format.write_array(member, array, allow_pickle=False)

@@ -194,6 +194,7 @@ def _split(names: list[str], choice: DemoChoice, path: Path) -> tuple[list[str],
             f"{path} holds {len(names)} episodes, but demos.choice.per_task is {choice.per_task} "
             f"and demos.choice.held_out_per_task {choice.held_out_per_task}; ask for fewer"
         )
+    # the last ones, so that fewer or more training episodes leave them as they are
     return names[:wanted], names[rest:]
 
 
@@ -201,6 +202,7 @@ def _read_demo(
     file: Node, path: Path, name: str, task_id: int, instruction: str, choice: DemoChoice
 ) -> Demo:
     episode = file[f"data/{name}"]
+    # filtered in the file's own precision; openvla-oft's copy is cast only afterwards
     actions = np.asarray(episode["actions"], dtype=np.float64)
     num_frames, render_size = episode[IMAGES[CAMERAS[0]]].shape[:2]
     if actions.ndim != 2 or not 0 < len(actions) == num_frames:
@@ -217,6 +219,7 @@ def _read_demo(
         task_id=task_id,
         instruction=instruction,
         steps=steps,
+        # an image after action t - 1 is the one before action t
         image_rows=steps - lag,
         actions=actions[steps].astype(np.float32),
         render_size=render_size,
@@ -237,6 +240,7 @@ def _is_after_action(episode: Node, label: str) -> bool:
         )
     seen = np.asarray(episode[JOINTS], dtype=np.float64)
     arm = np.asarray(episode["states"], dtype=np.float64)[:, ARM]
+    # without the last row, which has no state after it
     to_before = np.abs(seen[:-1] - arm[:-1]).sum()
     to_after = np.abs(seen[:-1] - arm[1:]).sum()
     return bool(to_after < to_before)

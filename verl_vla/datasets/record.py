@@ -126,9 +126,11 @@ def first_kept(
     Raises:
         ConfigError: more than half of the attempts are not kept.
     """
+    # spawned, so that each process makes a GL context of its own
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
     try:
+        # as many attempts of every task as are wanted; more only where one of them is not kept
         waiting = {
             task: deque(pool.submit(attempt_task, task, seed, n) for n in range(episodes))
             for task in tasks
@@ -138,6 +140,7 @@ def first_kept(
             for n in count():
                 if num_kept == episodes:
                     break
+                # a few tasks with few episodes may well fail by chance
                 if n - num_kept > max(episodes * (1 / MIN_ENDED - 1), 3):
                     raise ConfigError(
                         f"the expert of task {task} ended {num_kept} of {n} attempts in time; "
@@ -177,6 +180,7 @@ def play_expert(
 
     The start is sampled from the task's regions and is in neither split of the suite.
     """
+    # the order of these draws is part of the data: another one gives other episodes
     rng = np.random.default_rng([seed, task_id, index])
     env.reset_to(task_id, sample_init_state(env, task_id, int(rng.integers(2**31))))
     simulator, task = env.simulator(task_id), env.suite.tasks[task_id]
@@ -184,6 +188,7 @@ def play_expert(
     height_error_m = rng.uniform(0.0, config.height_error_m)
     expert = make_expert(task.name, simulator, pace, height_error_m)
     limit = env.suite.step_limit(env.config.step_limit, task_id)
+    # an episode may go on for a chunk after its last step
     disturbances = _disturbances(config, limit + config.horizon, rng)
     images: list[npt.NDArray[np.uint8]] = []
     frame_steps: list[int] = []
@@ -200,6 +205,7 @@ def play_expert(
         is_solved = simulator.step(executed)
         if (is_solved or (height_error_m > 0 and expert.has_missed())) and num_steps is None:
             num_steps = step + 1
+        # the last image before the success is followed by a whole chunk, too
         if num_steps is not None and step >= num_steps - 1 + config.horizon:
             break
     if num_steps is None or num_steps > limit or not images:
@@ -226,6 +232,7 @@ def _disturbances(
     while step < num_steps:
         length = int(rng.integers(1, config.disturbed_steps + 1))
         pushes[step : step + length] = rng.normal(0.0, config.noise, 3)
+        # a pause is never shorter than a chunk, so that an image fits in
         step += length + int(rng.integers(config.horizon, config.calm_steps + 1))
     return pushes
 

@@ -66,6 +66,7 @@ def play_episode(env: LiberoEnv, task_id: int, *, seed: int, index: int) -> Libe
         simulator.step(rows[-1]["actions"])
     expert = make_expert(task.name, simulator, rng.uniform(SLOWEST_PACE, FASTEST_PACE))
     for _ in range(env.suite.step_limit(env.config.step_limit, task_id)):
+        # the row first: it describes the moment before its action
         rows.append(_row(simulator, expert.act()))
         if simulator.step(rows[-1]["actions"]) and expert.has_finished:
             return _episode(env, task_id, rows)
@@ -84,6 +85,7 @@ def _draw_start(
     if not env.suite.needs_assets:
         return sample_init_state(env, task_id, int(rng.integers(2**31)))
     ids = env.suite.init_state_ids(task_id, "train")
+    # the same order for all attempts, through which their number walks
     order = np.random.default_rng([seed, task_id]).permutation(ids)
     return env.suite.load_init_states(task_id)[order[index % len(order)]]
 

@@ -114,6 +114,7 @@ def _draw_episode(source: Node, target: Node, env: LiberoEnv, task_id: int) -> i
     target["actions"] = source["actions"][()]
     target["states"] = states
     shape = (env.config.render_size, env.config.render_size, RGB)
+    # one image a chunk, as training reads them
     frames = {
         camera: target.create_dataset(
             IMAGES[camera], shape=(len(states), *shape), dtype=np.uint8, chunks=(1, *shape)
@@ -123,10 +124,12 @@ def _draw_episode(source: Node, target: Node, env: LiberoEnv, task_id: int) -> i
     simulator = env.simulator(task_id)
     joints: list[npt.NDArray[np.float64]] = []
     for step, state in enumerate(states):
+        # begin() resets the solver's warm start too, so an image depends on its state alone
         simulator.begin(state)
         joints.append(simulator.seen_robot().arm_rad)
         for camera in frames:
             # bottom-up and not mirrored, as LIBERO stores images
             frames[camera][step] = simulator.render(camera)[::-1, ::-1]
+    # `_is_after_action` finds by them that these images come before their actions
     target[JOINTS] = np.stack(joints)
     return len(states)

@@ -97,6 +97,7 @@ class DemoSamples(Dataset[SampleBatch]):
         self._frames.close()
 
     def _image(self, render: Pixels, number: int, view: int) -> Tensor:
+        # the augmentation crops for itself
         area = CROP_AREA if self._augment_seed is None else WHOLE_IMAGE
         image = torch.from_numpy(prepare_image(render, size=self._image_size, crop_area=area))
         if self._augment_seed is None:
@@ -141,6 +142,7 @@ class StepSampler(Sampler[list[Draw]]):
         self._batch_size = batch_size
         self._seed = seed
         self._steps = range(first_step, last_step)
+        # interleaved: whatever the number of ranks, a step trains on the same samples
         self._part = slice(rank, None, num_ranks)
         self._round = -1
         self._order = np.zeros(0, dtype=np.int64)
@@ -156,6 +158,7 @@ class StepSampler(Sampler[list[Draw]]):
     def _row(self, number: int) -> int:
         which, index = divmod(number, self._num_samples)
         if which != self._round:
+            # from the seed and the epoch, so there is nothing to checkpoint
             rng = np.random.default_rng([ORDER_STREAM, self._seed, which])
             self._round, self._order = which, rng.permutation(self._num_samples)
         return int(self._order[index])

@@ -33,6 +33,7 @@ class CrashingEnv:
         Raises:
             RuntimeError: the crash is due; in processes with an odd id, SIGKILL takes its place.
         """
+        # the process ends with it, so the next one counts from 0
         if self._num_first_chunks * self.crash_share >= 1:
             # half of the processes die without an exception, as after a segmentation fault
             if os.getpid() % 2:
@@ -46,6 +47,7 @@ class CrashingEnv:
 
     def restore(self, snapshot: Snapshot) -> None:
         """See `verl_vla.envs.base.Env`."""
+        # a snapshot before any step: the episode's first chunk comes next
         self._num_first_chunks += snapshot.num_steps == 0
         self.inner.restore(snapshot)
 

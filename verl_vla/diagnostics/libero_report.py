@@ -108,6 +108,7 @@ def run_simulator_check(assets: Path, tasks: Sequence[str] = tuple(TASKS)) -> li
         ConfigError: it ends without a result, or not in time; the message has its last line.
     """
     environ = dict(os.environ)
+    # the check itself only knows EGL as a default; runs take what this machine has
     prepare_gl(environ)
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
@@ -116,6 +117,7 @@ def run_simulator_check(assets: Path, tasks: Sequence[str] = tuple(TASKS)) -> li
         command = [sys.executable, libero_check.__file__, "--assets", str(assets)]
         command += ["--tasks", *tasks, "--json", str(answer)]
         done = _run(command, environ)
+        # it writes its answer last, so without one it did not get to the end
         if not answer.is_file():
             why = (done.stderr.strip() or "no word").splitlines()[-1]
             raise ConfigError(
@@ -182,6 +184,7 @@ def judge_policy(
     """Compare a policy folder with published ones, without loading its weights."""
     findings = examine(folder, unnorm_key)
     checks = [_from_finding(finding) for finding in findings]
+    # a processor cannot be read from a folder with other faults
     if any(f.is_fault and f.subject not in ABOUT_WEIGHTS for f in findings):
         return checks
     processor = load_processor(folder, unnorm_key)

@@ -91,6 +91,7 @@ def _python() -> Check:
 def _packages() -> list[Check]:
     """Return one check for all pins that hold, and one for each that does not."""
     wanted = [Requirement(text) for text in metadata.requires("verl-vla") or ()]
+    # a requirement with a marker belongs to an extra, which may be absent
     pinned = [r for r in wanted if r.specifier and r.marker is None]
     wrong: list[Check] = []
     for requirement in pinned:
@@ -154,7 +155,9 @@ def _renders(device: int | None) -> Check:
     subject = "GL" if device is None else f"GL, GPU {device}"
     environment = dict(os.environ)
     if device is not None:
+        # the number of the device that MuJoCo renders on
         environment["MUJOCO_EGL_DEVICE_ID"] = str(device)
+    # before MuJoCo is imported, which reads its GL then
     program = f"from verl_vla.envs.libero.gl import prepare_gl\nprepare_gl()\n{PROBE}"
     try:
         done = subprocess.run(
@@ -212,6 +215,7 @@ def _shared_memory(folder: Path) -> Check:
 
 def _port(port: int, what: str) -> Check:
     with socket.socket() as probe:
+        # a port that was closed a moment ago counts as free
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))

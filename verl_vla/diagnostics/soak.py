@@ -66,6 +66,7 @@ def soak(
         played = rollout(specs, policy, pool, temperature=temperature, noise=noise)
         episodes += len(played.episodes)
         crashes += int((played.episodes.outcome == int(Outcome.CRASH)).sum())
+        # the images of a block would count as memory in use
         del played
         gc.collect()
         yield measure(pool.worker_pids, episodes=episodes, crashes=crashes)
@@ -77,6 +78,7 @@ def measure(simulators: Sequence[int], *, episodes: int, crashes: int) -> Sample
     A simulator that just died is left out; the values are 0 if none is alive.
     """
     own = os.getpid()
+    # a simulator that just died has no entry any more
     alive = [pid for pid in simulators if Path(f"/proc/{pid}/fd").exists()]
     return Sample(
         episodes=episodes,
@@ -99,6 +101,7 @@ def growth(samples: Sequence[Sample]) -> dict[str, float]:
         raise ConfigError(f"{len(samples)} samples were taken; play at least {MIN_SAMPLES} blocks")
     settled = [asdict(sample) for sample in samples[round(len(samples) * WARM_UP) :]]
     middle = len(settled) // 2
+    # largest values, not means: memory that is given back in between is no leak
     return {
         name: max(s[name] for s in settled[middle:]) - max(s[name] for s in settled[:middle])
         for name in BOUNDS

@@ -51,6 +51,7 @@ def check_tasks(
     found: list[TaskCheck] = []
     try:
         for task in tasks:
+            # the suite's own refusals cost no simulator
             foreseen = chosen.refusals[task] if task in chosen.refusals else None
             fault = _fault(env, chosen, task) if foreseen is None else foreseen
             found.append(

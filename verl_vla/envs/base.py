@@ -234,6 +234,7 @@ class Suite(ABC):
                 f"step_limit is 'simplevla', but SimpleVLA-RL never played {self.name}; "
                 "choose 'published' or a number of steps"
             )
+        # True is an int in Python, and would pass as a limit of one step
         if isinstance(limit, (str, bool)) or limit < 1:
             raise ConfigError(
                 f"step_limit is {limit!r}; choose 'published', 'simplevla' or at least 1 step"

@@ -108,6 +108,7 @@ class FakeEnv:
         if not 0 <= init_state_id < self._config.num_init_states:
             last = self._config.num_init_states - 1
             raise ConfigError(f"init_state_id is {init_state_id}; the fake suite has 0..{last}")
+        # seeded by its ids, so that a start is the same in every process
         rng = np.random.default_rng([task_id, init_state_id])
         self._place = rng.uniform(-START_REACH, START_REACH, size=2)
         self._task_id, self._num_steps, self._is_over = task_id, 0, False
@@ -194,6 +195,7 @@ def _fill_square(
 ) -> None:
     """Paint ``place`` +- ``reach`` of the field [-1, 1] x [-1, 1]; up is up in the image."""
     size = len(image)
+    # rows of an image count downwards
     corners = np.array([place - reach, place + reach]) * (1, -1)
     low, high = np.sort((corners + 1) / 2 * size, axis=0).round().astype(int).clip(0, size)
     image[low[1] : high[1], low[0] : high[0]] = rgb

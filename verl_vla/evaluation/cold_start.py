@@ -63,6 +63,7 @@ class Rates:
 
     def plus(self, other: Rates) -> Rates:
         """Return the counts of both."""
+        # a round may have covered other tasks than the one before
         tasks = sorted({*self.per_task, *other.per_task})
         none = SuccessRate(successes=0, episodes=0, crashes=0)
         both = [
@@ -193,15 +194,18 @@ def probe(
     first = probe_starts(starts, config.episodes)
     used = {*first}
     found = Probe(sampled=rates(first, temperature), temperature=temperature, greedy=greedy)
+    # the first round is made already
     for _ in range(MAX_ROUNDS - 1):
         left = [start for start in starts if start not in used]
         if not left or found.is_decided(config.threshold):
             break
         chosen = probe_starts(left, config.episodes)
+        # ids of their own: two episodes of a probe never share their noise
         more = rates(chosen, temperature, first_episode=len(used))
         used |= {*chosen}
         found = replace(found, sampled=found.sampled.plus(more))
     if greedy is None and not found.passes(config.threshold):
+        # only now: a policy that passes needs no greedy episodes
         return replace(found, greedy=rates(first, 0.0))
     return found
 
@@ -218,6 +222,7 @@ def probe_starts(starts: Sequence[Start], episodes: int) -> tuple[Start, ...]:
     by_task: dict[int, list[Start]] = {}
     for start in starts:
         by_task.setdefault(start.task_id, []).append(start)
+    # in the order of the starts, so that the choice is the same each time
     tasks = list(by_task.values())
     if episodes < len(tasks):
         tasks = [tasks[i * len(tasks) // episodes] for i in range(episodes)]

@@ -60,6 +60,7 @@ class Paired:
         """
         disagreements = self.first_only + self.second_only
         if not disagreements:
+            # no disagreement at all, which chance explains in full
             return 1.0
         return float(binomtest(self.first_only, disagreements, 0.5).pvalue)
 
@@ -92,6 +93,7 @@ def pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Paire
     Raises:
         ConfigError: they differ in one of the conditions `DECIDES`, or in their starts.
     """
+    # only what decides: a difference elsewhere is told and allowed
     here, there = ({key: record[key] for key in DECIDES} for record in (first, second))
     differ = differences(here, there)
     if differ:
@@ -100,6 +102,7 @@ def pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Paire
             "under the conditions of the other"
         )
     one, other = ({_start(e): e["outcome"] for e in r["episodes"]} for r in (first, second))
+    # the same keys in any order: outcomes are looked up by start
     if one.keys() != other.keys():
         raise ConfigError(
             f"these evaluations do not compare: {len(one.keys() - other.keys())} starts were "

@@ -82,6 +82,7 @@ def conditions(
         "states": states,
         **_rendered_with(chosen),
         "sampling": sampling_of(temperature),
+        # greedy episodes use no noise, so a seed would only seem to differ
         "seed": seed if temperature else None,
         "simulation": dict(chosen.versions),
         "versions": provenance(),
@@ -93,12 +94,14 @@ def _rendered_with(chosen: Suite) -> dict[str, Any]:
 
     The versions of such a suite must describe its images.
     """
+    # a user's suite says by `Suite.versions` what its images depend on
     if not isinstance(chosen, LiberoSuite):
         return {"renderer": None, "assets": None}
     assets = describe_assets(find_assets()) if chosen.needs_assets else None
     return {"renderer": _renderer(), "assets": assets}
 
 
+# a GL context takes a second, and the answer does not change
 @cache
 def _renderer() -> str:
     return renderer_name()

@@ -62,6 +62,7 @@ def evaluate(
         first_episode: id of the first episode; episodes of another id have other noise.
         ended: see `verl_vla.rl.rollout.rollout`.
     """
+    # each start is a group of its own: an evaluation compares no episodes with each other
     specs = [
         EpisodeSpec(
             task_id=start.task_id, init_state_id=start.init_state_id, group_id=i, episode_id=i

@@ -98,6 +98,7 @@ def make_rows(
     for record in records:
         tasks = libero_suite(record["suite"]).tasks
         starts = [(episode["task"], episode["init_state"]) for episode in record["episodes"]]
+        # in the order of the tasks, each pair once
         for suite, axis in dict.fromkeys((_base(task), _axis(task)) for task in tasks):
             ids = {i for i, task in enumerate(tasks) if (_base(task), _axis(task)) == (suite, axis)}
             control = controls[suite] if suite in controls else None
@@ -132,6 +133,7 @@ def check_control(
         if control["policy"][key] != conditions["policy"][key]:
             differ.append(f"another policy (its {key})")
     versions = control["simulation"]
+    # the packages of the control; the perturbed suite has one more
     differ += differences(versions, {key: conditions["simulation"][key] for key in versions})
     tasks = libero_suite(conditions["suite"]).tasks
     of_suite = [(t, s) for t, s in starts if _base(tasks[t]) == control["suite"]]
@@ -190,7 +192,9 @@ def _row(
     starts = [(_control_task(tasks[e["task"]]), e["init_state"]) for e in episodes]
     control_rate = paired = None
     if control is not None:
+        # a control may hold more starts than were perturbed
         known = {(entry["task"], entry["init_state"]): entry for entry in control["episodes"]}
+        # variants of one task share a control episode, which counts once
         belonging = [known[start] for start in dict.fromkeys(starts)]
         control_rate = count_entries(belonging, {task for task, _ in starts})
         if len(belonging) == len(starts):
@@ -218,6 +222,7 @@ def _other_limits(
     for task in tasks:
         name, own = unperturbed[_control_task(task)].name, conditions["step_limits"][task.name]
         if name in limits and limits[name] != own:
+            # a dictionary as an ordered set: variants of one task say the same
             found[f"step_limits.{name}: {limits[name]} -> {own}"] = None
     return list(found)
 

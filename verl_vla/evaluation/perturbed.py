@@ -94,6 +94,7 @@ def plan_control(planned: Sequence[Planned]) -> list[Planned]:
             base = tasks[start.task_id].base
             assert base is not None
             control = Start(task_id=base.task_id, init_state_id=start.init_state_id)
+            # a dictionary as an ordered set: variants share their unperturbed start
             found.setdefault(base.suite, {})[control] = None
     return [
         Planned(suite=suite, starts=tuple(sorted(kept, key=lambda s: (s.task_id, s.init_state_id))))
@@ -114,6 +115,7 @@ def read_controls(folder: Path, suites: Sequence[str]) -> dict[str, dict[str, An
     Raises:
         ConfigError: one is missing, is of another suite, or was not written by `eval`.
     """
+    # the folder of one evaluation itself, or one folder for each suite
     one = len(suites) == 1 and not (folder / suites[0]).is_dir()
     found = {suite: read_evaluation(folder if one else folder / suite) for suite in suites}
     for suite, record in found.items():
@@ -172,6 +174,7 @@ def _check_names(suite: str, perturbations: Sequence[str]) -> None:
 def _check_tasks(suite: str, tasks: Sequence[int] | None) -> None:
     if tasks is None:
         return
+    # a task id must be known in all of the suites that it is used for
     number = min(
         len(libero_suite(s).tasks) for s in (PERTURBED_BASES if suite == ALL_BASES else [suite])
     )
@@ -209,6 +212,7 @@ def spread(chosen: Suite, ids: Sequence[int], number: int | None) -> list[int]:
         raise ConfigError(f"--tasks-per-axis is {number}; set at least 1")
     axes: dict[str | None, list[int]] = {}
     for i in ids:
+        # by axis, so that a small axis is not drowned by a large one
         axes.setdefault(chosen.tasks[i].axis, []).append(i)
     return sorted(
         of_axis[index * len(of_axis) // min(number, len(of_axis))]

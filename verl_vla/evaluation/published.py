@@ -23,8 +23,6 @@ from verl_vla.rl.setup import PUBLISHED_RENDER_SIZE
 
 RATES_FILE = Path(__file__).with_name("published_rates.yaml")
 
-"""Values of ``eval --protocol``."""
-
 DEFAULTS: Mapping[str, Any] = {
     "states": "held_out",
     "temperature": 0.0,
@@ -67,6 +65,7 @@ class PublishedRow:
 
     def rate(self, suite_name: str) -> SuccessRate:
         """Return the rate in a suite, with the counts from which it was rounded."""
+        # published to a tenth of a percent, which is less than one episode
         successes = round(self.rates[suite_name] / 100 * self.episodes)
         return SuccessRate(successes=successes, episodes=self.episodes, crashes=0)
 
@@ -150,6 +149,7 @@ def compare_with_published(
                 "episodes": row.episodes,
                 "ci95": list(theirs.ci95),
                 "mean": row.mean / 100,
+                # intervals apart show a difference; overlapping ones do not show that there is none
                 "overlaps": _overlap(ours.ci95, theirs.ci95) if ours.episodes else None,
                 "differs": _differences(row, chosen, shape, limit),
             }
@@ -165,6 +165,7 @@ def compare_with_published(
 
 def published_table(suite_name: str, compared: Mapping[str, Any]) -> TextTable:
     """Format the result of `compare_with_published`: a line per policy, then a legend."""
+    # every difference once, with a letter that rows refer to
     texts = list(dict.fromkeys(text for row in compared["rows"] for text in row["differs"]))
     marks = {text: chr(ord("a") + i) for i, text in enumerate(texts)}
     head = [suite_name, "rate", "95% interval", "episodes", "4 suites", "overlap", "differs"]
@@ -196,6 +197,7 @@ def _overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
 
 def _left_out(chosen: Suite, ours: SuccessRate, num_tasks: int) -> list[str]:
     """List the evaluated shares of tasks and init states that are incomplete."""
+    # a crashed episode was evaluated as well, with no outcome
     per_task = (ours.episodes + ours.crashes) // num_tasks
     counts = [
         (num_tasks, len(chosen.tasks), "tasks"),
@@ -218,6 +220,7 @@ def _differences(
         (row.actions != "tokens", f"actions: {row.actions}, here tokens"),
         (theirs != ours, f"step limit: {theirs}, here {ours}"),
         (
+            # not known is no difference that could be named
             row.fixtures == "moving",
             "fixtures: elsewhere in each episode, up to 2 cm apart; here as in its first",
         ),

@@ -60,8 +60,10 @@ def play_remaining(
 
     def keep(ended: Trajectories) -> None:
         fresh = episode_lines(ended, codec, with_actions=True)
+        # written before it is shown: what the user has seen is on disk
         episode_log.append(fresh)
         lines.extend(fresh)
+        # `rollout` hands over one episode at a time
         show(fresh[0])
 
     while remaining := unplayed(lines, len(starts)):
@@ -80,6 +82,7 @@ def play_remaining(
             simulators,
             temperature=temperature,
             noise=NoiseSource(seed=seed, stream=EVALUATION_STREAM),
+            # logged as it ends: a stopped evaluation loses only what is under way
             ended=keep,
         )
     return last_of_each(lines)
@@ -89,10 +92,12 @@ def unplayed(lines: Sequence[Mapping[str, Any]], number: int) -> list[int]:
     """Return the episodes without an outcome of the policy that have attempts left."""
     played = {line["episode"] for line in lines if line["outcome"] != Outcome.CRASH}
     losses = Counter(line["episode"] for line in lines if line["outcome"] == Outcome.CRASH)
+    # a lost simulator is no outcome of the policy, so its start is due again
     return [i for i in range(number) if i not in played and losses[i] < ATTEMPTS]
 
 
 def last_of_each(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the line of each episode's last attempt, in the order of the episodes."""
+    # a later line of an episode replaces an earlier one
     last = {line["episode"]: line for line in lines}
     return [last[episode] for episode in sorted(last)]

@@ -64,6 +64,7 @@ class ActionCodec:
         expected = (self.chunk_length, self.action_dim)
         if values.shape[-2:] != expected:
             raise ContractError(f"actions must be [..., {expected}], got {values.shape}")
+        # 1..C edges lie at or below a value: C only at +1 itself, which so has bin 0 alone
         cells = np.digitize(np.clip(values, -1.0, 1.0), self._edges)
         action_tokens = (self.num_bins - cells).reshape(*values.shape[:-2], -1)
         return torch.from_numpy(action_tokens.astype(np.int64))
@@ -119,6 +120,7 @@ class ActionCodec:
         Returns:
             [n, K, A] float32, simulator units.
         """
+        # [n, T] -> [n, K, A]
         actions = self.unnormalize(self.decode(action_tokens))
         grip = ~self.statistics.mask
         actions[..., grip] = self.gripper(actions[..., grip])
@@ -135,6 +137,7 @@ class ActionCodec:
         """
         values = np.array(actions, dtype=np.float64)
         grip = ~self.statistics.mask
+        # the inverse of `gripper`: -1 open -> 1, +1 closed -> 0
         values[..., grip] = (1 - values[..., grip]) / 2
         return self.encode(self.normalize(values))
 

@@ -37,7 +37,9 @@ def sample(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
         return logits.argmax(-1)
     probability = _scale(logits.detach().double(), temperature).softmax(-1)
     cumulative = probability.cumsum(-1)
+    # times the last value, which is 1 up to a rounding error only
     target = noise.to(logits.device).unsqueeze(-1) * cumulative[..., -1:]
+    # right=True: a noise of exactly 0 must not select a bin of probability 0 before the first other
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
 
 
@@ -77,5 +79,6 @@ def _scale(logits: Tensor, temperature: float) -> Tensor:
             f"temperature is {temperature}; a categorical distribution needs one above 0 "
             "(0 only chooses, greedily, and gives no probabilities)"
         )
+    # shifted first: a low temperature cannot overflow then, and softmax does not notice
     scaled = (logits - logits.detach().amax(-1, keepdim=True)) / temperature
     return scaled.clamp(min=LEAST_LOGIT)

@@ -229,6 +229,7 @@ class ActionSampler:
         Returns:
             [n, t] int64.
         """
+        # noise belongs to a position of the chunk, whether tokens come one by one or all at once
         noise = self._noise[:, first : first + logits.shape[1]]
         return action_distribution.sample(logits, noise, self._temperature)
 

@@ -39,6 +39,7 @@ def fingerprint(folder: str | Path) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(p for p in Path(folder).iterdir() if p.is_file()):
+        # the name too: two files that exchanged their names make another checkpoint
         digest.update(f"{path.name}\n".encode())
         with path.open("rb") as file:
             while block := file.read(HASHED_AT_ONCE):
@@ -120,6 +121,7 @@ def weight_files(folder: str | Path) -> tuple[Path, ...]:
     root = Path(folder)
     index = root / WEIGHTS_INDEX_FILE
     if index.is_file():
+        # the index names the file of every weight, so each file comes many times
         parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         missing = [part for part in parts if not (root / part).is_file()]
         if missing:
@@ -147,6 +149,7 @@ def read_weight_layout(folder: str | Path) -> dict[str, tuple[tuple[int, ...], s
     layout: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in weight_files(folder):
         try:
+            # opened, not loaded: safetensors keeps shapes and dtypes in a header
             with safe_open(file, framework="pt") as stored:
                 for name in stored.keys():  # noqa: SIM118 -- not a mapping
                     part = stored.get_slice(name)

@@ -48,6 +48,7 @@ def add_adapters(part: nn.Module, *, rank: int, alpha: int) -> None:
 def without_adapters(model: nn.Module) -> Generator[None]:
     """Disable a model's adapters while the block runs."""
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    # by the scale, which `head_rows` reads too; PEFT's own switch also takes their gradients away
     scales = [layer.scaling[ADAPTER] for layer in layers]
     for layer in layers:
         layer.scaling[ADAPTER] = 0.0
@@ -66,6 +67,7 @@ def head_rows(head: nn.Linear, rows: slice) -> Tensor:
     base: Any = layer.get_base_layer()
     factors: Any = (layer.lora_A, layer.lora_B)
     first, second = (factor[ADAPTER].weight for factor in factors)
+    # rows first: the product of all of them is as large as the head itself
     change = layer.scaling[ADAPTER] * (second[rows].float() @ first.float())
     return base.weight[rows].float() + change
 
@@ -82,10 +84,12 @@ def merge_adapters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
         if not isinstance(layer, LoraLayer):
             continue
         first, second = (merged.pop(f"{name}.lora_{f}.{ADAPTER}.weight").float() for f in "AB")
+        # weight and bias: PEFT has put both below its layer
         for base in [key for key in merged if key.startswith(f"{name}.base_layer.")]:
             merged[base.replace(".base_layer.", ".")] = merged.pop(base)
         weight = merged[f"{name}.weight"]
         change = layer.scaling[ADAPTER] * (second @ first)
+        # added in float32: the change can be smaller than one step of bfloat16
         merged[f"{name}.weight"] = (weight.float() + change).to(weight.dtype)
     return merged
 

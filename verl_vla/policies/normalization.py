@@ -60,6 +60,7 @@ class NormalizationStats:
 
     def __post_init__(self) -> None:
         for name, dtype in (("q01", np.float64), ("q99", np.float64), ("mask", np.bool_)):
+            # copies that cannot be written to: the class is frozen, and its arrays should be too
             values = np.array(self.__dict__[name], dtype=dtype)
             values.setflags(write=False)
             object.__setattr__(self, name, values)
@@ -97,6 +98,7 @@ class NormalizationStats:
             [..., A] float64, dataset units; unchanged where ``mask`` is false.
         """
         values = np.asarray(normalised, dtype=np.float64)
+        # fine-tuning divides by the range plus an epsilon, so its inverse has both
         moved = 0.5 * (values + 1) * (self.q99 - self.q01 + RANGE_EPSILON) + self.q01
         moved = np.where(self.q01 == self.q99, self.q01, moved)
         return np.where(self.mask, moved, values)
@@ -112,6 +114,7 @@ class NormalizationStats:
         """
         given = np.asarray(values, dtype=np.float64)
         scaled = 2 * (given - self.q01) / (self.q99 - self.q01 + RANGE_EPSILON) - 1
+        # a range of 0 would turn noise in a constant value into +-1
         scaled = np.where(self.is_constant, 0.0, np.clip(scaled, -1.0, 1.0))
         return np.where(self.mask, scaled, given)
 
@@ -227,6 +230,7 @@ def _choose_key(present: Sequence[str], wanted: str | None, path: Path) -> str:
             f"{path} holds statistics of {len(present)} datasets and none was chosen; set "
             f"unnorm_key to one of {sorted(present)}"
         )
+    # a suite's name stands for the dataset without idle steps that was made from it
     for key in (wanted, wanted + NO_NOOPS_SUFFIX):
         if key in present:
             return key

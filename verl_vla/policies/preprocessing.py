@@ -75,6 +75,7 @@ def normalize_image(
         raise ContractError(
             f"an image must be uint8 [..., H, W, 3], got {image.dtype} {list(image.shape)}"
         )
+    # [..., H, W, 3] -> [..., 3, H, W]
     share = image.movedim(-1, -3).float() / 255
     towers = [
         (share - share.new_tensor(s.mean).view(3, 1, 1)) / share.new_tensor(s.std).view(3, 1, 1)
@@ -96,6 +97,7 @@ def prompt_ids(tokenizer: Tokenizer, instruction: str) -> list[int]:
     Raises:
         ConfigError: the tokenizer lacks the piece, adds no beginning, or does not know a word.
     """
+    # by its piece: the number is another one in another vocabulary
     empty = tokenizer.convert_tokens_to_ids(EMPTY_PIECE)
     if empty is None or empty == tokenizer.unk_token_id:
         raise ConfigError(

@@ -78,6 +78,7 @@ class TokenProcessor(ABC):
         Returns:
             [L] int64; shared between calls, so it must not be written to.
         """
+        # the same few instructions come back at each policy step
         if instruction not in self._prompts:
             self._prompts[instruction] = torch.tensor(self._tokenize(instruction))
         return self._prompts[instruction]
@@ -96,6 +97,7 @@ class TokenProcessor(ABC):
         expected = (self.shape.num_views, size, size, 3)
         if tuple(pixels.shape[1:]) != expected:
             raise ContractError(f"images must be [n, {expected}], got {list(pixels.shape)}")
+        # [n, V, towers * 3, H, W] -> [n, V * towers * 3, H, W]
         return normalize_image(pixels, self.image_statistics).flatten(1, 2)
 
     def model_inputs(self, images: Tensor, proprio: Tensor | None) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ def quantize_under_adapters(part: nn.Module, device: torch.device | str | int) -
         part: a model or a part of one; a layer without an adapter is not changed.
         device: device that the 4-bit weights are moved to, one layer at a time.
     """
+    # a list, since the loop replaces modules
     for layer in list(part.modules()):
         if isinstance(layer, LoraLayer):
             base: Any = layer.get_base_layer()
@@ -34,6 +35,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict()
     for name, layer in model.named_modules():
         if isinstance(layer, Linear4bit):
+            # also what belongs to the 4 bits, e.g. weight.absmax and weight.quant_map
             for key in [key for key in state if key.startswith(f"{name}.weight")]:
                 del state[key]
             weight: Any = layer.weight
@@ -44,6 +46,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 def _quantized(linear: nn.Linear, device: torch.device | str | int) -> Linear4bit:
     """Return the layer with its weight in 4 bits; it computes in the weight's old dtype."""
     weight, bias = linear.weight.data, linear.bias
+    # else Linear4bit would first allocate the weight in floats
     with torch.device("meta"):
         layer = Linear4bit(
             linear.in_features,
@@ -58,4 +61,5 @@ def _quantized(linear: nn.Linear, device: torch.device | str | int) -> Linear4bi
     # on a CPU with AVX-512 BF16, bitsandbytes would repack the weight for a rollout, with coarser
     # statistics, so rollout and update would differ
     layer.support_avx512bf16_for_cpu = False
+    # moving it is what makes bitsandbytes quantize
     return layer.to(device)

@@ -131,6 +131,7 @@ def check_adapters(folder: str | Path, lora_rank: int | None, *, has_kl: bool) -
     if lora_rank is None:
         return
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # only a scratch VLA can come with adapters of its own
     if not isinstance(config, ScratchVLAConfig):
         return
     if config.lora_rank > 0:

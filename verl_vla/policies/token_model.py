@@ -32,6 +32,7 @@ class TokenModel(PreTrainedModel):
         Raises:
             ConfigError: if a weight is missing, superfluous or of another shape.
         """
+        # transformers only warns about weights that do not fit; the report names them
         kwargs["output_loading_info"] = True
         loaded: Any = super().from_pretrained(folder, *args, **kwargs)
         model, report = loaded

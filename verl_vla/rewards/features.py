@@ -44,6 +44,7 @@ def is_moving(features: Rows) -> npt.NDArray[np.bool_]:
     >>> is_moving(np.array([[0.0], [1.0], [1.0], [2.0]], dtype=np.float32)).tolist()
     [True, True, False, True]
     """
+    # [T - 1], how far the features move from row to row
     movement = np.linalg.norm(np.diff(features.astype(np.float64), axis=0), axis=1)
     moved = movement[movement > 0]
     threshold = IDLE_SHARE * float(np.median(moved)) if len(moved) else 0.0
@@ -60,6 +61,7 @@ def normalised_time(features: Rows) -> Floats:
     [0.0, 0.5, 0.5, 1.0]
     """
     steps = np.cumsum(is_moving(features)) - 1
+    # nothing moves in a success: it is at its end from the first row on
     return steps / steps[-1] if steps[-1] else np.ones(len(features))
 
 
@@ -94,6 +96,7 @@ def align(features: Rows, successes: Sequence[Rows], num_neighbours: int) -> Flo
     # |a - b|^2 without |a|^2, which is the same for every neighbour of a row
     distance = np.square(known).sum(1)[None, :] - 2 * asked @ known.T
     num = min(num_neighbours, len(known))
+    # stable: of equally near rows the earlier one counts, in every run
     nearest = np.argsort(distance, axis=1, kind="stable")[:, :num]
     return time[nearest].mean(axis=1)
 

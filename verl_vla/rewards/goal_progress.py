@@ -27,6 +27,7 @@ def goal_progress(readings: GoalReadings) -> npt.NDArray[np.float64]:
     """
     distances = readings[..., [Reading.REACH, Reading.REMAINING]].astype(np.float64)
     first = distances[:1]
+    # a part without distance to cover would divide by 0, and counts 0
     covered = np.where(first > SMALLEST_START, 1 - distances / np.maximum(first, SMALLEST_START), 0)
     parts = covered.clip(0, 1).mean(axis=-1)
     return np.where(readings[..., Reading.HOLDS] > 0, 1.0, parts).mean(axis=-1)
@@ -43,5 +44,6 @@ def smallest_reach(readings: GoalReadings) -> npt.NDArray[np.float64]:
     """
     reach = readings[..., Reading.REACH].astype(np.float64)
     waiting = readings[..., Reading.HOLDS] == 0
+    # a goal that holds needs no reach
     nearest = np.where(waiting, reach, np.inf).min(axis=-1)
     return np.where(waiting.any(axis=-1), nearest, 0.0)

@@ -41,6 +41,7 @@ def load_reward(
     cls = _find_class(name)
     named, takes_any = _parameters(cls)
     given = dict(arguments)
+    # the recipe's own seed wins over the run's
     if seed is not None and SEED in named and SEED not in given:
         given[SEED] = seed
     _check_arguments(name, given, named, takes_any=takes_any)
@@ -91,6 +92,7 @@ def _pick_class(module: ModuleType, path: Path, class_name: str | None) -> type[
     own = {
         name: cls
         for name, cls in inspect.getmembers(module, inspect.isclass)
+        # without the classes that the file imports
         if cls.__module__ == module.__name__ and not name.startswith("_")
     }
     if class_name is None:

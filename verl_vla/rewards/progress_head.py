@@ -72,6 +72,7 @@ class ProgressHead:
             torch.manual_seed(seed)
             self.network = ProgressNetwork(feature_size, config.width)
             self._average = ProgressNetwork(feature_size, config.width)
+        # the average begins where the network does
         self._average.load_state_dict(self.network.state_dict())
         self._average.requires_grad_(False)
         self._optimizer = torch.optim.AdamW(
@@ -90,6 +91,7 @@ class ProgressHead:
         Returns:
             ``head_loss``, the mean over the last quarter of the steps.
         """
+        # by number of updates: a resumed run trains on the examples that it would have had
         rng = np.random.default_rng([self._seed, self._num_updates])
         losses: list[float] = []
         for _ in range(self._config.steps):
@@ -115,9 +117,12 @@ class ProgressHead:
             labels.append(torch.from_numpy(progress.astype(np.float32)))
         logit, label = torch.cat(logits), torch.cat(labels)
         regression = functional.binary_cross_entropy_with_logits(logit, label)
+        # [rows, rows] over all examples: row i should rank above row j
         gap = label[:, None] - label[None, :]
         ranked = gap > MIN_RANK_GAP
+        # logistic: large where a pair is in the wrong order, near 0 where it is clearly right
         wrong = functional.softplus(-RANK_SCALE * (logit[:, None] - logit[None, :]))
+        # a batch of stalled rows may hold no pair
         ranking = (wrong * ranked).sum() / ranked.sum().clamp(min=1)
         return regression + RANK_WEIGHT * ranking
 
@@ -170,6 +175,7 @@ def make_example(
     rows, labels = whole[kept], progress[kept]
     draw = rng.random()
     if draw < REWIND:
+        # backwards from the last row, which is left out below: it is there already
         back = slice(None, -1 - int(rng.integers(1, max(2, len(rows)))), -1)
         return np.concatenate([rows, rows[back][1:]]), np.concatenate([labels, labels[back][1:]])
     if draw < REWIND + STALL:
@@ -189,4 +195,5 @@ def make_example(
 
 
 def _copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # copies: training goes on with the tensors that state_dict() hands out
     return {name: weight.clone() for name, weight in weights.items()}

@@ -103,9 +103,11 @@ class ReferenceMemory:
         """
         of_batch = self._of_batch(batch, task_key)
         present = {r.episode_id for r in of_batch}
+        # an episode that is in both counts once
         kept = [r for r in self.of_task(task_key) if r.episode_id not in present]
         same_start = [r for r in (*of_batch, *kept) if r.init_state_id == init_state_id]
         chosen = same_start if len(same_start) >= SAME_START else [*of_batch, *kept]
+        # the same order whatever the batch's, so that sums round alike
         chosen.sort(key=lambda r: r.episode_id)
         from_batch = any(r.episode_id in present for r in chosen)
         from_memory = any(r.episode_id not in present for r in chosen)
@@ -127,6 +129,7 @@ class ReferenceMemory:
             seen = {_digest(r.features) for r in kept}
             for reference in self._of_batch(batch, task_key):
                 digest = _digest(reference.features)
+                # a policy that repeats itself would fill the memory with one episode
                 if digest not in seen:
                     seen.add(digest)
                     kept.append(reference)
@@ -138,6 +141,7 @@ class ReferenceMemory:
                 for r in self._tasks[task_key]
                 if self._num_updates - r.updated_at <= self._max_age
             ]
+            # the newest are at the end
             self._tasks[task_key] = young[-self._capacity :]
 
     def state_dict(self) -> dict[str, Any]:
@@ -150,6 +154,7 @@ class ReferenceMemory:
                     {
                         "episode_id": r.episode_id,
                         "init_state_id": r.init_state_id,
+                        # a checkpoint is read back with plain values and tensors only
                         "features": torch.from_numpy(r.features.copy()),
                         "updated_at": r.updated_at,
                     }

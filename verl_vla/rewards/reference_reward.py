@@ -130,10 +130,12 @@ class ReferenceReward(ABC):
         found = _Judgement(
             score=batch.success.astype(np.float64),
             progress=np.where(batch.success, 1.0, np.nan),
+            # until it has been measured, a failure counts as unusable
             status=[SUCCESS if solved else INVALID for solved in batch.success],
             num_references=np.zeros(len(batch), dtype=np.int64),
             source=["none"] * len(batch),
         )
+        # failures of one start have the same references
         for task_key, init_state_id in sorted(
             set(zip(batch.task_key, batch.init_state_id.tolist(), strict=True))
         ):
@@ -145,6 +147,7 @@ class ReferenceReward(ABC):
             if at_start:
                 references = self._memory.select(batch, task_key, init_state_id)
                 self._judge_start(batch, task_key, at_start, references, found)
+        # last: it takes the scores of the other failures of the group
         _neutralise(batch, found)
         return RewardResult(
             score=found.score.astype(np.float32),
@@ -161,6 +164,7 @@ class ReferenceReward(ABC):
         tasks = np.array(batch.task_key)
         for key in sorted(set(batch.task_key)):
             rate = float(batch.success[tasks == key].mean())
+            # the first rate is taken as it is, not mixed with a made-up one
             before = self._rates[key] if key in self._rates else rate
             self._rates[key] = RATE_KEPT * before + (1 - RATE_KEPT) * rate
         return {"memory_references": float(len(self._memory))}
@@ -200,16 +204,19 @@ class ReferenceReward(ABC):
         if not rows:
             return
         alpha = self._alpha_of(task_key)
+        # whatever a subclass says, a failure stays between 0 and alpha
         scores = alpha * np.clip(self.quality(task_key, measures), 0.0, 1.0)
         noise = self._noise(task_key, items, measures)
         found.noise.append(noise)
         found.progress[rows], found.score[rows] = measures, scores
         if not self._noise_gate:
             return
+        # by group: only there are scores compared
         for group in np.unique(batch.group_id[rows]):
             members = [i for i, row in enumerate(rows) if batch.group_id[row] == group]
             if _is_noise(measures[members], scores[members], noise):
                 for i in members:
+                    # the middle of what a failure can score, the same for all: no order among them
                     found.score[rows[i]] = alpha / 2
                     found.status[rows[i]] = GATED
 
@@ -226,6 +233,7 @@ class ReferenceReward(ABC):
         unseen = self.unseen(items)
         if len(unseen) < 2:
             return LONE_NOISE * float(np.abs(measures).mean())
+        # the newest resemble what the policy does now
         newest = sorted(unseen, key=lambda i: items[i].episode_id)[-MAX_LEFT_OUT:]
         left_out = [
             float(self.measure(task_key, [items[i].features], without(items, i))[0]) for i in newest
@@ -281,6 +289,7 @@ def _neutralise(batch: TrajectoryBatch, found: _Judgement) -> None:
                 for i in np.flatnonzero(batch.group_id == batch.group_id[row])
                 if found.status[i] in (SHAPED, GATED)
             ]
+            # its features say nothing, so it stands in the middle of the group's failures
             found.score[row] = float(np.mean(siblings)) if siblings else 0.0
 
 

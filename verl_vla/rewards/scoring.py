@@ -75,6 +75,7 @@ def make_batch(
             f"episode {ids[counts > 1][0]} stands {counts.max()} times in one batch; every "
             "episode needs an id of its own, or siblings are given each other's images"
         )
+    # B arrays: which rows of the policy steps are an episode's
     rows = [np.flatnonzero(policy_steps.episode.numpy() == b) for b in range(len(episodes))]
     image, proprio = policy_steps.image.numpy(), policy_steps.proprio.numpy()
     return TrajectoryBatch(
@@ -85,6 +86,7 @@ def make_batch(
         success=episodes.success.numpy(),
         num_steps=episodes.num_steps.numpy(),
         frames=tuple(
+            # the image after the last step, where the environment rendered one
             image[r] if final_image is None else np.concatenate([image[r], final_image[None]])
             for r, final_image in zip(
                 rows, trajectories.final_images or [None] * len(rows), strict=True
@@ -139,6 +141,7 @@ def judge(reward: TrajectoryReward, batch: TrajectoryBatch) -> RewardResult:
         )
     _check_shapes(name, batch, result)
     _check_values(name, batch, result)
+    # a reward's own metric of the same name wins
     return replace(result, metrics={**count_cases(batch), **result.metrics})
 
 
@@ -179,6 +182,7 @@ def _named(who: str, doing: str, remedy: str) -> Generator[None]:
     try:
         yield
     except Exception as error:
+        # the message is one line for the user; the traceback goes to the log
         logger.exception("%s raised %s", who, doing)
         raise RewardError(f"{who} raised {error!r} {doing}; {remedy}") from error
 
@@ -200,6 +204,7 @@ def _encode(reward: HasEncoder, batch: TrajectoryBatch) -> tuple[tuple[Rows, ...
         )
     for group in np.unique(batch.group_id):
         for a, b in _duplicates(features, np.flatnonzero(batch.group_id == group)):
+            # equal images may well have equal features, e.g. of a policy that stands still
             if not np.array_equal(frames[a], frames[b]):
                 raise RewardError(
                     f"episodes {batch.episode_id[a]} and {batch.episode_id[b]} of one group have "
@@ -214,6 +219,7 @@ def _duplicates(features: tuple[Rows, ...], rows: npt.NDArray[np.int64]) -> list
     return [
         (int(a), int(b))
         for a, b in combinations(rows, 2)
+        # episodes without features are not equal, just empty
         if len(features[a]) and np.array_equal(features[a], features[b])
     ]
 

@@ -44,9 +44,11 @@ def is_informative(value: Tensor, group_id: Tensor) -> Tensor:
     tensor([ True,  True,  True, False, False])
     """
     row_group = _row_group(group_id)
+    # max() raises on an empty tensor
     shape = (int(row_group.max()) + 1,) if len(row_group) else (0,)
     low = torch.full(shape, torch.inf).scatter_reduce_(0, row_group, value.float(), "amin")
     high = torch.full(shape, -torch.inf).scatter_reduce_(0, row_group, value.float(), "amax")
+    # compares the rewards themselves: the deviation of equal numbers need not be exactly 0
     return (low < high)[row_group]
 
 

@@ -34,6 +34,7 @@ class StartSampler:
 
     def _group(self, group_id: int) -> list[EpisodeSpec]:
         epoch, index = divmod(group_id, len(self._starts))
+        # seeded by epoch: any epoch's order is known without replaying those before it
         order = np.random.default_rng([self._seed, epoch]).permutation(len(self._starts))
         start = self._starts[order[index]]
         return [
@@ -41,6 +42,7 @@ class StartSampler:
                 task_id=start.task_id,
                 init_state_id=start.init_state_id,
                 group_id=group_id,
+                # unique over the run, since the noise of an episode is a function of this number
                 episode_id=group_id * self._group_size + member,
             )
             for member in range(self._group_size)
@@ -85,6 +87,7 @@ class GroupFilter:
     @property
     def num_to_refill(self) -> int:
         """Number of groups for the next rollout round: exactly the missing ones, 0 when done."""
+        # a step that found too few groups trains on those that it has
         if self.num_rounds >= self.config.max_rounds:
             return 0
         return max(0, self.config.groups_per_step - len(self.kept))
@@ -103,6 +106,7 @@ class GroupFilter:
         crashed = sum(g.num_crashed for g in self.played)
         is_comparable = any(g.is_comparable for g in self.played)
         if not is_comparable:
+            # a lost simulator says nothing of the task, so the tasks are not to blame
             remedy = (
                 "simulators were lost until no group had two episodes left; "
                 "see the reason of each crash above and repair that first"
@@ -112,6 +116,7 @@ class GroupFilter:
                 f"{self._why_groups_agree(solved, failed)}, "
                 f"or raise sampling.max_rounds (= {self.config.max_rounds})"
             )
+        # nothing failed: the trainer ends such a run as finished, see `VLATrainer.train`
         kind = SolvedError if is_comparable and not failed else StarvedError
         raise kind(
             f"no group taught anything: {len(self.played)} groups "
@@ -135,6 +140,7 @@ class GroupFilter:
             return False
         if not self.config.dynamic:
             return True
+        # on scores, a group of failures counts as well where the reward tells them apart
         if self.config.filter_on == "reward":
             return group.score_spread > 0
         return group.num_solved > 0 and group.num_failed > 0

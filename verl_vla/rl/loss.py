@@ -42,6 +42,7 @@ def executed_mask(executed: Tensor, *, chunk_length: int, action_dim: int) -> Te
             [1, 1, 1, 1]], dtype=torch.int32)
     """
     ran = torch.arange(chunk_length, device=executed.device) < executed[:, None]
+    # [N, K] -> [N, K * A]: the tokens of a chunk are time-major
     return ran.repeat_interleave(action_dim, dim=1)
 
 
@@ -78,13 +79,16 @@ def policy_loss(
         weight: [N], from `trajectory_weight`.
         clip: bounds on the ratio; there is no second bound for negative advantages (dual clip).
     """
+    # masked before exp(): a token that never ran could make it infinite, and inf * 0 is NaN
     log_ratio = torch.where(mask, log_probs - old_log_probs, torch.zeros_like(log_probs))
     ratio = log_ratio.exp()
     bounded = ratio.clamp(1 - clip.low, 1 + clip.high)
+    # [N] -> [N, 1]: every token of a policy step has the advantage of its episode
     gain = advantage[:, None]
     token_loss = -torch.minimum(ratio * gain, bounded * gain)
     loss = (token_loss * mask * weight[:, None]).sum()
     with torch.no_grad():
+        # only under these signs is the minimum the clipped side, which has no gradient
         stopped_low = (ratio < 1 - clip.low) & (gain < 0) & mask
         stopped_high = (ratio > 1 + clip.high) & (gain > 0) & mask
         return LossParts(
@@ -112,5 +116,7 @@ def divergence(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor
     Returns:
         [N, T] nats, 0 where nothing was executed.
     """
+    # masked before expm1(), as in `policy_loss`
     log_ratio = torch.where(mask, ref_log_probs - log_probs, torch.zeros_like(log_probs))
+    # expm1() keeps the digits that exp() - 1 loses near 0, where both policies are still alike
     return log_ratio.expm1() - log_ratio

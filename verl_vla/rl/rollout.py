@@ -66,13 +66,14 @@ class NoiseSource:
         self, episode_id: int, policy_step: int, num_tokens: int
     ) -> npt.NDArray[np.float64]:
         """[T] uniform in [0, 1), the same for the same arguments on every machine."""
+        # a generator for each policy step: no state to checkpoint, no order to keep (ADR-0006)
         rng = np.random.default_rng([self.seed, self.stream, episode_id, policy_step])
         return rng.random(num_tokens)
 
 
 @dataclass(slots=True)
 class RolloutTimes:
-    """Where the time of a rollout went, seconds of the process that drives it; and for nothing."""
+    """Seconds that the process that drives a rollout spent on its parts."""
 
     policy_s: float = 0.0
     """Deciding."""
@@ -111,10 +112,12 @@ def rollout(
     records = [_Record(spec) for spec in specs]
     queue = deque(records)
     num_slots = min(simulators.num_slots, len(records))
+    # rounded up: with one part, the second group has no slots
     middle = -(-num_slots // num_parts)
     loop = _RolloutLoop(
         policy, simulators, temperature, noise, queue, times or RolloutTimes(), ended
     )
+    # both groups are under way before either is waited for
     slot_groups = [_SlotGroup(range(middle)), _SlotGroup(range(middle, num_slots))]
     for group in slot_groups:
         loop.start_free_slots(group)
@@ -180,6 +183,7 @@ class _RolloutLoop:
         answers = self.simulators.wait(list(group.active))
         self.times.wait_s += time.perf_counter() - began
         seen: dict[int, Observation] = {}
+        # in the order of slots, not of arrival: the rows of a batch must not depend on timing
         for slot in sorted(answers):
             observation = _note_answer(group.active[slot], answers[slot])
             if observation is None:
@@ -188,6 +192,7 @@ class _RolloutLoop:
                     self.ended(_tabulate([record], self.policy))
             else:
                 seen[slot] = observation
+        # before the policy decides, so that the resets run while it computes
         self.start_free_slots(group)
         if seen:
             self._decide(group, seen)
@@ -199,6 +204,7 @@ class _RolloutLoop:
         num_tokens = self.policy.shape.num_tokens
         noise = np.stack(
             [
+                # the observations noted so far number the policy step
                 self.noise.uniform(r.spec.episode_id, len(r.observations), num_tokens)
                 for r in records
             ]
@@ -223,6 +229,7 @@ def _note_answer(record: _Record, answer: Answer) -> Observation | None:
     if isinstance(answer, EpisodeCrashed):
         record.outcome, record.crash = Outcome.CRASH, answer
         return None
+    # the answer to a reset: nothing was executed yet
     if isinstance(answer, Observation):
         return answer
     record.executed.append(answer.executed)
@@ -265,6 +272,7 @@ def _policy_steps(
     records: list[_Record], rows: list[tuple[int, int]], policy: Policy
 ) -> PolicySteps:
     shape = policy.shape
+    # every simulator was lost before its first answer; stack() needs at least one array
     if not rows:
         size = shape.image_size
         return PolicySteps(

@@ -113,6 +113,7 @@ def _buildable(chosen: Suite) -> tuple[int, ...]:
 def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:
     """Build the configuration of a simulator process, and check that it suits the policy."""
     chosen, shape, known = suite(env.suite), processor.shape, processor.render_size
+    # the recipe's, else that of the fine-tuning, else openvla-oft's
     render_size = next(s for s in (env.render_size, known, PUBLISHED_RENDER_SIZE) if s is not None)
     if known is not None and render_size != known:
         logger.warning(
@@ -127,6 +128,7 @@ def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:
             f"{shape.image_size} px; render at least that large (openvla-oft: 256 for 224)"
         )
     _check_robot(processor, chosen)
+    # called for its check; each simulator looks up the limit of its own task
     chosen.step_limit(env.step_limit, task_id=0)
     return EnvConfig(
         suite=absolute_name(env.suite),
@@ -153,6 +155,7 @@ def _check_robot(processor: Processor, chosen: Suite) -> None:
             f"an action of the policy has {shape.action_dim} values, and one of suite "
             f"{chosen.name!r} has {chosen.action_dim}; use a policy for this robot"
         )
+    # 0: the policy reads no proprio
     if shape.proprio_dim not in (0, chosen.proprio_dim):
         raise ConfigError(
             f"the policy reads {shape.proprio_dim} proprio values, and suite {chosen.name!r} has "

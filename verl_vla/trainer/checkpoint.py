@@ -70,15 +70,19 @@ def writing(checkpoints: Path, step: int) -> Generator[Path]:
     """
     unfinished = checkpoints / UNFINISHED
     try:
+        # what a process left that was killed while it wrote
         _discard(unfinished)
         folder = unfinished_folder(checkpoints, step)
         folder.mkdir(parents=True)
         yield folder
+        # manifest, rename, link: a crash between any two leaves the older checkpoints complete
         _vouch(folder, step)
         folder.rename(step_folder(checkpoints, step))
+        # a rename outlives a power cut once the folder that holds the name is synced
         _flush(checkpoints)
         _point_latest(checkpoints, step)
         _discard(unfinished)
+    # the reward's state cannot be saved: a fault of code, not of the disk
     except ContractError:
         raise
     except Exception as error:
@@ -101,8 +105,10 @@ def newest_valid(checkpoints: Path) -> int | None:
     for step in reversed(complete_steps(checkpoints)):
         fault = find_fault(step_folder(checkpoints, step))
         if fault is None:
+            # only now that an older one takes over; where none is valid, all stay for repair
             for other, why in corrupt.items():
                 _quarantine(step_folder(checkpoints, other), f"{why}; resuming from step {step}")
+            # it may still name one of the quarantined
             _point_latest(checkpoints, step)
             return step
         corrupt[step] = fault
@@ -125,6 +131,7 @@ def find_fault(folder: Path) -> str | None:
     found = set(_files(folder)) - {MANIFEST}
     if missing := sorted(expected.keys() - found):
         return f"{missing[0]} is missing"
+    # sizes first: a truncated file is found without reading all the others
     for name, (size, _) in expected.items():
         if (actual := (folder / name).stat().st_size) != size:
             return f"{name} has {actual} bytes instead of {size}"
@@ -139,6 +146,7 @@ def remove_old(checkpoints: Path, keep: int) -> None:
     """Delete all but the newest ``keep`` whole checkpoints, the manifest first."""
     for step in complete_steps(checkpoints)[:-keep]:
         folder = step_folder(checkpoints, step)
+        # a crash after this leaves a folder that `complete_steps` does not count
         (folder / MANIFEST).unlink()
         shutil.rmtree(folder)
 
@@ -167,6 +175,7 @@ def load_run_state(folder: Path) -> dict[str, Any]:
 def _vouch(folder: Path, step: int) -> None:
     """Write the manifest, once everything it names is on disk."""
     names = _files(folder)
+    # folders too: the name of a new file is in its folder
     for path in folder.rglob("*"):
         _flush(path)
     hashes = _hash_all(folder, names)
@@ -198,8 +207,10 @@ def _sha256(path: Path) -> str:
 
 def _point_latest(checkpoints: Path, step: int) -> None:
     partial = checkpoints / f"{LATEST}.tmp"
+    # a process killed before replace() leaves it, and symlink_to() refuses an existing name
     partial.unlink(missing_ok=True)
     partial.symlink_to(step_folder(checkpoints, step).name)
+    # atomic: there is no moment without a link
     partial.replace(checkpoints / LATEST)
     _flush(checkpoints)
 

@@ -66,6 +66,7 @@ def measure(options: argparse.Namespace) -> Record:
     """
     require_positive(options, "pairs", "resets", "render_size", "image_size")
     with _way(_stock, options) as stock, _way(_ours, options) as ours:
+        # both alternate, so that a change of the machine's load meets both
         chunk = {"peer": partial(_ask, stock, "chunk"), "ours": partial(_ask, ours, "chunk")}
         chunks = take_turns(chunk, rounds=options.pairs, warm_up=2)
         reset = {"peer": partial(_ask, stock, "reset")}
@@ -115,10 +116,12 @@ def _way(
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(make, options, theirs))
     process.start()
+    # this end belongs to the child, whose end is then seen here
     theirs.close()
     try:
         yield ours
     finally:
+        # the child reads the end of the pipe, and leaves
         ours.close()
         process.join()
 
@@ -156,6 +159,7 @@ def _ours(options: argparse.Namespace) -> Work:
 
 
 def _stock(options: argparse.Namespace) -> Work:
+    # for its suite and assets alone; it simulates nothing
     ours = make_libero_env(EnvConfig(suite=options.suite))
     task = ours.suite.task(options.task)
     if not ours.suite.needs_assets:
@@ -169,11 +173,13 @@ def _stock(options: argparse.Namespace) -> Work:
             bddl_file_name=str(task.bddl_file),
             camera_heights=options.render_size,
             camera_widths=options.render_size,
+            # robosuite would end an episode at its horizon
             ignore_done=True,
         )
         env.seed(0)
 
     def reset() -> None:
+        # a stock reset builds the model again, from files
         with asset_folder(ours.assets):
             env.reset()
         env.set_init_state(init_state)

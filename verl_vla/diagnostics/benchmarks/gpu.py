@@ -57,7 +57,9 @@ def measure(options: argparse.Namespace) -> Record:
     results |= policy_steps(clock, model, options.batch, peak)
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    # the whole model first: adapters freeze it
     results |= update(clock, model, options.update_batch, "full_update")
+    # else the gradients of all weights would count as the adapters' memory
     model.zero_grad(set_to_none=True)
     model.add_adapters(rank=LORA_RANK, alpha=LORA_ALPHA, targets="all-linear")
     results |= update(clock, model, options.update_batch, "lora_update")
@@ -68,6 +70,7 @@ def build(size: str, device: str) -> OpenVLAOFTModel:
     """Make the model with random weights in bfloat16."""
     config = OpenVLAOFTConfig() if size == "published" else _tiny()
     before = torch.get_default_dtype()
+    # in bfloat16 at once: built in float32, the model would need twice the memory
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
@@ -79,6 +82,7 @@ def build(size: str, device: str) -> OpenVLAOFTModel:
 def matmul_peak(clock: _Clock, size: int) -> float:
     """Measure the floating-point operations per second of one large bfloat16 product."""
     a = torch.randn(size, size, device=clock.device, dtype=torch.bfloat16)
+    # a product of two square matrices: n^3 multiplications and as many additions
     return 2 * size**3 / clock.seconds(lambda: a @ a)
 
 
@@ -109,6 +113,7 @@ def update(clock: _Clock, model: OpenVLAOFTModel, rows: int, name: str) -> dict[
 
     def work() -> None:
         logits = model(*_inputs(model, rows)).logits
+        # a number that all logits, and so all weights, have a part in
         logits.log_softmax(-1).mean().backward()
 
     seconds = clock.seconds(work)
@@ -127,6 +132,7 @@ class _Clock:
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Return the mean of the repeats, after a warm-up call."""
+        # the first call also compiles, allocates and fills caches
         work()
         self._wait()
         if self.device == "cuda":

@@ -108,6 +108,7 @@ def record(name: str, options: argparse.Namespace, results: Mapping[str, Any]) -
         "command": f"python -m verl_vla bench {shlex.join(options.arguments)}",
         **results,
         "conditions": {
+            # a loaded machine explains a slow number
             "load_average_at_end": round(os.getloadavg()[0], 1),
             **{key: os.environ[key] for key in ENVIRONMENT if key in os.environ},
             **provenance(),

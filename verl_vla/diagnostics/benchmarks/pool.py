@@ -50,6 +50,7 @@ class IdlePolicy:
     ) -> ActionChunk:
         """Return small moves that are a function of ``noise`` only."""
         n, shape = len(observations), self.shape
+        # [n, T] in [0, 1) -> [n, K, A] in [-0.5, 0.5)
         moves = (noise.numpy() - 0.5).reshape(n, shape.chunk_length, shape.action_dim)
         return ActionChunk(
             action_tokens=torch.zeros(n, shape.num_tokens, dtype=torch.int64),
@@ -75,6 +76,7 @@ def measure(options: argparse.Namespace) -> Record:
     """Roll out the same episodes with more and more processes, without a policy and with one."""
     require_positive(options, "processes", "rounds", "steps", "render_size")
     policy = load_policy(options.policy)
+    # a wrong task is refused before any process starts
     suite(options.suite).task(options.task)
     factory = factory_of(options, policy.shape)
     idle = IdlePolicy(policy.shape)
@@ -86,6 +88,7 @@ def measure(options: argparse.Namespace) -> Record:
         "cores": os.cpu_count(),
         **two_against_one(factory, idle, rounds=options.rounds, task=options.task),
     }
+    # the policy has one core; simulators have the others
     torch.set_num_threads(1)
     for count in options.processes:
         results |= scaling(factory, count, {"idle": idle, "policy": policy}, task=options.task)
@@ -96,6 +99,7 @@ def two_against_one(
     factory: EnvFactory, policy: IdlePolicy, *, rounds: int, task: int
 ) -> dict[str, Any]:
     """Roll out the same episodes with one process and with two, alternately."""
+    # both pools stay open, so that their rounds can alternate
     with _pool(factory, 1, policy.shape) as one, _pool(factory, 2, policy.shape) as two:
         ways = {
             "one": partial(_timed_play, one, policy, task),
@@ -131,6 +135,7 @@ def _pool(factory: EnvFactory, count: int, shape: PolicyShape) -> EnvPool:
 def _play(pool: EnvPool, policy: Policy, task: int, times: RolloutTimes | None = None) -> int:
     specs = [
         EpisodeSpec(task_id=task, init_state_id=0, group_id=0, episode_id=i)
+        # at least two episodes a slot, so that slots are taken over as in training
         for i in range(max(LEAST_EPISODES, 2 * pool.num_slots))
     ]
     return len(rollout(specs, policy, pool, temperature=1.0, noise=NOISE, times=times).policy_steps)

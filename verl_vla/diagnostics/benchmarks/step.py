@@ -55,6 +55,7 @@ def measure(options: argparse.Namespace) -> Record:
     runs: dict[str, list[Lines]] = {"then": [], "now": []}
     with _checkout(options.against) as then, tempfile.TemporaryDirectory() as folder:
         for pair in range(options.pairs):
+            # the commits alternate, so that a change of the machine's load meets both
             for name, tree, own in (
                 ("then", then, []),
                 ("now", PROJECT_FOLDER, options.now.split()),
@@ -74,6 +75,7 @@ def compare(then: Sequence[Lines], now: Sequence[Lines]) -> dict[str, Any]:
         found[f"{part}_now_s"] = spread(after, 2)
         times = statistics.median(before) / statistics.median(after)
         found[f"{part}_times_faster"] = round(times, 2)
+    # names that both commits know, without seconds and memory
     names = [n for n in then[0][0] if n in now[0][0] and is_reproducible(n)]
     different = {
         name
@@ -100,6 +102,7 @@ def _train(tree: Path, arguments: list[str], out: Path) -> Lines:
     done = subprocess.run(
         [sys.executable, "-m", "verl_vla", "train", *arguments, f"out={out}"],
         cwd=tree,
+        # the package of this tree, not the installed one
         env={**os.environ, "PYTHONPATH": str(tree)},
         capture_output=True,
         text=True,

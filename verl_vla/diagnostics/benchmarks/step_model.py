@@ -74,6 +74,7 @@ class StepTime:
     def bottleneck(self) -> str:
         """Name of the slowest part."""
         parts = {
+            # the shorter of the two overlaps with the longer, and costs nothing
             "deciding": self.deciding_s if self.deciding_s >= self.simulating_s else 0.0,
             "simulating": self.simulating_s if self.simulating_s > self.deciding_s else 0.0,
             "transfer": self.transfer_s,

@@ -68,6 +68,7 @@ def measure(options: argparse.Namespace) -> Record:
     }
     context = multiprocessing.get_context("spawn")
     for name, way in ways.items():
+        # a process for each: peak memory never falls again within one
         with context.Pool(1) as process:
             rates, peak = process.apply(
                 run_way, (options.policy, way, options.rows, options.rounds)
@@ -85,6 +86,7 @@ def run_way(folder: str, way: Way, rows: int, rounds: int) -> tuple[list[float],
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     policy.model.train()
     update = update_of(policy, way, rows)
+    # the first one warms up
     seconds = [timed(update) for _ in range(1 + rounds)][1:]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / KIB_PER_GIB
     return [rows / s.processor for s in seconds], peak
@@ -111,6 +113,7 @@ def update_of(policy: TrainablePolicy, way: Way, rows: int) -> Callable[[], floa
             device = logits.device
             log_probs = log_prob(logits, action_tokens[part].to(device), 1.0)
             if way.with_entropy:
+                # as the engine does for its metric
                 with torch.no_grad():
                     entropy(logits, 1.0).sum().item()
             old, gain, seen, weights = (
@@ -119,6 +122,7 @@ def update_of(policy: TrainablePolicy, way: Way, rows: int) -> Callable[[], floa
             )
             policy_loss(log_probs, old, gain, seen, weights, ClipRange()).loss.backward()
         trained = [p.grad for p in policy.model.parameters() if p.grad is not None]
+        # exact, so that the norm does not depend on the order of the weights
         return math.fsum(float(gradient.norm()) ** 2 for gradient in trained) ** 0.5
 
     return update

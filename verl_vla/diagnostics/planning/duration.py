@@ -30,6 +30,7 @@ def num_policy_steps(recipe: Recipe, shape: PolicyShape, chosen: Suite) -> int:
     tasks = (
         range(len(chosen.tasks)) if recipe.environment.tasks is None else recipe.environment.tasks
     )
+    # limits differ between tasks, and a round is as long as its longest episodes
     limit = max(chosen.step_limit(recipe.environment.step_limit, task) for task in tasks)
     episodes = recipe.sampling.groups_per_step * recipe.sampling.group_size
     return episodes * -(-limit // shape.chunk_length)
@@ -46,6 +47,7 @@ def step_seconds(
     policy_steps = num_policy_steps(recipe, shape, chosen)
     is_mini = chosen.name == "mini"
     step_s, view_s = (MINI_STEP_S, MINI_VIEW_S) if is_mini else (STEP_S, VIEW_S)
+    # a policy step simulates a chunk and renders each view once
     per_policy_step = shape.chunk_length * step_s + shape.num_views * view_s
     speed = num_ranks(recipe) * gpu.bf16_flops
     forward = policy_steps * trace.forward_flops / (speed * ROLLOUT_EFFICIENCY)

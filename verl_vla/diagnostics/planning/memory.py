@@ -79,6 +79,7 @@ def rows_per_pass(micro_batch_size: int, shape: PolicyShape) -> int:
 
 def rollout_batch(recipe: Recipe) -> int:
     """Return the policy steps in one batch of a rank: one slot group, divided by the ranks."""
+    # the larger of the two slot groups
     half = (recipe.environment.num_slots + 1) // 2
     return -(-half // num_ranks(recipe))
 
@@ -97,6 +98,7 @@ def device_memory(recipe: Recipe, trace: Trace, shape: PolicyShape) -> DeviceMem
         "gradients": FLOAT32 * trained,
         "optimizer state": ADAM_BYTES[recipe.optimizer.name] * trained,
     }
+    # offloaded parts lie in the memory of the host, see `host_memory`
     lasting = {name: 0.0 if is_offloaded else size for name, size in held.items()}
     if recipe.cluster.device != "cpu":
         lasting["reward's encoder"] = _encoder_bytes(recipe.reward_args)
@@ -104,11 +106,13 @@ def device_memory(recipe: Recipe, trace: Trace, shape: PolicyShape) -> DeviceMem
     gathered = _gathered(recipe, trace, per_weight)
     is_gathered_once = recipe.cluster.gather_once and ranks > 1 and not is_offloaded
     in_rollout = per_weight * trace.weights if is_gathered_once else gathered
+    # a layer's gradient is whole until it is reduced, in the pass's dtype and in float32
     in_backward = (per_weight + FLOAT32) * trace.layer if recipe.policy.lora_rank is None else 0
     # Adam's square roots of second moments: of all weights at once on a GPU, one by one on a CPU
     roots = 0 if is_offloaded or recipe.cluster.device == "cpu" else FLOAT32 * trained
     rows = rows_per_pass(recipe.optimizer.micro_batch_size, shape)
     passing = {
+        # traced for a few policy steps, and proportional to them
         "update": gathered + in_backward + trace.training_bytes / trace.batch * rows,
         "rollout": in_rollout + trace.forward_bytes / trace.batch * rollout_batch(recipe),
         "optimizer step": roots,
@@ -134,6 +138,7 @@ def host_memory(
     loading = round(per_node * _weight_bytes(recipe, trace, loaded=True))
     parts = {
         "rollout buffer": buffer,
+        # loading is over when the buffer fills, so only the difference adds to it
         "loading, above the buffer": max(0, loading - buffer),
         "simulators": recipe.environment.num_workers * _worker_bytes(recipe, chosen),
         "processes": (per_node + 1) * PROCESS_BYTES,
@@ -141,6 +146,7 @@ def host_memory(
     if recipe.optimizer.name == "deepspeed_cpu_adam":
         share = per_node / num_ranks(recipe)
         parts["weights, gradients, state"] = round(
+            # of a trained weight, the gradient and both moments
             share * (_weight_bytes(recipe, trace) + 3 * FLOAT32 * trace.trained)
         )
     if recipe.cluster.device == "cpu":
@@ -163,6 +169,7 @@ def _weight_bytes(recipe: Recipe, trace: Trace, *, loaded: bool = False) -> floa
     policy = recipe.policy
     if policy.lora_rank is None:
         return FLOAT32 * trace.weights
+    # loading reads weights in full; they are quantized on the device
     in_4_bits = trace.under_adapters if policy.quantization == "nf4" and not loaded else 0
     plain = BYTES[policy.dtype] * (trace.frozen - in_4_bits)
     return plain + NF4_BYTES * in_4_bits + FLOAT32 * trace.trained
@@ -171,6 +178,7 @@ def _weight_bytes(recipe: Recipe, trace: Trace, *, loaded: bool = False) -> floa
 def _gathered(recipe: Recipe, trace: Trace, per_weight: int) -> float:
     """Return the bytes of gathered weights; 4-bit ones are not sharded, and unpacked one by one."""
     if recipe.policy.quantization == "nf4":
+        # unpacked for the layer that computes, and dropped after it
         return per_weight * trace.layer
     return per_weight * (trace.root + GATHERED_LAYERS * trace.layer)
 

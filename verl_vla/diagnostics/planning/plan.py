@@ -48,6 +48,7 @@ def make_plan(recipe: Recipe, config: ModelConfig, gpu: Gpu | None) -> Plan:
         ConfigError: the recipe's suite is unknown, or one of its numbers is invalid there.
     """
     if gpu is None:
+        # the parts of memory depend on it
         recipe = replace(recipe, cluster=replace(recipe.cluster, device="cpu"))
     chosen, shape = suite(recipe.environment.suite), config.shape
     trace = trace_policy(recipe.policy, config)

@@ -40,6 +40,7 @@ def find_remedy(plan: Plan, config: ModelConfig) -> tuple[Changes, Plan] | None:
 def _candidates(recipe: Recipe) -> Iterator[Changes]:
     if recipe.cluster.gather_once and num_ranks(recipe) > 1:
         yield {"cluster.gather_once": False}
+    # from here on every change comes on top of those before
     changes: dict[str, Any] = {}
     if not recipe.policy.gradient_checkpointing:
         changes["policy.gradient_checkpointing"] = True
@@ -54,6 +55,7 @@ def _candidates(recipe: Recipe) -> Iterator[Changes]:
             yield changes | {"cluster.num_nodes": nodes}
         changes["policy.lora_rank"] = ADAPTER_RANK
         yield dict(changes)
+    # 4 bits are not sharded, so one rank holds them (ADR-0008)
     one_rank = {"cluster.num_nodes": 1, "cluster.ranks_per_node": 1}
     changes |= {"policy.quantization": "nf4", "optimizer.micro_batch_size": 1} | one_rank
     yield dict(changes)

@@ -102,6 +102,7 @@ class _Same:
     """A hashable configuration, equal to another one with the same content: a key of the cache."""
 
     def __init__(self, config: ModelConfig) -> None:
+        # configurations are compared and hashed by content
         self.config = config
         self._text = config.to_json_string()
 
@@ -121,9 +122,11 @@ def _trace(
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     with FakeTensorMode(allow_non_fake_inputs=True):
+        # from "meta" to fake tensors of a CPU, whose memory is counted
         model.to_empty(device="cpu").train()
         inputs = _inputs(config, dtype, batch)
         weights = [*model.parameters(), *model.buffers(), *inputs.values()]
+        # gradients count with the weights, not as a part of the pass
         for weight in model.parameters():
             if weight.requires_grad:
                 weight.grad = torch.zeros_like(weight)
@@ -189,6 +192,7 @@ class _Living(TorchDispatchMode):
 
     def __init__(self, before: Iterable[Tensor]) -> None:
         super().__init__()
+        # what was there before the pass is not the pass's memory
         self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in before)
         self._bytes = 0
         self.most = 0
@@ -207,12 +211,14 @@ class _Living(TorchDispatchMode):
         return result
 
     def _note(self, storage: torch.UntypedStorage) -> None:
+        # a storage, not a tensor: views share it, and it counts once
         if storage in self._known:
             return
         self._known.add(storage)
         size = storage.nbytes()
         self._bytes += size
         self.most = max(self.most, self._bytes)
+        # called when the last tensor on it is gone, as memory would be freed
         weakref.finalize(storage, self._free, size)
 
     def _free(self, size: int) -> None:

@@ -34,6 +34,7 @@ class Boxes:
     def corners(self) -> Floats:
         """[N, 8, 3] m."""
         offsets = CORNERS * self.halves[:, None]
+        # [N, 3, 3] and [N, 8, 3] -> [N, 8, 3], from the frames of the boxes to the world's
         return self.centres[:, None] + np.einsum("nij,nkj->nki", self.axes, offsets)
 
     @property
@@ -64,12 +65,16 @@ class Boxes:
         """
         # a vertical line meets a box where it is between all three pairs of faces
         lines = np.concatenate([places, np.zeros((len(places), 1))], axis=1)
+        # [M, N, 3]: where each line meets the ground, in the frame of each box
         starts = np.einsum("nji,mnj->mni", self.axes, lines[:, None] - self.centres)
         slopes = self.axes[:, 2, :]
+        # a line along a pair of faces gets a tiny slope, so that it meets them far away
         slopes = np.where(np.abs(slopes) < 1e-9, 1e-9, slopes)
         faces = np.stack([-self.halves - margin, self.halves + margin])[:, None]
         heights = (faces - starts) / slopes
+        # inside from the last pair that it enters to the first that it leaves
         enters, leaves = heights.min(0).max(-1), heights.max(0).min(-1)
+        # less the margin, which widens a box but must not raise it
         return np.where(enters <= leaves, leaves - margin, -np.inf).max(1, initial=-np.inf)
 
 
@@ -77,12 +82,14 @@ def boxes_of(model: Any, data: Any, geoms: npt.NDArray[np.int64]) -> Boxes:
     """Return the boxes around some geoms of a MuJoCo model at the moment in ``data``."""
     axes = np.array(data.geom_xmat[geoms]).reshape(-1, 3, 3)
     bounds = np.array(model.geom_aabb[geoms])
+    # MuJoCo keeps a geom's bounding box, (centre, half edges), in the frame of the geom
     centres = data.geom_xpos[geoms] + np.einsum("nij,nj->ni", axes, bounds[:, :3])
     return Boxes(centres, axes, bounds[:, 3:])
 
 
 def colliding_geoms(model: Any, is_chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     """Return the geoms, planes excepted, of the chosen bodies [nbody] that others can touch."""
+    # two geoms can touch if a bit of one's contype is in the other's conaffinity
     collides = (model.geom_contype != 0) | (model.geom_conaffinity != 0)
     return np.flatnonzero(
         collides & (model.geom_type != PLANE) & is_chosen[model.geom_bodyid]

@@ -66,11 +66,14 @@ def choose_grasp(scene: Scene, axis: Floats) -> Grasp:
 def _grasps(scene: Scene, item: Boxes, axis: Floats) -> list[tuple[Grasp, float]]:
     """Return the grasps along one direction, each with the width between the fingers, m."""
     lowest = item.bottom + scene.fingers_below_m + FLOOR_M
+    # as deep as hand and fingers allow, but neither into the surface below nor over the object
     height = max(item.top - min(DEPTH_M, scene.hand_above_m), min(lowest, item.top))
+    # only what the pads hold counts: an object may be wider further down
     held = item.between(height - PAD_M, height + PAD_M).corners.reshape(-1, 3)
     low, high = (held @ axis).min(), (held @ axis).max()
     if high - low <= WIDEST_M:
         across = np.array([-axis[1], axis[0], 0.0])
+        # twice the middle of the held part across the closing direction
         along = (held @ across).min() + (held @ across).max()
         middle = 0.5 * ((low + high) * axis + along * across)
         return [(Grasp(np.array([*middle[:2], height]), axis), float(high - low))]
@@ -97,6 +100,7 @@ def _crowding(scene: Scene, others: Boxes, grasp: Grasp) -> float:
     tops = others.tops_over(
         grasp.position[:2] + np.concatenate([fingers, hand])[:, None] * grasp.axis[:2], 0.01
     )
+    # what must be free below the fingertips, and below the hand
     lowest = grasp.position[2] + np.concatenate(
         [np.full(len(fingers), -scene.fingers_below_m), np.full(len(hand), scene.hand_above_m)]
     )

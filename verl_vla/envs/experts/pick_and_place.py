@@ -110,6 +110,7 @@ class PickAndPlace(Expert):
 
     def _grip(self) -> Floats:
         if self._steps > CLOSING_STEPS:
+            # where the hand has hold of the object: a later difference means that it slips
             self._held = self._simulator.gripper_position() - self._scene.item_position
             self._enter(self._carry)
         return self._move(self._grasp.position, CLOSED)
@@ -128,6 +129,7 @@ class PickAndPlace(Expert):
         goal = scene.goal_position
         bottom = scene.item.bottom
         below = hand[2] - bottom
+        # the object's position goes to the goal, and the hand is off it by `held`
         rest = np.array([*(goal[:2] + held[:2]), goal[2] + GAP_M + below])
         rest[2] = max(rest[2], self._lowest_hand(rest))
         if np.linalg.norm(rest - hand) < AT_M or self._still_steps >= STILL_STEPS:
@@ -141,6 +143,7 @@ class PickAndPlace(Expert):
         )
         height = max(rest[2], highest + below + CLEARANCE_M)
         over = self._funnel(rest, goal + held, height)
+        # sideways only as far as it has risen: 0 at a clearance below the free height, 1 at it
         risen = (hand[2] - (height - CLEARANCE_M)) / CLEARANCE_M
         aside = rest[:2] - hand[:2]
         if np.linalg.norm(aside) > ASIDE_M:
@@ -176,8 +179,10 @@ class PickAndPlace(Expert):
     def _turn(self) -> Floats:
         """Return the remaining rotation [3] to the grasp, hand pointing down; axis-angle, rad."""
         now = self._simulator.gripper_rotation()
+        # either way round, as both fingers are alike: the nearer one
         axis = self._grasp.axis if now[:, 0] @ self._grasp.axis > 0 else -self._grasp.axis
         down = np.array([0.0, 0.0, -1.0])
+        # columns: along the fingers, across them, along the hand
         wanted = np.stack([axis, np.cross(down, axis), down], axis=1)
         return _rotation_vector(wanted @ now.T)
 
@@ -199,6 +204,7 @@ def _shorten(vector: Floats, longest: float) -> Floats:
 
 def _rotation_vector(rotation: Floats) -> Floats:
     """Return the axis-angle vector [3], rad, of a rotation matrix [3, 3] well below half a turn."""
+    # R - R^T is 2 sine [axis]x, and the trace 1 + 2 cosine (Rodrigues' formula)
     skew = rotation - rotation.T
     sine_axis = 0.5 * np.array([skew[2, 1], skew[0, 2], skew[1, 0]])
     sine, cosine = float(np.linalg.norm(sine_axis)), 0.5 * (float(np.trace(rotation)) - 1.0)

@@ -42,6 +42,7 @@ class Scene:
                 "choose a task that asks for that"
             )
         _, self._item, self._place = goal[0]
+        # all bodies of one object, however it is jointed, have the same root
         roots = np.array(self._model.body_rootid)
         is_robot = roots == roots[self._model.site_bodyid[simulator.gripper_site]]
         is_item = roots == roots[simulator.body(self._item)]
@@ -71,6 +72,7 @@ class Scene:
         if self._simulator.has_site(self._place):
             site = self._model.site(self._place)
             middle = np.array(self._data.site_xpos[site.id])
+            # half the height of the turned box: the third row gives each edge's vertical share
             half = float(np.abs(self._data.site_xmat[site.id][6:] * site.size).sum())
             # a container's floor reaches above the site's lower side, so its real height is looked
             # up; only below the site's middle, else a lid would be taken for the floor

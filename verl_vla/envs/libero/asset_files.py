@@ -104,6 +104,7 @@ def require_models(folder: Path, suite: str, objects: Iterable[str]) -> None:
 def _absent(folder: Path, names: frozenset[str]) -> list[str]:
     known = known_assets()
     needed = {name for name in _models(names) if name in known}
+    # a list of what is needed so far: the set grows in the loop
     for model in [name for name in needed if name.endswith(".xml") and (folder / name).is_file()]:
         text = (folder / model).read_text(encoding="utf-8")
         files = (posixpath.join(posixpath.dirname(model), f) for f in _REFERENCE.findall(text))

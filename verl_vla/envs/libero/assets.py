@@ -74,6 +74,7 @@ def import_libero() -> Any:
         ConfigError: LIBERO is not installed, or no GL library can be loaded.
     """
     if "libero.libero" not in sys.modules:
+        # before the import: MuJoCo reads its GL then, LIBERO its config
         prepare_gl()
         logging.getLogger("robosuite_logs").addFilter(_is_news)
         os.environ["LIBERO_CONFIG_PATH"] = _write_config(libero_root())
@@ -85,6 +86,7 @@ def asset_folder(folder: Path) -> Generator[None]:
     """Let LIBERO load its meshes and textures from ``folder`` while the block runs."""
     libero = import_libero()
     before = libero._assets_path_cache
+    # hf-libero's ``get_assets_path`` returns it without a look at disk or hub
     libero._assets_path_cache = str(folder)
     try:
         yield

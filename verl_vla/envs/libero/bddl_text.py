@@ -70,11 +70,13 @@ def has_plain_angles(text: str) -> bool:
     plain = [
         all(_NUMBER.match(value) for value in values.split()) for values in _ANGLES.findall(text)
     ]
+    # a group that the pattern does not match would pass unseen, so they are counted
     return all(plain) and len(plain) == text.count(":yaw_rotation")
 
 
 def exchange(text: str, first: str, second: str) -> str:
     """Exchange the start regions of two objects."""
+    # both are read first: after one replacement the two regions are the same
     places = [_find(rf"\(On\s+{name}\s+(\S+?)\s*\)", text) for name in (first, second)]
     for name, old, new in ((first, *places), (second, *reversed(places))):
         text = re.sub(rf"\(On\s+{name}\s+{old}\s*\)", f"(On {name} {new})", text)
@@ -86,6 +88,7 @@ def move_scene(text: str, source: str, target: str, problem_name: str) -> str:
     text = set_problem(text, problem_name)
     kind = "table" if target == "main_table" else target  # only this name and category differ
     text = re.sub(rf"\b{source} - \w+", f"{target} - {kind}", text)
+    # also in the names of its regions, which begin with the workspace's
     return re.sub(rf"\b{source}(?=[\s)_])", target, text)
 
 

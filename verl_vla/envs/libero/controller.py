@@ -59,11 +59,13 @@ class ArmControl:
         self._scale: Floats = np.abs(controller.output_max - controller.output_min) / np.abs(
             controller.input_max - controller.input_min
         )
+        # the two fingers move against each other
         self._finger_speed = np.array([-1.0, 1.0]) * robot.gripper.speed
         self._finger_drive = np.zeros(2)
         joints = _neighbours(controller.qvel_index)
         self._arm = self._take_over(robot, joints)
         self._at_reset = Kinematics(
+            # robosuite makes new arrays at each update, so nothing writes to these after the reset
             controller.ee_pos,
             controller.ee_ori_mat,
             controller.ee_pos_vel,
@@ -79,6 +81,7 @@ class ArmControl:
         site = int(sim.model.site_name2id(controller.eef_name))
         num_speeds = self._model.nv
         self._physics = Physics(
+            # addresses for C: `_model` and `_data` keep alive what they point to
             model=self._model._address,
             data=self._data._address,
             site=site,
@@ -117,16 +120,20 @@ class ArmControl:
     @state.setter
     def state(self, state: ArmState) -> None:
         self._goal_pos, self._goal_ori = state.goal_pos, state.goal_ori
+        # a copy: `command` writes to it, and a snapshot may be restored again
         self._gripper, self._has_moved = np.array(state.gripper), state.has_moved
 
     def start(self, action: Floats) -> None:
         """Set the target of ``action`` [7] and follow it for one physics step."""
+        # the controls go between the halves: the first computes the pose, the second moves on
         mujoco.mj_step1(self._model, self._data)
         warm_up(self._physics)
+        # before the first step nothing has been read, see `begin`
         if self._has_moved:
             read(self._physics, self._now)
         now = self._now if self._has_moved else self._at_reset
         self._set_goal(action[:6], now)
+        # by its sign alone, as in robosuite's PandaGripper.format_action
         self._finger_drive = self._finger_speed * np.sign(action[6])
         self._has_moved = True
         command(now, self._arm, self._target)
@@ -141,7 +148,9 @@ class ArmControl:
         return ControllerTarget(self._goal_pos, self._goal_ori, self._gripper, self._finger_drive)
 
     def _set_goal(self, action: Floats, now: Kinematics) -> None:
+        # both ranges are symmetric (osc_pose.json), so robosuite's offsets are 0
         delta = np.clip(action, -1.0, 1.0) * self._scale
+        # no rotation asked for: the last target stays, which the arm may not have reached yet
         if not all(math.isclose(value, 0.0) for value in delta[3:]):
             self._goal_ori = set_goal_orientation(delta[3:], now.ee_ori)
         self._goal_pos = now.ee_pos + delta[:3]
@@ -160,6 +169,7 @@ class ArmControl:
             largest_torque=robot.torque_limits[1],
             finger_bias=0.5 * (opened + closed),
             finger_weight=0.5 * (opened - closed),
+            # views: MuJoCo fills bias and reads controls in place
             bias=self._data.qfrc_bias[joints],
             joint_ctrl=self._data.ctrl[_neighbours(robot._ref_joint_actuator_indexes)],
             finger_ctrl=self._data.ctrl[fingers],

@@ -123,14 +123,18 @@ _mj_full_m: Any = types.ExternalFunction("mj_fullM", types.void(_ADDRESS, _ADDRE
 @_compiled
 def command(now: Kinematics, arm: Arm, target: ControllerTarget) -> None:
     """Set the torques that drive the arm towards ``target``, and advance the fingers' target."""
+    # kp * error - kd * velocity, with robosuite's signs, so that the rounding is the same
     force = (target.goal_pos - now.ee_pos) * arm.kp_pos + -now.ee_pos_vel * arm.kd_pos
     turn = orientation_error(target.goal_ori, now.ee_ori)
     torque = turn * arm.kp_ori + -now.ee_ori_vel * arm.kd_ori
+    # position and rotation apart: ``uncouple_pos_ori`` of LIBERO's controller
     _, lambda_pos, lambda_ori, nullspace = opspace_matrices(
         now.mass_matrix, now.jac_full, now.jac_pos, now.jac_ori
     )
     wrench = np.concatenate((np.dot(lambda_pos, force), np.dot(lambda_ori, torque)))
+    # J^T F, and what holds the arm against gravity
     torques = np.dot(now.jac_full.T, wrench) + arm.bias
+    # pulls towards the posture of the reset, without moving the hand
     torques = torques + nullspace_torques(
         now.mass_matrix, nullspace, arm.initial_joint, now.joint_pos, now.joint_vel
     )
@@ -147,6 +151,7 @@ def read(physics: Physics, now: Kinematics) -> None:
         physics.model, physics.data, jac_pos.ctypes.data, jac_ori.ctypes.data, physics.site
     )
     _mj_full_m(physics.model, physics.full_mass.ctypes.data, physics.inertia.ctypes.data)
+    # over all joints of the model, as in robosuite's get_site_xvelp
     np.dot(jac_pos, physics.qvel, now.ee_pos_vel)
     np.dot(jac_ori, physics.qvel, now.ee_ori_vel)
     first, end = physics.first_joint, physics.end_joint

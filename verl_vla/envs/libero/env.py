@@ -92,6 +92,7 @@ class LiberoEnv:
             ConfigError: there is no such task or init state.
         """
         num_recorded, first_sampled = self.suite.num_recorded(task_id), self.suite.num_init_states
+        # a task with fewer recorded states leaves a gap before the sampled ones
         if init_state_id not in (
             *range(num_recorded),
             *range(first_sampled, first_sampled + MAX_SAMPLED),
@@ -127,6 +128,7 @@ class LiberoEnv:
 
     def sample_start(self, task_id: int, stream: int, index: int) -> npt.NDArray[np.float64]:
         """Sample a start [1 + nq + nv] from the task's regions, seeded with the arguments."""
+        # mixed by numpy, so that neighbouring arguments give unrelated seeds
         seed = np.random.SeedSequence([stream, task_id, index]).generate_state(1)[0]
         return self.simulator(task_id).place_objects(int(seed))
 
@@ -197,9 +199,11 @@ class LiberoEnv:
     def simulator(self, task_id: int) -> Simulator:
         """Return the simulator of a task, building it where needed."""
         if task_id not in self._simulators:
+            # closed first: the new simulator needs the memory that an old one frees
             while self._simulators and self._must_shrink():
                 self._simulators.popitem(last=False)[1].close()
             self._simulators[task_id] = self._build_simulator(task_id)
+        # the dictionary is in the order of use, the oldest first
         self._simulators.move_to_end(task_id)
         return self._simulators[task_id]
 
@@ -214,6 +218,7 @@ class LiberoEnv:
         simulator, size = self.simulator(self._current().task_id), self.config.image_size
         noise = self.suite.task(self._current().task_id).change.noise
         images = {name: simulator.render(name) for name in self.config.cameras}
+        # before it is resized: LIBERO-Plus disturbs what its environment returns
         if noise and CAMERAS[0] in images:
             images[CAMERAS[0]] = disturb(images[CAMERAS[0]], noise)
         return np.stack([prepare_image(image, size=size) for image in images.values()])
@@ -231,6 +236,7 @@ class LiberoEnv:
             look = replace(
                 look, has_shadows=False, is_antialiased=False, hidden_bodies=HIDDEN_BODIES
             )
+        # LIBERO-PRO's tasks name objects that LIBERO knows only once they are registered
         if self.suite.package is not None:
             pro_objects = importlib.import_module(
                 "verl_vla.envs.libero.pro_objects"

@@ -42,6 +42,7 @@ def prepare_gl(environ: MutableMapping[str, str] = os.environ) -> str:
         raise ConfigError(f"MUJOCO_GL is {chosen!r}; {nearest(chosen, list(LIBRARIES))}")
     if not _loads(LIBRARIES[chosen]):
         raise ConfigError(f"MUJOCO_GL={chosen} needs {LIBRARIES[chosen]}, not found; {REMEDY}")
+    # MuJoCo's contexts go through PyOpenGL, which has a setting of its own
     environ.setdefault("PYOPENGL_PLATFORM", chosen)
     environ.setdefault("LP_NUM_THREADS", "1")
     return chosen

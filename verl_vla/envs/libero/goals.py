@@ -77,6 +77,7 @@ def _goal(problem: Any, predicate: str, *names: str) -> _Measure:
         return lambda gripper: (
             _distance(gripper, _place(things[0])),
             _distance(_place(things[0]), _place(things[1])),
+            # LIBERO decides: besides the position it asks for contact
             bool(problem._eval_predicate([predicate, *names])),
         )
     if kind == "up":
@@ -104,7 +105,9 @@ def _joint_gap(problem: Any, kind: str, thing: Any) -> Callable[[], float]:
     addresses = [problem.sim.model.get_joint_qpos_addr(joint) for joint in joints]
     ranges: dict[str, Sequence[float]] = owner.object_properties["articulation"]
     rule = ARTICULATIONS[kind]
+    # e.g. a microwave opens towards negative angles, a stove's knob towards positive ones
     opens_upwards = sum(ranges[rule.away]) > 0
+    # LIBERO tests one bound of a range, the one that the joint reaches first
     seeks_more = opens_upwards == (rule.wanted == rule.away)
     low, high = min(ranges[rule.wanted]), max(ranges[rule.wanted])
 

@@ -103,10 +103,13 @@ def _motion(image: Image, strength: int, rng: np.random.Generator) -> Image:
     angle = math.radians(rng.uniform(-MOTION_ANGLE_DEG, MOTION_ANGLE_DEG))
     along = np.arange(2 * length + 1)
     kernel = np.zeros((4 * length + 1, 4 * length + 1))
+    # the streak begins in the middle of the kernel
     rows = np.round(2 * length + along * math.sin(angle)).astype(int)
     columns = np.round(2 * length + along * math.cos(angle)).astype(int)
+    # several points of a streak can fall into one cell, where `+=` would count only the last
     np.add.at(kernel, (rows, columns), np.exp(-(along**2) / (2 * sigma**2)))
     kernel /= kernel.sum()
+    # cut to what is used, with the middle kept in the middle: less to convolve
     rows_used, columns_used = kernel.any(axis=1), kernel.any(axis=0)
     centred = kernel[np.ix_(rows_used | rows_used[::-1], columns_used | columns_used[::-1])]
     return np.stack(
@@ -130,6 +133,7 @@ def _fog(image: Image, strength: int, rng: np.random.Generator) -> Image:
     density, fading = FOG[strength]
     brightest = image.max()
     clouds = _clouds(image.shape[0], fading, rng)[..., None]
+    # scaled so that the brightest pixel under the thickest cloud keeps its value
     return (image + density * clouds) * brightest / (brightest + density)
 
 
@@ -137,9 +141,11 @@ def _glass(image: Image, strength: int, rng: np.random.Generator) -> Image:
     """Blur, replace every pixel by one near it, and blur again."""
     sigma, reach, times = GLASS[strength]
     image, size = _blur(image, sigma), image.shape[0]
+    # without the border, where a neighbour may not exist
     rows, columns = np.mgrid[reach : size - reach, reach : size - reach]
     for _ in range(times):
         shift = rng.integers(-reach, reach, size=(2, *rows.shape))
+        # every pixel is read before any is replaced
         shown = image.copy()
         shown[rows, columns] = image[rows + shift[0], columns + shift[1]]
         image = shown
@@ -161,6 +167,7 @@ def _blur(image: Image, sigma: float) -> Image:
 
 def _enlarged(image: Image, factor: float) -> Image:
     size = image.shape[0]
+    # rounded up, as in LIBERO-Plus's clipped_zoom
     kept = math.ceil(size / factor)
     first = (size - kept) // 2
     middle = image[first : first + kept, first : first + kept]
@@ -171,6 +178,7 @@ def _enlarged(image: Image, factor: float) -> Image:
 
 def _clouds(size: int, fading: float, rng: np.random.Generator) -> Image:
     """Make a plasma of values 0..1, [size, size], by midpoint displacement on a torus."""
+    # halving the step needs a power of two; the rest is cut off at the end
     side = 1 << math.ceil(math.log2(size))
     field, reach, step = np.zeros((side, side)), 1.0, side
     while step >= 2:

@@ -107,6 +107,7 @@ def _read_archive(stream: io.BytesIO) -> npt.NDArray[np.float64]:
         names = archive.namelist()
         pickles = [name for name in names if name.endswith("/data.pkl")]
         if not pickles:
+            # an .npz file is a zip archive as well, of .npy files
             stream.seek(0)
             return _read_npz(stream)
         if len(pickles) > 1:
@@ -142,6 +143,7 @@ def _read_old_torch(stream: io.BytesIO) -> npt.NDArray[np.float64]:
     order = "<" if system["little_endian"] else ">"
     storages: dict[str, bytes] = {}
     for key in _unpickle(stream):
+        # each storage is its number of values, then the values
         numel = int(np.frombuffer(stream.read(8), f"{order}i8")[0])
         size = np.dtype(recorded.storage.dtype).itemsize
         storages[key] = stream.read(numel * size)
@@ -157,6 +159,7 @@ def _make(
 
 
 def _as_states(array: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    # of any byte order: the copy below has the machine's
     if array.dtype.newbyteorder("=").str[1:] not in DTYPES:
         raise _RefusedError(f"its values are {array.dtype}, no numbers of {sorted(DTYPES)}")
     return np.array(array, dtype=np.float64)
@@ -215,6 +218,7 @@ class _Tensor:
         if not isinstance(self.storage, _Storage) or self.storage.key not in storages:
             raise _RefusedError("the content of its tensor is missing")
         content = np.frombuffer(storages[self.storage.key], order + self.storage.dtype)
+        # a tensor can be a view with gaps; only one that fills its part row by row is read
         rows = math.prod(self.size[1:])
         row_major = [math.prod(self.size[i + 1 :]) for i in range(len(self.size))]
         if list(self.stride) != row_major or self.offset < 0 or min(self.size, default=0) < 0:
@@ -274,12 +278,14 @@ _GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
 def _unpickle(stream: io.BytesIO) -> Any:
     """Read the next pickle of a stream, after checking its opcodes."""
     start = stream.tell()
+    # the whole pickle is checked before any of it is built
     for opcode, argument, _ in pickletools.genops(stream):
         if opcode.name not in OPCODES:
             raise _RefusedError(f"it holds a pickle with {opcode.name}, which no array needs")
         if argument is not None and opcode.name in MEMO_OPCODES and argument > MAX_MEMO:
             raise _RefusedError(f"it holds a pickle with a memo of {argument} places")
     end = stream.tell()
+    # those bytes and no others: the stream may hold more
     return _Unpickler(io.BytesIO(stream.getbuffer()[start:end])).load()
 
 

@@ -48,6 +48,7 @@ def available_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
         cgroup: folder where control groups are mounted.
     """
     found = [_entry(proc / "meminfo", "MemAvailable:") * KIB]
+    # a machine can have both versions at once; what is not there yields nothing
     for names in VERSIONS:
         for group in _groups(proc / "self" / "cgroup", cgroup / names.root, names.controller):
             if not all((group / name).is_file() for name in (names.limit, names.usage)):

@@ -114,6 +114,7 @@ def _parts(variant: str) -> _Parts:
             tilt_deg=int(view["tilt"]),
         )
         noise = 0 if view["noise"] is None else int(view["noise"])
+        # "_view_" with zeros is the original view
         change = SceneChange(camera=None if move == CameraMove() else move, noise=noise)
     end = _END.search(definition)
     kind = None if end is None else end["kind"] or end["level"]
@@ -147,6 +148,7 @@ class _Package:
             for number, angles in _ARMS.findall(robots)
         }
         styles = (root / "envs" / "arenas" / "style.py").read_text(encoding="utf-8")
+        # problem names are in lower case with underscores, styles are not
         self._textures = {_plain(key): file for key, file in _STYLE.findall(styles)}
 
     def task(self, variant: str, parts: _Parts, base: LiberoTask, origin: BaseTask) -> LiberoTask:
@@ -189,6 +191,7 @@ class _Package:
             return replace(task, refused=NO_SURFACES)
         return replace(
             task,
+            # LIBERO's own class builds it, and takes the surfaces as arguments
             made_text=bddl_text.set_problem(text, _FLOOR),
             change=replace(task.change, floor=files[0], wall=files[1]),
         )

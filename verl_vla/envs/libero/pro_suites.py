@@ -163,6 +163,7 @@ def _why_refused(task: LiberoTask) -> str | None:
         return UNREADABLE
     if kinds - bddl_text.known_categories() - PRO_OBJECTS.keys():
         return UNKNOWN_OBJECT
+    # read now: a damaged file is refused before a worker meets it
     try:
         read_states(task.init_states_file)
     except (ConfigError, OSError):

@@ -27,18 +27,23 @@ def build_problem(bddl_file: Path, change: SceneChange) -> Any:
     wrapper = ControlEnv(
         bddl_file_name=str(bddl_file),
         controller=CONTROLLER,
+        # `Renderer` makes the images, and only those that are asked for
         has_offscreen_renderer=False,
         use_camera_obs=False,
+        # a reset keeps the compiled model, so placing objects again takes no seconds
         hard_reset=False,
+        # the suite has the step limits, not robosuite's horizon
         ignore_done=True,
         **_scene_arguments(change),
     )
     env = wrapper.env
     if change.arm_rad is not None:
+        # before the reset, which sets the joints to it and hands it to the controller
         env.robots[0].init_qpos = np.array(change.arm_rad)
     # A stock environment rebuilds its model at the first reset and so lists these twice. Each entry
     # consumes a random number, and the positions of the fixtures depend on the numbers after it.
     env.object_property_initializers *= 2
+    # where published evaluations call ``env.seed(0)``
     np.random.seed(0)
     wrapper.reset()
     return env

@@ -43,6 +43,7 @@ class Renderer:
     def __init__(self, model: mujoco.MjModel, look: RenderOptions) -> None:
         _apply(look, model)
         self._options = mujoco.MjvOption()
+        # robosuite shows the shapes that are seen, not those that collide
         self._options.geomgroup[COLLISION_GROUP] = 0
         self._renderer = mujoco.Renderer(model, look.size, look.size)
         atexit.register(self.close)  # before MuJoCo's own handler, after which freeing fails
@@ -67,6 +68,7 @@ class Renderer:
 
 
 def _apply(look: RenderOptions, model: mujoco.MjModel) -> None:
+    # MuJoCo refuses a renderer that is larger than the model's buffer
     model.vis.global_.offwidth = max(model.vis.global_.offwidth, look.size)
     model.vis.global_.offheight = max(model.vis.global_.offheight, look.size)
     if not look.has_shadows:

@@ -36,11 +36,14 @@ class CameraMove:
     def move(self, position: Floats, quaternion: Floats) -> tuple[Floats, Floats]:
         """Return the new position [3] m and orientation [4] (w, x, y, z)."""
         pivot = np.array(PIVOT_M)
+        # scipy's quaternions are (x, y, z, w), MuJoCo's (w, x, y, z)
         turn = Rotation.from_quat(quaternion[[1, 2, 3, 0]])
         over, around = _about_y(self.over_deg), _about_z(self.around_deg)
+        # skipped where there is none, as in LIBERO-Plus, since each move rounds
         if self.over_deg:
             position = _round(over.apply(position - pivot) + pivot)
             turn = _rounded(over * turn)
+        # always, as in LIBERO-Plus: an orbit by 0 degrees rounds too
         position, turn = _round(around.apply(position)), _rounded(around * turn)
         if self.distance != 1.0:
             position = _round(pivot + (position - pivot) * self.distance)

@@ -89,6 +89,7 @@ class Simulator:
         self._data: mujoco.MjData = self._env.sim.data._data
         # the gripper's force and torque sensors are never read, and no state depends on them
         self._model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_SENSOR)
+        # an image shows an earlier moment, see `ObservedState`, and leaves the present one alone
         self._shown = mujoco.MjData(self._model)
         self._robot: Any = self._env.robots[0]
         self._finger_index: list[int] = self._robot._ref_gripper_joint_pos_indexes
@@ -104,9 +105,11 @@ class Simulator:
 
     def begin(self, init_state: Floats) -> None:
         """Start over from a recorded init state [1 + nq + nv] (time, positions, velocities)."""
+        # the solver's warm start too: a start does not depend on the episode before it
         mujoco.mj_setState(self._model, self._data, self._start, PHYSICS_STATE)
         self._env.sim.set_state_from_flattened(init_state)
         self._arm.begin()
+        # forward pass and post-processing as in LIBERO's `regenerate_obs_from_state`
         mujoco.mj_forward(self._model, self._data)
         self._env._post_process()
         self._seen = self._see()
@@ -115,9 +118,12 @@ class Simulator:
         """Run one control step (1/20 s); return True where LIBERO considers the task solved."""
         self._env._post_process()  # switches lights that follow a joint
         self._arm.start(action)
+        # start() has made one of them
         self._arm.run_substeps(self._substeps - UNSEEN_SUBSTEPS - 1)
+        # step 23 of 25: every body is shown where it is now
         before = self._see()
         self._arm.run_substeps(1)
+        # step 24: robosuite samples the joints one step later than the bodies
         self._seen = replace(before, fingers_m=self._fingers(), arm_rad=self._arm_joints())
         self._arm.run_substeps(UNSEEN_SUBSTEPS - 1)
         return bool(self._env._check_success())
@@ -168,6 +174,7 @@ class Simulator:
         object sampled on one of them is off its middle by the offset that was sampled for the
         fixture, up to 0.01 m.
         """
+        # a reset also moves the fixtures, and those are no part of a state
         position, turn = self._model.body_pos.copy(), self._model.body_quat.copy()
         with seeded(seed):
             self._env.reset()
@@ -251,10 +258,12 @@ class Simulator:
         self._env.close()
 
     def _see(self) -> ObservedState:
+        # copies: the images are rendered later, when the data have moved on
         alpha = np.array(self._model.site_rgba[:, 3])
         return ObservedState(np.array(self._data.qpos), self._fingers(), self._arm_joints(), alpha)
 
     def _show(self) -> None:
+        # LIBERO lights a burner by the opacity of a site, which is in the model, not in the state
         self._model.site_rgba[:, 3] = self._seen.site_alpha
         self._shown.qpos[:] = self._seen.qpos
         mujoco.mj_kinematics(self._model, self._shown)
@@ -262,6 +271,7 @@ class Simulator:
         mujoco.mj_camlight(self._model, self._shown)
 
     def _fingers(self) -> Floats:
+        # a list as index makes a copy, so it does not move on with the data
         return self._data.qpos[self._finger_index]
 
     def _arm_joints(self) -> Floats:

@@ -156,6 +156,7 @@ class LiberoSuite(Suite):
         if number is None or split == "sampled":
             return super().init_state_ids(task_id, split)
         if split == "train":
+            # from the end, since an evaluation of N starts takes the first N
             return self.sampled_ids()[-TRAINED_SAMPLED:]
         return list(range(number))
 
@@ -207,6 +208,7 @@ def instruction_of(task_name: str) -> str:
     """
     words = task_name.split("_")
     if words[0].isupper():
+        # KITCHEN_SCENE10_close_..: the name begins after the scene
         words = words[next(i for i, word in enumerate(words) if word.startswith("SCENE")) + 1 :]
     return " ".join(words)
 

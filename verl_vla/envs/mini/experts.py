@@ -75,8 +75,10 @@ class Push(MiniExpert):
         item = self._place_of(self._item)
         height = item[2] + self.ABOVE_CENTRE_M
         gripper = self._simulator.gripper_position()
+        # once and for all: the push moves the object, so this is not true for long
         if abs(gripper[1] - item[1]) < 0.008 and gripper[2] < height + 0.02:
             self._is_behind = True
+        # a metre ahead is never reached, so the hand moves on at full pace
         x = gripper[0] + 1.0 if self._is_behind else item[0] - self.BEHIND_M
         return self._move(np.array([x, item[1], height]), CLOSED)
 
@@ -159,10 +161,12 @@ class Place(Pick):
 
     def _carry(self, gripper: Floats, item: Floats) -> Floats:
         goal = self._place_of(self._onto) + [0.0, 0.0, self._height_m]
+        # once and for all: it comes down again with the object
         if item[2] > goal[2] + 0.015:
             self._is_high = True
         if not self._is_high:
             return self._move(np.array([*gripper[:2], goal[2] + 1.0]), CLOSED)
+        # the hand is off the object's centre by `gripper - item`
         over = self._funnel(goal + gripper - item, self.CARRY_M)
         is_down = np.linalg.norm(goal - item) < 0.008
         return self._move(over, OPEN if is_down else CLOSED)

@@ -58,11 +58,13 @@ class Mini_Tabletop(_Tabletop):  # noqa: N801 -- LIBERO finds a problem by its l
 
 def look_at(eye: tuple[float, ...], target: tuple[float, ...]) -> npt.NDArray[np.float64]:
     """Return the orientation [4] (w, x, y, z) of a camera at ``eye`` that looks at ``target``."""
+    # columns right, up, backward: a MuJoCo camera looks along -z
     backward = np.subtract(eye, target)
     backward /= np.linalg.norm(backward)
     right = np.cross([0.0, 0.0, 1.0], backward)
     right /= np.linalg.norm(right)
     up = np.cross(backward, right)
+    # from matrix to quaternion by the trace; w is 0.6 for this camera, so it can be divided by
     w = np.sqrt(1.0 + right[0] + up[1] + backward[2]) / 2.0
     skew = [up[2] - backward[1], backward[0] - right[2], right[1] - up[0]]
     return np.array([w, *np.divide(skew, 4.0 * w)])

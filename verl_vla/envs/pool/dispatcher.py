@@ -81,9 +81,11 @@ class Dispatcher:
         self._failed_starts = 0
         self._has_served = False
         self._is_closing = False
+        # wakes the thread from its select() when a request comes from outside
         self._bell = os.eventfd(0)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._bell, selectors.EVENT_READ)
+        # last, as it uses all of the above
         self._thread = threading.Thread(target=self._run, name="env-pool", daemon=True)
         self._thread.start()
 
@@ -100,6 +102,7 @@ class Dispatcher:
     def submit(self, request: Request) -> None:
         """Queue a request without waiting. Any thread may call this."""
         self._inbox.put(request)
+        # after the request is queued, or the thread could wake too early and sleep on
         os.eventfd_write(self._bell, 1)
 
     def close(self) -> None:
@@ -110,6 +113,7 @@ class Dispatcher:
         self._selector.close()
         os.close(self._bell)
         alive = list(self._workers)
+        # politely first, and all at a time, so that they end side by side
         for insist in (WorkerProcess.ask_to_stop, WorkerProcess.terminate, WorkerProcess.kill):
             for worker in alive:
                 insist(worker)
@@ -130,6 +134,7 @@ class Dispatcher:
                         self._listen(key.fileobj)
                     else:
                         os.eventfd_read(self._bell)
+                # after listening: an answer that lies there already counts, even if it came late
                 self._end_overdue()
         except Exception as error:  # noqa: BLE001 -- end of a thread: the caller must learn why
             self._fail(error)
@@ -152,6 +157,7 @@ class Dispatcher:
             self._give(worker, request)
         coming = sum(worker.state == "starting" for worker in self._workers)
         missing = self._num_workers - len(self._workers)
+        # not more than there is work for: a start takes seconds and memory
         for _ in range(min(missing, len(self._waiting) - coming)):
             self._add_worker()
 
@@ -182,6 +188,7 @@ class Dispatcher:
             self._has_served, self._failed_starts = True, 0
         if request is not None and not isinstance(reply, Ready):
             self._deliver(request, reply)
+        # a wrong setting fails in every process, so no more are started
         elif isinstance(reply, Failed) and isinstance(reply.error, ConfigError):
             raise reply.error
 
@@ -226,6 +233,7 @@ class Dispatcher:
 
     def _seconds_to_next_deadline(self) -> float | None:
         deadlines = [w.deadline for w in self._workers if w.state != "idle"]
+        # nothing runs that could be late: sleep until something happens
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
 
@@ -238,6 +246,7 @@ def best_pair(
     takes seconds. Where no idle worker has served any of the tasks, the one that has served the
     fewest tasks takes the task that the fewest workers have served.
     """
+    # reversed, so that the oldest request of each task is the one that stays
     oldest = {request.task_id: request for request in reversed(waiting)}
     known = [
         (worker.tasks[task_id], worker, request)
@@ -245,6 +254,7 @@ def best_pair(
         for worker in idle
         if task_id in worker.tasks
     ]
+    # the simulator of the newest use is the least likely to have been closed since
     if known:
         _, worker, request = max(known, key=lambda pair: pair[0])
         return worker, request

@@ -68,6 +68,7 @@ class EnvPool:
         _check_positive(timeout_s=timeout_s, start_timeout_s=start_timeout_s)
         if max_cached_starts < 0:
             raise ConfigError(f"max_cached_starts is {max_cached_starts}; set 0 to remember none")
+        # before any process starts: what cannot be pickled is the caller's mistake
         setup = Setup(factory=_pack(factory), frames_shape=(num_slots, *image_shape))
         self._frames_file = make_frames_file(setup.frames_shape)
         self._slots = Slots(
@@ -111,6 +112,7 @@ class EnvPool:
         """
         with self._changed:
             self._check_usable()
+            # all are checked first: a call that is refused starts nothing
             for slot in slots:
                 self._slots.check_free(slot)
             for slot, spec in slots.items():
@@ -150,6 +152,7 @@ class EnvPool:
             self._check_usable()
             for slot in slots:
                 self._slots.check_asked(slot)
+            # lets `_deliver` wake this thread once, with the last answer
             self._awaited = frozenset(slots)
             self._changed.wait_for(
                 lambda: self._failure is not None or self._slots.have_answered(self._awaited)
@@ -190,6 +193,7 @@ class EnvPool:
     def _deliver(self, request: Request, result: Result) -> None:
         """Record the result of a request; the dispatcher's thread calls this."""
         with self._changed:
+            # a reset that failed is tried again for the next slot that waits for it
             self._submit(self._slots.note(request, result))
             if self._slots.have_answered(self._awaited):
                 self._changed.notify_all()

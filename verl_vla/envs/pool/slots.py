@@ -113,6 +113,7 @@ class Slots:
                 self._forget(slot)
                 raise answer
             taken[slot] = answer
+        # only now: an error above leaves the answers before it where they are
         for slot in taken:
             self._forget(slot)
         return taken
@@ -124,6 +125,7 @@ class Slots:
             The request to a simulator; None where the start is cached, or already requested.
         """
         self._asked.add(slot)
+        # the old episode ends here, even where the new one fails
         self._playing.pop(slot, None)
         key = StartKey(task_id=spec.task_id, init_state_id=spec.init_state_id)
         start = self._starts.find(key)
@@ -141,6 +143,7 @@ class Slots:
     def step(self, slot: int, actions: npt.NDArray[np.float32]) -> StepChunk:
         """Continue an episode; return the request to a simulator."""
         self._asked.add(slot)
+        # from its latest snapshot, which any process can continue from
         episode = self._playing[slot]
         return StepChunk(
             slot=slot,
@@ -148,6 +151,7 @@ class Slots:
             init_state_id=episode.key.init_state_id,
             num_steps=episode.num_steps,
             snapshot=episode.snapshot,
+            # a copy: the caller may use its array again before the request is sent
             actions=actions.copy(),
         )
 
@@ -200,6 +204,7 @@ class Slots:
             outcome=result.outcome,
             observation=observation,
             goals=result.goals,
+            # copies, here and in `_observe`: the next request of the slot writes to the same frame
             final_image=self._frames[slot].copy() if result.has_final_image else None,
         )
 

@@ -92,6 +92,7 @@ def _reply(env: Env, frames: Frames, request: Request) -> Reply:
     try:
         return _do(env, frames, request)
     except (ConfigError, ContractError) as error:
+        # the caller's mistake, and the simulator is sound: the process stays
         return Failed(error=type(error)(f"{request}: {error}"))
     except Exception:  # noqa: BLE001 -- process boundary: the cause must reach the pool
         return Failed(error=EpisodeCrashed(f"{request}: it raised\n{traceback.format_exc()}"))
@@ -111,6 +112,7 @@ def _do(env: Env, frames: Frames, request: Request) -> Reply:
         raise ContractError("an observation must come with every chunk but the last")
     moment = None if result.observation is None else _moment(env, result.observation, frame)
     if result.final_image is not None:
+        # an ended episode has no observation, so its frame is free
         _show(result.final_image, frame)
     return Stepped(
         executed=result.executed,

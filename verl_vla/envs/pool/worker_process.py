@@ -64,6 +64,7 @@ class WorkerProcess:
         append = fcntl.fcntl(self._output, fcntl.F_GETFL) | os.O_APPEND
         fcntl.fcntl(self._output, fcntl.F_SETFL, append)  # so that it can be truncated while in use
         ours, theirs = socket.socketpair()
+        # closed here once the child has a copy: else the child's end would be no hang-up
         with theirs:
             self._process = self._launch(theirs.fileno(), frames_descriptor, environment)
         self._connection = Connection(ours.detach())
@@ -85,6 +86,7 @@ class WorkerProcess:
             stdout=self._output,
             stderr=subprocess.STDOUT,
             pass_fds=descriptors,
+            # the caller's variables come last, so they can undo `ONE_THREAD`
             env={**os.environ, "PYTHONPATH": path, **ONE_THREAD, **environment},
         )
 
@@ -103,6 +105,7 @@ class WorkerProcess:
         Raises:
             OSError: the worker died before it could receive the request.
         """
+        # before the request: what the worker writes meanwhile could be lost
         self._forget_old_output()
         self._connection.send(request)
         self.state, self.request, self.deadline = "busy", request, deadline
@@ -134,6 +137,7 @@ class WorkerProcess:
 
     def kill_and_tell(self) -> None:
         """Kill a worker that hangs, after asking it to write its stack trace to its output."""
+        # faulthandler writes the stack even where Python code never returns
         self._process.send_signal(STACK_SIGNAL)
         if not self.has_ended(before=time.monotonic() + STACK_S):
             self._process.kill()

@@ -120,6 +120,7 @@ class OpenVLAOFTConfig(PreTrainedConfig):
         if self.use_fused_vision_backbone is None:
             self.use_fused_vision_backbone = len(self.towers) > 1
         self.text_config = _text_config(self.text_config)
+        # transformers 5 builds its attention mask by this flag
         self.text_config.is_causal = False
         kwargs.pop("auto_map", None)  # names remote code, which a saved copy would not hold
         super().__post_init__(**kwargs)
@@ -242,6 +243,7 @@ class OpenVLAOFTConfig(PreTrainedConfig):
         for name, (value, least) in sizes.items():
             if value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")
+        # action ids lie right before the padding; too many bins would reach the special tokens
         if self.first_action_id <= self.stop_id:
             raise ConfigError(
                 f"text_config.vocab_size is {self.language.vocab_size}, of which "
@@ -255,6 +257,7 @@ def _spell_out(towers: Any) -> list[dict[str, Any]] | None:
     if towers is None:
         return None
     try:
+        # dataclass to mapping and back: an unknown field raises TypeError
         return [asdict(VisionTower(**t)) if isinstance(t, dict) else asdict(t) for t in towers]
     except TypeError as error:
         raise ConfigError(f"vision_towers is {towers}; {error}") from error
@@ -262,6 +265,7 @@ def _spell_out(towers: Any) -> list[dict[str, Any]] | None:
 
 def _text_config(given: LlamaConfig | dict[str, Any] | None) -> LlamaConfig:
     if given is None:
+        # all other sizes are LlamaConfig's defaults, rms_norm_eps 1e-6 among them
         return LlamaConfig(vocab_size=PUBLISHED_VOCAB_SIZE, pad_token_id=PUBLISHED_PAD_TOKEN_ID)
     if isinstance(given, LlamaConfig):
         return given

@@ -100,6 +100,7 @@ class OpenVLAOFTModel(TokenModel):
 
     config_class = OpenVLAOFTConfig
     _supports_flash_attn = True
+    # the layers that FSDP shards and checkpointing recomputes one by one
     _no_split_modules = ["LlamaDecoderLayer", "Block"]
 
     config: OpenVLAOFTConfig
@@ -113,6 +114,7 @@ class OpenVLAOFTModel(TokenModel):
             self.proprio_projector = ProprioProjector(config)
         self.language_model = LlamaForCausalLM(config.language)
         for layer in _layers(self.language_model):
+            # transformers' flash attention reads this flag, the others read the mask
             layer.self_attn.is_causal = False
         self.post_init()
         self.freeze_untrained()
@@ -132,6 +134,7 @@ class OpenVLAOFTModel(TokenModel):
         """See `TokenModel.add_adapters`; ``all-linear`` includes head, projector and towers."""
         part = self.decoder if targets == "language_model" else self
         add_adapters(part, rank=rank, alpha=alpha)
+        # what got no adapter is frozen as well
         for name, weight in self.named_parameters():
             weight.requires_grad_(ADAPTER_MARK in name)
 
@@ -203,6 +206,7 @@ class OpenVLAOFTModel(TokenModel):
             [B, T] float32, 0 to 1.
         """
         of_all = self._score_all(self._encode(pixel_values, input_ids, attention_mask, proprio))
+        # a ratio of sums of exponentials, in logarithms, so that nothing overflows
         return (of_all[..., self._action_ids].logsumexp(-1) - of_all.logsumexp(-1)).exp()
 
     @property
@@ -215,7 +219,9 @@ class OpenVLAOFTModel(TokenModel):
         of_all = self._score_all(hidden)
         stop = action_tokens.new_full((len(action_tokens), 1), self.config.stop_id)
         labels = torch.cat([self.config.first_action_id + action_tokens, stop], dim=1)
+        # [B, T + 1, words] -> [B, words, T + 1], as cross_entropy expects its classes
         nll = functional.cross_entropy(of_all.transpose(1, 2), labels, reduction="none")
+        # without the stop, which is no action
         return ActionLogits(logits=of_all[:, :-1, self._action_ids], nll=nll)
 
     def _encode(
@@ -231,6 +237,7 @@ class OpenVLAOFTModel(TokenModel):
 
         ``with_stop`` adds the hidden state of the stop: [B, T + 1, D].
         """
+        # at each pass: a flag or a back end can be changed after the model was made
         require_bidirectional(self)
         num_prompts, num_ids = input_ids.shape
         lengths = prompt_lengths(attention_mask)
@@ -239,15 +246,19 @@ class OpenVLAOFTModel(TokenModel):
         if self.config.use_proprio:
             patches = torch.cat([patches, self.proprio_projector(proprio)], dim=1)
         embeddings, keep = move_padding_last(embeddings, lengths, num_ids)
+        # the patches stand between BOS and the rest of the prompt
         sequence = torch.cat([embeddings[:, :1], patches, embeddings[:, 1:]], dim=1)
         self._check_length(sequence.shape[1], num_ids)
         mask = None
+        # without padding there is no mask at all, and attention may use its fastest kernel
         if keep is not None:
+            # BOS, patches and proprio are never padding
             front = keep.new_ones(num_prompts, 1 + patches.shape[1])
             mask = torch.cat([front, keep], dim=1).long()
         hidden = self.language_model.model(
             inputs_embeds=sequence, attention_mask=mask, use_cache=False
         ).last_hidden_state
+        # one before the first slot: BOS, patches and L - 1 prompt tokens come before it
         first = patches.shape[1] - 1 + (num_ids if lengths is None else lengths)
         return read(hidden, first, self.config.num_action_tokens + with_stop)
 
@@ -266,6 +277,7 @@ class OpenVLAOFTModel(TokenModel):
     def _embed(self, input_ids: Tensor) -> Tensor:
         """Embed prompts, then T zero vectors, then the stop token: [B, L + T + 1, D]."""
         stop = input_ids.new_full((len(input_ids), 1), self.config.stop_id)
+        # one look-up for prompt and stop; the slots between them have no embedding
         embedded = self.get_input_embeddings()(torch.cat([input_ids, stop], dim=1))
         slots = embedded.new_zeros(
             len(input_ids), self.config.num_action_tokens, embedded.shape[-1]
@@ -283,6 +295,7 @@ class OpenVLAOFTModel(TokenModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        # the parameters that are no layer of torch, so transformers does not initialise them
         if isinstance(module, VisionTransformer):
             init.normal_(module.pos_embed, std=self.config.position_embedding_std)
             for name in module.prefix_names:

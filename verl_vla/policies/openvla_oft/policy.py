@@ -35,6 +35,7 @@ class OpenVLAOFTPolicy(TokenPolicy[OpenVLAOFTModel]):
             ConfigError: a file is missing or does not fit, or the checkpoint has a regression head
                 instead of action tokens.
         """
+        # first: it reads names only, and the weights may be gigabytes
         refuse_regression_head(folder)
         processor = OpenVLAOFTProcessor.from_pretrained(folder, unnorm_key)
         config = read_config(folder)

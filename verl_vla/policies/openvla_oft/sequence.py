@@ -12,6 +12,7 @@ def read(hidden: Tensor, first: int | Tensor, num: int) -> Tensor:
     """Select ``num`` neighbouring positions of [B, S, D], from ``first`` on."""
     if isinstance(first, int):
         return hidden[:, first : first + num]
+    # [B, num]: prompts of different lengths end at different positions
     positions = first[:, None] + torch.arange(num, device=hidden.device)
     return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
@@ -44,7 +45,9 @@ def move_padding_last(
     if lengths is None:
         return embeddings, None
     positions = torch.arange(embeddings.shape[1], device=embeddings.device)
+    # from the end of a prompt to the first slot
     padding = (positions >= lengths[:, None]) & (positions < num_ids)
+    # stable: words and slots keep their order, and so does the padding behind them
     order = padding.int().argsort(dim=1, stable=True)
     moved = embeddings.gather(1, order.unsqueeze(-1).expand_as(embeddings))
     return moved, ~padding.gather(1, order)[:, 1:]

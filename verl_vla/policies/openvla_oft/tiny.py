@@ -73,6 +73,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, sizes: TinySizes) -> OpenVLA
     towers = _fused_towers(sizes) if sizes.fused else [_plain_tower(sizes)]
     return OpenVLAOFTConfig(
         text_config=LlamaConfig(
+            # one multiple more: `first_action_id` leaves the last one out, as padding
             vocab_size=(multiples + 1) * VOCABULARY_MULTIPLE,
             hidden_size=sizes.llm_width,
             intermediate_size=sizes.llm_mlp,
@@ -94,6 +95,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, sizes: TinySizes) -> OpenVLA
         proprio_dim=sizes.proprio_dim,
         initializer_range=WEIGHT_STD,
         position_embedding_std=POSITION_STD,
+        # at the default of 1e-5 an untrained block would have next to no effect
         layer_scale_init=1.0,
     )
 
@@ -108,6 +110,7 @@ def build_tokenizer(instructions: Sequence[str]) -> PreTrainedTokenizerFast:
     same ids.
     """
     splitter = pre_tokenizers.BertPreTokenizer()
+    # the words of the template are among them
     words = {
         word
         for instruction in instructions
@@ -123,6 +126,7 @@ def build_tokenizer(instructions: Sequence[str]) -> PreTrainedTokenizerFast:
         [normalizers.NFD(), normalizers.StripAccents()]
     )
     tokenizer.pre_tokenizer = splitter  # pyright: ignore[reportAttributeAccessIssue]
+    # as Llama's tokenizer does: patches are put behind the first token
     tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
         single=f"{BOS} $A", special_tokens=[(BOS, ids[BOS])]
     )
@@ -159,6 +163,7 @@ def build_tiny_policy(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = OpenVLAOFTModel(config)
+    # one tower is SigLIP's kind, two are DINOv2 and SigLIP
     image_statistics = [DINO_STATISTICS, SIGLIP_STATISTICS][-len(config.towers) :]
     processor = OpenVLAOFTProcessor(
         config, tokenizer, image_statistics, statistics, sizes.render_size, proprio_stats

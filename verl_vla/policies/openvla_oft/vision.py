@@ -49,9 +49,12 @@ class FusedVisionBackbone(nn.Module):
         Returns:
             [B, V * patches, hidden_size].
         """
+        # [B, V * towers * 3, H, W] -> [B * V, towers * 3, H, W]
         views = pixel_values.reshape(-1, 3 * self.num_towers, *pixel_values.shape[-2:])
+        # three channels a tower, since each has its own normalisation
         shares = zip(self.towers, views.split(3, dim=1), strict=True)
         features = torch.cat([tower(pixels) for tower, pixels in shares], dim=-1)
+        # [B * V, patches, D] -> [B, V * patches, D]
         return features.reshape(len(pixel_values), -1, self.hidden_size)
 
 
@@ -80,9 +83,11 @@ class VisionTransformer(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Map [B, 3, H, W] to [B, patches, width]."""
         x = self.patch_embed(pixels) + self.pos_embed
+        # after the positions: class and register tokens have none (timm's no_embed_class)
         if self.num_prefix:
             prefix = [self.get_parameter(name).expand(len(x), -1, -1) for name in self.prefix_names]
             x = torch.cat([*prefix, x], dim=1)
+        # all but the last block, whose output OpenVLA does not use
         for block in self.blocks[:-1]:
             x = block(x)
         return x[:, self.num_prefix :]
@@ -140,6 +145,7 @@ class Attention(nn.Module):
         """Map [B, tokens, width] to the same shape."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
+        # [B, tokens, 3, heads, d] -> three of [B, heads, tokens, d]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(query, key, value)
         return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))

@@ -32,6 +32,7 @@ def find_first_action_id(rows: Tensor, num_bins: int) -> int:
         ConfigError: there are not enough rows before the padding, or some of them are equal.
     """
     rows = rows.detach().float()
+    # trailing rows like the last one are padding
     is_other = (rows - rows[-1]).abs().amax(-1) >= PADDING_TOLERANCE
     others = is_other.nonzero().flatten()
     num_words = int(others[-1]) + 1 if len(others) else 0
@@ -44,8 +45,10 @@ def find_first_action_id(rows: Tensor, num_bins: int) -> int:
             "for actions; take a language model whose vocabulary is trained"
         )
     chosen = rows[first:num_words]
+    # the largest difference of any value, as `PADDING_TOLERANCE` means it
     distance = torch.cdist(chosen, chosen, p=float("inf")).fill_diagonal_(torch.inf)
     if distance.min() < PADDING_TOLERANCE:
+        # the index counts through the flattened [C, C] distances
         one, other = divmod(int(distance.argmin()), num_bins)
         raise ConfigError(
             f"rows {first + one} and {first + other} of the vocabulary are alike, so two actions "

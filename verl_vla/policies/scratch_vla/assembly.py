@@ -112,6 +112,7 @@ def _take_over(new: nn.Module, source: nn.Module) -> None:
         ConfigError: ``source`` lacks a weight of ``new``, adapters excepted.
     """
     stored = source.state_dict()
+    # a weight with an adapter has PEFT's name in the new model and its own in the source
     names = {name: name.replace(ADAPTED, ".") for name in new.state_dict()}
     found = {name: stored[origin] for name, origin in names.items() if origin in stored}
     missing = [name for name in names if name not in found and "lora_" not in name]

@@ -43,6 +43,7 @@ def align_right(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tenso
         )
     lengths = attention_mask.sum(1, keepdim=True)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    # rotated by its length: the padding comes first, the words keep their order
     ids = input_ids.gather(1, (positions + lengths) % input_ids.shape[1])
     return ids, positions >= input_ids.shape[1] - lengths
 
@@ -58,6 +59,7 @@ def pairwise_mask(
     sees = is_token[:, None, None, :].expand(batch, 1, num_queries, num_keys)
     if causal:
         positions = torch.arange(num_keys, device=is_token.device)
+        # the queries are the last positions of the sequence
         sees = sees & (positions <= positions[-num_queries:, None])
     hidden = torch.zeros(sees.shape, dtype=dtype, device=is_token.device)
     return hidden.masked_fill(~sees, torch.finfo(dtype).min)
@@ -107,6 +109,7 @@ class ScratchVLAModel(TokenModel):
         config = self.config
         self.vision_towers.requires_grad_(config.train_vision)
         for name, weight in self.language_model.named_parameters():
+            # with adapters, the language model's own weights stay as they are
             weight.requires_grad_(not config.lora_rank or ADAPTER_MARK in name)
         if config.action_rows == "frozen_tied":
             self.get_input_embeddings().requires_grad_(False)
@@ -163,6 +166,7 @@ class ScratchVLAModel(TokenModel):
         if self.config.decoding == "parallel":
             logits = self._score_at_once(prefix, self._blank(prefix), causal=False)
         elif action_tokens is not None and sampler is None:
+            # the last token is the input of no other
             inputs = self._embed(action_tokens[:, :-1]).to(prefix.embeddings.dtype)
             logits = self._score_at_once(prefix, inputs, causal=True)
         elif sampler is not None and action_tokens is None:
@@ -177,6 +181,7 @@ class ScratchVLAModel(TokenModel):
             answer.action_tokens = sampler.sample(logits)
         if with_nll:
             assert action_tokens is not None
+            # [B, T, C] -> [B, C, T], as cross_entropy expects its classes
             answer.nll = functional.cross_entropy(
                 logits.transpose(1, 2), action_tokens, reduction="none"
             )
@@ -198,6 +203,7 @@ class ScratchVLAModel(TokenModel):
         words: Tensor = self.get_input_embeddings()(ids)
         features = self._features(pixel_values)
         patches = self.projector(features.to(self.projector.fc1.weight.dtype))
+        # less one: the last action token needs no position
         self._check_length(patches.shape[1] + ids.shape[1] + self.config.num_action_tokens - 1)
         return Prefix(
             torch.cat([patches.to(words.dtype), words], dim=1),
@@ -207,11 +213,13 @@ class ScratchVLAModel(TokenModel):
     def _features(self, pixel_values: Tensor) -> Tensor:
         """Return the towers' features, concatenated: [B, V * patches, sum of the widths]."""
         num_towers = len(self.vision_towers)
+        # [B, V * towers * 3, H, W] -> [B, V, towers, 3, H, W]
         views = pixel_values.unflatten(1, (self.config.num_views, num_towers, 3))
         by_tower = [
             tower(views[:, :, position].flatten(0, 1)).last_hidden_state
             for position, tower in enumerate(self.vision_towers)
         ]
+        # [B * V, patches, width] of each tower -> [B, V * patches, sum of the widths]
         return torch.cat(by_tower, dim=-1).unflatten(0, views.shape[:2]).flatten(1, 2)
 
     def _score_at_once(self, prefix: Prefix, inputs: Tensor, *, causal: bool) -> Tensor:
@@ -219,6 +227,7 @@ class ScratchVLAModel(TokenModel):
         sequence = torch.cat([prefix.embeddings, inputs], dim=1)
         is_token = torch.cat([prefix.is_token, _all_true(inputs)], dim=1)
         hidden = self._encode(sequence, is_token, causal=causal)
+        # from the last word on, which scores the first action token
         return self._score(hidden[:, prefix.embeddings.shape[1] - 1 :])
 
     def _decode_autoregressive(self, prefix: Prefix, sampler: ActionSampler) -> ActionLogits:
@@ -228,6 +237,7 @@ class ScratchVLAModel(TokenModel):
         logits: list[Tensor] = []
         action_tokens: list[Tensor] = []
         for position in range(self.config.num_action_tokens):
+            # the first pass runs the whole prefix, each later one a single token
             if position:
                 inputs = self._embed(action_tokens[-1]).to(prefix.embeddings.dtype)
                 is_token = torch.cat([is_token, _all_true(inputs)], dim=1)
@@ -253,6 +263,7 @@ class ScratchVLAModel(TokenModel):
             [B, Q, D].
         """
         num_queries = inputs.shape[1]
+        # padding takes up no position, so a prompt has the same ones in every batch
         positions = is_token.long().cumsum(1).sub(1).clamp(min=0)
         output = self.language_model(
             inputs_embeds=inputs,

@@ -122,6 +122,7 @@ def measure(
     Returns:
         The rows, in the order of the entries.
     """
+    # rewards of one feature space share what was encoded
     shelf = FeatureShelf()
     shuffled = test.shuffle_failures(config.seed)
     rows: list[BenchRow] = []
@@ -146,12 +147,14 @@ def measure(
 
 def _let_learn(reward: TrajectoryReward, batch: TrajectoryBatch, config: BenchConfig) -> None:
     """Let a reward learn as in training: some groups at a time, in the order of their ids."""
+    # nothing to learn, and scoring takes time
     if isinstance(reward, StatelessReward):
         return
     groups = np.unique(batch.group_id)
     for first in range(0, len(groups), config.groups_per_update):
         chosen = groups[first : first + config.groups_per_update]
         step = take(batch, np.flatnonzero(np.isin(batch.group_id, chosen)))
+        # scored first, as in a training step
         judge(reward, step)
         learn(reward, step)
 
@@ -170,6 +173,7 @@ def _row(
     result = judge(entry.reward, batch)
     seconds = encoding_s + time.perf_counter() - began
     task = np.unique(batch.task_key, return_inverse=True)[1]
+    # successes score the same by definition, so only failures can be ranked
     failed = np.flatnonzero(~batch.success)
     progress, score = result.progress.astype(np.float64), result.score.astype(np.float64)
     by_progress, by_score = (

@@ -36,6 +36,7 @@ class FeatureShelf:
             assert features is not None
             self._made[space, part] = features, time.perf_counter() - began
         features, seconds = self._made[space, part]
+        # features are there now, so this only leaves out what the reward does not require
         return complete(reward, replace(batch, features=features, feature_space=space)), seconds
 
 
@@ -74,6 +75,7 @@ def follow(
     lengths = [prefix_lengths(len(e), num_points) for e in sample.executed]
     values: list[list[float]] = [[] for _ in lengths]
     for point in range(max(map(len, lengths))):
+        # an episode with fewer points waits at its end; it is not counted below
         cut_at = np.array([ends[min(point, len(ends) - 1)] for ends in lengths])
         batch = _encode_cut(reward, shelf, test, sample, cut_at, point)
         # the cut episodes have no success among them, so a reward without a memory needs these
@@ -102,9 +104,11 @@ def _encode_cut(
         return complete(reward, batch)
     encoder = cast("HasEncoder", reward).encoder
     if not isinstance(encoder, ImageEncoder):
+        # a cut episode is a part of its own: another clip has other features
         return shelf.fill(reward, f"point {point}", batch)[0]
     whole = shelf.fill(reward, TEST, test.batch)[0].features
     assert whole is not None
+    # one row more than policy steps, for the image after the last; `whole` has later groups too
     features = tuple(rows[: length + 1] for rows, length in zip(whole, cut_at, strict=False))
     space = encoder.feature_space
     return complete(reward, replace(batch, features=features, feature_space=space))

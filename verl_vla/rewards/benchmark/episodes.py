@@ -98,9 +98,11 @@ def choose_groups(
     by_task: list[list[Start]] = []
     for task in tasks:
         of_task = [start for start in starts if start.task_id == task]
+        # by task: the choice in one task does not depend on the others
         order = np.random.default_rng([seed, task]).permutation(len(of_task))
         by_task.append([of_task[i] for i in order])
     longest = max(map(len, by_task))
+    # a start of every task, then another of every task, ..
     in_turn = [found[lap] for lap in range(longest) for found in by_task if lap < len(found)]
     return [
         [
@@ -126,6 +128,7 @@ def claim(folder: Path, record: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: the folder holds other episodes, or cannot be written.
     """
+    # as JSON gives it back, e.g. lists for tuples
     wanted = json.loads(json.dumps(dict(record)))
     if (folder / PLAYED_FILE).is_file():
         found = played_with(folder)
@@ -181,6 +184,7 @@ def play_missing(
     num_rounds = _num_rounds(len(groups))
     for index in range(num_rounds):
         file = _round_file(folder, index)
+        # a call before this one was stopped after it
         if file.is_file():
             continue
         first = index * GROUPS_PER_ROUND

@@ -68,8 +68,10 @@ def paper_numbers(
 
     def between(measure: Callable[[Floats, Floats], float]) -> float:
         def of_task(rows: Indices) -> float:
+            # a reward may not know how far an episode came
             known = rows[~np.isnan(final[rows])]
             good, bad = final[known[success[known]]], final[known[~success[known]]]
+            # a spread needs two of each
             return measure(good, bad) if min(len(good), len(bad)) > 1 else math.nan
 
         return mean_over(task, of_task)
@@ -113,6 +115,7 @@ def mmd2(a: Floats, b: Floats) -> float:
     both = np.concatenate([a, b])
     distance = np.abs(both[:, None] - both[None, :])
     apart = distance[np.triu_indices(len(both), 1)]
+    # equal values say nothing about the scale, and many of them would make it 0
     bandwidth = float(np.median(apart[apart > 0])) if (apart > 0).any() else math.nan
     kernel = np.exp(-np.square(distance / bandwidth) / 2)
     n = len(a)
@@ -129,6 +132,7 @@ def jensen_shannon(a: Floats, b: Floats) -> float:
         return math.nan
     edges = np.histogram_bin_edges(both, JS_BINS)
     p, q = (np.histogram(x, edges)[0] / len(x) for x in (a, b))
+    # the entropy of the mean less the mean of the entropies
     return _entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2
 
 
@@ -140,5 +144,6 @@ def standardised_difference(a: Floats, b: Floats) -> float:
 
 
 def _entropy(p: Floats) -> float:
+    # 0 log 0 is 0
     kept = p[p > 0]
     return float(-(kept * np.log(kept)).sum())

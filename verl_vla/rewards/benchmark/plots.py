@@ -26,6 +26,7 @@ PERPLEXITY = 30.0
 MOMENTS = 21
 """Number of points at which curves of different lengths are interpolated and averaged."""
 
+# to files alone, also where there is no display
 mpl.use("Agg")
 
 
@@ -86,6 +87,7 @@ def draw_features(
     Returns:
         True if any reward had features; otherwise nothing is written.
     """
+    # reversed, so that of the rewards of one space the first one stays
     spaces = {
         row.readings.feature_space: row
         for row in reversed(rows)
@@ -113,6 +115,7 @@ def draw_features(
 
 def in_two_dimensions(features: Floats) -> Floats:
     """Map [B, D] to [B, 2] by t-SNE (van der Maaten and Hinton 2008), with a fixed seed."""
+    # t-SNE looks at three times as many neighbours
     perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
     return TSNE(perplexity=perplexity, init="random", random_state=0).fit_transform(features)
 

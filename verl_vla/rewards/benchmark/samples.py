@@ -53,11 +53,13 @@ class Sample:
         return Sample(
             replace(
                 batch,
+                # hidden: a reward must not know how the episode ends later
                 success=np.zeros(len(batch), dtype=np.bool_),
                 num_steps=np.array(
                     [e[:n].sum() for e, n in zip(self.executed, num_policy_steps, strict=True)],
                     dtype=np.int64,
                 ),
+                # one image and one reading more than policy steps: those after the last
                 frames=_cut(batch.frames, num_policy_steps + 1),
                 proprio=_cut(batch.proprio, num_policy_steps),
                 goals=_cut(batch.goals, num_policy_steps + 1),

@@ -78,12 +78,15 @@ def estimate(
     value = statistic(np.arange(len(group)))
     known = np.unique(group)
     num = len(group) if count is None else count
+    # value and count stand for themselves: only the interval needs enough groups
     if math.isnan(value) or len(known) < MIN_GROUPS:
         return Estimate(value, math.nan, math.nan, num)
     members = [np.flatnonzero(group == g) for g in known]
     rng = np.random.default_rng(seed)
+    # with replacement, [resamples, groups]
     drawn = rng.integers(len(known), size=(resamples, len(known)))
     values = np.array([statistic(np.concatenate([members[i] for i in row])) for row in drawn])
+    # a resample may hold no pair at all, or one outcome only
     defined = values[~np.isnan(values)]
     if len(defined) < MIN_DEFINED * resamples:
         return Estimate(value, math.nan, math.nan, num)
@@ -107,6 +110,7 @@ def pearson(a: Floats, b: Floats) -> float:
     if len(a) < 2 or not np.ptp(a) or not np.ptp(b):
         return math.nan
     x, y = a - a.mean(), b - b.mean()
+    # rounding can take it past 1
     return float(np.clip((x @ y) / math.sqrt((x @ x) * (y @ y)), -1, 1))
 
 
@@ -122,6 +126,7 @@ def auroc(positive: Floats, negative: Floats) -> float:
         return math.nan
     ranks = rankdata(np.concatenate([positive, negative]))
     num = len(positive)
+    # Mann and Whitney's U: the rank sum less the least that it can be
     above = ranks[:num].sum() - num * (num + 1) / 2
     return float(above / (num * len(negative)))
 
@@ -197,10 +202,12 @@ def rank_failures(
         return mean_over(task[rows], of_task)
 
     better, worse = _pairs(truth, group)
+    # [pairs]: 1 in the right order, 1/2 for a tie
     right = (reading[better] > reading[worse]) + 0.5 * (reading[better] == reading[worse])
     extreme = np.flatnonzero((truth >= NEAR_MISS) | (truth <= FAR_MISS))
     return Ranking(
         spearman=interval(correlation, group),
+        # a pair is resampled with the group that both of its failures are in
         pair_accuracy=interval(
             lambda rows: float(right[rows].mean()) if len(rows) else math.nan, group[better]
         ),

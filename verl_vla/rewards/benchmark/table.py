@@ -36,6 +36,7 @@ def decide(spearman: Estimate, clock: Estimate) -> Verdict:
     """Apply `VERDICT_RULE`."""
     if math.isnan(spearman.low):
         return Verdict(None, None)
+    # a clock that says nothing sets no bar
     bar = 0.0 if math.isnan(clock.value) else clock.high
     return Verdict(spearman.low > 0, None if math.isnan(bar) else spearman.low > bar)
 

@@ -85,12 +85,14 @@ class ImageEncoder(BatchedEncoder, ABC):
         filled = [episode for episode in frames if len(episode)]
         if not filled:
             return [np.zeros((0, 0), dtype=np.float32) for _ in frames]
+        # all episodes together: short ones would leave most of a batch empty
         images = np.concatenate(filled)
         parts = [
             self.embed(images[start : start + self._batch_size])
             for start in self.track(range(0, len(images), self._batch_size))
         ]
         rows = np.concatenate(parts).astype(np.float32)
+        # an episode without images gets no rows
         return np.split(rows, np.cumsum(lengths)[:-1])
 
     @abstractmethod
@@ -127,6 +129,7 @@ class Network:
         try:
             self.device = torch.device(device)
             self.module = module.eval().requires_grad_(False).to(self.device, DTYPES[dtype])
+        # AssertionError: torch was built without CUDA
         except (RuntimeError, AssertionError) as error:
             raise ConfigError(f"device is {device!r}, which cannot be used: {error}") from error
         self._image_size = image_size
@@ -145,6 +148,7 @@ class Network:
                 antialias=True,
                 align_corners=False,
             )
+            # rounded to what an image of this size would hold
             image = resized.round().clamp(0, 255).to(torch.uint8).movedim(1, -1)
         return normalize_image(image, self._statistics).to(self._dtype)
 
@@ -187,6 +191,7 @@ def require_folder(path: str, purpose: str) -> Path:
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
         return folder
+    # a folder that exists is what the user means, so the hub is not asked
     if folder.exists() or not HUB_NAME.fullmatch(path):
         raise ConfigError(
             f"{path} holds no config.json; point encoder_args.path at a local folder with the "
@@ -211,8 +216,10 @@ def name_space(kind: str, description: Mapping[str, Any], module: nn.Module | No
         description: layer, preprocessing, dtype; plain values.
         module: network whose weights are part of the name.
     """
+    # sorted: the order of the keys is no part of the space
     digest = hashlib.sha256(json.dumps(dict(description), sort_keys=True).encode())
     for name, weight in module.state_dict().items() if module is not None else ():
+        # every weight, but not every value of it
         stride = max(1, weight.numel() // SAMPLED_WEIGHTS)
         sample = weight.detach().flatten()[::stride].float().cpu().numpy()
         digest.update(f"{name} {list(weight.shape)}".encode() + sample.tobytes())

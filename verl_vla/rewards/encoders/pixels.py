@@ -45,8 +45,10 @@ class PixelEncoder(ImageEncoder):
                 f"images of {height} x {width} px have no {self._grid} x {self._grid} cells; "
                 "lower encoder_args.grid"
             )
+        # cells differ by a pixel where the grid does not divide the image
         rows = np.arange(self._grid) * height // self._grid
         columns = np.arange(self._grid) * width // self._grid
+        # sums between neighbouring edges, first of rows, then of columns
         sums = np.add.reduceat(images.astype(np.float32), rows, axis=1)
         sums = np.add.reduceat(sums, columns, axis=2)
         heights = np.diff([*rows, height])[:, None]

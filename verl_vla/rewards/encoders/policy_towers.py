@@ -65,12 +65,14 @@ class PolicyTowersEncoder(ImageEncoder):
         config = read_config(folder)
         backbone = FusedVisionBackbone(config)
         weights: dict[str, torch.Tensor] = {}
+        # only the towers: the rest of a policy is far larger
         for file in weight_files(folder):
             with safe_open(file, framework="pt") as stored:
                 for name in stored.keys():  # noqa: SIM118 -- not a mapping
                     if name.startswith(VISION_PREFIX):
                         weights[name.removeprefix(VISION_PREFIX)] = stored.get_tensor(name)
         if scramble_seed is not None:
+            # each tensor by itself, so that every layer keeps its scale
             weights = _scramble(weights, scramble_seed)
         try:
             backbone.load_state_dict(weights)
@@ -88,6 +90,7 @@ class PolicyTowersEncoder(ImageEncoder):
             device=device,
         )
         widths = [t.hidden_size for t in config.towers]
+        # columns of the features, where the towers lie side by side
         ends = np.cumsum(widths)
         self._columns = {
             "all": slice(0, int(ends[-1])),

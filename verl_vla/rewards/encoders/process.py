@@ -28,8 +28,10 @@ class EncoderProcess:
         Args:
             make: picklable function that returns the encoder; its exceptions are raised here.
         """
+        # not a fork, which would share threads and device context with the trainer
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent)
+        # waits: an encoder that cannot be made is reported at the start of the run
         self._feature_space = self._pool.submit(_make, make).result()
 
     @property

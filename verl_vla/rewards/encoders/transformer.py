@@ -88,6 +88,7 @@ class Dinov2Encoder(ImageEncoder):
     def embed(self, images: Images) -> Features:
         """Map [n, H, W, 3] to [n, D]."""
         output = self._network.module(pixel_values=self._network.pixels(images))
+        # class and register tokens come before the patches
         patches = output.last_hidden_state[:, -self._num_patches :]
         return patches.float().mean(dim=1).cpu().numpy()
 

@@ -109,6 +109,7 @@ class Vjepa2Encoder(BatchedEncoder):
     def _clip(self, episode: Images) -> Images:
         """Thin a long episode, and fill the last tubelet by repeating the last frame."""
         kept = episode[pick_by_content(episode, self._max_frames)]
+        # transformers would drop a last frame without a partner
         missing = -len(kept) % self._tubelet
         return np.concatenate([kept, np.repeat(kept[-1:], missing, axis=0)]) if missing else kept
 
@@ -117,11 +118,13 @@ class Vjepa2Encoder(BatchedEncoder):
         num, length = clips.shape[:2]
         pixels = self._network.pixels(clips.reshape(num * length, *clips.shape[2:]))
         video = pixels.view(num, length, *pixels.shape[1:])
+        # without the predictor, which a plain forward pass would run too
         tokens = self._network.module.get_vision_features(video)  # pyright: ignore[reportCallIssue]
         # the grid of positions comes from the config, so another size would run and be wrong
         expected = (num, length // self._tubelet * self._patches, self._width)
         if tuple(tokens.shape) != expected:
             raise ContractError(f"V-JEPA 2 gave {list(tokens.shape)}, not {list(expected)}")
+        # tokens are in the order of time: [n, tubelets, patches, D]
         tubelets = tokens.view(num, length // self._tubelet, self._patches, self._width)
         return tubelets.float().mean(dim=2).cpu().numpy()
 
@@ -140,8 +143,10 @@ def pick_by_content(episode: Images, num_frames: int) -> npt.NDArray[np.int64]:
     """
     if len(episode) <= num_frames:
         return np.arange(len(episode))
+    # int16: a difference of bytes would wrap around
     change = np.abs(np.diff(episode.astype(np.int16), axis=0)).mean(axis=(1, 2, 3))
     # a small share of time is added, so that images that never change are still thinned evenly
     position = np.cumsum(np.concatenate([[0.0], change + 1e-6 * max(float(change.max()), 1.0)]))
     wanted = np.linspace(0, position[-1], num_frames)
+    # the nearest frame to each wanted position; idle spans give the same one again
     return np.unique(np.abs(position[None, :] - wanted[:, None]).argmin(axis=1))

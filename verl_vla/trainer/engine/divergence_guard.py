@@ -48,6 +48,7 @@ class FiniteGuard:
             DivergedError: it was one too many.
         """
         self.num_in_a_row = 0 if math.isfinite(norm) else self.num_in_a_row + 1
+        # the norm is the same on every rank, so all of them stop here or none does
         if self.num_in_a_row < self.max_in_a_row:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -65,6 +66,7 @@ def all_finite(losses: list[float]) -> bool:
     """Return true where the losses of all ranks are finite; the same answer on every rank."""
     is_finite = all(math.isfinite(loss) for loss in losses)
     answer = torch.tensor(int(is_finite), device=get_device_id())
+    # a rank that skipped its step alone would let the others wait in clipping's all-reduce
     torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN)
     return bool(answer)
 
@@ -75,6 +77,7 @@ def plain_rows(data: TensorDict) -> dict[str, Any]:
     for name in map(str, data.keys()):
         value = data[name]
         if isinstance(value, Tensor):
+            # a view would be saved with the storage of the whole batch
             rows[name] = tuple(row.clone() for row in value.unbind())
         elif value is None or isinstance(value, str | int | float):
             rows[name] = value

@@ -70,6 +70,7 @@ class VLAEngine(FSDPEngine):
             attn_implementation=self.model_config.hf_config._attn_implementation,
         )
         if self.model_config.enable_gradient_checkpointing:
+            # the reentrant kind gives no gradients behind a frozen embedding
             module.gradient_checkpointing_enable({"use_reentrant": False})
         return module
 
@@ -79,6 +80,7 @@ class VLAEngine(FSDPEngine):
         Frozen weights keep the dtype they were loaded in, trained ones are float32.
         """
         config, model = self.model_config, cast("Any", module)
+        # the same adapters on every rank, and no other random number of the process moves
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.engine_config.seed)
             model.add_adapters(
@@ -95,9 +97,11 @@ class VLAEngine(FSDPEngine):
         """Shard it; 4-bit weights stay whole, since FSDP2 would lose what belongs to them."""
         precision: dict[str, Any] = dict(self.engine_config.mixed_precision or {})
         self._autocast_dtype = PrecisionType.to_dtype(precision["param_dtype"])
+        # no loss scaling: bfloat16 has the range of float32
         self.scaler = None
         if self.is_quantized:
             return module.to(get_device_id())
+        # pinning needs an accelerator
         pin_memory = get_device_name() != "cpu"
         offload = CPUOffloadPolicy(pin_memory) if self.engine_config.offload_policy else None
         self._uses_fsdp2_cpu_offload_policy = offload is not None
@@ -194,6 +198,7 @@ class VLAEngine(FSDPEngine):
     def _hold_all_weights(self) -> None:
         """Gather them once for a rollout, not for every policy step, where the recipe lets us."""
         is_asked_for: bool = self.model_config.override_config["gather_once"]
+        # weights that are offloaded for want of device memory must not stay gathered there
         may = is_asked_for and not self._uses_fsdp2_cpu_offload_policy
         if may and torch.distributed.get_world_size() > 1 and not self._holds_all_weights:
             keep_gathered(self.module)
@@ -201,6 +206,7 @@ class VLAEngine(FSDPEngine):
 
     def train_mode(self, **kwargs: Any) -> Any:
         """As veRL does, with the shards alone."""
+        # the update changes the shards, and gathered copies would keep the old weights
         if self._holds_all_weights:
             shed_gathered(self.module, self.engine_config.reshard_after_forward)
             self._holds_all_weights = False
@@ -218,6 +224,7 @@ class VLAEngine(FSDPEngine):
         prompts, responses = micro_batch["prompts"], micro_batch["responses"]
         ids, attention = right_padded(prompts)
         shape = self.processor.shape
+        # veRL's padding rows respond with an end of sequence, which may be no bin; their mask is 0
         action_tokens = dense(responses, shape.num_tokens).clamp(max=shape.num_bins - 1)
         images, proprio = (stacked(micro_batch[name]) for name in ("images", "proprio"))
         logits = self.run_model(
@@ -225,13 +232,16 @@ class VLAEngine(FSDPEngine):
         ).logits
         assert logits is not None
         log_probs = log_prob(logits, action_tokens, temperature)
+        # only reported: the loss has no entropy bonus
         with torch.no_grad():
             spread = entropy(logits.detach(), temperature)
+        # veRL asks for log-probs alone, and reads them where a language model has them
         if loss_function is None:
             output = {
                 "log_probs": pack_like_language_model(log_probs, prompts, responses),
                 "entropy": pack_like_language_model(spread, prompts, responses),
             }
+            # nothing calls backward() on it; veRL wants a tensor in this place
             return log_probs.sum(), {
                 "model_output": detach_tree(output),
                 "loss": 0.0,
@@ -249,6 +259,7 @@ class VLAEngine(FSDPEngine):
             DivergedError: too many optimizer steps in a row were left out.
         """
         output = super().train_batch(data, loss_function)
+        # a lambda: the rows are copied only if they are to be written
         self.guard.count(output["metrics"]["grad_norm"], lambda: plain_rows(data), self.export)
         return output
 
@@ -297,6 +308,7 @@ class VLAEngine(FSDPEngine):
     ) -> None:
         """As veRL does, and what is trained beside a frozen base."""
         super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)
+        # "model" is not among the contents of such a checkpoint, see `checkpoint_contents`
         if self._is_lora:
             load_trained(self.module, local_path)
 
@@ -312,6 +324,7 @@ class VLAEngine(FSDPEngine):
         write_policy(self.module, self.processor, folder, is_quantized=self.is_quantized)
 
 
+# veRL imports this module in trainer and ranks (``external_lib``), before it reads a file
 refuse_code()
 # not as a decorator, which would hide the type of the class from whoever extends it
 EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp2"], device=["cuda", "npu", "cpu"])(

@@ -57,8 +57,10 @@ def shard(
     }
     if offload is not None:
         options["offload_policy"] = offload
+    # before fully_shard(), which turns the weights into DTensors
     full_state = module.state_dict()
     layers: set[str] = set(module._no_split_modules)  # pyright: ignore[reportArgumentType]
+    # layers first: the root then owns what is left, e.g. the embedding and the head
     for part in module.modules():
         if type(part).__name__ in layers:
             fully_shard(part, **options)

@@ -34,6 +34,7 @@ def build_optimizer(
         "betas": (first, second),
         "weight_decay": options.weight_decay,
     }
+    # torch's own optimizer knows DTensors
     if options.optimizer == "adamw":
         return torch.optim.AdamW(weights, **settings)
     module, name = CLASSES[options.optimizer]
@@ -46,6 +47,7 @@ def build_optimizer(
 
     def drop_gradients(*_: Any) -> None:
         for shard in shards:
+            # a shard that kept its gradient would hold the memory that zero_grad() gives up
             shard.grad = None
 
     optimizer.register_step_pre_hook(lend_gradients)

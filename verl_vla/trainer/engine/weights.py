@@ -40,9 +40,11 @@ def write_policy(
     state: dict[str, Any] = (
         nf4().plain_state(module) if is_quantized else get_model_state_dict(module, options=options)
     )
+    # every rank gathered, and with cpu_offload the first alone has the result
     if torch.distributed.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         whole: dict[str, Tensor] = merge_adapters(module, state)
+        # wanted for its config and the names of its weights; "meta" allocates none
         with torch.device("meta"):
             plain = AutoModel.from_config(cast("Any", module).merged_config())
         plain.save_pretrained(
@@ -95,6 +97,7 @@ def save_trained(module: nn.Module, folder: str) -> None:
 def load_trained(module: nn.Module, folder: str) -> None:
     """Read what `save_trained` wrote, on as many ranks, without executing anything."""
     shards: list[Tensor] = torch.load(_file(folder), weights_only=True)
+    # both lists are in the order of the module, so positions are enough
     for weight, shard in zip(trained(module), shards, strict=True):
         local(weight.data).copy_(shard)
 

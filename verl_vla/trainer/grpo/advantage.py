@@ -41,6 +41,7 @@ def grpo_advantage(
     Returns:
         Advantages and returns, [B, T] both and equal.
     """
+    # [B] names -> [B] numbers, which can index a tensor
     _, group = np.unique(index.astype(str), return_inverse=True)
     advantage = group_advantage(token_level_rewards.sum(-1), torch.from_numpy(group))
     spread = advantage[:, None] * response_mask
@@ -57,6 +58,7 @@ def write_advantages(batch: KVBatchMeta, config: Any) -> KVBatchMeta:
     assert batch.partition_id is not None, "the replay buffer names it"
     names = ["response_mask", "rm_scores"]
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
+    # [rows]: padding rows are shorter than real ones, so they cannot be stacked first
     row_scores = torch.stack([scores.sum() for scores in data["rm_scores"].unbind()])
     advantage = row_advantages(batch.keys, row_scores, config)
     masks = data["response_mask"].unbind()
@@ -76,11 +78,13 @@ def row_advantages(keys: Sequence[str], row_scores: Tensor, config: Any) -> Tens
     """
     episodes: dict[tuple[int, int], int] = {}
     episode_of_row = [
+        # (group, member) names an episode; numbered as they appear
         -1 if is_padding(key) else episodes.setdefault(RowKey.parse(key)[:2], len(episodes))
         for key in keys
     ]
     rows = torch.tensor(episode_of_row)
     is_real = rows >= 0
+    # [rows] -> [episodes]: every row but the last of an episode scores 0
     scores = torch.zeros(len(episodes)).index_add_(0, rows[is_real], row_scores[is_real].float())
     estimate = get_adv_estimator_fn(config.adv_estimator)
     advantage, _ = estimate(
@@ -89,6 +93,7 @@ def row_advantages(keys: Sequence[str], row_scores: Tensor, config: Any) -> Tens
         index=np.array([group for group, _ in episodes], dtype=object),
         config=config,
     )
+    # [episodes] -> [rows]
     spread = torch.zeros(len(keys))
     spread[is_real] = advantage[rows[is_real], 0]
     return spread

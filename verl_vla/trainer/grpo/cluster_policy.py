@@ -37,6 +37,7 @@ class ClusterPolicy:
         """See `verl_vla.policies.base.Policy.act`."""
         prompts = [self._processor.prompt(o.instruction) for o in observations]
         images = torch.from_numpy(np.stack([o.image for o in observations]))
+        # veRL hands every rank the same number of rows, and refuses what does not divide
         rows = padded_rows(len(observations), self._num_ranks)
         input_ids, attention_mask = self._processor.collate([prompts[row] for row in rows])
         request = tu.get_tensordict(
@@ -50,6 +51,7 @@ class ClusterPolicy:
             non_tensor_dict={"temperature": temperature},
         )
         answer = self._workers.sample_actions(request)
+        # without the answers to the repeated rows
         action_tokens = answer["action_tokens"][: len(observations)]
         return ActionChunk(
             action_tokens=action_tokens,

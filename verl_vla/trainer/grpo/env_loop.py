@@ -51,6 +51,7 @@ class StepStats:
     def as_metrics(self) -> dict[str, float]:
         """Return metrics by their declared names; a rate of no episodes is NaN."""
         completed = self.episodes - self.crashes
+        # 0 where episodes kept for a corrected reward were scored without being played
         rollout_s = self.times.total_s or math.nan
         return {
             "env/success_rate": self.solved / completed if completed else math.nan,
@@ -123,6 +124,7 @@ class EpisodeLoop:
     def next_groups(self, num_groups: int) -> list[str]:
         """Choose the init states of the next groups; return veRL's ``uid`` of each."""
         groups = {group[0].group_id: group for group in self._starts.next_groups(num_groups)}
+        # a refill adds to the groups of the step
         self._specs |= groups
         return [group_key(group) for group in groups]
 
@@ -130,6 +132,7 @@ class EpisodeLoop:
         """Return what a resumed run needs: the groups sampled so far and the reward's state."""
         return {
             "num_groups_sampled": self._starts.num_groups_sampled,
+            # a copy: the reward goes on learning, and a step cut short resumes from before it
             "reward": deepcopy(self._reward.state_dict()),
         }
 
@@ -149,8 +152,10 @@ class EpisodeLoop:
         specs = [spec for group in groups for spec in self._specs[group]]
         played = self._unscored.take(specs, global_step) or self._play(specs)
         self._count(played)
+        # a crashed episode has no outcome, so it gives no rows
         alive = played.select(~played.episodes.crashed)
         try:
+            # every simulator may have crashed
             scores = self._score_and_store(alive, global_step) if len(alive.episodes) else {}
         except RewardError:
             self._unscored.keep(played, global_step)
@@ -158,6 +163,7 @@ class EpisodeLoop:
         self._unscored.forget(global_step)
         self._recorder.add_episodes(global_step, played, scores)
         spread = _spread(played, scores)
+        # last: "finished" lets the replay buffer take a group, whose rows must be there by then
         began = time.perf_counter()
         tq.kv_batch_put(
             keys=[group_key(group) for group in groups],
@@ -187,6 +193,7 @@ class EpisodeLoop:
         batch, result = score(
             self._reward, alive, suite=self._suite, split="train", mirrored=self._mirrored
         )
+        # after scoring, so that no episode is scored by what it taught itself
         learned = learn(self._reward, batch)
         self.stats.reward_metrics = dict(result.metrics) | dict(learned)
         self.stats.score_sum += float(result.score.sum())
@@ -220,6 +227,7 @@ def _spread(played: Trajectories, scores: Mapping[int, float]) -> dict[int, floa
     for group, episode in zip(
         episodes.group_id.tolist(), episodes.episode_id.tolist(), strict=True
     ):
+        # a crashed episode has no score
         known.setdefault(group, []).extend([scores[episode]] if episode in scores else [])
     return {group: max(values) - min(values) if values else 0.0 for group, values in known.items()}
 

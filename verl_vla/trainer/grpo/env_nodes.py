@@ -83,9 +83,10 @@ class EnvNodes:
         if not self._living:
             raise RuntimeError(
                 "every env node was lost, so no episode can be played; see the warnings above, "
-                "start nodes anew, and resume the run"
+                "start nodes again, and resume the run"
             )
         living = sorted(self._living)
+        # an episode starts again from its start, so a slot may move to another node with each
         self._node_of.update({slot: living[slot % len(living)] for slot in slots})
         self._ask("reset", slots)
 
@@ -119,6 +120,7 @@ class EnvNodes:
 
     def _ask(self, what: str, slots: Mapping[int, Any]) -> None:
         for node, mine in self._by_node(slots).items():
+            # nothing is asked of a lost node: `wait` reports its slots as crashed
             if node in self._living:
                 reference = getattr(self._living[node], what).remote({s: slots[s] for s in mine})
                 self._asked[node].append(reference)
@@ -144,6 +146,7 @@ def open_env_nodes(run: Run) -> Generator[EnvNodes]:
             f"cluster.env_nodes is {wanted}, but the Ray cluster has {found} of them; start more "
             f"with: ray start --address=HEAD:PORT --num-cpus=0 --resources='{{\"{RESOURCE}\": 1}}'"
         )
+    # such a node has no CPU to give: it is started with --num-cpus=0
     actor: Any = ray.remote(EnvNode)
     placed = actor.options(num_cpus=0, resources={RESOURCE: 1})
     nodes = [placed.remote(env, run.env_config, run.processor.shape) for _ in range(wanted)]

@@ -60,9 +60,11 @@ idle Python process for every slot, so more would only cost start-up time."""
 
 def train(run: Run) -> None:
     """Train to the last step of ``run``'s recipe, from its newest checkpoint if it has one."""
+    # first: the platform is chosen once a process, and Ray's workers are handed the choice
     prepare_verl(choose_device(run.recipe.cluster.device), option="cluster.device")
     config = to_verl(run)
     with ExitStack() as stack:
+        # where veRL's tracking looks for the folder (``verl/utils/tracking.py``)
         os.environ["TENSORBOARD_DIR"] = str(run.folder / "tensorboard")
         stack.enter_context(divert_output(run.folder))
         beside = stack.enter_context(ThreadPoolExecutor(max_workers=2))
@@ -75,6 +77,7 @@ def train(run: Run) -> None:
         simulators = run.simulators or stack.enter_context(open_env_nodes(run))
         trainer = importing.result().VLATrainer(config, run, simulators, stop)
         trainer.init()
+        # the learner is loaded while TransferQueue starts; the first rollout needs both
         queue.result()
         trainer.train()
 
@@ -124,6 +127,7 @@ def _start_ray(cluster: GRPOClusterConfig, environment: dict[Any, Any]) -> None:
     for attempt in range(RAY_ATTEMPTS):
         try:
             ray.init(
+                # a cluster of its own, even where another one runs on this machine
                 address="local",
                 logging_level=logging.WARNING,
                 num_cpus=_logical_cpus(cluster),
@@ -138,6 +142,7 @@ def _start_ray(cluster: GRPOClusterConfig, environment: dict[Any, Any]) -> None:
             if RAY_IS_LATE not in str(error) or attempt == RAY_ATTEMPTS - 1:
                 raise
             logger.info("Ray did not start in time (load %.0f); trying again", os.getloadavg()[0])
+            # ends the half that did start
             ray.shutdown()
 
 
@@ -154,6 +159,7 @@ def _own_errors(run: Run) -> Generator[None]:
     try:
         yield
     except RayTaskError as error:
+        # these say what to change; any other error keeps the traceback of its rank
         if not isinstance(error.cause, ConfigError | DivergedError):
             raise
         raise error.cause from error

@@ -30,17 +30,21 @@ class GroupReplayBuffer(ReplayBuffer):
             StarvedError: no group of any round taught anything.
         """
         assert self.refill_fn is not None, "the trainer hands it over"
+        # all that veRL hands to a custom sampler
         options = {str(name): value for name, value in self.sampler_kwargs.items()}
         group_filter = GroupFilter(config=SamplingConfig(**options))
         entered: set[str] = set()
         while True:
             self._sync_metadata_from_transfer_queue()
             fresh = self._finished_groups(partition_id, entered)
+            # a refill adds keys beside those of the rounds before
             entered |= {group_key(group.group_id) for group in fresh}
             dropped = group_filter.add_round(fresh)
+            # what is left in the partition is what the step trains on
             self._clear_groups(partition_id, {group_key(group) for group in dropped})
             if group_filter.num_to_refill == 0:
                 break
+            # blocks until the episodes of the next round are scored
             self.refill_fn(group_filter.num_to_refill)
         group_filter.check_not_starved()
         metrics = {
@@ -49,6 +53,7 @@ class GroupReplayBuffer(ReplayBuffer):
             "sampling/rounds": group_filter.num_rounds,
         }
         found = self.partitions[partition_id]
+        # by number: as strings, g10 would come before g9
         rows = {key: found[key] for key in sorted(found, key=RowKey.parse)}
         kept = [group_key(group) for group in group_filter.kept]
         return self._materialize_batch(partition_id, kept, rows), metrics

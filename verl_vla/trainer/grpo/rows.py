@@ -107,10 +107,13 @@ def make_rows(
                     "uid": group_key(group),
                     "prompts": prompt,
                     "responses": policy_steps.action_tokens[row],
+                    # veRL fills micro-batches by the length of ``input_ids``
                     "input_ids": torch.cat([prompt, policy_steps.action_tokens[row]]),
                     "position_ids": torch.arange(len(prompt) + num_tokens),
                     "response_mask": mask[row],
+                    # veRL counts the tokens of a batch by it
                     "loss_mask": mask[row],
+                    # on one row of an episode: `row_advantages` adds up its rows
                     "rm_scores": _on_last_token(earned, mask[row]),
                     "rollout_log_probs": policy_steps.log_probs[row],
                     "images": policy_steps.image[row],
@@ -118,6 +121,7 @@ def make_rows(
                     "trajectory_steps": episodes.num_steps[b : b + 1],
                 }
             )
+            # what veRL's balancing and metrics read of a row; a missing one is a KeyError there
             tags.append(
                 {
                     "status": "success",
@@ -155,6 +159,7 @@ def stacked(rows: Tensor) -> Tensor:
     """[B, ...] from rows of one shape, which TransferQueue hands out as a jagged tensor."""
     if not rows.is_nested:
         return rows
+    # rows of one shape: the jagged dimension is as long in all, so a view is enough
     return rows.values().view(len(lengths(rows)), -1, *rows.shape[2:])
 
 
@@ -170,6 +175,7 @@ def pack_like_language_model(values: Tensor, prompts: Tensor, responses: Tensor)
         responses: jagged [B, T].
     """
     before, length = lengths(prompts), lengths(responses)
+    # [B + 1]: row b lies between offsets b and b + 1 of the packed values
     offsets = torch.zeros(len(before) + 1, dtype=torch.long, device=values.device)
     offsets[1:] = (before + length).cumsum(0)
     parts: list[Tensor] = []

@@ -115,6 +115,7 @@ def open_run(recipe: Recipe) -> Generator[Run]:
         require_extras({"trainer.loggers": logger_name})
     processor = load_processor(policy_folder, recipe.policy.unnorm_key)
     reward = load_reward(recipe.reward, recipe.reward_args, seed=recipe.seed)
+    # the image after the last step is rendered only for a reward that looks at it
     config = replace(env_config(env, processor), render_final=looks_at_images(reward))
     chosen.require_simulator()
     training = starts(chosen, tasks, "train")
@@ -122,8 +123,10 @@ def open_run(recipe: Recipe) -> Generator[Run]:
         chosen, tasks, recipe.evaluation.states, per_task=recipe.evaluation.episodes_per_task
     )
     folder = Path(recipe.out).expanduser().resolve()
+    # where nodes of the cluster simulate, no simulator runs on this machine
     is_elsewhere = recipe.cluster.env_nodes > 0
     here = nullcontext() if is_elsewhere else open_simulators(env, config, processor.shape)
+    # the folder first: a second process that wants it must not start simulators
     with open_run_dir(folder, recipe.as_dict(), MAY_CHANGE), here as simulators:
         yield Run(
             recipe=recipe,

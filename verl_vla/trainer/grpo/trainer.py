@@ -77,6 +77,7 @@ class VLATrainer(PPOTrainerSync):
 
     def init(self) -> None:
         """Start the workers, load the newest valid checkpoint, and make the episode loop."""
+        # starts the ranks and calls `_load_checkpoint`, which sets what the rest reads
         super().init()
         recipe, cluster = self.recipe, self.recipe.cluster
         track_batches(self.run.reward, track_encoding)
@@ -101,12 +102,15 @@ class VLATrainer(PPOTrainerSync):
         )
         if self._resumed_state is not None:
             self.loop.load_state_dict(self._resumed_state)
+        # veRL has set its own loss by now
         self.actor_rollout_wg.set_policy_loss(recipe.loss, self.run.processor.shape.action_dim)
         self.actor_rollout_wg.guard_updates(
             str(self.run.folder / "diverged"), recipe.optimizer.max_skipped_in_a_row
         )
+        # the evaluation before training belongs to step 0; veRL would repeat it with each start
         if self.global_steps > 0:
             self.config.trainer.val_before_train = False
+        # -1: a run that begins anew also drops the evaluation of step 0
         self.recorder.rewind(self.global_steps if self.global_steps else -1)
 
     def train(self) -> None:
@@ -135,6 +139,7 @@ class VLATrainer(PPOTrainerSync):
         """End a run as its last step would have: saved, and evaluated once."""
         step, wanted = self.global_steps, self.recipe.trainer.total_training_steps
         saved = self._save_steps_before(step)
+        # the step was begun, but no update was made
         self.global_steps = step - 1
         logger.info("every episode of step %d of %d was solved. %s", step, wanted, saved)
         if self.recipe.trainer.eval_every and not self.run.was_evaluated(self.global_steps):
@@ -150,6 +155,7 @@ class VLATrainer(PPOTrainerSync):
         """
         super().on_train_begin()
         config, folder = self.recipe.cold_start, self.run.folder
+        # veRL has counted on already: 1 is the first step of the run
         is_first = self.global_steps == 1
         if config.mode == "off" or not is_first or cold_start.was_passed(folder):
             return
@@ -172,13 +178,16 @@ class VLATrainer(PPOTrainerSync):
         Raises:
             Interrupted: somebody asked for the end, and all that was learned is kept.
         """
+        # only when the last step is saved, which `_compute_metrics` does once an end is asked for
         if self.stop.is_made and self._last_saved == self.global_steps - 1:
             self.stop.carry_out(self._last_saved)
         self.loop.begin_step()
+        # before anything is sampled, for `_save_steps_before`
         self._step_began_with = self.loop.state_dict()
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
+        # the roles of veRL that hold the policy
         played = (Role.ActorRollout, Role.ActorRolloutRef)
         self.role_worker_mapping = {
             role: ray.remote(VLAWorker) if role in played else worker
@@ -197,6 +206,7 @@ class VLATrainer(PPOTrainerSync):
         return batch
 
     def _get_required_batch_multiple(self, dp_size: int) -> int:
+        # veRL would pad to a multiple of groups * group_size, as if an episode were one row
         return dp_size * self.recipe.optimizer.num_mini_batches
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
@@ -224,9 +234,11 @@ class VLATrainer(PPOTrainerSync):
         values = result.as_metrics(self.run.task_names)
         self.recorder.show_evaluation(self.global_steps, result.total)
         self.run.keep_evaluation(self.global_steps, result)
+        # there is no line of metrics yet that it could join
         if self.global_steps == 0:
             self.recorder.add_first_evaluation(values | {"timing_s/testing": self._evaluation_s})
             played = self.recipe.evaluation
+            # the cold-start check need not play greedy episodes again
             if played.temperature == 0:
                 self._greedy_before = cold_start.Rates.of(result, played.states)
         return values
@@ -252,6 +264,7 @@ class VLATrainer(PPOTrainerSync):
         }
         if "testing" in timing_raw:
             values["timing_s/testing"] = self._evaluation_s
+        # in place: veRL logs this very dictionary after the hook
         metrics.clear()
         metrics.update(values)
         self.recorder.add_step(global_steps, values)
@@ -277,6 +290,7 @@ class VLATrainer(PPOTrainerSync):
             return "No training step is lost"
         if not self.recipe.trainer.save_every:
             return "The training steps before are lost, since trainer.save_every is 0"
+        # veRL names the folder after it
         self.global_steps = last
         self._write_checkpoint(self._step_began_with)
         return f"Training step {last} was saved"
@@ -294,10 +308,12 @@ class VLATrainer(PPOTrainerSync):
     def _load_checkpoint(self) -> None:
         step = checkpoint.newest_valid(self.run.checkpoints)
         if step is None:
+            # veRL would search its own folder, which holds what is unfinished
             self.config.trainer.resume_mode = "disable"
             super()._load_checkpoint()
             return
         folder = checkpoint.step_folder(self.run.checkpoints, step)
+        # veRL reads the step from the folder's name
         self.config.trainer.resume_mode = "resume_path"
         self.config.trainer.resume_from_path = str(folder)
         super()._load_checkpoint()

@@ -41,6 +41,7 @@ class UnscoredEpisodes:
             return None
         kept = read_trajectories(self.file(step))
         wanted = [spec.episode_id for spec in specs]
+        # in the same order, too: the rows of a result are those of its specs
         return kept if kept.episodes.episode_id.tolist() == wanted else None
 
     def forget(self, step: int) -> None:

@@ -39,16 +39,21 @@ def update(
         The batch without the rows that were left out, and the metrics of the update.
     """
     real = [key for key in batch.keys if not is_padding(key)]
+    # the KL term has a gradient also where the advantage is 0
     idle = [] if recipe.loss.kl.is_on else _without_advantage(batch, real)
     num_mini_batches = recipe.optimizer.num_mini_batches
     if len(idle) == len(real):
+        # every rank answers the same
         (lr,) = set(workers.go_without_update())
         return batch, summarise_no_update(len(idle), num_mini_batches, lr)
     if idle:
+        # the padding goes too: another number of rows needs other padding
         batch = balance(_take_out(batch, {*idle, *(k for k in batch.keys if is_padding(k))}))
+    # also of rows left out: the mean is over all episodes of the step
     episodes = {key.rsplit("_", 1)[0] for key in real}
     batch.extra_info = {
         **(batch.extra_info or {}),
+        # not veRL's mini_batch_size, which counts rows: their number differs from step to step
         "num_mini_batch": num_mini_batches,
         "num_trajectories": len(episodes) / num_mini_batches,
         "temperature": recipe.sampling.temperature,

@@ -23,7 +23,9 @@ def summarise_update(
         num_left_out: rows that never reached a rank.
     """
     tokens = _array(reported["num_tokens"])
+    # before the first optimizer step the weights are those that played, so ratios should be 1
     first = _array(reported["optimizer_step"]) == 0
+    # a step of padding alone has no token
     first_tokens = max(float(tokens[first].sum()), 1.0)
     total = max(float(tokens.sum()), 1.0)
     steps = len(np.unique(_array(reported["optimizer_step"])))
@@ -32,6 +34,7 @@ def summarise_update(
     values = {
         "actor/pg_loss": float(_array(reported["loss_sum"]).sum()) / steps,
         "actor/grad_norm": float(taken.mean()) if len(taken) else math.nan,
+        # every rank reports every step, so shares are counted, not entries
         "actor/skipped_steps": float(steps * (1 - len(taken) / len(norm))),
         "actor/lr": float(_array(reported["lr"])[-1]),
         "actor/entropy": float(_array(reported["entropy_sum"]).sum()) / total,
@@ -42,6 +45,7 @@ def summarise_update(
         "actor/rows": float(_array(reported["num_rows"]).sum()) - num_padding,
         "actor/padding_rows": float(num_padding),
         "actor/rows_left_out": float(num_left_out),
+        # padding has an empty mask, so the ranks count it as idle
         "actor/rows_without_gradient": float(_array(reported["num_rows_idle"]).sum()) - num_padding,
     }
     if "kl_sum" in reported:
@@ -77,6 +81,7 @@ def _array(values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
     while pending:
         value = pending.pop(0)
         if isinstance(value, Sequence):
+            # in order: entries of different names belong together by their position
             pending = [*value, *pending]
         else:
             flat.append(float(value))

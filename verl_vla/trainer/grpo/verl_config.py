@@ -37,8 +37,10 @@ def to_verl(run: Run) -> DictConfig:
         config = compose("ppo_trainer")
     options = _algorithm(run) | _model(run) | _actor(run) | _rollout(run) | _run(run)
     for name, value in options.items():
+        # force_add: veRL's YAML has no key for some, e.g. ``model.model_type``
         OmegaConf.update(config, name, value, force_add=True)
     check_overrides(run.recipe.verl, run.folder, options)
+    # from here on a name that veRL does not know is refused
     OmegaConf.set_struct(config, True)
     try:
         config = OmegaConf.merge(config, run.recipe.verl)
@@ -60,6 +62,7 @@ def _algorithm(run: Run) -> Options:
         "algorithm.filter_groups.enable": False,
         "algorithm.rollout_correction.bypass_mode": not run.recipe.loss.recompute_log_probs,
         "critic.enable": False,
+        # scores come with the rows
         "reward.num_workers": 0,
         "trainer.v1.sampler.custom_sampler.path": "pkg://verl_vla.trainer.grpo.replay_buffer",
         "trainer.v1.sampler.custom_sampler.name": "GroupReplayBuffer",
@@ -83,6 +86,7 @@ def _model(run: Run) -> Options:
         # Importing it registers the engine and the model, in every process that reads this.
         f"{model}.external_lib": "verl_vla.trainer.engine.engine",
         f"{model}.trust_remote_code": False,
+        # packing belongs to veRL's engine for language models
         f"{model}.use_remove_padding": False,
         f"{model}.enable_gradient_checkpointing": policy.gradient_checkpointing,
         f"{model}.override_config.attn_implementation": policy.attention,
@@ -108,7 +112,9 @@ def _actor(run: Run) -> Options:
         # Micro-batches by token budget: rows need not divide, ranks run equally many.
         f"{actor}.use_dynamic_bsz": True,
         f"{actor}.ppo_max_token_len_per_gpu": budget,
+        # veRL checks it against the batch size; `update` says how many mini-batches there are
         f"{actor}.ppo_mini_batch_size": recipe.sampling.groups_per_step,
+        # veRL asserts that both are chosen alike (``workers/engine_workers.py``)
         "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz": True,
         "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": budget,
         **_fsdp(f"{actor}.fsdp_config", run),
@@ -133,6 +139,7 @@ def _fsdp(section: str, run: Run) -> Options:
         f"{section}.seed": run.recipe.seed,
         # What is trained stays float32 for the optimizer; FSDP casts it for the arithmetic.
         f"{section}.model_dtype": "fp32" if policy.lora_rank is None else precision,
+        # DeepSpeed's optimizer steps on the host, so its weights stay there
         f"{section}.offload_policy": run.recipe.optimizer.name == "deepspeed_cpu_adam",
         f"{section}.mixed_precision": {
             "param_dtype": precision,
@@ -149,6 +156,7 @@ def _rollout(run: Run) -> Options:
         f"{rollout}.n": run.recipe.sampling.group_size,
         f"{rollout}.temperature": run.recipe.sampling.temperature,
         f"{rollout}.tensor_model_parallel_size": 1,
+        # no server, so no cache to free
         f"{rollout}.free_cache_engine": False,
         f"{rollout}.calculate_log_probs": True,
         f"{rollout}.n_gpus_per_node": run.recipe.cluster.ranks_per_node,
@@ -181,9 +189,11 @@ def _run(run: Run) -> Options:
         "trainer.project_name": recipe.trainer.project,
         "trainer.experiment_name": run.folder.name,
         "trainer.total_training_steps": steps,
+        # one more than there are steps, so that veRL's loop ends by counting steps
         "trainer.total_epochs": steps + 1,
         "trainer.save_freq": save if save else never,
         "trainer.test_freq": evaluate if evaluate else never,
         "trainer.val_before_train": recipe.trainer.eval_before,
+        # `checkpoint.writing` moves what is complete
         "trainer.default_local_dir": str(run.checkpoints / UNFINISHED),
     }

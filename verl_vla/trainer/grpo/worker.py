@@ -90,6 +90,7 @@ class VLAWorker(ActorRolloutRefWorker):
             greedy.
         """
         temperature = float(tu.get_non_tensor_data(data, "temperature", None))
+        # the next update begins a new count
         self.engine.num_optimizer_steps = 0
         inputs = [data[name] for name in ("input_ids", "attention_mask", "images", "noise")]
         action_tokens, log_probs = self.engine.sample_actions(*inputs, temperature, data["proprio"])
@@ -164,6 +165,7 @@ class SharedWeightsReplica(RolloutReplica):
 
 def register_rollout() -> None:
     """Tell veRL's two registries of the rollout's name."""
+    # a plain dictionary: veRL has no function to add to it
     known: dict[tuple[str, str], str] = vars(rollout_base)["_ROLLOUT_REGISTRY"]
     known[(ROLLOUT_NAME, "async")] = f"{__name__}.SharedWeightsRollout"
     RolloutReplicaRegistry.register(ROLLOUT_NAME, lambda: SharedWeightsReplica)
@@ -184,6 +186,7 @@ def row_loss(
     """
     width = log_probs.shape[1]
     mask = dense(data["response_mask"], width).bool()
+    # the first token of a real row is always executed, so column 0 is never masked
     advantage = dense(data["advantages"], width)[:, 0]
     weight = trajectory_weight(
         stacked(data["trajectory_steps"]).flatten(),
@@ -191,6 +194,7 @@ def row_loss(
         num_trajectories=tu.get_non_tensor_data(data, "num_trajectories", None),
     )
     old_log_probs = dense(data["old_log_probs"], width)
+    # rows that cannot move a weight: nothing executed or, without a KL term, no advantage
     is_idle = ~mask.any(1) if config.kl.is_on else ~mask.any(1) | (advantage == 0)
     parts = policy_loss(log_probs, old_log_probs, advantage, mask, weight, config.clip)
     metrics = {
@@ -207,6 +211,7 @@ def row_loss(
     loss = parts.loss
     if config.kl.is_on:
         kl = divergence(log_probs, dense(data["ref_log_prob"], width), mask)
+        # each token weighs as in the policy loss
         loss = loss + config.kl.coefficient * (kl * weight[:, None]).sum()
         metrics["kl_sum"] = kl.sum().item()
     return loss * num_ranks, metrics

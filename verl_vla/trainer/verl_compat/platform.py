@@ -123,13 +123,16 @@ def _make_device_module() -> ModuleType:
     """``torch.cpu`` and the members of ``torch.cuda`` that veRL reads unconditionally."""
     module = ModuleType("verl_vla_cpu_device")
     for name, member in vars(torch.cpu).items():
+        # the new module keeps its own name and file
         if not name.startswith("__"):
             setattr(module, name, member)
+    # veRL reads the peaks after every pass, whatever the device (``engine_workers.py``)
     answers = {
         "max_memory_allocated": peak_process_bytes,
         "max_memory_reserved": peak_process_bytes,
         "memory_allocated": peak_process_bytes,
         "memory_reserved": peak_process_bytes,
+        # free and total bytes of a device that is not there
         "mem_get_info": lambda *_: (0, 0),
         "empty_cache": lambda: None,
         "ipc_collect": lambda: None,

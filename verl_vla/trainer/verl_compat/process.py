@@ -50,6 +50,7 @@ def prepare_verl(device: str, *, option: str) -> None:
             f"veRL {verl.__version__} is installed, but this project extends {VERL_VERSION}; "
             f"install verl=={VERL_VERSION}"
         )
+    # before anything asks: veRL settles on a platform once a process
     os.environ["VERL_PLATFORM"] = "nvidia" if device == "cuda" else "cpu"
     if get_device_name() != device:
         raise ConfigError(
@@ -65,6 +66,7 @@ def divert_output(folder: Path) -> Generator[None]:
     with (folder / "verl.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         root = logging.getLogger()
         before = root.handlers[:]
+        # a handler that exists already keeps its old stream, which redirecting does not change
         root.handlers[:] = [logging.StreamHandler(log)]
         try:
             yield
