@@ -114,7 +114,7 @@ class VLAEngine(FSDPEngine):
         self, optimizer: torch.optim.Optimizer
     ) -> torch.optim.lr_scheduler.LambdaLR:
         """Warm up linearly; veRL's schedule begins at 0, so that its first step learns nothing."""
-        warmup = max(0, self.optimizer_config.lr_warmup_steps)  # veRL's default is -1, for none
+        warmup = max(0, self.optimizer_config.lr_warmup_steps or 0)  # veRL's default is -1
         return torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1))
         )

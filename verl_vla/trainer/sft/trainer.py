@@ -80,7 +80,7 @@ class SFTTrainer:
         """
         done = self._resume()
         began = time.perf_counter()
-        batches = track(self._batches(done), "fine-tuning", self._steps.total_steps - done)
+        batches = track(self._batches(done), "fine-tuning", self._steps.total_training_steps - done)
         for step, batch in enumerate(batches, done + 1):
             loaded = time.perf_counter()
             values = self._engine.train_step(batch)
