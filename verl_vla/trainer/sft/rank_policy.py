@@ -83,8 +83,8 @@ def _answer(
     answer = engine.sample_actions(ids, mask, images[rows], noise[rows], temperature, proprio[rows])
     parts: list[Any] = [None] * num_ranks
     torch.distributed.all_gather_object(parts, answer)
+    # undoes the striding: row i of all ranks, then row i + 1
     action_tokens, log_probs = (
-        # undoes the striding: row i of all ranks, then row i + 1
         torch.stack(both, dim=1).flatten(0, 1) for both in zip(*parts, strict=True)
     )
     # without the rows that only filled up the ranks
