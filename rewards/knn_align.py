@@ -50,6 +50,7 @@ class KnnAlignReward(ReferenceReward):
         Raises:
             ConfigError: a number outside its range.
         """
+        # checked before the encoder's weights are loaded
         if num_neighbours < 1:
             raise ConfigError(f"num_neighbours is {num_neighbours}; set at least 1")
         if not 0 < final_share <= 1:

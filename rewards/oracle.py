@@ -14,6 +14,7 @@ from verl_vla.rewards import Need, RewardResult, StatelessReward, TrajectoryBatc
 class OracleReward(StatelessReward):
     """A reward of 1 for a success, and of ``alpha`` times the final true progress for a failure."""
 
+    # only a simulator has goal readings, so the reward is for simulation only
     requires: frozenset[Need] = frozenset({"goals"})
 
     def __init__(self, alpha: float = 0.6) -> None:
@@ -33,6 +34,7 @@ class OracleReward(StatelessReward):
         """Score each episode independently of the others."""
         assert batch.goals is not None
         progress = np.array([goal_progress(readings)[-1] for readings in batch.goals])
+        # alpha is below 1, so no failure outranks a success
         score = np.where(batch.success, 1.0, self._alpha * progress)
         return RewardResult(
             score=score.astype(np.float32),

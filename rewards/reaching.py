@@ -53,11 +53,13 @@ class ReachingReward(StatelessReward):
             score=score.astype(np.float32),
             progress=reached.astype(np.float32),
             status=tuple("success" if solved else "shaped" for solved in batch.success),
+            # minimum is never above 0, potential can be: the bound of this batch covers both
             max_score=self._success_score + float(max(reached.max(initial=0.0), 0.0)),
         )
 
     def _reached(self, readings: GoalReadings) -> float:
         distance: npt.NDArray[np.float64] = smallest_reach(readings)
+        # with phi = -distance and no discount, the terms phi(t + 1) - phi(t) add up to this
         if self._form == "potential":
             return float(distance[0] - distance[-1])
         return -float(distance.min())

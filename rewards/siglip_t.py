@@ -32,6 +32,7 @@ from verl_vla.rewards import (
 )
 from verl_vla.rewards.encoders import make_encoder
 
+# as the default of `rewards/knn_align.py`
 NUM_NEIGHBOURS = 5
 HELD_OUT_EVERY = 4
 """Of the successes, those whose episode id divides by 4 never train the head: how much it varies on
@@ -129,6 +130,7 @@ class SiglipTReward(ReferenceReward):
             return np.array(
                 [align(rows, successes, NUM_NEIGHBOURS)[-self._last_k :].mean() for rows in timed]
             )
+        # pooled before they are averaged, so that a long success counts no more than a short one
         centre = np.mean([self._pool(rows) for rows in successes], axis=0)
         return np.array([cosine(self._pool(rows), centre) for rows in timed])
 
@@ -148,12 +150,14 @@ class SiglipTReward(ReferenceReward):
         """Add the successes to the memory, and train the head on three in four of them."""
         metrics = dict(super().update(batch))
         memory = self._memory
+        # after super().update, so that the batch's own successes train the head too
         kept = {
             key: [r.features for r in memory.of_task(key) if r.episode_id % HELD_OUT_EVERY]
             for key in memory.tasks
         }
         successes = {key: rows for key, rows in kept.items() if rows}
         if self._temporal == "causal" and successes:
+            # only now is the size of the features known
             if self._head is None:
                 feature_size = next(iter(successes.values()))[0].shape[1]
                 self._head = ProgressHead(feature_size, self._config, self._seed)
@@ -168,6 +172,7 @@ class SiglipTReward(ReferenceReward):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         super().load_state_dict(state)
+        # a state from before the first success has no head; an existing one must not survive it
         self._head = None
         if state["head"] is not None:
             self._head = ProgressHead(state["head"]["feature_size"], self._config, self._seed)

@@ -101,9 +101,11 @@ def published_scores(
     for key in sorted(set(task_key)):
         member = np.array([k == key for k in task_key])
         failed = np.flatnonzero(member & ~success)
+        # as published: without a success in the batch, failures stay at 0
         if not (member & success).any() or not len(failed):
             continue
         centre = np.mean([pooled[row] for row in np.flatnonzero(member & success)], axis=0)
+        # successes are compared too, for the progress that is shown; their score stays 1
         similarity[member] = [cosine(pooled[row], centre) for row in np.flatnonzero(member)]
         score[failed] = min_max_sigmoid(similarity[failed])
     return similarity, score

@@ -108,10 +108,12 @@ class SrpoReward(ReferenceReward):
     def quality(self, task_key: str, measures: Floats) -> Floats:
         """Return [n], sigmoid(-z) of the distances."""
         earlier = self._distances[task_key] if task_key in self._distances else []
+        # too few earlier ones say little, so the current failures are counted with them
         known = earlier if len(earlier) >= ENOUGH_DISTANCES else [*earlier, *-measures]
         spread = float(np.std(known))
         # one distance, or equal ones, have no spread to define what is far
         z = (-measures - np.mean(known)) / spread if spread > 0 else np.zeros(len(measures))
+        # sigmoid(-z); clipped, or exp overflows for a distance far beyond the spread
         return 1 / (1 + np.exp(np.clip(z, -50, 50)))
 
     def update(self, batch: TrajectoryBatch) -> Mapping[str, float]:
@@ -124,9 +126,11 @@ class SrpoReward(ReferenceReward):
             if references and is_valid(features[row]):
                 distance = -float(self.measure(key, [features[row]], references)[0])
                 fresh.setdefault(key, []).append((int(batch.episode_id[row]), distance))
+        # only now: the failures were scored with the memory as it was before
         metrics = super().update(batch)
         for key, pairs in fresh.items():
             kept = self._distances.setdefault(key, [])
+            # by episode id, so that the order in which episodes ended changes nothing
             kept.extend(distance for _, distance in sorted(pairs))
             del kept[:-KEPT_DISTANCES]
         return metrics
@@ -156,12 +160,15 @@ def cluster_centres(embeddings: Floats) -> Floats:
         [C, D]. Outliers are kept because an unusual success is a way to succeed too.
     """
     num = len(embeddings)
+    # of two successes, each is the other's nearest: they are one cluster at any scale
     if num < MIN_SAMPLES + 1:
         return embeddings.mean(axis=0, keepdims=True)
     distance = np.linalg.norm(embeddings[:, None] - embeddings[None], axis=2)
+    # without itself, at distance 0
     nearest = np.where(np.eye(num, dtype=bool), np.inf, distance).min(axis=1)
     # where most are duplicates the radius is 0, which scikit-learn rejects
     radius = max(SCALE * float(np.median(nearest)), float(np.finfo(np.float64).tiny))
+    # precomputed: the distances are there already
     _, labels = dbscan(distance, eps=radius, min_samples=MIN_SAMPLES, metric="precomputed")
     members = [labels == label for label in range(labels.max() + 1)]
     alone = [np.arange(num) == i for i in np.flatnonzero(labels < 0)]

@@ -28,6 +28,7 @@ from verl_vla.rewards import (
 )
 from verl_vla.rewards.encoders import make_encoder
 
+# numbers of the release
 NUM_FRAMES = 64
 RADIUS, MIN_SAMPLES = 0.5, 2
 THIRD_PERSON = 0
@@ -80,12 +81,14 @@ class SrpoReleasedReward(StatelessReward):
         shared = _episodes_of_one_video(batch, self._aliasing)
         videos = []
         for rows in shared:
+            # frame 0 of every episode, then frame 1, and so on: interleaved, as in the release
             parts = zip_longest(*(batch.frames[row][:, THIRD_PERSON] for row in rows))
             frames = [frame for moment in parts for frame in moment if frame is not None]
             videos.append(sample_frames(np.stack(frames)))
         made = [f.astype(np.float64).mean(axis=0) for f in self._encoder.encode(videos)]
         embeddings = np.zeros((len(batch), len(made[0]) if made else 0))
         for rows, embedding in zip(shared, made, strict=True):
+            # one row for all episodes of the video: the bug that is reproduced here
             embeddings[rows] = embedding
         return embeddings
 
@@ -129,6 +132,7 @@ def _failure_scores(successes: Floats, failures: Floats) -> Floats:
 
 def _released_centres(successes: Floats) -> Floats:
     """Cluster standardised features; return raw means of the clusters, or of all without any."""
+    # standardised for clustering only; the distances are of raw features
     standard = StandardScaler().fit_transform(successes)
     _, labels = dbscan(standard, eps=RADIUS, min_samples=MIN_SAMPLES)
     found = [successes[labels == label].mean(axis=0) for label in np.unique(labels[labels >= 0])]

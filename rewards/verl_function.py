@@ -50,6 +50,7 @@ class VerlFunctionReward(StatelessReward):
         Raises:
             ConfigError: no such file or function.
         """
+        # a mistake in the file is found before anything is played
         module = import_file(Path(path).expanduser())
         functions = dict(inspect.getmembers(module, inspect.isfunction))
         if function not in functions:
@@ -84,6 +85,7 @@ class VerlFunctionReward(StatelessReward):
         task_key = batch.task_key[row]
         solved = bool(batch.success[row])
         arguments: dict[str, Any] = {
+            # from the right: the suite may be a path, which has slashes of its own
             "data_source": task_key.rsplit("/", 1)[0],
             "solution_str": SUCCESS if solved else FAILURE,
             "ground_truth": SUCCESS,
@@ -98,6 +100,7 @@ class VerlFunctionReward(StatelessReward):
             },
         }
         answer: Any = self._function(**{**arguments, **self._kwargs})
+        # veRL awaits such a function in its own event loop; here is none
         if inspect.iscoroutine(answer):
             answer = asyncio.run(answer)
         if isinstance(answer, Mapping):

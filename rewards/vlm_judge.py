@@ -90,6 +90,7 @@ class VlmJudgeReward(StatelessReward):
         self._instructions = dict(instructions)
         self._alpha, self._num_frames, self._num_requests = alpha, num_frames, num_requests
         self._max_lost_share = max_lost_share
+        # now, and not after the first round of episodes
         self._require_model()
 
     def __call__(self, batch: TrajectoryBatch) -> RewardResult:
@@ -104,7 +105,9 @@ class VlmJudgeReward(StatelessReward):
         missing = sorted({batch.task_key[row] for row in failures} - self._instructions.keys())
         if missing:
             raise ConfigError(f"reward_args.instructions has none for {missing[0]!r}; add it")
+        # successes keep 1 and are never sent
         progress = np.ones(len(batch), dtype=np.float32)
+        # threads, since each only waits for the server
         with ThreadPoolExecutor(self._num_requests) as pool:
             asked = [
                 pool.submit(self._judge, _as_seen(batch, int(row)), batch.task_key[row])
@@ -138,6 +141,7 @@ class VlmJudgeReward(StatelessReward):
         body = {
             "model": self._model,
             "messages": [{"role": "user", "content": content}],
+            # greedy, so that chance has no part in the answer
             "temperature": 0,
             "max_tokens": MAX_ANSWER_TOKENS,
             "response_format": ANSWER,
@@ -145,7 +149,9 @@ class VlmJudgeReward(StatelessReward):
         try:
             answer = self._ask("chat/completions", body)
             said = json.loads(answer["choices"][0]["message"]["content"])["progress"]
+            # a server without constrained decoding may answer outside 0 to 100
             return min(max(float(said), 0), FULL_PROGRESS) / FULL_PROGRESS
+        # whatever is wrong with one answer costs one failure its score, not the run
         except (*LOST, ValueError, KeyError, TypeError, IndexError):
             return float("nan")
 
@@ -181,5 +187,6 @@ def _as_seen(batch: TrajectoryBatch, row: int) -> npt.NDArray[np.uint8]:
 
 
 def _as_url(image: npt.NDArray[np.uint8]) -> str:
+    # a mirrored image is a view with a negative stride; this makes it one block of memory
     data = simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"

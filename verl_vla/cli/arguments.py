@@ -41,6 +41,7 @@ def parse(command: str, arguments: Sequence[str]) -> argparse.Namespace:
     if command == "bench" and arguments and arguments[0] in BENCHMARKS:
         # the other options are those of the benchmark's module, which is slow to import
         return argparse.Namespace(part=arguments[0], rest=list(arguments[1:]))
+    # intermixed: KEY=VALUE may stand before, between and after options
     return make_parser(command).parse_intermixed_args(arguments)
 
 
@@ -104,6 +105,7 @@ def _eval(parser: Parser) -> None:
     add(
         "--states",
         choices=get_args(Split),
+        # no default here: a protocol decides too, and must know what was not given
         help="starts: held_out (default); official: all recorded ones; sampled: new ones",
     )
     add("--temperature", type=float, help="sampling temperature; 0 (default) is greedy")
@@ -162,6 +164,7 @@ def _doctor(parser: Parser) -> None:
         help="folder of a checkpoint to check instead of the machine; with --libero, in addition",
     )
     add("--libero", action="store_true", help="compare machine and checkpoint with LIBERO's own")
+    # three cases: absent, alone (to stdout), with a file
     add("--json", nargs="?", const=STDOUT, help="with --libero, write JSON to a file or to stdout")
     add("--out", default="runs", help="folder in which runs will be written")
     add("--fix", action="store_true", help="print commands that fix the faults, without running")
@@ -194,6 +197,7 @@ def _demos(parser: Parser) -> None:
     add("--seed", type=int, default=0, help="seed of starts, pace and disturbances")
     _add_num_workers(parser)
     add("--out", required=True, help="file to write, .npz or .hdf5, or a folder")
+    # no defaults, since LIBERO's layout refuses what was given of these
     add = parser.add_argument_group(".npz files only").add_argument
     add("--noise", type=float, help="standard deviation of disturbances of a translation")
     add("--every", type=int, help="steps between images")
@@ -209,6 +213,7 @@ def _sft(parser: Parser) -> None:
     """Fine-tune on demonstrations: with a recipe, or a tiny policy from scratch on --demos."""
     _add_overrides(parser)
     add = parser.add_argument_group("a tiny policy from scratch").add_argument
+    # not required: a recipe takes the place of all of these
     add("--demos", help="file that `demos` wrote")
     add("--architecture", choices=ARCHITECTURES, help="openvla_oft if not given")
     add("--decoding", choices=DECODINGS, help="scratch_vla only; parallel if not given")
@@ -266,6 +271,7 @@ def _reward_bench(parser: Parser) -> None:
     add("--groups-per-update", type=int, default=8, help="groups that a reward learns from at once")
     add("--curve-groups", type=int, default=16, help="groups with progress curves; 0 for none")
     _add_num_workers(parser)
+    # no defaults: they are in `PlayConfig`, and --episodes-from refuses what was given
     add = parser.add_argument_group("rollouts").add_argument
     add("--policy", help="folder of a checkpoint")
     add("--suite", help=f"suite: {', '.join(SUITES)}")
@@ -305,6 +311,7 @@ def _soak(parser: Parser) -> None:
 def _bench(parser: Parser) -> None:
     """Measure the speed of a part; prints a table, then one JSON object on the last line."""
     listed = "\n".join(f"  {name:<8} {text}" for name, text in BENCHMARKS.items())
+    # the default formatter would fill the list of parts into one paragraph
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"parts:\n{listed}\n\n`bench PART -h` lists the options of a part."
     parser.add_argument("part", choices=list(BENCHMARKS), metavar="PART", help="part to measure")

@@ -32,6 +32,7 @@ def run(options: argparse.Namespace) -> int:
     line = json.dumps(record)
     if chosen.keep is not None:
         chosen.keep.write_text(json.dumps(record, indent=1) + "\n")
+    # last, so that a script finds it with tail -n 1
     print(line)
     return 0
 

@@ -30,6 +30,7 @@ def run(options: argparse.Namespace) -> int:
     if options.every < 1:
         raise ConfigError(f"--every is {options.every}; set at least 1, which checks all tasks")
     tasks = range(len(chosen.tasks)) if options.tasks is None else options.tasks
+    # an unknown task id is refused before the first one is built
     for task in tasks:
         chosen.task(task)
     chosen.require_simulator()
@@ -43,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
     progress = _Progress(len(chosen_tasks), out)
     try:
         checks = check_tasks(chosen, config, chosen_tasks, progress.show)
+    # an interrupted check keeps what it has found
     finally:
         progress.write()
     faults = count_faults(checks)
@@ -64,6 +66,7 @@ class _Progress:
     def show(self, check: TaskCheck) -> None:
         """Add the result of one task."""
         self._checks.append(check)
+        # what the suite declares as broken is no news; it is counted at the end
         if check.fault is not None and not check.was_foreseen:
             logger.info("task %d, %s: %s", check.task_id, check.name, check.fault)
         if len(self._checks) % PROGRESS_EVERY == 0:

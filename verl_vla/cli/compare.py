@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 def run(options: argparse.Namespace) -> int:
     """Print the table, and the differences in the reported conditions."""
     first, second = (read_evaluation(Path(path)) for path in (options.first, options.second))
+    # refuses evaluations of other starts or conditions, before anything is printed
     pairs = pair(first, second)
     logger.info("A  %s\nB  %s\n", options.first, options.second)
     logger.info("%s", table(pairs))

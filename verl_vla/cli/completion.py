@@ -51,15 +51,18 @@ def _all_commands() -> Parser:
         for action in alone._actions:  # pyright: ignore[reportPrivateUsage] -- as shtab does
             _add_values(name, action)
         about = add_arguments.__doc__
+        # its -h comes with the parent; a second one would conflict
         commands.add_parser(name, parents=[alone], add_help=False, help=about, description=about)
     return parser
 
 
 def _add_values(command: str, action: argparse.Action) -> None:
     if action.dest == OVERRIDES:
+        # shtab reads this attribute, which argparse does not declare
         vars(action)["complete"] = _complete_overrides(command)
     elif action.dest in NAMES and not action.choices:
         action.choices = NAMES[action.dest]
+    # a number or a flag (nargs 0) takes no path
     elif action.choices is None and action.type is None and action.nargs != 0:
         vars(action)["complete"] = shtab.FILE  # text may be a path
 

@@ -20,6 +20,7 @@ def run(options: argparse.Namespace) -> int:
     root = Path(options.runs)
     if not root.is_dir():
         raise ConfigError(f"{root} is no folder; name the one that holds the runs, e.g. runs")
+    # a page served on another address is asked for by that name
     hosts = LOOPBACK if _is_loopback(options.host) else (*LOOPBACK, options.host)
     logger.info("runs of %s: http://%s:%d (ctrl-C ends it)", root, options.host, options.port)
     if not _is_loopback(options.host):
@@ -33,5 +34,6 @@ def _is_loopback(host: str) -> bool:
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
+    # a host name; it may resolve to any address, so it counts as open
     except ValueError:
         return False

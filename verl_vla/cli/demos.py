@@ -70,6 +70,7 @@ def _record_archive(
     )
     image_size = IMAGE_SIZE if options.image_size is None else options.image_size
     env = EnvConfig(suite=chosen.name, render_size=options.render_size, image_size=image_size)
+    # before the recording, which takes long
     out.parent.mkdir(parents=True, exist_ok=True)
     demonstrations = record(
         env,
@@ -120,6 +121,7 @@ def _record_libero_files(
         workers=options.num_workers,
     )
     shown = _show(episodes, chosen, options.episodes_per_task * len(tasks))
+    # episodes come task by task, so a file is complete before the next one begins
     for task_id, of_task in groupby(shown, key=lambda episode: episode.task_id):
         name = out.name if out.suffix == ONE_TASK else file_name(chosen.task(task_id).name)
         write_libero_file(folder / name, of_task)
@@ -133,6 +135,7 @@ def _show(episodes: Iterator[Recorded], chosen: LiberoSuite, total: int) -> Iter
     task, steps = None, list[int]()
     with bar("demonstrations", total) as advance:
         for done, episode in enumerate(episodes, 1):
+            # steps are compared within a task; other tasks have other lengths
             if episode.task_id != task:
                 task, steps = episode.task_id, []
             steps.append(episode.num_steps)

@@ -56,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
     if options.images < 1:
         raise ConfigError(f"--images is {options.images}; set at least 1")
     findings = examine(options.policy, options.unnorm_key)
+    # weights with a fault may not load, and a number measured with them would mean nothing
     has_no_fault = not any(finding.is_fault for finding in findings)
     if has_no_fault and options.suite is not None:
         findings.append(judge_action_mass(_action_mass(options)))
@@ -84,6 +85,7 @@ def _examine_machine(options: argparse.Namespace) -> int:
 def _examine_libero(options: argparse.Namespace) -> int:
     _refuse_unused(options)
     if options.json not in (None, STDOUT):
+        # the check takes a minute, and its result must have a place
         require_place(Path(options.json), "--json")
     # not to stdout, where --json may write
     sys.stderr.write("running six tasks in LIBERO's own environment, which takes a minute\n")
@@ -101,6 +103,7 @@ def _examine_libero(options: argparse.Namespace) -> int:
 
 def _refuse_unused(options: argparse.Namespace) -> None:
     """Raise an error for options that ``--libero`` would ignore."""
+    # argparse does not say whether an option was given, so values are compared with defaults
     default = make_parser("doctor").get_default
     given, defaults = vars(options), {name: default(name) for name in NOT_WITH_LIBERO}
     unused = [name for name in NOT_WITH_LIBERO if given[name] != defaults[name]]

@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 def run(options: argparse.Namespace) -> int:
     """Roll out the remaining episodes, print a table, and write ``evaluation.json``."""
+    # options that a protocol decides have no default in the parser; here they get their value
     vars(options).update(complete(vars(options)))
     if options.perturbation:
         if options.protocol is not None:
@@ -69,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
     names = {task: chosen.tasks[task].name for task in tasks}
     chosen_starts = starts(chosen, tasks, options.states, per_task=options.episodes_per_task)
     part = _prepare(options, options.suite, names, chosen_starts)
+    # before the first episode: a control of other conditions would be found after hours
     part.check(controls)
     record = _evaluate(options, part, out)
     if options.suite in PERTURBED:
@@ -102,6 +104,7 @@ def _run_perturbed(options: argparse.Namespace) -> None:
     control = plan_control(planned)
     bases = [part.suite for part in control]
     controls = {} if options.control is None else read_controls(Path(options.control), bases)
+    # all are prepared before the first is played, so that a fault in the last one shows now
     parts = [
         _prepare(options, part.suite, part.task_names, part.starts)
         for part in [*([] if controls else control), *planned]
@@ -198,6 +201,7 @@ def _evaluate(options: argparse.Namespace, part: _Part, out: Path) -> dict[str, 
         stack.enter_context(folder_lock(out))
         played = [[s.task_id, s.init_state_id] for s in part.starts]
         episode_log = EpisodeLog(out, {**part.given, "starts": played})
+        # again under the lock: another process may have added some since
         found = read_episodes(out)
         if found:
             logger.info("%d episodes are in %s already; the others follow", len(found), out)
@@ -218,6 +222,7 @@ def _evaluate(options: argparse.Namespace, part: _Part, out: Path) -> dict[str, 
                     show=EvaluationProgress(len(part.starts), found, advance).show,
                 )
         else:
+            # nothing is left to play: only the table and the record are made again
             lines = last_of_each(found)
         _show(lines, part.names)
         time_spent = {"wall_s": time.perf_counter() - began, "episodes_found": len(found)}

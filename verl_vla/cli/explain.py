@@ -46,6 +46,7 @@ def explain(recipe: Recipe, composition: Composition) -> Iterator[tuple[str, Any
 def _origin(name: str, composition: Composition) -> str:
     """Return the origin of an option's value, or of a section around it that was set as a unit."""
     parts = name.split(".")
+    # the longest name first: a file may set a section, and the command line one option of it
     for length in range(len(parts), 0, -1):
         key = ".".join(parts[:length])
         if key in composition.origins:
@@ -57,6 +58,7 @@ def _plain(value: Any) -> str:
     """Format a value as it is written on the command line."""
     if value is None:
         return "null"
+    # before str(): Python's True is not what YAML and the command line write
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (tuple, list)):

@@ -72,16 +72,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if argv[0] not in COMMANDS:
             raise ConfigError(f"{argv[0]!r} is no command; {nearest(argv[0], list(COMMANDS))}")
         options = parse(argv[0], argv[1:])
+        # after the arguments are checked, since the import may take seconds
         command = importlib.import_module(f"verl_vla.cli.{argv[0].replace('-', '_')}")
         try:
             return command.run(options)
         finally:
+            # before an error is written, or a bar would be drawn over it
             console.end_bars()
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_USAGE
     except tuple(STOPPED) as error:
         sys.stderr.write(f"stopped: {error}\n")
+        # isinstance, since SolvedError has the exit code of the StarvedError that it is
         return next(code for kind, code in STOPPED.items() if isinstance(error, kind))
     except Interrupted as error:
         sys.stderr.write(f"stopped: {error}\n")
@@ -98,6 +101,7 @@ def _speak_plainly() -> Console:
     ours = logging.getLogger("verl_vla")
     ours.addHandler(console)
     ours.setLevel(logging.INFO)
+    # a library that gives the root logger a handler would show our lines twice
     ours.propagate = False
     # bitsandbytes warns at every import about missing optional kernels
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -109,6 +113,7 @@ def _speak_plainly() -> Console:
 def _one_thread_each() -> None:
     """Limit math libraries to one thread, since many small processes share the cores."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        # what the user has set stays
         if name not in os.environ:
             os.environ[name] = "1"
 

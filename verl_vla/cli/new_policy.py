@@ -23,6 +23,7 @@ LORA_RANK = 32
 
 def run(options: argparse.Namespace) -> int:
     """Assemble the policy, print its size, and write a checkpoint folder."""
+    # before models are loaded; a folder of the user's is never overwritten
     if Path(options.out).exists():
         raise ConfigError(f"--out is {options.out}, which is there already; name a new folder")
     statistics = _measure(Path(options.demos))

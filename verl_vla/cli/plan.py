@@ -33,6 +33,7 @@ def run(options: argparse.Namespace) -> int:
     if options.num_nodes is not None:
         overrides.append(f"cluster.num_nodes={options.num_nodes}")
     recipe = load_recipe(overrides)
+    # nothing is asked of this machine: the plan is for the one that will train
     if options.gpu is None and recipe.cluster.device != "cpu":
         raise ConfigError(f"which GPU? Say --gpu and one of {', '.join(GPUS)}")
     config, source = policy_config(recipe)

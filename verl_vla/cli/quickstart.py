@@ -49,6 +49,7 @@ def recipe_overrides(options: argparse.Namespace) -> list[str]:
     seed = 0 if options.seed is None else options.seed
     recipe = QUICKSTARTS[options.suite]
     out = f"runs/{recipe}_seed{seed}" if options.out is None else options.out
+    # quoted, since Hydra's grammar reads some characters of a path as its own
     overrides = [f"recipe={recipe}", f"seed={seed}", f"out='{out}'"]
     if options.total_training_steps is not None:
         overrides.append(f"trainer.total_training_steps={options.total_training_steps}")
@@ -112,6 +113,7 @@ def _evaluation(run: Run, step: int) -> dict[str, Any]:
 def _wall_s(run: Run, wall_s: float) -> float:
     """Return the seconds of training over all processes of this run, and store the sum."""
     file = run.folder / "wall_s.json"
+    # a resumed run has trained before, in other processes
     earlier = json.loads(file.read_text()) if file.exists() else 0.0
     file.write_text(json.dumps(earlier + wall_s))
     return earlier + wall_s

@@ -155,10 +155,12 @@ def _find_episodes(
     played = parse(PlayConfig, given | {"seed": options.seed})
     chosen = suite(played.suite)
     chosen.require_simulator()
+    # for its errors: more groups than starts, or an unknown task
     _groups(played)
     policy = find_policy(played.policy)
     processor = load_processor(policy, played.unnorm_key)
     simulated = env_config(_environment(played, options.num_workers), processor)
+    # the size that is used, where the option left it to the policy
     played = replace(played, render_size=simulated.render_size)
     record = asdict(played) | {WEIGHTS: _digest(policy)}
     folder = out / EPISODES_FOLDER
@@ -183,6 +185,7 @@ def _play(folder: Path, played: PlayConfig, env: EnvironmentConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_policy(find_policy(played.policy), DTYPES[played.dtype], played.unnorm_key)
     torch.nn.Module.to(policy.model, device)
+    # rewards see the image after the last step, in which a success can be seen
     simulated = replace(env_config(env, policy.processor), render_final=True)
     num_episodes = played.groups * played.group_size
     with (
@@ -214,6 +217,7 @@ def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in weight_files(folder):
         with file.open("rb") as stream:
+            # in blocks, since weights take gigabytes
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
@@ -233,6 +237,7 @@ def _write(out: Path, result: dict[str, Any]) -> None:
     """Write the result atomically."""
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
+        # allow_nan=False: Python would write NaN, which is no JSON
         atomic_write(out / RESULT_FILE, json.dumps(result, indent=1, allow_nan=False))
 
 

@@ -45,10 +45,12 @@ def run(options: argparse.Namespace) -> int:
                 "--out to make a tiny policy from scratch"
             )
     names = ("steps", "batch_size", "lr", "smoothing", "seed")
+    # what was not given keeps the default of `SFTConfig`
     config = SFTConfig(**{n: vars(options)[n] for n in names if vars(options)[n] is not None})
     threads = 1 if options.threads is None else options.threads
     if threads < 1:
         raise ConfigError(f"--threads is {threads}; set at least 1")
+    # threads share out sums, whose order and rounding then depend on their number
     torch.set_num_threads(threads)
     with DemonstrationFile(Path(options.demos)) as file:
         demonstrations = _chosen(file, options.tasks, options.per_task)

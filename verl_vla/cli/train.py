@@ -43,6 +43,7 @@ def improve(opened: Run) -> None:
     lines = read_metrics(opened.folder / "metrics.jsonl")
     sampling = sampling_of(opened.recipe.evaluation.temperature)
     draw_curve(opened.folder / "curve.png", lines, title, sampling=sampling)
+    # once more at the end: the last one may be minutes old
     write_report(opened.folder)
 
 
@@ -56,4 +57,5 @@ def start_training(opened: Run | SFTRun, kind: Literal["grpo", "sft"] = "grpo") 
     threads = max(1, min(TRANSFER_THREADS, (os.cpu_count() or 1) // 2))
     os.environ.setdefault("TQ_NUM_THREADS", str(threads))
     warnings.filterwarnings("ignore", message=NOT_OURS, category=UserWarning)
+    # last, since the import reads what the lines above have set
     importlib.import_module(f"verl_vla.trainer.{kind}.launch").train(opened)

@@ -78,7 +78,10 @@ def compose_recipe(arguments: Sequence[str], folder: Path) -> Composition:
     overrides = [_read_override(a) for a in arguments if not a.startswith("recipe=")]
     search = [] if file.parent == folder else [f"hydra.searchpath=['file://{folder}']"]
     try:
+        # Hydra takes an absolute folder only; None means the defaults of the installed version
         with initialize_config_dir(str(file.parent), version_base=None):
+            # twice: only the first list says which groups the recipe has, and the overrides may
+            # choose other files of them
             parts = _parts(file.stem, search)
             words, options = _split(overrides, _choices(parts), folder)
             if words:
@@ -89,6 +92,7 @@ def compose_recipe(arguments: Sequence[str], folder: Path) -> Composition:
         for option in options:
             OmegaConf.update(composed, option.key_or_group, option.value(), force_add=True)
             origins |= {key: COMMAND_LINE for key, _ in leaves(option.value(), option.key_or_group)}
+        # an unresolved ${...} or a ??? must fail here, not in a section that gets the bare string
         container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {file.stem!r} cannot be composed: {error}") from error
@@ -108,6 +112,7 @@ def group_options(group: str, folder: Path = RECIPES_FOLDER) -> list[str]:
 
 def leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the dotted name and the value of each leaf of a nested mapping; {} is a leaf."""
+    # an empty section is listed too, or `explain` would not show it
     if not isinstance(values, Mapping) or not values:
         yield path, values
         return
@@ -139,6 +144,7 @@ def _read_override(word: str) -> Override:
     Raises:
         ConfigError: it is not ``key=value``, sets an option of Hydra, or names several values.
     """
+    # in Hydra's grammar ~key deletes an option; a section would then take its default
     if "=" not in word or word.startswith("~"):
         raise ConfigError(f"{word!r} is no key=value; write e.g. seed=1")
     try:
@@ -150,6 +156,7 @@ def _read_override(word: str) -> Override:
         ) from error
     if override.key_or_group.split(".")[0] == "hydra":
         raise ConfigError(f"{word!r} is an option of Hydra, which runs no job here; leave it out")
+    # key=1,2 is a sweep, one run per value, to Hydra
     if override.is_sweep_override():
         raise ConfigError(f"{word!r} names several values; for a list use key=[value1,value2]")
     return override
@@ -169,6 +176,7 @@ def _split(
         group, value = override.key_or_group, str(override.value())
         members = group_options(group, folder) if group in choices else []
         if value in members:
+            # quoted, so that Hydra takes any name as text, also one that is a number
             words.append(f"{group}='{value}'")
         elif group in choices and group not in [field.name for field in fields(Recipe)]:
             raise ConfigError(f"{group} is {value!r}, which is unknown; {nearest(value, members)}")
@@ -179,6 +187,7 @@ def _split(
 
 def _parts(name: str, words: list[str]) -> DefaultsList:
     """Return the list of the files that Hydra merges, in order."""
+    # compose() merges at once; only its loader tells which files those are
     loader = GlobalHydra.instance().config_loader()
     return loader.compute_defaults_list(name, words, RunMode.RUN)
 
@@ -186,6 +195,7 @@ def _parts(name: str, words: list[str]) -> DefaultsList:
 def _choices(parts: DefaultsList) -> dict[str, str]:
     """Return the config groups that a recipe builds on, and the file chosen from each."""
     known = parts.overrides.known_choices
+    # Hydra's own groups (logging, launcher) are no choice of the recipe
     return {group: str(taken) for group, taken in known.items() if not group.startswith("hydra/")}
 
 
@@ -193,7 +203,9 @@ def _origins(parts: DefaultsList, folders: Sequence[Path]) -> Iterator[tuple[str
     """Yield each option and the file that sets it, in the order of merging."""
     for part in parts.defaults:
         relative = f"{part.config_path}.yaml"
+        # the user's folder comes first, as in Hydra's search path
         for file in [f / relative for f in folders if (f / relative).is_file()][:1]:
             content = yaml.safe_load(file.read_text()) or {}
+            # the defaults list names files and sets no option
             for key, _ in leaves({k: v for k, v in content.items() if k != "defaults"}):
                 yield key, relative

@@ -16,6 +16,7 @@ from verl_vla.core.text import nearest
 REMEDY = "remedy"
 """Key of a field's own remedy in its ``json_schema_extra``; see `verl_vla.config.schema.remedy`."""
 
+# the second one is a key that is no string, such as the number in YAML's 1: 2
 UNKNOWN_KEY = ("unexpected_keyword_argument", "invalid_key")
 CROSS_FIELD = "value_error"
 """Type of an error that a section's own validator raises; its message is complete."""
@@ -57,11 +58,14 @@ def config_error(
         path: dotted name of the section, empty for a recipe.
     """
     details = error.errors(include_url=False)
+    # a misspelt key may also be a missing one, and the first line then names the cause
     details.sort(key=lambda detail: detail["type"] not in UNKNOWN_KEY)
     found = [_refusal(schema, detail, values, path) for detail in details]
     lines: dict[str, None] = {}  # ordered, each line once
     for name in dict.fromkeys(refusal.name for refusal in found):
         of_option = [refusal for refusal in found if refusal.name == name]
+        # a union reports an error of each member; one about the range means that the type fits that
+        # member, so the others' complaints about the type would mislead
         ranges = [refusal.text for refusal in of_option if not refusal.is_type]
         lines |= dict.fromkeys(ranges or ["; or ".join(refusal.text for refusal in of_option)])
     return ConfigError("\n".join(lines))
@@ -83,6 +87,7 @@ def _refusal(
     if detail["type"] == "missing":
         return _Refusal(name, f"{name} is required and has no default; set it")
     if detail["type"] == CROSS_FIELD:
+        # the exception itself, since pydantic's message puts "Value error, " before it
         return _Refusal(name, str(detail["ctx"]["error"]))
     return _wrong_value(schema, detail, values, path)
 
@@ -93,9 +98,11 @@ def _wrong_value(
     kind, value = detail["type"], detail["input"]
     location = _in_values(detail["loc"], values)
     name = _join(path, location)
+    # nan fails every comparison, so the bound that pydantic names is not what is wrong
     if isinstance(value, float) and math.isnan(value):
         return _Refusal(name, f"{name} is nan, which no check can compare; set a number")
     if kind in WRONG_TYPE:
+        # pydantic joins the choices with commas and one "or"
         expected = detail["ctx"]["expected"].replace(" or ", ", ") if "literal" in kind else ""
         remedy = WRONG_TYPE[kind].format(name=name, expected=expected)
         return _Refusal(name, f"{name} is {_shown(value)}; {remedy}", is_type=True)
@@ -123,6 +130,7 @@ def _option(schema: type[Any], location: Sequence[int | str]) -> tuple[Location,
     field: FieldInfo | None = None
     for depth, name in enumerate(location):
         section = schema if field is None else field.annotation
+        # below an option lie its items and the members of a union, which are no fields
         if not isinstance(section, type) or not is_pydantic_dataclass(section):
             return tuple(location[:depth]), field
         field = cast("Any", section).__pydantic_fields__[name]

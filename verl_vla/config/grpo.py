@@ -98,6 +98,7 @@ def _off(value: object) -> object:
 class ColdStartConfig:
     """Check before training that the policy succeeds often enough for GRPO to learn anything."""
 
+    # a validator that runs before the type is checked, or false would be refused as no string
     mode: Annotated[Literal["stop", "off"], BeforeValidator(_off)] = "stop"
     """``stop`` ends the run if the policy succeeds too seldom; ``off`` skips the check, which is
     needed where a dense reward is to learn from failures."""
@@ -123,6 +124,7 @@ class ColdStartConfig:
 class GRPOPolicyConfig(PolicyConfig):
     """The policy that is trained: its checkpoint, precision, attention and adapters."""
 
+    # required here: GRPO starts from a policy, and fine-tuning may make one
     path: str
     """Folder of a checkpoint, OpenVLA-OFT or scratch VLA: weights, config, tokenizer and
     statistics. A relative path starts at the project's root."""

@@ -37,6 +37,7 @@ def section(path: str) -> Callable[[type[T]], type[T]]:
     """
 
     def decorate(cls: type[T]) -> type[T]:
+        # slots=True makes a new class, so the one that was decorated must not be used any more
         made = cast("type[T]", dataclass(frozen=True, kw_only=True, slots=True, config=RULES)(cls))
         construct = made.__init__
 
@@ -45,6 +46,7 @@ def section(path: str) -> Callable[[type[T]], type[T]]:
             try:
                 construct(self, **values)
             except ValidationError as error:
+                # the message holds everything; pydantic's traceback would only repeat it
                 raise config_error(made, error, values, path) from None
 
         made.__init__ = checked
@@ -95,6 +97,7 @@ def meanings(schema: type[Any], path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _description(schema: type[Any], name: str) -> str:
+    # pydantic drops the description where a subclass declares the field again without one
     for base in schema.__mro__:
         if is_pydantic_dataclass(base) and name in base.__pydantic_fields__:
             text = base.__pydantic_fields__[name].description

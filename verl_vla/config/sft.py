@@ -113,6 +113,7 @@ class SFTOptimizerConfig(OptimizerConfig):
         [0.2, 1.0, 1.0, 0.1, 0.01]
         """
         rise = 1.0
+        # step + 1: the last step of the warm-up has the whole rate
         if step < self.warmup_steps:
             rise = WARMUP_FLOOR + (1 - WARMUP_FLOOR) * (step + 1) / self.warmup_steps
         return rise * DECAY ** sum(step >= milestone for milestone in self.decay_at)
@@ -156,6 +157,7 @@ class SFTRecipe(BaseRecipe):
 
     @model_validator(mode="after")
     def _check_shares(self) -> SFTRecipe:
+        # FSDP averages gradients over ranks, which is the mean of the batch for equal shares only
         if self.optimizer.batch_size % self.cluster.num_ranks:
             raise ConfigError(
                 f"optimizer.batch_size is {self.optimizer.batch_size}, which "

@@ -16,6 +16,7 @@ NEVER = remedy("set 0 for never")
 """Answer to an interval below 0."""
 
 Betas = Annotated[
+    # of any length, so that a wrong length gets the remedy below and not one about a missing item
     tuple[Annotated[StrictFloat, Field(ge=0, lt=1)], ...],
     Field(
         min_length=2,
@@ -87,6 +88,7 @@ class PolicyConfig:
 class OptimizerConfig:
     """AdamW as all recipes have it."""
 
+    # no default: GRPO and fine-tuning have rates that differ by a factor of 100
     lr: StrictFloat = Field(gt=0)
     """Learning rate after warm-up."""
     warmup_steps: StrictInt = Field(default=0, ge=0)

@@ -31,6 +31,7 @@ def require_place(file: Path, option: str) -> None:
 
 def atomic_write(file: Path, text: str) -> None:
     """Write ``file`` completely, or leave its old content."""
+    # beside the file: a rename is atomic within one file system only
     partial = partial_file(file)
     partial.write_text(text)
     partial.replace(file)
@@ -68,9 +69,11 @@ def folder_lock(folder: Path) -> Generator[None]:
     """
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        # not "w", which would erase the name of the process that holds the lock
         file = (folder / LOCK).open("a+")
     with file:
         try:
+            # LOCK_NB: whoever comes second is told at once, not left waiting
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)

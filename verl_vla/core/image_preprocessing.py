@@ -56,6 +56,7 @@ def prepare_image(
         raise ConfigError(f"crop_area is {crop_area}; it is a share of the area, above 0 up to 1")
     pixels = _round_trip(render) if jpeg else render
     columns_first = _resize(pixels.astype(np.float32), size)
+    # the resize swaps the axes once, and the crop swaps them back
     whole = columns_first.transpose(1, 0, 2)
     return (_crop(columns_first, crop_area) if crop_area < 1 else whole).astype(np.uint8)
 
@@ -93,6 +94,7 @@ def _resize(pixels: Floats, size: int) -> Floats:
     """Resize [H, W, 3] by an antialiased Lanczos kernel; return integers as float32 [W, H, 3]."""
     rows = _weigh_rows(pixels, size)
     both = _weigh_rows(_turn(rows), size)
+    # halves to even, as tf.round
     np.rint(both, out=both)
     return np.clip(both, 0, 255, out=both)
 
@@ -119,15 +121,19 @@ def _lanczos_weights(num_in: int, num_out: int) -> csr_array:
     """
     one, half = np.float32(1), np.float32(0.5)
     scale = one / (np.float32(num_out) / np.float32(num_in))
+    # antialiasing: where the image shrinks, the kernel widens by the same factor
     stretch = max(scale, one)
     centre = (np.arange(num_out, dtype=np.float32) + half) * scale
     reach = LANCZOS_RADIUS * stretch
+    # a pixel's value is at its centre, half a pixel after its index
     first = np.maximum(np.ceil(centre - reach - half), 0).astype(np.int64)
     last = np.minimum(np.floor(centre + reach - half), num_in - 1).astype(np.int64)
     source = first[:, None] + np.arange(int((last - first).max()) + 1)
     distance = np.abs(source.astype(np.float32) + half - centre[:, None]) * (one / stretch)
+    # output rows have different numbers of neighbours; the table is as wide as the most
     is_near = source <= last[:, None]
     weight = np.where(is_near, _lanczos(distance), np.float32(0))
+    # cumsum adds one term after the other, as TensorFlow; sum would add in pairs
     weight *= one / np.cumsum(weight, axis=1, dtype=np.float32)[:, -1:]
     ends = np.concatenate([[0], np.cumsum(is_near.sum(axis=1))])
     return csr_array((weight[is_near], source[is_near], ends), shape=(num_out, num_in))
@@ -149,7 +155,9 @@ def _crop(columns_first: Floats, area: float) -> Floats:
     Source: ``tf.image.crop_and_resize`` on values in 0..1, then
     ``tf.image.convert_image_dtype(saturate=True)``, which multiplies by 255.5 and rounds down.
     """
+    # a product, as in tf.image.convert_image_dtype; a quotient rounds differently
     share = columns_first * np.float32(1 / 255)
+    # first along the image's rows, as crop_and_resize interpolates
     across = _blend_rows(share, area)
     both = _blend_rows(_turn(across), area)
     np.clip(both, 0, 1, out=both)
@@ -162,6 +170,7 @@ def _blend_rows(pixels: Floats, area: float) -> Floats:
     flat = pixels.reshape(len(pixels), -1)
     low = np.take(flat, below, axis=0, mode="clip")
     high = np.take(flat, above, axis=0, mode="clip")
+    # low + (high - low) * part, in this order, without a temporary array
     high -= low
     high *= part
     high += low
@@ -185,6 +194,7 @@ def _crop_positions(size: int, area: float) -> tuple[Indices, Indices, Floats]:
     start = (np.float32(1) - side) / np.float32(2)
     stop = start + side
     last = np.float32(size - 1)
+    # crop_and_resize divides by the output's size, which here is the input's
     step = (stop - start) * last / last
     position = start * last + np.arange(size, dtype=np.float32) * step
     below = np.floor(position)

@@ -63,6 +63,7 @@ def import_file(path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up by name
     try:
         spec.loader.exec_module(module)
+    # code of the user's, which may raise anything; half of a module must not be found later
     except Exception as error:
         del sys.modules[name]
         raise ConfigError(f"{path} cannot be imported: {error!r}; correct the file") from error

@@ -35,6 +35,7 @@ def commit() -> str:
         return "unknown"
     try:
         done = subprocess.run(
+            # without tags describe gives the hash, and unlike rev-parse it marks changed files
             ["git", "describe", "--always", "--dirty", "--exclude=*"],
             cwd=PROJECT_FOLDER,
             capture_output=True,

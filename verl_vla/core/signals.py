@@ -23,7 +23,9 @@ def end_with_parent() -> None:
     assert parent is not None, "only processes that multiprocessing started have a parent"
 
     def wait() -> None:
+        # returns whatever ended the parent, since the system then closes its end of a pipe
         parent.join()
+        # sys.exit would end this thread only
         os._exit(EXIT_ORPHANED)
 
     threading.Thread(target=wait, daemon=True, name="end_with_parent").start()

@@ -40,6 +40,7 @@ class SuccessRate:
         if not self.episodes:
             return (0.0, 1.0)
         n, p, z = self.episodes, self.rate, WILSON_Z
+        # Wilson's interval: (centre +- half) / scale
         centre = p + z * z / (2 * n)
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         scale = 1 + z * z / n
@@ -58,6 +59,7 @@ class SuccessRate:
     def as_json(self) -> dict[str, Any]:
         """Return the rate (null where every episode crashed), its counts, and its interval."""
         return {
+            # JSON has no NaN
             "rate": self.rate if self.episodes else None,
             "successes": self.successes,
             "episodes": self.episodes,

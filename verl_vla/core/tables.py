@@ -128,6 +128,7 @@ class Trajectories:
             raise ContractError(
                 f"endings of {len(self.final_images)} episodes for {len(self.episodes)}"
             )
+        # the smallest and the largest row stand for all; an empty column has neither
         for row in self.policy_steps.episode.aminmax() if len(self.policy_steps) else ():
             if not 0 <= int(row) < len(self.episodes):
                 raise ContractError(
@@ -145,6 +146,7 @@ class Trajectories:
             raise ContractError(
                 f"keep must be bool [{len(self.episodes)}], got {keep.dtype} {list(keep.shape)}"
             )
+        # the row that each kept episode has among the kept ones
         new_row = torch.cumsum(keep, 0) - 1
         rows = keep[self.policy_steps.episode]
         policy_steps = map_columns(self.policy_steps, lambda t: t[rows])
@@ -197,6 +199,7 @@ def check_table(table: Any) -> dict[str, int]:
         for dim, size in zip(dims, value.shape, strict=True):
             if dim.isdigit() and size != int(dim):
                 raise ContractError(f"{name} must be [{', '.join(dims)}], got {list(value.shape)}")
+            # the first column with a letter fixes its size for the others
             if sizes.setdefault(dim, size) != size:
                 raise ContractError(f"{name}: {dim} = {size}, but earlier columns say {sizes[dim]}")
     return sizes

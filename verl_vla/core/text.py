@@ -52,6 +52,7 @@ def format_seconds(seconds: float) -> str:
     >>> format_seconds(8.4), format_seconds(125), format_seconds(7260)
     ('8s', '2m05s', '2h01m')
     """
+    # rounded before it is split, or 59.7 would become 60s
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -96,6 +97,7 @@ class TextTable(str):
             ).rstrip()
             for line in lines
         ]
+        # a str takes its text when it is made and never after
         table = super().__new__(cls, "\n".join([*text, *notes]))
         table.head, table.rows, table.left, table.notes = head, rows, left, notes
         return table

@@ -67,6 +67,7 @@ class Progress:
         )
 
     def _time_left_s(self, step: int, seconds: float) -> float:
+        # the first step has no past, and stands for it
         past = seconds if self._seconds_per_step is None else self._seconds_per_step
         self._seconds_per_step = SMOOTHING * past + (1 - SMOOTHING) * seconds
         return self._seconds_per_step * (self._total_steps - step)
@@ -107,6 +108,7 @@ class EvaluationProgress:
         self._total = total
         self._advance = advance
         self._outcomes = [line["outcome"] for line in found]
+        # episodes of an earlier process cost this one no time, so they are not in its speed
         self._found = self._played
         self._began = self._shown = time.perf_counter()
 
@@ -117,9 +119,11 @@ class EvaluationProgress:
         rate = 100 * self._outcomes.count(Outcome.SUCCESS) / max(1, played)
         lost = self._outcomes.count(Outcome.CRASH)
         if self._advance is not None:
+            # a lost episode is played again, and only then moves the bar
             if line["outcome"] != Outcome.CRASH:
                 self._advance(f"success {rate:.1f}%  simulators lost {lost}")
             return
+        # the last line is always shown, however soon after the one before
         if now - self._shown < EVALUATION_LINES_EVERY_S and played < self._total:
             return
         self._shown = now

@@ -41,9 +41,12 @@ class EpisodeLog:
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / EPISODE_LOG_FILE
+        # as it will be read back: JSON knows no tuples and no keys but strings
         wanted = json.loads(json.dumps(header))
+        # before the first append, which would go on in the torn line
         if self._path.exists():
             _drop_torn_line(self._path)
+        # empty where the torn line was the header itself
         if self._path.exists() and self._path.stat().st_size:
             _check_same(self._path, read_header(folder), wanted)
         else:
@@ -62,6 +65,7 @@ class EpisodeLog:
     def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
         with self._path.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
+            # flush reaches the kernel and fsync the disk, so that a power cut loses no line
             file.flush()
             os.fsync(file.fileno())
 
@@ -89,6 +93,7 @@ def read_episodes(folder: Path) -> list[dict[str, Any]]:
     path = folder / EPISODE_LOG_FILE
     if not path.exists():
         return []
+    # the first line is the header
     lines = path.read_text().splitlines(keepends=True)[1:]
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -108,6 +113,7 @@ def episode_lines(
         of_episode = policy_steps.episode == row
         readings = trajectories.goals[row]
         line = entry | {
+            # a simulator that was lost at its start has left no readings
             "progress": [round(float(p), 4) for p in goal_progress(readings)]
             if len(readings)
             else [],
@@ -118,6 +124,7 @@ def episode_lines(
             actions = codec.to_simulator(policy_steps.action_tokens[of_episode])
             line["actions"] = {
                 "shape": list(actions.shape),
+                # float32 as bytes: shorter than decimal digits, and the same to the bit
                 "base64": base64.b64encode(actions.tobytes()).decode(),
             }
             line["executed"] = policy_steps.executed[of_episode].tolist()

@@ -60,6 +60,7 @@ class EpisodeRecorder:
             played: complete groups, crashed episodes included.
             scores: scores by episode id; crashed episodes have none.
         """
+        # a step may have several rounds, which share its number of groups
         if step != self._step:
             self._step, self._num_kept = step, 0
         chosen = _informative_groups(played)[: self._groups_per_step - self._num_kept]
@@ -81,6 +82,7 @@ class EpisodeRecorder:
         policy_steps = played.policy_steps
         mine = policy_steps.episode == row
         images = policy_steps.image[mine][:, FIRST_VIEW].numpy()
+        # an episode whose simulator was lost at its start has no image
         if len(images):
             path = video_path(self._folder, int(played.episodes.episode_id[row]))
             write_video(path, images, policy_steps.executed[mine].tolist())
@@ -105,6 +107,7 @@ def write_video(path: Path, images: npt.NDArray[np.uint8], executed: list[int]) 
         path,
         save_all=True,
         append_images=frames[1:],
+        # milliseconds of each frame: a chunk cut short by the end is shown for its own steps
         duration=[1000 * steps // STEPS_PER_S for steps in executed],
         loop=0,
         quality=VIDEO_QUALITY,
@@ -118,4 +121,5 @@ def _informative_groups(played: Trajectories) -> list[int]:
         played.episodes.group_id.tolist(), played.episodes.success.tolist(), strict=True
     ):
         solved.setdefault(group, set()).add(success)
+    # sorted is stable, so groups of one kind stay in their order
     return sorted(solved, key=lambda group: len(solved[group]) == 1)

@@ -174,6 +174,7 @@ class MetricsFile:
         if not self._path.exists():
             return
         lines = self._path.read_text().splitlines(keepends=True)
+        # a process killed while it wrote leaves a line without its end
         kept = [line for line in lines if line.endswith("\n") and _step(line) <= last_step]
         atomic_write(self._path, "".join(kept))
 
@@ -191,6 +192,7 @@ class MetricsFile:
     def add_to_last(self, values: Mapping[str, float]) -> None:
         """Add values that were measured later to the line of the last step, atomically."""
         check_declared(values, self._declared)
+        # the whole file again: a line that becomes longer cannot be changed in place
         *before, last = self._path.read_text().splitlines(keepends=True)
         record = json.loads(last) | {name: _plain(value) for name, value in values.items()}
         atomic_write(self._path, "".join([*before, json.dumps(record) + "\n"]))
@@ -217,6 +219,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     lines = [json.loads(line) for line in whole]
     return [
+        # null stands for a number that was not finite; see `_plain`
         {name: math.nan if value is None else value for name, value in line.items()}
         for line in lines
     ]

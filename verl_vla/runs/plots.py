@@ -29,6 +29,7 @@ def draw_curve(
         sampling: sampling of the held-out evaluations, in the words of
             `verl_vla.evaluation.conditions.sampling_of`.
     """
+    # not pyplot, which keeps every figure until it is closed
     figure = Figure(figsize=(7.2, 4.2), dpi=140, layout="constrained")
     axes = figure.subplots()
     trained = [line for line in lines if "env/success_rate" in line]
@@ -42,6 +43,7 @@ def draw_curve(
     judged = [line for line in lines if "val/success_rate" in line]
     if judged:
         rate = [100 * line["val/success_rate"] for line in judged]
+        # errorbar takes distances from the point, not the ends of the interval
         low = [100 * (line["val/success_rate"] - line["val/ci_low"]) for line in judged]
         high = [100 * (line["val/ci_high"] - line["val/success_rate"]) for line in judged]
         episodes = int(judged[0]["val/episodes"])
@@ -90,6 +92,7 @@ def draw_sft_curve(path: Path, lines: Sequence[Mapping[str, float]], title: str)
     left.set(xlabel="step", ylabel="loss, nats per token", title=title)
     right.set(ylabel="share, %", ylim=(0, 100))
     left.grid(alpha=0.3)
+    # of the figure: a legend of one axes would lack the curves of its twin
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
 

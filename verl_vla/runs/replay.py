@@ -77,6 +77,7 @@ def replay(header: Mapping[str, Any], line: Mapping[str, Any]) -> list[Frame]:
         ConfigError: outcome or number of steps differ from the episode log.
     """
     config = env_of(header, line["task"])
+    # a second simulator renders, so that rendering cannot change the episode
     env, camera = (
         make_libero_env(config),
         make_libero_env(replace(config, render_size=FRAME_SIZE)),
@@ -96,6 +97,7 @@ def replay(header: Mapping[str, Any], line: Mapping[str, Any]) -> list[Frame]:
                 chunk=actions[policy_step],
                 index=index,
                 step=step,
+                # entry i is read before policy step i; the end of the episode has the next one
                 progress=_progress(line, policy_step + (outcome is not None)),
                 verdict=_verdict(line) if outcome is not None else "",
             )
@@ -103,6 +105,7 @@ def replay(header: Mapping[str, Any], line: Mapping[str, Any]) -> list[Frame]:
 
         draw(0, -1)
         for policy_step, executed in enumerate(line["executed"]):
+            # an episode may end inside a chunk; the rest of its actions never ran
             for index in range(executed):
                 outcome = env.step(actions[policy_step, index].astype(np.float64))
                 step += 1
@@ -110,6 +113,7 @@ def replay(header: Mapping[str, Any], line: Mapping[str, Any]) -> list[Frame]:
     finally:
         env.close()
         camera.close()
+    # a replay that differs would show an episode that never happened
     if outcome != line["outcome"] or step != line["steps"]:
         raise ConfigError(
             f"episode {line['episode']} ended as {Outcome(line['outcome']).name} after "
@@ -146,6 +150,7 @@ def compose(seen: Frame, scene: Scene) -> Frame:
 def write_video(path: Path, frames: list[Frame]) -> None:
     """Write an MP4 that plays at the robot's real speed."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # macro_block_size: imageio's 16 would scale a frame whose sides are no multiples of it
     imageio.imwrite(path, np.stack(frames), fps=FRAMES_PER_S, codec="libx264", macro_block_size=4)
 
 
@@ -155,6 +160,7 @@ def _progress(line: Mapping[str, Any], policy_steps: int) -> float | None:
 
 def _verdict(line: Mapping[str, Any]) -> str:
     how = "solved" if line["outcome"] == Outcome.SUCCESS else "not solved"
+    # an evaluation has no reward, and a crashed episode no score
     has_score = "score" in line and line["score"] is not None
     return f"{how}, reward {line['score']:.2f}" if has_score else how
 
@@ -182,6 +188,7 @@ def _draw_chunk(draw: ImageDraw.ImageDraw, scene: Scene, *, top: int, width: int
         draw.text((left, top + 66), ACTION_NAMES[value], fill=QUIET, font=font)
         draw.line((left, middle, left + column - 8, middle), fill=LINE)
         for action in range(num_actions):
+            # a value beyond the simulator's -1 to 1 would be drawn over the captions
             height = float(np.clip(scene.chunk[action, value], -1, 1)) * reach
             x = left + action * bar
             box = (x, min(middle, middle - height), x + bar - 1, max(middle, middle - height))

@@ -51,6 +51,7 @@ def evaluation_file(folder: Path, step: int) -> Path:
 def evaluated_steps(folder: Path) -> list[int]:
     """Return the training steps after which an evaluation was kept, in rising order."""
     files = evaluation_file(folder, 0).parent.glob("step_*.json")
+    # as numbers: as text, step_10 would come before step_9
     return sorted(int(file.stem.removeprefix("step_")) for file in files)
 
 
@@ -86,12 +87,14 @@ def open_run_dir(
     """
     with folder_lock(folder):
         with writing_to(folder):
+            # tuples become lists, as they are in the file of an earlier run
             _write_recipe(folder, json.loads(json.dumps(recipe)), may_change)
         yield
 
 
 def _write_recipe(folder: Path, wanted: dict[str, Any], may_change: Sequence[str]) -> None:
     file = folder / "recipe.yaml"
+    # what a process leaves that was killed before its recipe was written is no other run
     others = {path.name for path in folder.iterdir()} - {LOCK, partial_file(file).name}
     if file.exists():
         changed = differences(yaml.safe_load(file.read_text()), wanted, may_change)
@@ -105,4 +108,5 @@ def _write_recipe(folder: Path, wanted: dict[str, Any], may_change: Sequence[str
             f"out is {folder}, which holds {min(others)!r} and no run; choose a new or an empty "
             "folder"
         )
+    # again on resume: the parts that may change have their new values
     atomic_write(file, yaml.safe_dump(wanted, sort_keys=False))

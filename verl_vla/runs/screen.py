@@ -37,6 +37,7 @@ class Screen:
     """A terminal: lines and tables above, and the bars of what is under way below them."""
 
     def __init__(self, stream: TextIO) -> None:
+        # forced: `can_draw` has decided, and rich would ask the environment again
         self._console = Console(file=stream, force_terminal=True)
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -55,6 +56,7 @@ class Screen:
 
     def write(self, line: str) -> None:
         """Write a line as it is."""
+        # Text, or rich reads [x] as markup; soft_wrap, or it breaks lines at its width
         self._console.print(Text(line), soft_wrap=True)
 
     def draw(self, table: TextTable) -> None:
@@ -64,6 +66,7 @@ class Screen:
             drawn.add_column(name.strip(), justify="left" if index in table.left else "right")
         for row in table.rows:
             drawn.add_row(*map(_cell, row))
+        # measured at the terminal's width, every table would seem to fit
         without_limit = self._console.options.update_width(UNLIMITED)
         needed = self._console.measure(drawn, options=without_limit).maximum
         if table.head and needed > self._console.width:
@@ -82,6 +85,7 @@ class Screen:
             yield lambda note: self._bars.update(task, advance=1, note=note)
         finally:
             self._bars.remove_task(task)
+            # a bar may stand inside another, which goes on
             if not self._bars.tasks:
                 self._bars.stop()
 

@@ -29,6 +29,7 @@ def can_draw(stream: TextIO) -> bool:
 
     Escape codes and carriage returns would make a log file unreadable.
     """
+    # no-color.org: an empty NO_COLOR asks for nothing
     is_plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") in (None, "dumb")
     return stream.isatty() and not is_plain
 
@@ -52,6 +53,7 @@ class Console(logging.StreamHandler[TextIO]):
         if not self.draws:
             super().emit(record)
             return
+        # the table as an object: a formatted message would have lost its cells
         match record.args:
             case (TextTable() as table,):
                 self.screen.draw(table)
@@ -60,6 +62,7 @@ class Console(logging.StreamHandler[TextIO]):
 
     def end_bars(self) -> None:
         """Remove the bars that an exception has left, so that its message stands alone."""
+        # asking for the property would import rich to end bars that were never made
         if "screen" in vars(self):
             self.screen.end_bars()
 

@@ -74,6 +74,7 @@ def record_videos(policies: Sequence[Policy], config: EnvConfig, start: Start) -
 def _record(policy: Policy, env: LiberoEnv, camera: LiberoEnv, start: Start) -> VideoClip:
     seen = env.reset(start.task_id, start.init_state_id)
     instruction = seen.instruction
+    # greedy decoding ignores it
     noise = torch.zeros(1, policy.shape.num_tokens, dtype=torch.float64)
     frames = [_frame(env, camera, start.task_id)]
     outcome: Outcome | None = None
@@ -87,6 +88,7 @@ def _record(policy: Policy, env: LiberoEnv, camera: LiberoEnv, start: Start) -> 
             if outcome is not None:
                 break
         else:
+            # reached without a break only: an episode that has ended shows nothing to decide on
             seen = env.observe()
     return VideoClip(frames=frames, outcome=outcome, num_steps=num_steps, instruction=instruction)
 
@@ -102,6 +104,7 @@ def write_side_by_side(path: Path, clips: Sequence[tuple[str, VideoClip]]) -> No
     columns = [_captioned(title, clip, length) for title, clip in clips]
     video = [np.concatenate(images, axis=1) for images in zip(*columns, strict=True)]
     rate = FRAMES_PER_S / STEPS_PER_FRAME
+    # macro_block_size: imageio's 16 would scale a frame whose sides are no multiples of it
     imageio.imwrite(path, np.stack(video), fps=rate, codec="libx264", macro_block_size=4)
 
 
@@ -109,6 +112,7 @@ def _captioned(title: str, clip: VideoClip, length: int) -> Frames:
     font = ImageFont.load_default(size=15)
     images: Frames = []
     for i in range(length):
+        # the shorter of two episodes stands still at its end
         frame = clip.frames[min(i, len(clip.frames) - 1)]
         is_over = i >= len(clip.frames) - 1
         sheet = Image.new("RGB", (FRAME_SIZE, FRAME_SIZE + CAPTION_HEIGHT), "black")

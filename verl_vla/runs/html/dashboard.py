@@ -44,6 +44,7 @@ def make_app(root: Path, hosts: Sequence[str] = LOOPBACK) -> FastAPI:
             foreign web page could reach the dashboard through a host name that points here.
     """
     pages = _Pages(root.resolve())
+    # FastAPI's own pages load scripts from another server
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     app.middleware("http")(_guard)
@@ -79,6 +80,7 @@ class _Pages:
         return _page("compare", render("compare.html", rows=rows, svg=figures.compared(views)))
 
     def video(self, name: str, episode: int) -> FileResponse:
+        # resolved, since a link among the videos may lead out of the root
         path = video_path(self._view(name).folder, episode).resolve()
         if not path.is_relative_to(self._root) or not path.is_file():
             raise HTTPException(404, "no video of this episode was kept")
@@ -88,6 +90,7 @@ class _Pages:
         return FileResponse(TEMPLATES / "live.js", media_type="text/javascript")
 
     def _view(self, name: str) -> RunView:
+        # no path can hold it, and resolve() raises ValueError, which would be an error 500
         if "\0" in name:
             raise HTTPException(404, "there is no such run")
         folder = (self._root / name).resolve()

@@ -35,7 +35,9 @@ KINDS = {
     "all crashed": "#dc2626",
 }
 STYLE: dict[Any, Any] = {
+    # text stays text, which a browser can search, instead of outlines
     "svg.fonttype": "none",
+    # ids without chance, so that the same run gives the same bytes
     "svg.hashsalt": "verl_vla",
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -79,6 +81,7 @@ def success_by_task(view: RunView) -> str:
                 step: count_entries([e for group in of_step for e in group], {task})
                 for step, of_step in view.groups.items()
             }
+            # a step in which every episode of the task crashed has no rate
             known = {step: rate.rate for step, rate in points.items() if rate.episodes}
             axes.plot(
                 list(known),
@@ -191,8 +194,10 @@ def learning(view: RunView) -> str:
         for name, color in (("low", COLORS[0]), ("high", COLORS[1])):
             share = [100 * line[f"actor/pg_clipfrac_{name}"] for line in view.trained]
             right.plot(steps, share, marker=".", color=color)
+            # a legend lists the lines of its own axes only, so these stand for their twins
             axes.plot([], [], marker=".", color=color, label=f"clipped, {name} bound")
         _from_zero(right)
+        # the two axes have different ticks, and two grids would cross
         right.grid(visible=False)
         axes.plot([], [], marker=".", color=INK, label="entropy")
         right.set_ylabel("clipped tokens, %")
@@ -256,6 +261,7 @@ def _band(axes: Axes, values: Mapping[int, Sequence[float]], color: str, label: 
 
 
 def _share_axis(axes: Axes, label: str) -> None:
+    # a little room, or the markers at 0 and 100% are cut
     axes.set_ylim(-2, 102)
     _step_axis(axes, label)
 
@@ -263,6 +269,7 @@ def _share_axis(axes: Axes, label: str) -> None:
 def _step_axis(axes: Axes, label: str) -> None:
     axes.set_xlabel("training step")
     axes.set_ylabel(label)
+    # there is no step 2.5
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     labels = axes.get_legend_handles_labels()[1]
     if labels:
@@ -271,6 +278,7 @@ def _step_axis(axes: Axes, label: str) -> None:
 
 
 def _from_zero(axes: Axes) -> None:
+    # where all values are 0 the limits would be equal, which matplotlib warns about
     axes.set_ylim(0, max(1e-3, 1.12 * axes.dataLim.y1))
 
 
@@ -288,6 +296,8 @@ def _svg(draw: Callable[[Axes], None], size: tuple[float, float] = SIZE) -> str:
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
         buffer = io.StringIO()
+        # without the date, the same run gives the same bytes
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
+    # without its own size the figure takes that of the page, by its viewBox
     return re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"', r"\1", text[text.index("<svg") :])

@@ -72,6 +72,7 @@ class RunView:
         names = {episode["task"]: f"task {episode['task']}" for episode in self.episodes}
         for record in self.evaluations.values():
             ids = list(dict.fromkeys(e["task"] for e in record["episodes"]))
+            # both are in the order of the evaluated tasks
             names |= dict(zip(ids, record["tasks"], strict=True))
         return dict(sorted(names.items()))
 
@@ -135,6 +136,7 @@ def find_runs(root: Path) -> list[Path]:
 
 def kind_of(group: Sequence[Line]) -> str:
     """Classify a group for dynamic sampling: ``mixed``, or the reason why it is not."""
+    # crashed episodes are never trained on, so they do not make a group mixed
     outcomes = {e["outcome"] for e in group} - {Outcome.CRASH}
     if not outcomes:
         return "all crashed"

@@ -72,6 +72,7 @@ def run_body(view: RunView, video: VideoSource) -> str:
         status=status(view),
         facts=_facts(view),
         tasks=_task_rows(view),
+        # before the first step there is nothing to plot
         charts=_charts(view) if view.trained else [],
         highlights=[(title, _card(e, video)) for title, e in _best_median_worst(view)],
         groups=[_shown_group(view, group, video) for group in view.recorded_groups[:GROUPS_SHOWN]],
@@ -107,6 +108,7 @@ def render(template: str, **values: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
+        # a misspelt name in a template is an error, not an empty place on the page
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -177,6 +179,7 @@ def _best_median_worst(view: RunView) -> list[tuple[str, Line]]:
         for episode in group
         if video_path(view.folder, episode["episode"]).exists() and episode["score"] is not None
     ]
+    # of equal scores: more progress first, then fewer steps
     ranked = sorted(recorded, key=lambda e: (-e["score"], -e["progress"][-1], e["steps"]))
     if len(ranked) < 3:
         return []

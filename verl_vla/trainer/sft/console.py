@@ -29,6 +29,7 @@ class SFTConsole:
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Report a step now and then, the first, the last and every tested one always."""
+        # at every step, also one that is not shown: the first call notes when counting began
         left_s = self._time_left_s(step, values["timing_s/step"])
         is_shown = "val/accuracy" in values or step in (1, self._total_steps)
         if step % self._show_every and not is_shown:

@@ -49,6 +49,7 @@ class SFTEngine(VLAEngine):
                 enable_gradient_checkpointing=policy.gradient_checkpointing,
                 override_config={
                     "attn_implementation": policy.attention,
+                    # the first policy has the statistics of these demonstrations only
                     "unnorm_key": None,
                     "quantization": "none",
                     "gather_once": True,
@@ -70,6 +71,7 @@ class SFTEngine(VLAEngine):
                 },
             ),
             FSDPOptimizerConfig(
+                # the schedule is `_build_lr_scheduler`'s; veRL has constant and cosine only
                 optimizer="adamw",
                 lr=schedule.lr,
                 weight_decay=schedule.weight_decay,
@@ -114,11 +116,14 @@ class SFTEngine(VLAEngine):
                     # FSDP averages over ranks, each of which has as many samples
                     (loss.sum() / len(batch.action_tokens)).backward()
                 sums += torch.stack([loss.detach(), accuracy]).double().sum(1).cpu()
+            # `optimizer_step` leaves the step out where one of these is not finite
             self.losses.append(float(sums[LOSS]))
             norm = self.optimizer_step()
             assert self.optimizer is not None
             rate = float(self.optimizer.param_groups[0]["lr"])
+            # after the rate of this step was read
             self.lr_scheduler_step()
+        # a lambda: the batch is copied only if it is to be written
         self.guard.count(norm, lambda: asdict(batch), self.export)
         total = self._add_up(sums)
         num_samples = self._run.recipe.optimizer.batch_size
@@ -145,6 +150,7 @@ class SFTEngine(VLAEngine):
         sums = torch.zeros(2, dtype=torch.float64)
         with self.eval_mode():
             for batch, weights in batches:
+                # as many passes on every rank, since FSDP's forward is a collective
                 per_sample = torch.stack(self._sft_forward(batch, slice(None))).double().cpu()
                 sums += per_sample @ weights.double()
         return [total / num_samples for total in self._add_up(sums)]

@@ -104,6 +104,7 @@ def action_statistics(demonstrations: Sequence[Demonstration], *, key: str) -> A
     middle = np.median(actions, axis=0)
     mask = np.ones(actions.shape[1], dtype=bool)
     mask[GRIPPER] = False
+    # equal ends: the codec then knows that the value does not move (see `soft_targets`)
     low, high = np.where(still, middle, low), np.where(still, middle, high)
     # the gripper is kept in the dataset's convention, 0 closed to 1 open
     low[GRIPPER], high[GRIPPER] = 0.0, 1.0
@@ -151,6 +152,7 @@ def soft_targets(action_tokens: Tensor, codec: ActionCodec, smoothing: float) ->
         return hard
     classes = torch.arange(codec.num_bins, device=action_tokens.device)
     distance = (classes - action_tokens[..., None]).float()
+    # a Gaussian around the demonstrated bin, normalised over the bins that exist
     soft = torch.softmax(-(distance**2) / (2 * smoothing**2), dim=-1)
     statistics = codec.statistics
     moves = torch.from_numpy(statistics.mask & (statistics.q01 < statistics.q99))
@@ -168,6 +170,7 @@ def learning_rate(config: SFTConfig, step: int) -> float:
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
+    # 0 at the end of the warm-up, 1 at the last step; max() where all steps are warm-up
     progress = (step + 1 - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
     fall = (1 + math.cos(math.pi * progress)) / 2
     return config.lr * (config.final_lr + (1 - config.final_lr) * fall)
@@ -196,6 +199,7 @@ def fit(policy: TrainablePolicy, samples: Samples, config: SFTConfig) -> Iterato
         torch.nn.utils.clip_grad_norm_(trained, config.clip_grad)
         optimizer.step()
         accuracy = (logits.detach().argmax(-1) == action_tokens).float().mean()
+        # without smoothing, so that runs with different smoothing can be compared
         hard_loss = cross_entropy(logits.detach(), action_tokens)
         yield StepReport(step=step + 1, loss=hard_loss.item(), accuracy=accuracy.item())
     policy.model.eval()
@@ -219,6 +223,7 @@ def _batches(num_samples: int, config: SFTConfig) -> Iterator[npt.NDArray[np.int
     rng = np.random.default_rng(config.seed)
     waiting = np.zeros(0, dtype=np.int64)
     for _ in range(config.steps):
+        # a batch may end one order and begin the next, and may hold more than all samples
         while len(waiting) < config.batch_size:
             waiting = np.concatenate([waiting, rng.permutation(num_samples)])
         yield waiting[: config.batch_size]

@@ -26,7 +26,9 @@ def train(run: SFTRun) -> None:
     num_ranks = run.recipe.cluster.num_ranks
     with ExitStack() as stack:
         store = stack.enter_context(tempfile.TemporaryDirectory(prefix="verl_vla_sft_"))
+        # a file and not a port: no other process can take it first
         address = f"file://{store}/store"
+        # before the process group, which waits until every rank has joined
         stack.enter_context(_other_ranks(run, num_ranks, device, address))
         stack.enter_context(_process_group(0, num_ranks, device, address))
         stack.enter_context(divert_output(run.folder))
@@ -34,6 +36,7 @@ def train(run: SFTRun) -> None:
         engine.initialize()
         plays = run.recipe.trainer.eval_every > 0
         simulators = stack.enter_context(run.open_simulators(engine.processor)) if plays else None
+        # last: with no step to save yet, a signal may end the start at once
         stop = stack.enter_context(stop_requests())
         SFTTrainer(run, engine, simulators, stop).train()
 
@@ -64,6 +67,7 @@ def _other_ranks(
             process.join()
     finally:
         for process in processes:
+            # after an error here they wait in a collective for this rank; otherwise they have ended
             process.kill()
 
 
@@ -72,6 +76,7 @@ def _process_group(rank: int, num_ranks: int, device: str, address: str) -> Gene
     if device == "cuda":
         torch.cuda.set_device(rank)
     else:
+        # ranks on a CPU share its cores
         torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "nccl" if device == "cuda" else "gloo",

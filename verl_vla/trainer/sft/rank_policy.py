@@ -39,6 +39,7 @@ class RankPolicy:
         prompts = [processor.prompt(o.instruction) for o in observations]
         images = torch.from_numpy(np.stack([o.image for o in observations]))
         request = (images, prompts, noise, temperature, observed_proprio(observations))
+        # wakes the other ranks in `serve`; all of them then enter the model together
         _broadcast(request)
         action_tokens, log_probs = _answer(self._engine, *request)
         return ActionChunk(
@@ -76,12 +77,15 @@ def _answer(
 ) -> tuple[Tensor, Tensor]:
     """Sample bins [n, T] and their log-probs [n, T] (zeros if greedy) for the whole batch."""
     rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    # as many rows on every rank, since FSDP's forward is a collective; rank r takes r, r + n, ...
     rows = padded_rows(len(images), num_ranks)[rank::num_ranks]
     ids, mask = engine.processor.collate([prompts[row] for row in rows])
     answer = engine.sample_actions(ids, mask, images[rows], noise[rows], temperature, proprio[rows])
     parts: list[Any] = [None] * num_ranks
     torch.distributed.all_gather_object(parts, answer)
+    # undoes the striding: row i of all ranks, then row i + 1
     action_tokens, log_probs = (
         torch.stack(both, dim=1).flatten(0, 1) for both in zip(*parts, strict=True)
     )
+    # without the rows that only filled up the ranks
     return action_tokens[: len(images)], log_probs[: len(images)]

@@ -112,6 +112,7 @@ def open_sft_run(recipe: SFTRecipe) -> Generator[SFTRun]:
     chosen = libero_suite(env.suite)
     tasks = task_ids(chosen, env.tasks)
     source = Path(recipe.demos.folder).expanduser().resolve()
+    # what is wrong with the recipe is found before the folder is made
     held_out_starts = (
         starts(
             chosen, tasks, recipe.evaluation.states, per_task=recipe.evaluation.episodes_per_task
@@ -147,6 +148,7 @@ def open_sft_run(recipe: SFTRecipe) -> Generator[SFTRun]:
                 ),
             )
             rerender(work, tasks, workers=env.num_workers)
+            # the same episodes again, now with the images that were rendered
             train, held_out = read_demos(work.target, chosen, tasks, choice)
         run = SFTRun(
             recipe=recipe,
@@ -167,6 +169,7 @@ def _first_policy(recipe: SFTRecipe, folder: Path, statistics: ActionStatistics)
     """Make the folder of the policy that the run starts from, or check the one that is there."""
     if folder.exists():
         before = load_statistics(folder, statistics.key)
+        # the statistics define what an action token means, so other ones make other labels
         same = all(
             np.array_equal(getattr(before, name), getattr(statistics, name))
             for name in ("q01", "q99", "mask")
@@ -190,6 +193,7 @@ def _first_policy(recipe: SFTRecipe, folder: Path, statistics: ActionStatistics)
             if path.is_file() and path.name != STATISTICS_FILE:
                 (partial / path.name).symlink_to(path)  # gigabytes that nobody changes
         save_statistics(partial, statistics)
+    # renamed when complete, so a folder that is there can be trusted
     partial.replace(folder)
     return folder
 

@@ -109,6 +109,7 @@ class SFTTrainer:
     def _must_end(self) -> bool:
         """Return true where the first rank was asked to stop; the same answer on every rank."""
         asked = self._stop is not None and self._stop.is_made
+        # a rank that stopped alone would leave the others waiting in the next step's collective
         answer = torch.tensor(int(asked), device=get_device_id())
         torch.distributed.broadcast(answer, src=0)
         return bool(answer)
@@ -169,6 +170,7 @@ class SFTTrainer:
         for start in range(0, len(self._held_out), stride):
             numbers = range(start + self._rank * size, start + (self._rank + 1) * size)
             last = len(self._held_out) - 1
+            # the last sample fills up the batches and has weight 0
             draws = [Draw(row=min(number, last), number=number) for number in numbers]
             weights = torch.tensor([float(number <= last) for number in numbers])
             yield collate([self._held_out[draw] for draw in draws]), weights
@@ -212,9 +214,11 @@ class SFTTrainer:
             with checkpoint.writing(checkpoints, step) as folder:
                 self._write_ranks(folder, step)
                 checkpoint.save_run_state(folder, {VALUES: values})
+            # after the new one is complete, so there is always one to resume from
             checkpoint.remove_old(checkpoints, self._steps.keep_checkpoints)
         else:
             self._write_ranks(checkpoint.unfinished_folder(checkpoints, step), step)
+        # no rank trains on before the checkpoint is complete
         torch.distributed.barrier()
         return time.perf_counter() - began
 
@@ -226,6 +230,7 @@ class SFTTrainer:
     def _newest_valid(self) -> int:
         """As the first rank finds it; 0 where there is none."""
         found = checkpoint.newest_valid(self._run.checkpoints) if self._is_first else None
+        # one rank decides: all must load the same step
         step = torch.tensor(0 if found is None else found, device=get_device_id())
         torch.distributed.broadcast(step, src=0)
         return int(step)
@@ -247,6 +252,7 @@ class SFTTrainer:
         lines = read_metrics(path) if path.exists() else []
         # every rank has read the file before the first one writes to it
         torch.distributed.barrier()
+        # the process was killed after it saved the step and before it finished it
         if done and (not lines or lines[-1]["step"] < done):
             self._finish(done, state[VALUES])
         return done
