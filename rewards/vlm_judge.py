@@ -2,7 +2,7 @@
 
 The server has OpenAI's API, for example a local vLLM (the extra ``vllm``, in a separate process):
 
-    vllm serve MODEL_FOLDER --port 8000 --step-limit-mm-per-prompt '{"image": 8}'
+    vllm serve MODEL_FOLDER --port 8000 --limit-mm-per-prompt '{"image": 8}'
 
 Only failures are sent to it, so it can never change the reward of a success.
 """

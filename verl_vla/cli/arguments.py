@@ -12,8 +12,7 @@ from typing import get_args
 
 from verl_vla.config.choices import ACTION_ROWS, ARCHITECTURES, DECODINGS, DTYPES, PROTOCOLS
 from verl_vla.diagnostics.planning.gpus import GPUS
-from verl_vla.envs.base import Split
-from verl_vla.envs.names import ALL_BASES, PERTURBATIONS, SUITES, SUITES_WITH_EXPERTS
+from verl_vla.envs.names import ALL_BASES, PERTURBATIONS, SUITES, SUITES_WITH_EXPERTS, Split
 
 Parser = argparse.ArgumentParser
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import uvicorn
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.runs.html.dashboard import LOOPBACK, make_app
+from verl_vla.runs.html.dashboard import LOOPBACK, is_address, make_app
 
 logger = logging.getLogger(__name__)
 
@@ -25,15 +25,12 @@ def run(options: argparse.Namespace) -> int:
     logger.info("runs of %s: http://%s:%d (ctrl-C ends it)", root, options.host, options.port)
     if not _is_loopback(options.host):
         logger.warning("anyone at %s can read these runs; there is no password", options.host)
-    uvicorn.run(make_app(root, hosts), host=options.host, port=options.port, log_level="warning")
+    is_everywhere = is_address(options.host) and ipaddress.ip_address(options.host).is_unspecified
+    app = make_app(root, hosts, any_address=is_everywhere)
+    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
     return 0
 
 
 def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    # a host name; it may resolve to any address, so it counts as open
-    except ValueError:
-        return False
+    # a host name may resolve to any address, so it counts as open
+    return host == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)

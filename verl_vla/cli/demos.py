@@ -1,7 +1,7 @@
 """Record demonstrations of scripted experts.
 
-A PLACE that ends in .npz is a file for `sft --demos`. One that ends in .hdf5 is a file of one task
-in LIBERO's layout. Any other PLACE is a folder of such files, one per task.
+An ``--out`` that ends in .npz is a file for `sft --demos`. One that ends in .hdf5 is a file of one
+task in LIBERO's layout. Any other is a folder of such files, one per task.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _record_libero_files(
     if out.suffix == ONE_TASK and len(tasks) > 1:
         raise ConfigError(
             f"--out is {out}, one file, for {len(tasks)} tasks, of which each has a file of its "
-            "own; name a folder, or choose one with --task"
+            "own; name a folder, or choose one with --tasks"
         )
     chosen.require_simulator()
     env = EnvConfig(

@@ -126,7 +126,7 @@ class Trajectories:
             )
         if len(self.final_images) not in (0, len(self.episodes)):
             raise ContractError(
-                f"endings of {len(self.final_images)} episodes for {len(self.episodes)}"
+                f"final images of {len(self.final_images)} episodes for {len(self.episodes)}"
             )
         # the smallest and the largest row stand for all; an empty column has neither
         for row in self.policy_steps.episode.aminmax() if len(self.policy_steps) else ():

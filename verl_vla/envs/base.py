@@ -20,6 +20,7 @@ import numpy.typing as npt
 from verl_vla.core.episode import GoalReadings, Observation, Outcome
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.text import nearest
+from verl_vla.envs.names import Split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +84,6 @@ EnvFactory = Callable[[], Env]
 """Function that makes an environment in a worker process; picklable (a `functools.partial`)."""
 
 
-Split = Literal["train", "held_out", "official", "sampled"]
-"""Sets of starts: ``official`` is every recorded one, trained on or not, as in published
-evaluations; ``sampled`` starts are sampled and recorded nowhere."""
 StepLimit = Literal["published", "simplevla"] | int
 
 HELD_OUT_EVERY = 5

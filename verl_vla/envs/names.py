@@ -1,9 +1,15 @@
-"""Names of suites and perturbations, without the code behind them.
+"""Names of suites, perturbations and sets of starts, without the code behind them.
 
 Nothing heavy is imported here, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
+
+from typing import Literal
+
+Split = Literal["train", "held_out", "official", "sampled"]
+"""Sets of starts: ``official`` is every recorded one, trained on or not, as in published
+evaluations; ``sampled`` starts are sampled and recorded nowhere."""
 
 SUITES = ("mini", "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 """Unperturbed suites."""

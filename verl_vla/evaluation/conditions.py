@@ -11,10 +11,11 @@ from functools import cache
 from typing import Any
 
 from verl_vla.core.provenance import provenance
-from verl_vla.envs.base import EnvConfig, Split, Suite
+from verl_vla.envs.base import EnvConfig, Suite
 from verl_vla.envs.libero.assets import describe_assets, find_assets
 from verl_vla.envs.libero.gl import renderer_name
 from verl_vla.envs.libero.suite import LiberoSuite
+from verl_vla.envs.names import Split
 from verl_vla.envs.registry import suite
 
 DECIDES = (

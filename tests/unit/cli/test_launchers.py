@@ -111,7 +111,7 @@ def test_the_modal_wrapper_decides_nothing():
         load_recipe(["recipe=libero", *words.split()])
 
 
-HEAVY = {"torch", "transformers", "scipy", "matplotlib", "mujoco", "ray", "rich", "shtab"}
+HEAVY = {"numpy", "torch", "transformers", "scipy", "matplotlib", "mujoco", "ray", "rich", "shtab"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -153,7 +153,7 @@ def test_endings_stay_with_their_episodes_and_none_need_be_drawn():
     kept = twice.select(torch.tensor([False, True, True, True, False, True]))
     assert [e if e is None else int(e.max()) for e in kept.final_images] == [1, None, None, 0]
     assert make_trajectories([2]).select(torch.tensor([True])).final_images == ()
-    with pytest.raises(ContractError, match="endings of 1 episodes for 3"):
+    with pytest.raises(ContractError, match="final images of 1 episodes for 3"):
         replace(whole, final_images=final_images[:1])
 
 

@@ -119,6 +119,16 @@ def test_it_answers_to_this_machine_s_names_alone(root):
     assert TestClient(make_app(root), base_url="http://localhost").get("/").status_code == 200
 
 
+def test_on_all_addresses_it_answers_to_each_of_them_and_to_no_foreign_name(root, monkeypatch):
+    served = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **_: served.append(app))
+    dashboard.run(parse("dashboard", [str(root), "--host", "0.0.0.0"]))
+    for host, status in (("10.0.0.7", 200), ("[fe80::1]", 200), ("elsewhere.example", 400)):
+        client = TestClient(served[0], base_url=f"http://{host}:6007")
+        assert client.get("/").status_code == status
+    assert "--host elsewhere.example" in client.get("/").text
+
+
 def test_no_script_of_a_run_s_text_would_run(client):
     policy = client.get("/").headers["content-security-policy"]
     assert "default-src 'none'" in policy

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.text import nearest
-from verl_vla.envs.base import Env, EnvConfig, Split, StepLimit, Suite
+from verl_vla.envs.base import Env, EnvConfig, StepLimit, Suite
 from verl_vla.envs.libero.asset_files import require_models
 from verl_vla.envs.libero.assets import find_assets, libero_root
 from verl_vla.envs.libero.env import LiberoEnv
@@ -28,7 +28,7 @@ from verl_vla.envs.libero.plus_suites import PLUS_SUITES, plus_tasks
 from verl_vla.envs.libero.pro_suites import PRO_SUITES, pro_objects, pro_tasks
 from verl_vla.envs.libero.task import ACTION_DIM, CAMERAS, MAX_SAMPLED, PROPRIO_DIM, LiberoTask
 from verl_vla.envs.libero.task_packages import DISTRIBUTIONS, PLUS, PRO
-from verl_vla.envs.names import SUITES
+from verl_vla.envs.names import SUITES, Split
 
 SIMULATION = ("mujoco", "robosuite", "hf-libero")
 """Packages whose versions decide a simulator's results."""

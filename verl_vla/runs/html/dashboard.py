@@ -6,15 +6,16 @@ and must not leave it, and only a run's page and the videos of its episodes are 
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote, urlencode
 
 from fastapi import FastAPI, HTTPException, Query, Request
-from fastapi.middleware.trustedhost import TrustedHostMiddleware
-from fastapi.responses import FileResponse, HTMLResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 
 from verl_vla.runs.episode_recorder import video_path
 from verl_vla.runs.html import figures
@@ -35,19 +36,20 @@ MAX_COMPARED = 8
 """Largest number of runs in one figure; the colours of more would repeat."""
 
 
-def make_app(root: Path, hosts: Sequence[str] = LOOPBACK) -> FastAPI:
+def make_app(root: Path, hosts: Sequence[str] = LOOPBACK, *, any_address: bool = False) -> FastAPI:
     """Create the dashboard of the runs under ``root``.
 
     Args:
         root: folder of the runs; nothing outside it is served.
         hosts: accepted host names of a request. The check prevents DNS rebinding, by which a
             foreign web page could reach the dashboard through a host name that points here.
+        any_address: accept every IP address as well, which no rebinding can use: for a server
+            that listens on all addresses of the machine.
     """
     pages = _Pages(root.resolve())
     # FastAPI's own pages load scripts from another server
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    app.middleware("http")(_guard)
+    app.middleware("http")(partial(_guard, {*hosts}, any_address))
     app.add_api_route("/", pages.overview, response_class=HTMLResponse)
     app.add_api_route("/run", pages.one, response_class=HTMLResponse)
     app.add_api_route("/compare", pages.several, response_class=HTMLResponse)
@@ -99,10 +101,35 @@ class _Pages:
         return read_run(folder)
 
 
-async def _guard(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-    response = await answer(request)
+async def _guard(
+    hosts: set[str],
+    any_address: bool,
+    request: Request,
+    answer: Callable[[Request], Awaitable[Response]],
+) -> Response:
+    host = request.url.hostname or ""
+    if host in hosts or (any_address and is_address(host)):
+        response = await answer(request)
+    else:
+        response = PlainTextResponse(
+            f"this dashboard does not answer to {host!r}; start it with --host {host}",
+            status_code=HTTPStatus.BAD_REQUEST,
+        )
     response.headers.update(HEADERS)
     return response
+
+
+def is_address(host: str) -> bool:
+    """Check whether a host is an IP address and no name.
+
+    >>> is_address("10.0.0.7"), is_address("::1"), is_address("node-7")
+    (True, True, False)
+    """
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _page(title: str, body: str) -> str:
