@@ -10,10 +10,10 @@ set_up_renderer
 out=${1:-runs/libero_spatial_base}
 mkdir -p "$out"
 if [ ! -e "$out/demonstrations.npz" ]; then
-    "$python" -m verl_vla demos --suite libero_spatial --tasks 0 2 3 --episodes-per-task 100 --seed 11 --every 2 --noise 0.3 \
+    "$python" -m verl_vla demos --suite libero_spatial --tasks 0 2 3 --episodes-per-task 250 --seed 11 --every 2 --noise 0.3 \
         --height-error 0.025 --num-workers 2 --out "$out/demonstrations.npz"
 fi
 if [ ! -e "$out/base" ]; then
-    "$python" -m verl_vla sft --demos "$out/demonstrations.npz" --steps 6000 --smoothing 2 --threads 1 --out "$out/base.partial"
+    "$python" -m verl_vla sft --demos "$out/demonstrations.npz" --steps 3000 --smoothing 2 --threads 1 --out "$out/base.partial"
     mv "$out/base.partial" "$out/base"
 fi
