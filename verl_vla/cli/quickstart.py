@@ -21,11 +21,13 @@ from verl_vla.config.grpo import Recipe
 from verl_vla.core.episode import Outcome, Start
 from verl_vla.core.provenance import provenance
 from verl_vla.core.text import format_seconds
+from verl_vla.evaluation.evaluate import EVALUATION_STREAM
 from verl_vla.policies.registry import load_policy
+from verl_vla.rl.rollout import NoiseSource
 from verl_vla.runs.metrics import read_metrics
 from verl_vla.runs.plots import success_table, text_curve
 from verl_vla.runs.run_dir import evaluated_steps, evaluation_file
-from verl_vla.runs.video import record_videos, write_side_by_side
+from verl_vla.runs.video import record_videos, sampler_of, write_side_by_side
 from verl_vla.trainer import checkpoint
 from verl_vla.trainer.grpo.run import Run, open_run
 
@@ -126,9 +128,13 @@ def _record_and_count(
     after: Mapping[str, Any],
 ) -> int:
     """Record the most informative held-out start with both policies; return the parameter count."""
-    start = _informative_start(before["episodes"], after["episodes"])
+    episode = _informative_episode(before["episodes"], after["episodes"])
+    start = Start(task_id=episode["task"], init_state_id=episode["init_state"])
     policies = [load_policy(folder) for folder in folders]
-    clips = record_videos(policies, run.env_config, start)
+    # the noise of the evaluations, so that the video shows the episodes that they counted
+    noise = NoiseSource(seed=run.recipe.seed, stream=EVALUATION_STREAM)
+    sample = sampler_of(run.recipe.evaluation.temperature, noise, episode["episode"])
+    clips = record_videos(policies, run.env_config, start, sample)
     write_side_by_side(
         run.folder / "before_after.mp4",
         list(zip(("before training", "after training"), clips, strict=True)),
@@ -136,15 +142,14 @@ def _record_and_count(
     return sum(p.numel() for p in policies[0].model.parameters())
 
 
-def _informative_start(
+def _informative_episode(
     before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
-) -> Start:
-    """Return the first start that failed before and succeeded after training, else the first."""
+) -> Mapping[str, Any]:
+    """Return the first episode that failed before and succeeded after training, else the first."""
     pairs = list(zip(before, after, strict=True))
     learned = [
         new
         for old, new in pairs
         if old["outcome"] != Outcome.SUCCESS and new["outcome"] == Outcome.SUCCESS
     ]
-    episode = learned[0] if learned else pairs[0][1]
-    return Start(task_id=episode["task"], init_state_id=episode["init_state"])
+    return learned[0] if learned else pairs[0][1]

@@ -6,8 +6,11 @@ simulator, which renders a larger image; so rendering cannot change the episode.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -16,11 +19,12 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from verl_vla.core.episode import Outcome, Start
+from verl_vla.core.episode import Observation, Outcome, Start
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.env import LiberoEnv
 from verl_vla.envs.libero.suite import make_libero_env
 from verl_vla.policies.base import Policy
+from verl_vla.rl.rollout import NoiseSource
 
 FRAMES_PER_S = 20
 """Frame rate of a frame per step: LIBERO's control rate, so a video runs at real speed."""
@@ -30,11 +34,17 @@ STEPS_PER_FRAME = 2
 FRAME_SIZE = 384
 """Height and width of one image, pixels."""
 
-CAPTION_HEIGHT = 44
+CAPTION_HEIGHT = 60
+LINE_LENGTH = 50
+"""Characters of an instruction that fit beside each other; LIBERO's longest takes two lines."""
 HOLD_FRAMES = 20
 """Number of times that the last frame is repeated."""
 
 Frames = list[npt.NDArray[np.uint8]]
+Actions = npt.NDArray[np.float32]
+"""An action chunk [K, A]."""
+Sample = Callable[[Policy, Observation, int], Actions]
+"""Function that gives a policy's actions for an observation and the number of the policy step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,33 +64,48 @@ class VideoClip:
         return f"{how} after {self.num_steps} steps"
 
 
-def record_videos(policies: Sequence[Policy], config: EnvConfig, start: Start) -> list[VideoClip]:
-    """Roll out one greedy episode of each policy from the same start, and render it.
+def sampler_of(temperature: float, noise: NoiseSource, episode_id: int) -> Sample:
+    """Return the sampler with which `rollout` plays an episode, so that its video is the same."""
+
+    def sample(policy: Policy, seen: Observation, policy_step: int) -> Actions:
+        numbers = noise.uniform(episode_id, policy_step, policy.shape.num_tokens)
+        chunk = policy.act([seen], torch.from_numpy(numbers)[None], temperature=temperature)
+        return chunk.actions[0]
+
+    return sample
+
+
+def record_videos(
+    policies: Sequence[Policy], config: EnvConfig, start: Start, sample: Sample
+) -> list[VideoClip]:
+    """Roll out one episode of each policy from the same start, and render it.
 
     Args:
         policies: policies that act, as in an evaluation.
         config: environment as in the evaluation; the videos have a larger render size.
         start: the recorded start.
+        sample: gives the actions; see `sampler_of`.
     """
     env = make_libero_env(config)
     camera = make_libero_env(replace(config, render_size=FRAME_SIZE))
     try:
-        return [_record(policy, env, camera, start) for policy in policies]
+        return [_record(partial(sample, policy), env, camera, start) for policy in policies]
     finally:
         env.close()
         camera.close()
 
 
-def _record(policy: Policy, env: LiberoEnv, camera: LiberoEnv, start: Start) -> VideoClip:
+def _record(
+    act: Callable[[Observation, int], Actions], env: LiberoEnv, camera: LiberoEnv, start: Start
+) -> VideoClip:
     seen = env.reset(start.task_id, start.init_state_id)
     instruction = seen.instruction
-    # greedy decoding ignores it
-    noise = torch.zeros(1, policy.shape.num_tokens, dtype=torch.float64)
     frames = [_frame(env, camera, start.task_id)]
     outcome: Outcome | None = None
     num_steps = 0
+    policy_steps = count()
     while outcome is None:
-        for action in policy.act([seen], noise, temperature=0.0).actions[0]:
+        for action in act(seen, next(policy_steps)):
             outcome = env.step(action.astype(np.float64))
             num_steps += 1
             if outcome is not None or num_steps % STEPS_PER_FRAME == 0:
@@ -120,6 +145,7 @@ def _captioned(title: str, clip: VideoClip, length: int) -> Frames:
         draw = ImageDraw.Draw(sheet)
         state = clip.verdict if is_over else f"step {STEPS_PER_FRAME * i}"
         draw.text((8, 4), f"{title}: {state}", fill="white", font=font)
-        draw.text((8, 23), clip.instruction, fill="#bbbbbb", font=font)
+        words = textwrap.fill(clip.instruction, LINE_LENGTH)
+        draw.multiline_text((8, 22), words, fill="#bbbbbb", font=font, spacing=2)
         images.append(np.asarray(sheet))
     return images
