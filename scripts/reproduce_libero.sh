@@ -9,7 +9,7 @@ cd "$root"
 out=${1:-runs/libero}
 shift || true
 export OMP_NUM_THREADS=1
-say "about 45 minutes on two idle cores (docs/experiments/libero.md): recording, fine-tuning, training and
+say "about 70 minutes on two idle cores (docs/experiments/libero.md): recording, fine-tuning, training and
 four evaluations of 102 episodes; longer the first time, to set up"
 scripts/make_libero_spatial_base.sh "$out"
 "$python" -m verl_vla train recipe=quickstart_libero_spatial policy.path="$out/base" out="$out/binary" \
