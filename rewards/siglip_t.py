@@ -116,7 +116,7 @@ class SiglipTReward(ReferenceReward):
         self._config = HeadConfig(width=head_width, steps=head_steps)
         self._seed = seed
         self._head: ProgressHead | None = None
-        self._time: AdditiveTime | None = None
+        self._add_time = AdditiveTime(seed)
 
     def measure(
         self, task_key: str, episodes: Sequence[Rows], references: Sequence[Reference]
@@ -193,8 +193,4 @@ class SiglipTReward(ReferenceReward):
     def _timed(self, features: Rows) -> Rows:
         """Subtract the first row and, if additive, add the embedding of the row indices."""
         rows = center_on_start(features)
-        if self._temporal != "additive":
-            return rows
-        if self._time is None:
-            self._time = AdditiveTime(features.shape[1], self._seed)
-        return rows + self._time(len(rows))
+        return self._add_time(rows) if self._temporal == "additive" else rows

@@ -64,8 +64,8 @@ class SiglipTPublishedReward(StatelessReward):
         if last_k < 0:
             raise ConfigError(f"last_k is {last_k}; set 0 for all rows, or more")
         self.encoder = make_encoder(encoder, encoder_args or {})
-        self._temporal, self._last_k, self._seed = temporal, last_k, seed
-        self._time: AdditiveTime | None = None
+        self._temporal, self._last_k = temporal, last_k
+        self._add_time = AdditiveTime(seed)
 
     def __call__(self, batch: TrajectoryBatch) -> RewardResult:
         """Score each episode as the publication does."""
@@ -80,11 +80,8 @@ class SiglipTPublishedReward(StatelessReward):
         )
 
     def _pool(self, rows: Rows) -> Floats:
-        if self._temporal == "additive":
-            if self._time is None:
-                self._time = AdditiveTime(rows.shape[1], self._seed)
-            rows = rows + self._time(len(rows))
-        chosen = rows[-self._last_k :] if self._last_k else rows
+        timed = self._add_time(rows) if self._temporal == "additive" else rows
+        chosen = timed[-self._last_k :] if self._last_k else timed
         return chosen.astype(np.float64).mean(axis=0)
 
 

@@ -104,23 +104,29 @@ def align(features: Rows, successes: Sequence[Rows], num_neighbours: int) -> Flo
 class AdditiveTime:
     """The embedding of the row index that siglip-grpo adds to features; random, never trained."""
 
-    def __init__(self, feature_size: int, seed: int) -> None:
-        """Make the network; the random state of the process does not change."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self._network = nn.Sequential(
-                nn.Linear(FREQUENCIES, feature_size),
-                nn.SiLU(),
-                nn.Linear(feature_size, feature_size),
-            )
+    def __init__(self, seed: int) -> None:
+        """Make the embedding; ``seed`` decides its weights, whose size the first rows decide."""
+        self._seed = seed
+        self._network: nn.Module | None = None
 
     @torch.no_grad()
-    def __call__(self, num_rows: int) -> Rows:
-        """Return [T, D], to be added to the features of T rows."""
+    def __call__(self, rows: Rows) -> Rows:
+        """Return features [T, D] with the embedding of each row's index added."""
+        if self._network is None:
+            self._network = _time_network(rows.shape[1], self._seed)
         half = FREQUENCIES // 2
         rates = torch.exp(-np.log(MAX_PERIOD) * torch.arange(half) / half)
-        angles = torch.arange(num_rows)[:, None] * rates[None]
-        return self._network(torch.cat([angles.cos(), angles.sin()], dim=1)).numpy()
+        angles = torch.arange(len(rows))[:, None] * rates[None]
+        return rows + self._network(torch.cat([angles.cos(), angles.sin()], dim=1)).numpy()
+
+
+def _time_network(feature_size: int, seed: int) -> nn.Module:
+    """Make the published network; the random state of the process does not change."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Linear(FREQUENCIES, feature_size), nn.SiLU(), nn.Linear(feature_size, feature_size)
+        )
 
 
 def cosine(a: Floats, b: Floats) -> float:

@@ -110,7 +110,7 @@ class VLATrainer(PPOTrainerSync):
         # the evaluation before training belongs to step 0; veRL would repeat it with each start
         if self.global_steps > 0:
             self.config.trainer.val_before_train = False
-        # -1: a run that begins anew also drops the evaluation of step 0
+        # -1: a run without a checkpoint also drops the evaluation of step 0
         self.recorder.rewind(self.global_steps if self.global_steps else -1)
 
     def train(self) -> None:
