@@ -40,13 +40,17 @@ def test_a_command_is_understood(command: str) -> None:
         load_recipe(words)
 
 
+def headings(page: Path) -> set[str]:
+    """The anchors that a page's headings have, as GitHub and MkDocs name them."""
+    titles = re.findall(r"^##+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 _-]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_every_file_and_heading_that_the_page_names_exists() -> None:
-    text = PAGE.read_text()
-    headings = {
-        "#" + re.sub(r"[^a-z -]", "", title.lower()).replace(" ", "-")
-        for title in re.findall(r"^## (.*)$", text, re.MULTILINE)
-    }
-    links = re.findall(r"\]\((\S+?)\)", text)
+    links = re.findall(r"\]\((\S+?)\)", PAGE.read_text())
     assert links
     for link in links:
-        assert link in headings or (PAGE.parent / link).is_file(), link
+        file, _, heading = link.partition("#")
+        page = PAGE.parent / file if file else PAGE
+        assert page.is_file(), link
+        assert not heading or heading in headings(page), link
