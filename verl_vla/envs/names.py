@@ -1,4 +1,4 @@
-"""Names of suites, perturbations and sets of starts, without the code behind them.
+"""Names of suites, perturbations, cameras and sets of starts, without the code behind them.
 
 Nothing heavy is imported here, so that ``--help`` answers at once.
 """
@@ -10,6 +10,9 @@ from typing import Literal
 Split = Literal["train", "held_out", "official", "sampled"]
 """Sets of starts: ``official`` is every recorded one, trained on or not, as in published
 evaluations; ``sampled`` starts are sampled and recorded nowhere."""
+
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+"""LIBERO's views that published policies use: third person and wrist."""
 
 SUITES = ("mini", "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 """Unperturbed suites."""

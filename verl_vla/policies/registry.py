@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
@@ -15,12 +15,14 @@ from verl_vla.core.text import nearest
 from verl_vla.policies.base import Processor, TrainablePolicy
 from verl_vla.policies.checkpoint import CONFIG_FILE, read_model_type
 from verl_vla.policies.checks import Finding
+from verl_vla.policies.normalization import ActionStatistics
 from verl_vla.policies.openvla_oft import (
     OpenVLAOFTConfig,
     OpenVLAOFTModel,
     OpenVLAOFTPolicy,
     OpenVLAOFTProcessor,
 )
+from verl_vla.policies.openvla_oft import tiny as tiny_openvla_oft
 from verl_vla.policies.openvla_oft.checks import examine as examine_openvla_oft
 from verl_vla.policies.scratch_vla import (
     ScratchVLAConfig,
@@ -28,7 +30,18 @@ from verl_vla.policies.scratch_vla import (
     ScratchVLAPolicy,
     ScratchVLAProcessor,
 )
+from verl_vla.policies.scratch_vla import tiny as tiny_scratch_vla
 from verl_vla.policies.scratch_vla.checks import examine as examine_scratch_vla
+
+
+class TinyBuilder(Protocol):
+    """Builds an untrained tiny policy, small enough for a CPU."""
+
+    def __call__(
+        self, instructions: Sequence[str], statistics: ActionStatistics, *, seed: int
+    ) -> TrainablePolicy:
+        """Build it: the tokenizer knows the words of ``instructions``, ``seed`` is the weights'."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +52,7 @@ class Architecture:
     load_processor: Callable[[str | Path, str | None], Processor]
     model: type[PreTrainedModel]
     examine: Callable[[str | Path, str | None], list[Finding]]
+    build_tiny: TinyBuilder
 
 
 ARCHITECTURES = {
@@ -47,16 +61,31 @@ ARCHITECTURES = {
         load_processor=OpenVLAOFTProcessor.from_pretrained,
         model=OpenVLAOFTModel,
         examine=examine_openvla_oft,
+        build_tiny=tiny_openvla_oft.build_tiny_policy,
     ),
     ScratchVLAConfig.model_type: Architecture(
         load_policy=ScratchVLAPolicy.from_pretrained,
         load_processor=ScratchVLAProcessor.from_pretrained,
         model=ScratchVLAModel,
         examine=examine_scratch_vla,
+        build_tiny=tiny_scratch_vla.build_tiny_policy,
     ),
 }
 """Architectures by the ``model_type`` of ``config.json``. Importing this module also registers them
 with transformers' Auto classes."""
+
+
+def find_architecture(model_type: str) -> Architecture:
+    """Return the architecture of a ``model_type``.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if model_type not in ARCHITECTURES:
+        raise ConfigError(
+            f"there is no architecture {model_type!r}; {nearest(model_type, sorted(ARCHITECTURES))}"
+        )
+    return ARCHITECTURES[model_type]
 
 
 def load_policy(

@@ -23,7 +23,7 @@ from verl_vla.config.grpo import (
 from verl_vla.config.shared import EnvironmentConfig, EvaluationConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError, ContractError
-from verl_vla.envs.libero.task import CAMERAS
+from verl_vla.envs.names import CAMERAS
 from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.envs.registry import suite
 from verl_vla.policies.base import PolicyShape
