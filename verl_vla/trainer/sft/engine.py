@@ -135,9 +135,9 @@ class SFTEngine(VLAEngine):
                     output = self._sft_forward(batch, slice(start, start + size))
                     # FSDP averages over ranks, each of which has as many samples
                     (output.loss.sum() / len(batch.action_tokens)).backward()
+                # `optimizer_step` leaves the step out where one of these is not finite
+                self.losses.append(float(output.loss.detach().sum()))
                 sums += output.measured().sum(1)
-            # `optimizer_step` leaves the step out where one of these is not finite
-            self.losses.append(float(sums[NLL]))
             norm = self.optimizer_step()
             assert self.optimizer is not None
             rate = float(self.optimizer.param_groups[0]["lr"])
