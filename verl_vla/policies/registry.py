@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.text import nearest
-from verl_vla.policies.base import Processor, TrainablePolicy
+from verl_vla.policies.base import ModelConfig, Processor, TrainablePolicy
 from verl_vla.policies.checkpoint import CONFIG_FILE, read_model_type
 from verl_vla.policies.checks import Finding
 from verl_vla.policies.normalization import ActionStatistics
@@ -22,16 +22,16 @@ from verl_vla.policies.openvla_oft import (
     OpenVLAOFTPolicy,
     OpenVLAOFTProcessor,
 )
+from verl_vla.policies.openvla_oft import checks as openvla_oft_checks
 from verl_vla.policies.openvla_oft import tiny as tiny_openvla_oft
-from verl_vla.policies.openvla_oft.checks import examine as examine_openvla_oft
 from verl_vla.policies.scratch_vla import (
     ScratchVLAConfig,
     ScratchVLAModel,
     ScratchVLAPolicy,
     ScratchVLAProcessor,
 )
+from verl_vla.policies.scratch_vla import checks as scratch_vla_checks
 from verl_vla.policies.scratch_vla import tiny as tiny_scratch_vla
-from verl_vla.policies.scratch_vla.checks import examine as examine_scratch_vla
 
 
 class TinyBuilder(Protocol):
@@ -52,6 +52,9 @@ class Architecture:
     load_processor: Callable[[str | Path, str | None], Processor]
     model: type[PreTrainedModel]
     examine: Callable[[str | Path, str | None], list[Finding]]
+    check_adapters: Callable[[str | Path, int, bool], None]
+    """Refuses new adapters of a rank, with or without the reference policy; see `check_adapters`.
+    """
     build_tiny: TinyBuilder
 
 
@@ -60,14 +63,16 @@ ARCHITECTURES = {
         load_policy=OpenVLAOFTPolicy.from_pretrained,
         load_processor=OpenVLAOFTProcessor.from_pretrained,
         model=OpenVLAOFTModel,
-        examine=examine_openvla_oft,
+        examine=openvla_oft_checks.examine,
+        check_adapters=openvla_oft_checks.check_adapters,
         build_tiny=tiny_openvla_oft.build_tiny_policy,
     ),
     ScratchVLAConfig.model_type: Architecture(
         load_policy=ScratchVLAPolicy.from_pretrained,
         load_processor=ScratchVLAProcessor.from_pretrained,
         model=ScratchVLAModel,
-        examine=examine_scratch_vla,
+        examine=scratch_vla_checks.examine,
+        check_adapters=scratch_vla_checks.check_adapters,
         build_tiny=tiny_scratch_vla.build_tiny_policy,
     ),
 }
@@ -109,7 +114,7 @@ def load_processor(folder: str | Path, unnorm_key: str | None = None) -> Process
     return _architecture(folder).load_processor(folder, unnorm_key)
 
 
-def load_config(folder: str | Path) -> OpenVLAOFTConfig | ScratchVLAConfig:
+def load_config(folder: str | Path) -> ModelConfig:
     """Read the configuration of a checkpoint."""
     config: Any = _architecture(folder).model.config_class
     return config.from_pretrained(str(folder))
@@ -157,23 +162,8 @@ def check_adapters(folder: str | Path, lora_rank: int | None, *, has_kl: bool) -
     Raises:
         ConfigError: the adapters are not compatible; gives the reason.
     """
-    if lora_rank is None:
-        return
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    # only a scratch VLA can come with adapters of its own
-    if not isinstance(config, ScratchVLAConfig):
-        return
-    if config.lora_rank > 0:
-        raise ConfigError(
-            f"policy.lora_rank is {lora_rank}, but {folder} has adapters of rank "
-            f"{config.lora_rank} already, which are trained; set policy.lora_rank=null"
-        )
-    if has_kl:
-        raise ConfigError(
-            f"policy.lora_rank is {lora_rank} and loss.kl.coefficient is above 0, but {folder} is "
-            "a scratch VLA, which without its adapters is not the reference policy, since its "
-            "projector is trained too; set one of them to null or 0"
-        )
+    if lora_rank is not None:
+        _architecture(folder).check_adapters(folder, lora_rank, has_kl)
 
 
 def _architecture(folder: str | Path) -> Architecture:
