@@ -218,6 +218,16 @@ class GRPOTrainerConfig(TrainerConfig):
     """Project name in the tracking back ends."""
 
 
+@section("evaluation")
+class GRPOEvaluationConfig(EvaluationConfig):
+    """Episodes and temperatures of a run's evaluations."""
+
+    also_sampled: Literal["auto", "always", "never"] = "auto"
+    """Evaluate the same starts a second time, at ``sampling.temperature``, and report that as
+    ``val/success_rate_sampled``. ``auto``: where ``temperature`` is 0 and all evaluations together
+    are less than 10% of the training episodes."""
+
+
 @section("cluster")
 class GRPOClusterConfig(ClusterConfig):
     """Machines and processes of the learner, and the machines that simulate."""
@@ -261,10 +271,22 @@ class Recipe(BaseRecipe):
     loss: LossConfig = LossConfig()
     optimizer: GRPOOptimizerConfig = GRPOOptimizerConfig()
     trainer: GRPOTrainerConfig = GRPOTrainerConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: GRPOEvaluationConfig = GRPOEvaluationConfig()
     cluster: GRPOClusterConfig = GRPOClusterConfig()
     verl: dict[str, Any] = Field(default_factory=dict[str, Any])
     """Overrides of veRL's own configuration, passed on unchanged; veRL refuses unknown keys."""
+
+    @model_validator(mode="after")
+    def _check_evaluation(self) -> Recipe:
+        """Refuse to make the same evaluation twice."""
+        config, trained_at = self.evaluation, self.sampling.temperature
+        if config.also_sampled == "always" and config.temperature == trained_at:
+            raise ConfigError(
+                f"evaluation.also_sampled is 'always', and evaluation.temperature is {trained_at}, "
+                "as in training, so both evaluations would be the same; set "
+                "evaluation.temperature=0 or evaluation.also_sampled=never"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_one_rank(self) -> Recipe:

@@ -37,6 +37,7 @@ from verl_vla.core.errors import RewardError, SolvedError
 from verl_vla.core.signals import StopRequest
 from verl_vla.envs.registry import suite
 from verl_vla.evaluation import cold_start
+from verl_vla.evaluation.during_training import EvaluationKind
 from verl_vla.evaluation.evaluate import evaluate
 from verl_vla.rewards.encoders.base import track_batches
 from verl_vla.rl.group_sampling import StartSampler
@@ -220,28 +221,33 @@ class VLATrainer(PPOTrainerSync):
         return batch
 
     def _validate(self) -> dict[str, float]:
+        """Make every kind of evaluation; what a kill cut short is made again as a whole."""
         began = time.perf_counter()
+        values: dict[str, float] = {}
+        for kind in self.run.evaluation_kinds:
+            values |= self._evaluate(kind)
+        self._evaluation_s = time.perf_counter() - began
+        # there is no line of metrics yet that it could join
+        if self.global_steps == 0:
+            self.recorder.add_first_evaluation(values | {"timing_s/testing": self._evaluation_s})
+        return values
+
+    def _evaluate(self, kind: EvaluationKind) -> dict[str, float]:
         with episodes_bar("evaluation", len(self.run.evaluation_starts)) as ended:
             result = evaluate(
                 self.run.evaluation_starts,
                 self.policy,
                 self.simulators,
-                config=self.recipe.evaluation,
+                temperature=kind.temperature,
                 seed=self.recipe.seed,
                 ended=ended,
             )
-        self._evaluation_s = time.perf_counter() - began
-        values = result.as_metrics(self.run.task_names)
-        self.recorder.show_evaluation(self.global_steps, result.total)
-        self.run.keep_evaluation(self.global_steps, result)
-        # there is no line of metrics yet that it could join
-        if self.global_steps == 0:
-            self.recorder.add_first_evaluation(values | {"timing_s/testing": self._evaluation_s})
-            played = self.recipe.evaluation
-            # the cold-start check need not play greedy episodes again
-            if played.temperature == 0:
-                self._greedy_before = cold_start.Rates.of(result, played.states)
-        return values
+        self.recorder.show_evaluation(self.global_steps, result.total, kind.label)
+        self.run.keep_evaluation(self.global_steps, kind, result)
+        # the cold-start check need not play greedy episodes again
+        if self.global_steps == 0 and kind.temperature == 0:
+            self._greedy_before = cold_start.Rates.of(result, self.recipe.evaluation.states)
+        return result.as_metrics(self.run.task_names, kind.suffix)
 
     def _compute_metrics(
         self,
