@@ -74,11 +74,16 @@ METRICS: dict[str, Metric] = {
         unit="nats",
         meaning="mean divergence from the reference policy per executed token; with loss.kl only",
     ),
+    "actor/mini_batches": Metric(
+        unit="count",
+        meaning="optimizer steps, each of whole groups; fewer than optimizer.num_mini_batches "
+        "where fewer groups have a gradient",
+    ),
     "actor/rows": Metric(unit="count", meaning="policy steps trained on, all ranks"),
     "actor/padding_rows": Metric(
         unit="count",
-        meaning="rows without content, so that ranks and optimizer steps get equally many; fewer "
-        "than ranks x optimizer steps",
+        meaning="rows without content, so that every mini-batch is as large as the largest and "
+        "every rank gets equally many",
     ),
     "actor/rows_left_out": Metric(
         unit="count",

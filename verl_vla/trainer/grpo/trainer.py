@@ -14,6 +14,7 @@ The loop is veRL's ``PPOTrainer.fit``; `VLATrainer` answers its hooks. One train
                                                           more, for sampling.max_rounds rounds
     advantage           rl.advantage.group_advantage      score less the group's mean, over std
     _update_actor       update.update                     PPO ratio, clipped to 0.8 .. 1.28
+                          mini_batches.cut                  whole groups, equally many in each
                           VLAEngine, rl.loss.policy_loss
     _validate           evaluation.evaluate.evaluate      every trainer.eval_every steps
     _compute_metrics    RunRecorder.add_step              metrics, then the checkpoint
@@ -23,7 +24,6 @@ from __future__ import annotations
 
 import logging
 import time
-from functools import partial
 from typing import Any
 
 import ray
@@ -85,7 +85,7 @@ class VLATrainer(PPOTrainerSync):
         self.policy = ClusterPolicy(
             self.actor_rollout_wg,
             self.run.processor,
-            num_ranks=cluster.num_nodes * cluster.ranks_per_node,
+            num_ranks=cluster.num_ranks,
         )
         self.loop = EpisodeLoop(
             self.policy,
@@ -207,15 +207,16 @@ class VLATrainer(PPOTrainerSync):
         return batch
 
     def _get_required_batch_multiple(self, dp_size: int) -> int:
-        # veRL would pad to a multiple of groups * group_size, as if an episode were one row
-        return dp_size * self.recipe.optimizer.num_mini_batches
+        # veRL would pad to a multiple of groups * group_size, as if an episode were one row; before
+        # the update only log-probs are computed, and `update` pads its mini-batches itself
+        return dp_size
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         return write_advantages(batch, self.config.algorithm)
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch, values = update(
-            batch, self.actor_rollout_wg, self.recipe, partial(self._balance_batch, metrics={})
+            batch, self.actor_rollout_wg, self.recipe, self.tokenizer.eos_token_id
         )
         metrics.update(values)
         return batch
