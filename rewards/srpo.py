@@ -8,7 +8,7 @@ from earlier steps once there are enough, so that no failure changes the score o
 Beyond the paper:
 
 - clips have the length of their episode, up to the encoder's ``max_frames``, instead of 64 frames
-  each; a longer one is thinned by how much its images change, not by time (`Vjepa2Encoder`);
+  each; a longer one is thinned evenly in time (`Vjepa2Encoder`);
 - features are relative to the episode's first row (``from_start``);
 - failures of a group that differ by less than successes do score ``alpha / 2`` (``noise_gate``);
 - successes of earlier steps are references too (``memory_capacity``).

@@ -94,9 +94,11 @@ class SrpoReleasedReward(StatelessReward):
 
 
 def sample_frames(video: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Pick `NUM_FRAMES` of [N, H, W, 3] evenly, rounding down; a shorter video is looped."""
-    if len(video) < NUM_FRAMES:
-        return video[np.arange(NUM_FRAMES) % len(video)]
+    """Pick `NUM_FRAMES` of [N, H, W, 3] evenly in time, rounding down.
+
+    A shorter video repeats frames in place. The release loops it, so that a short success is seen
+    several times and a failure once; its own, a frame a step, are rarely that short.
+    """
     return video[np.linspace(0, len(video) - 1, NUM_FRAMES, dtype=int)]
 
 

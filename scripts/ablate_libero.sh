@@ -10,8 +10,8 @@ out=${1:?name the folder that reproduce_libero.sh wrote}
 shift
 export OMP_NUM_THREADS=1
 declare -A words=(
-    [knn_align]="reward=knn_align reward_args.encoder=policy_towers reward_args.encoder_args.path=$out/base"
-    [srpo]="reward=srpo reward_args.encoder=policy_towers reward_args.encoder_args.path=$out/base"
+    [knn_align]="reward=knn_align reward_args.encoder=policy_towers reward_args.encoder_args.path=$out/policy"
+    [srpo]="reward=srpo reward_args.encoder=policy_towers reward_args.encoder_args.path=$out/policy"
     [no_dynamic]="sampling.dynamic=false"
     [symmetric_clip]="loss.clip.high=0.2"
     [temperature_1.0]="sampling.temperature=1.0"
@@ -23,12 +23,12 @@ if [ $# = 0 ]; then set -- "${!words[@]}"; fi
 for name in "$@"; do
     [ -n "${words[$name]-}" ] || stop "there is no ablation '$name'; there are: ${!words[*]}"
 done
-[ -e "$out/base" ] || stop "$out/base is missing; run scripts/reproduce_libero.sh $out first"
+[ -e "$out/policy" ] || stop "$out/policy is missing; run scripts/reproduce_libero.sh $out first"
 set_up_packages run
 set_up_renderer
 for name in "$@"; do
     read -ra changed <<<"${words[$name]}"
-    "$python" -m verl_vla train recipe=quickstart_libero_spatial policy.path="$out/base" out="$out/$name" cold_start.mode=off \
+    "$python" -m verl_vla train recipe=quickstart_libero_spatial policy.path="$out/policy" out="$out/$name" cold_start.mode=off \
         trainer.eval_before=false trainer.eval_every=0 trainer.total_training_steps=6 "${changed[@]}"
     evaluate "$out/$name/checkpoints/latest/policy" "$out/sampled/$name"
 done

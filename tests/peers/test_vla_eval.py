@@ -19,7 +19,7 @@ from verl_vla.core.episode import Outcome
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.env import LiberoEnv
 from verl_vla.envs.libero.suite import make_libero_env
-from verl_vla.envs.libero.task import CAMERAS
+from verl_vla.envs.names import CAMERAS
 
 pytestmark = pytest.mark.sim
 

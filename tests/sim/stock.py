@@ -15,7 +15,7 @@ import numpy as np
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.assets import asset_folder
 from verl_vla.envs.libero.suite import make_libero_env
-from verl_vla.envs.libero.task import CAMERAS
+from verl_vla.envs.names import CAMERAS
 
 SIZE = 128
 

@@ -23,7 +23,7 @@ from verl_vla.datasets.rerender import Rerendering, rerender, rerender_task
 from verl_vla.datasets.sft_dataset import DemoSamples, Draw, SampleBatch, StepSampler, collate
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.suite import make_libero_env
-from verl_vla.envs.libero.task import CAMERAS
+from verl_vla.envs.names import CAMERAS
 from verl_vla.envs.registry import suite
 from verl_vla.policies.action_codec import ActionCodec
 

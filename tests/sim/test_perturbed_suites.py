@@ -24,7 +24,7 @@ from verl_vla.envs.libero.env import SETTLE_ACTION, LiberoEnv
 from verl_vla.envs.libero.image_noise import disturb
 from verl_vla.envs.libero.plus_suites import NO_LIGHTS
 from verl_vla.envs.libero.suite import FIRST_OBJECT, POSE, libero_suite, make_libero_env
-from verl_vla.envs.libero.task import CAMERAS
+from verl_vla.envs.names import CAMERAS
 from verl_vla.evaluation.compare import RESULT
 from verl_vla.evaluation.perturbed import TABLE
 

@@ -17,7 +17,7 @@ from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero import env as libero_env
 from verl_vla.envs.libero.env import SETTLE_ACTION, LiberoEnv
 from verl_vla.envs.libero.suite import make_libero_env
-from verl_vla.envs.libero.task import CAMERAS
+from verl_vla.envs.names import CAMERAS
 
 pytestmark = pytest.mark.sim
 

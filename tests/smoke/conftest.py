@@ -45,6 +45,7 @@ def small_words(base_of_two_datasets: Path, tmp_path_factory: pytest.TempPathFac
         "trainer.eval_every=4",
         "trainer.eval_before=false",
         "evaluation.episodes_per_task=4",
+        "evaluation.also_sampled=always",
     ]
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from verl_vla.policies.scratch_vla import ScratchVLAModel, ScratchVLAPolicy
 from verl_vla.policies.scratch_vla.assembly import assemble
 from verl_vla.runs.metrics import SFT_METRICS, is_reproducible, read_metrics
 from verl_vla.trainer.checkpoint import complete_steps, step_folder
-from verl_vla.trainer.sft.engine import SFTEngine
+from verl_vla.trainer.sft.engine import SFTEngine, SFTOutput
 
 pytestmark = [pytest.mark.smoke, pytest.mark.sim]
 
@@ -172,6 +173,23 @@ def test_two_ranks_learn_as_one(whole: tuple[FineTuning, str], tmp_path: Path) -
     assert largest_difference(whole[0].policy(1), both.policy(1)) < 2.1 * two["train/lr"]
 
 
+def test_smoothing_and_the_cosine_change_what_is_learned_and_not_what_is_reported(
+    whole: tuple[FineTuning, str], tmp_path: Path
+) -> None:
+    words = (
+        "optimizer.smoothing=4.0",
+        "optimizer.lr_scheduler_type=cosine",
+        "optimizer.min_lr_ratio=0.5",
+        "trainer.total_training_steps=3",
+    )
+    smooth = FineTuning(tmp_path / "smooth", whole[0].drawn, *words).here()
+    hard, soft = whole[0].reproducible(), smooth.reproducible()
+    assert soft[0]["train/loss"] == hard[0]["train/loss"], "both without smoothing"
+    assert soft[0]["train/grad_norm"] != hard[0]["train/grad_norm"]
+    assert soft[2]["train/lr"] == pytest.approx(1e-3)
+    assert largest_difference(smooth.policy(1), whole[0].policy(1)) > 0
+
+
 def test_adapters_learn_are_resumed_and_merged(
     mini_demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,12 +229,12 @@ def test_a_step_that_is_not_finite_is_left_out_and_too_many_end_the_run(
     run = FineTuning(tmp_path / "run", mini_demos, "trainer.test_every=0")
     imitate, calls = SFTEngine._sft_forward, 0
 
-    def spoilt(engine: SFTEngine, batch: Any, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def spoilt(engine: SFTEngine, batch: Any, rows: slice) -> SFTOutput:
         nonlocal calls
         calls += 1
-        loss, accuracy = imitate(engine, batch, rows)
+        output = imitate(engine, batch, rows)
         step = math.ceil(calls / 2)  # of two micro-batches
-        return loss * (math.nan if step in (2, 4, 5, 6) else 1), accuracy
+        return replace(output, loss=output.loss * (math.nan if step in (2, 4, 5, 6) else 1))
 
     monkeypatch.setattr(SFTEngine, "_sft_forward", spoilt)
     assert main(run.words) == EXIT_DIVERGED

@@ -10,10 +10,11 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import get_args
 
-from verl_vla.config.choices import ACTION_ROWS, ARCHITECTURES, DECODINGS, DTYPES, PROTOCOLS
+from verl_vla.config.choices import ACTION_ROWS, DECODINGS, DTYPES, PROTOCOLS
 from verl_vla.diagnostics.planning.gpus import GPUS
 from verl_vla.envs.names import (
     ALL_BASES,
+    CAMERAS,
     PERTURBATIONS,
     SUITES,
     SUITES_WITH_EXPERTS,
@@ -200,45 +201,36 @@ def _check_suite(parser: Parser) -> None:
 
 
 def _demos(parser: Parser) -> None:
-    """Record demonstrations of scripted experts, as .npz or in LIBERO's layout."""
+    """Record demonstrations of scripted experts, in LIBERO's layout."""
     add = parser.add_argument
     add("--suite", default="mini", help=", ".join(SUITES_WITH_EXPERTS))
     add("--tasks", type=int, nargs="+", help="task ids; all if not given")
-    add("--episodes-per-task", type=int, default=60, help="solved episodes per task")
-    add("--render-size", type=int, default=128, help="side of the camera image, pixels")
-    add("--seed", type=int, default=0, help="seed of starts, pace and disturbances")
+    add("--episodes-per-task", type=int, default=60, help="episodes per task")
+    add("--render-size", type=int, default=128, help="side of the camera images, pixels")
+    add("--cameras", nargs="+", choices=CAMERAS, default=CAMERAS, help="cameras to record")
+    add("--seed", type=int, default=0, help="seed of starts, pace, disturbances and errors")
     _add_num_workers(parser)
-    add("--out", required=True, help="file to write, .npz or .hdf5, or a folder")
-    # no defaults, since LIBERO's layout refuses what was given of these
-    add = parser.add_argument_group(".npz files only").add_argument
-    add("--noise", type=float, help="standard deviation of disturbances of a translation")
-    add("--every", type=int, help="steps between images")
+    add("--out", required=True, help="folder to write, one file per task, or an .hdf5 of one task")
+    add = parser.add_argument_group("experts that are disturbed or biased").add_argument
+    add(
+        "--noise",
+        type=float,
+        default=0.0,
+        help="standard deviation of disturbances",
+    )
+    add("--every", type=int, default=1, help="steps between images")
     add(
         "--height-error",
         type=float,
-        help="largest error in metres of a biased expert, which takes objects to be higher",
+        default=0.0,
+        help="largest error in metres of a biased expert, which takes objects to be higher; its "
+        "failures are recorded too",
     )
-    add("--image-size", type=int, help="side of the policy's images, pixels")
 
 
 def _sft(parser: Parser) -> None:
-    """Fine-tune on demonstrations: with a recipe, or a tiny policy from scratch on --demos."""
+    """Fine-tune a policy on demonstrations, with a recipe."""
     _add_overrides(parser)
-    add = parser.add_argument_group("a tiny policy from scratch").add_argument
-    # not required: a recipe takes the place of all of these
-    add("--demos", help="file that `demos` wrote")
-    add("--architecture", choices=ARCHITECTURES, help="openvla_oft if not given")
-    add("--decoding", choices=DECODINGS, help="scratch_vla only; parallel if not given")
-    add("--chunk-length", type=int, help="actions of one policy step, scratch_vla only")
-    add("--tasks", type=int, nargs="+", help="task ids to learn; all in the file if not given")
-    add("--per-task", type=int, help="demonstrations of each task to use; all if not given")
-    add("--steps", type=int, help="optimizer steps")
-    add("--batch-size", type=int, help="images per step")
-    add("--lr", type=float, help="highest learning rate")
-    add("--smoothing", type=float, help="label smoothing, in bins")
-    add("--seed", type=int, help="seed of the weights and of the order of the images")
-    add("--threads", type=int, help="threads of this process; the result depends on it")
-    add("--out", help="checkpoint folder to write")
 
 
 def _new_policy(parser: Parser) -> None:
@@ -249,7 +241,7 @@ def _new_policy(parser: Parser) -> None:
     add(
         "--demos",
         required=True,
-        help="file of `demos`, or folder of LIBERO's files, which give the normalization stats",
+        help="folder of demonstrations in LIBERO's layout, which give the normalization stats",
     )
     add("--decoding", choices=DECODINGS, default=DECODINGS[0], help="decoding of action tokens")
     add(

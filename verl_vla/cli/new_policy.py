@@ -8,12 +8,9 @@ from pathlib import Path
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.datasets.action_targets import measure_statistics
-from verl_vla.datasets.demonstrations import DemonstrationFile
 from verl_vla.datasets.libero_reader import read_actions
 from verl_vla.policies.base import DTYPES
-from verl_vla.policies.normalization import ActionStatistics
 from verl_vla.policies.scratch_vla.assembly import assemble
-from verl_vla.trainer.sft.fit import action_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +23,8 @@ def run(options: argparse.Namespace) -> int:
     # before models are loaded; a folder of the user's is never overwritten
     if Path(options.out).exists():
         raise ConfigError(f"--out is {options.out}, which is there already; name a new folder")
-    statistics = _measure(Path(options.demos))
+    demos = Path(options.demos)
+    statistics = measure_statistics(read_actions(demos), key=demos.name)
     policy = assemble(
         options.language,
         options.vision,
@@ -50,11 +48,3 @@ def run(options: argparse.Namespace) -> int:
         options.out,
     )
     return 0
-
-
-def _measure(demos: Path) -> ActionStatistics:
-    """Measure the normalization stats of a folder of LIBERO's files, or of an .npz of `demos`."""
-    if demos.is_dir():
-        return measure_statistics(read_actions(demos), key=demos.name)
-    with DemonstrationFile(demos) as file:
-        return action_statistics(list(file), key=file.suite)

@@ -16,8 +16,8 @@ from verl_vla.core.text import format_seconds
 from verl_vla.diagnostics.planning.gpus import GPUS
 from verl_vla.diagnostics.planning.plan import Plan, make_plan
 from verl_vla.diagnostics.planning.remedies import find_remedy
-from verl_vla.diagnostics.planning.trace import ModelConfig
 from verl_vla.envs.registry import suite
+from verl_vla.policies.base import ModelConfig
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig
 from verl_vla.policies.registry import load_config
 from verl_vla.rl.setup import find_policy

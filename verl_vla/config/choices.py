@@ -13,9 +13,6 @@ DTYPES = get_args(Dtype)
 LoraTargets = Literal["language_model", "all-linear"]
 """Layers that get adapters; see `verl_vla.policies.token_model.TokenModel.add_adapters`."""
 
-ARCHITECTURES = ("openvla_oft", "scratch_vla")
-"""Architectures of a policy that ``sft`` can make from scratch."""
-
 DECODINGS = ("parallel", "autoregressive")
 """Decoding of action tokens. ``parallel``: all tokens of a chunk at once, without knowing each
 other's bins (OpenVLA-OFT, arXiv:2502.19645, section IV). ``autoregressive``: one after the other

@@ -175,7 +175,8 @@ class GRPOOptimizerConfig(OptimizerConfig):
     clip_grad: StrictFloat = Field(default=1.0, gt=0)
     """Upper bound of the gradient's norm."""
     num_mini_batches: StrictInt = Field(default=1, ge=1)
-    """Number of optimizer steps per training step."""
+    """Number of optimizer steps per training step, each of whole groups; fewer where fewer groups
+    have a gradient. The loss of each is the mean over its own episodes."""
     micro_batch_size: StrictInt = Field(default=16, ge=1)
     """Number of policy steps per forward and backward pass of one rank."""
 
@@ -218,6 +219,16 @@ class GRPOTrainerConfig(TrainerConfig):
     """Project name in the tracking back ends."""
 
 
+@section("evaluation")
+class GRPOEvaluationConfig(EvaluationConfig):
+    """Episodes and temperatures of a run's evaluations."""
+
+    also_sampled: Literal["auto", "always", "never"] = "auto"
+    """Evaluate the same starts a second time, at ``sampling.temperature``, and report that as
+    ``val/success_rate_sampled``. ``auto``: where ``temperature`` is 0 and all evaluations together
+    are less than 10% of the training episodes."""
+
+
 @section("cluster")
 class GRPOClusterConfig(ClusterConfig):
     """Machines and processes of the learner, and the machines that simulate."""
@@ -235,6 +246,11 @@ class GRPOClusterConfig(ClusterConfig):
     env_nodes: StrictInt = Field(default=0, ge=0)
     """Number of the cluster's nodes that simulate, out of those that were started with
     ``--resources '{"env_node": 1}'``; 0 simulates on this machine."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of learner processes of all nodes."""
+        return self.num_nodes * self.ranks_per_node
 
     @model_validator(mode="after")
     def _check_address(self) -> GRPOClusterConfig:
@@ -261,22 +277,44 @@ class Recipe(BaseRecipe):
     loss: LossConfig = LossConfig()
     optimizer: GRPOOptimizerConfig = GRPOOptimizerConfig()
     trainer: GRPOTrainerConfig = GRPOTrainerConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: GRPOEvaluationConfig = GRPOEvaluationConfig()
     cluster: GRPOClusterConfig = GRPOClusterConfig()
     verl: dict[str, Any] = Field(default_factory=dict[str, Any])
     """Overrides of veRL's own configuration, passed on unchanged; veRL refuses unknown keys."""
+
+    @model_validator(mode="after")
+    def _check_evaluation(self) -> Recipe:
+        """Refuse to make the same evaluation twice."""
+        config, trained_at = self.evaluation, self.sampling.temperature
+        if config.also_sampled == "always" and config.temperature == trained_at:
+            raise ConfigError(
+                f"evaluation.also_sampled is 'always', and evaluation.temperature is {trained_at}, "
+                "as in training, so both evaluations would be the same; set "
+                "evaluation.temperature=0 or evaluation.also_sampled=never"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_mini_batches(self) -> Recipe:
+        groups, mini_batches = self.sampling.groups_per_step, self.optimizer.num_mini_batches
+        if mini_batches > groups:
+            raise ConfigError(
+                f"optimizer.num_mini_batches is {mini_batches}, but sampling.groups_per_step is "
+                f"{groups}, and a group is never cut; set at most {groups} mini-batches, or play "
+                "more groups"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_one_rank(self) -> Recipe:
         """Refuse several ranks or offloading, since weights in 4 bits are not sharded."""
         if self.policy.quantization != "nf4":
             return self
-        num_ranks = self.cluster.num_nodes * self.cluster.ranks_per_node
-        if num_ranks > 1:
+        if self.cluster.num_ranks > 1:
             raise ConfigError(
                 f"policy.quantization is 'nf4', which runs on one rank, and the cluster has "
-                f"{num_ranks}; set cluster.num_nodes=1 and cluster.ranks_per_node=1, or "
-                "policy.quantization=none"
+                f"{self.cluster.num_ranks}; set cluster.num_nodes=1 and cluster.ranks_per_node=1, "
+                "or policy.quantization=none"
             )
         if self.optimizer.name == "deepspeed_cpu_adam":
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -57,6 +58,9 @@ class SFTPolicyConfig(PolicyConfig):
     path: str | None = None
     """Folder of a checkpoint, OpenVLA-OFT or scratch VLA; null makes a tiny policy from scratch. A
     relative path starts at the project's root."""
+    architecture: str = "openvla"
+    """``model_type`` of the tiny policy that is made where ``path`` is null: ``openvla``, which is
+    OpenVLA-OFT's, or ``scratch_vla``."""
     lora_rank: StrictInt | None = Field(default=None, ge=1)
     """Rank of new LoRA adapters: on all linear layers of OpenVLA-OFT, on those of a scratch VLA's
     language model; null trains the weights that are trainable in the checkpoint itself. Adapters
@@ -93,8 +97,17 @@ class SFTOptimizerConfig(OptimizerConfig):
     """Learning rate between warm-up and decay (openvla-oft ``vla-scripts/finetune.py:89``)."""
     warmup_steps: StrictInt = Field(default=0, ge=0)
     """Number of training steps over which the learning rate rises linearly from a tenth."""
+    lr_scheduler_type: Literal["multistep", "cosine"] = "multistep"
+    """Decay after the warm-up: ``multistep`` at ``decay_at``, as openvla-oft; ``cosine`` down to
+    ``min_lr_ratio`` at the last step."""
     decay_at: tuple[StrictInt, ...] = (100_000,)
-    """Steps from which on the learning rate is multiplied by 0.1 (``finetune.py:91``)."""
+    """Steps from which on ``multistep`` takes a tenth of the learning rate (``finetune.py:91``)."""
+    min_lr_ratio: StrictFloat = Field(default=0.0, ge=0, le=1)
+    """Share of ``lr`` that ``cosine`` ends with."""
+    smoothing: StrictFloat = Field(default=0.0, ge=0)
+    """Standard deviation of the target around the demonstrated bin, in bins, for values that move.
+    Neighbouring bins are nearly the same motion: a target that says so is learned faster, and
+    leaves GRPO something to choose from. 0 asks for the demonstrated bin alone, as openvla-oft."""
     clip_grad: StrictFloat | None = Field(
         default=None,
         gt=0,
@@ -105,18 +118,24 @@ class SFTOptimizerConfig(OptimizerConfig):
     """Number of samples per step, over all ranks (openvla-oft: 8 on each of 8)."""
     micro_batch_size: StrictInt = Field(default=8, ge=1)
 
-    def lr_factor(self, step: int) -> float:
-        """Return the share of ``lr`` at a step, counted from 0 (``finetune.py``: warm-up, decay).
+    def lr_factor(self, step: int, total_steps: int) -> float:
+        """Return the share of ``lr`` at a step, counted from 0, of ``total_steps``.
 
         >>> optimizer = SFTOptimizerConfig(warmup_steps=9, decay_at=(20, 30))
-        >>> [round(optimizer.lr_factor(step), 3) for step in (0, 8, 19, 20, 30)]
+        >>> [round(optimizer.lr_factor(step, 40), 3) for step in (0, 8, 19, 20, 30)]
         [0.2, 1.0, 1.0, 0.1, 0.01]
+        >>> cosine = SFTOptimizerConfig(lr_scheduler_type="cosine", min_lr_ratio=0.1)
+        >>> [round(cosine.lr_factor(step, 100), 3) for step in (49, 99)]
+        [0.55, 0.1]
         """
-        rise = 1.0
         # step + 1: the last step of the warm-up has the whole rate
         if step < self.warmup_steps:
-            rise = WARMUP_FLOOR + (1 - WARMUP_FLOOR) * (step + 1) / self.warmup_steps
-        return rise * DECAY ** sum(step >= milestone for milestone in self.decay_at)
+            return WARMUP_FLOOR + (1 - WARMUP_FLOOR) * (step + 1) / self.warmup_steps
+        if self.lr_scheduler_type == "multistep":
+            return DECAY ** sum(step >= milestone for milestone in self.decay_at)
+        progress = (step + 1 - self.warmup_steps) / (total_steps - self.warmup_steps)
+        fall = (1 + math.cos(math.pi * progress)) / 2
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * fall
 
 
 @section("trainer")

@@ -7,6 +7,7 @@ openvla-oft ``prismatic/vla/datasets/rlds`` for the rest.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ NOOP_NORM = 1e-4
 """Norm of a motion, in simulator units, below which it counts as none (openvla's `is_noop`)."""
 
 Floats = npt.NDArray[np.float32]
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 def moving_steps(actions: npt.ArrayLike) -> npt.NDArray[np.int64]:
@@ -87,7 +89,7 @@ def measure_statistics(episodes: Sequence[npt.ArrayLike], *, key: str) -> Action
     return ActionStatistics(q01=low, q99=high, mask=mask, key=key, extremes=extremes)
 
 
-def action_chunks(actions: Floats, length: int) -> Floats:
+def action_chunks(actions: npt.NDArray[Scalar], length: int) -> npt.NDArray[Scalar]:
     """Return the chunk of K actions that begins at each step.
 
     The last K - 1 steps begin no chunk: openvla-oft drops them (``traj_transforms.py``,

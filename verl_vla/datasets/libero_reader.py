@@ -27,9 +27,9 @@ from verl_vla.config.sft import DemoChoice
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.image_preprocessing import Pixels
 from verl_vla.datasets.action_targets import moving_steps
-from verl_vla.datasets.libero_writer import FILE_SUFFIX, IMAGES, file_name
+from verl_vla.datasets.libero_writer import DISTURBED, FILE_SUFFIX, IMAGES, RENDERED, file_name
 from verl_vla.envs.libero.suite import LiberoSuite
-from verl_vla.envs.libero.task import CAMERAS
+from verl_vla.envs.names import CAMERAS
 
 JOINTS = "obs/joint_states"
 """Path of the arm's joint angles [T, 7], rad, within an episode's group."""
@@ -56,10 +56,19 @@ class Demo:
     """[T], index in the file of the image before each action."""
     actions: npt.NDArray[np.float32]
     """[T, 7], simulator units; float32 as in openvla-oft's copy of the data."""
+    disturbed: npt.NDArray[np.bool_]
+    """[T], True for an action that is not the expert's own; it is never learned."""
+    rendered: npt.NDArray[np.bool_]
+    """[T], True for an action with an image before it."""
     render_size: int
     """Height of its images, pixels."""
     cameras: tuple[str, ...]
     """Members of `CAMERAS` with images in the episode, in their order."""
+
+    @property
+    def own_actions(self) -> npt.NDArray[np.float32]:
+        """The actions that are the expert's own."""
+        return self.actions[~self.disturbed]
 
 
 def demo_file(folder: Path, task_name: str) -> Path:
@@ -108,7 +117,9 @@ def read_demos(
 
 
 def read_actions(folder: Path) -> list[npt.NDArray[np.float32]]:
-    """Read the actions [T, 7] of every episode of every file in a folder, idle steps left out.
+    """Read the actions [T, 7] of every episode of every file in a folder.
+
+    Idle steps and disturbed actions are left out.
 
     Raises:
         ConfigError: a file is broken or of another layout.
@@ -118,8 +129,11 @@ def read_actions(folder: Path) -> list[npt.NDArray[np.float32]]:
         try:
             with h5py.File(path, "r") as file:
                 for name in _episode_names(file):
-                    values = np.asarray(file[f"data/{name}/actions"], dtype=np.float64)
-                    actions.append(values[moving_steps(values)].astype(np.float32))
+                    episode: Node = file[f"data/{name}"]
+                    values = np.asarray(episode["actions"], dtype=np.float64)
+                    is_own = ~_mask(episode, DISTURBED, len(values), absent=False)
+                    steps = moving_steps(values)
+                    actions.append(values[steps[is_own[steps]]].astype(np.float32))
         except (OSError, KeyError) as error:
             raise _broken(path, error) from error
     return actions
@@ -222,9 +236,18 @@ def _read_demo(
         # an image after action t - 1 is the one before action t
         image_rows=steps - lag,
         actions=actions[steps].astype(np.float32),
+        disturbed=_mask(episode, DISTURBED, len(actions), absent=False)[steps],
+        rendered=_mask(episode, RENDERED, len(actions), absent=True)[steps - lag],
         render_size=render_size,
         cameras=tuple(camera for camera in CAMERAS if IMAGES[camera] in episode),
     )
+
+
+def _mask(episode: Node, name: str, num_rows: int, *, absent: bool) -> npt.NDArray[np.bool_]:
+    """Return a mask [T] of `verl_vla.datasets.libero_writer`; other writers' files have none."""
+    if name not in episode:
+        return np.full(num_rows, absent)
+    return np.asarray(episode[name], dtype=bool)
 
 
 def _is_after_action(episode: Node, label: str) -> bool:

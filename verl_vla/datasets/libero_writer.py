@@ -12,10 +12,15 @@ robomimic: a group ``data`` and in it ``demo_0``, ``demo_1``, ... Two points are
 The first rows are the steps in which the objects settle; they command no motion, and the no-op
 filter of any fine-tuning on these files drops them. They are kept so that ``actions``, executed
 from ``states[0]``, reproduce ``states`` bit for bit.
+
+Two fields are this project's own. ``demo_i/disturbed`` [T] marks the actions that are not the
+expert's, since a disturbance was added. ``demo_i/rendered`` [T] marks the rows that have images;
+those of the other rows are black and take no room in the file.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +30,23 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from verl_vla.envs.libero.task import CAMERAS
+from verl_vla.core.errors import ConfigError
+from verl_vla.envs.names import CAMERAS
 
 IMAGES: dict[str, str] = dict(
     zip(CAMERAS, ("obs/agentview_rgb", "obs/eye_in_hand_rgb"), strict=True)
 )
 """Path of each camera's images within an episode's group."""
+DISTURBED, RENDERED = "disturbed", "rendered"
+"""Names of this project's masks within an episode's group."""
+RECORDING = "recording"
+"""Name of this project's attribute of the group ``data``: the settings of the recording."""
 FILE_SUFFIX = "_demo.hdf5"
 """Suffix of file names; LIBERO ``libero/libero/benchmark/__init__.py``,
 ``get_task_demonstration``."""
 PARTIAL_SUFFIX = ".partial"
+COMPRESSION_LEVEL = 1
+"""Fastest level of gzip; it saves half of a rendered image's room."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -52,12 +64,17 @@ class LiberoEpisode:
     """[T, 7], simulator units; gripper: -1 opens, +1 closes."""
     states: Floats
     """[T, 1 + nq + nv]: time, positions, velocities of MuJoCo."""
+    disturbed: npt.NDArray[np.bool_]
+    """[T], True for an action that is not the expert's own."""
     robot_states: Floats
     """[T, 9]: fingers (m), position (m) and quaternion (x, y, z, w) of the hand."""
-    obs: Mapping[str, npt.NDArray[Any]]
-    """``agentview_rgb`` and ``eye_in_hand_rgb`` [T, H, W, 3] uint8, bottom row first, ``ee_pos``
-    [T, 3] m, ``ee_ori`` [T, 3] axis-angle, ``ee_states`` [T, 6] both, ``gripper_states`` [T, 2] m,
-    ``joint_states`` [T, 7] rad."""
+    proprio: Mapping[str, Floats]
+    """By path: ``obs/ee_pos`` [T, 3] m, ``obs/ee_ori`` [T, 3] axis-angle, ``obs/ee_states`` [T, 6]
+    both, ``obs/gripper_states`` [T, 2] m, ``obs/joint_states`` [T, 7] rad."""
+    rendered: npt.NDArray[np.bool_]
+    """[T], True for the R rows that have images."""
+    images: Mapping[str, npt.NDArray[np.uint8]]
+    """By path, a member of `IMAGES` for every recorded camera: [R, H, W, 3], bottom row first."""
 
     @property
     def num_steps(self) -> int:
@@ -74,8 +91,16 @@ def file_name(task_name: str) -> str:
     return f"{task_name}{FILE_SUFFIX}"
 
 
-def write_libero_file(path: Path, episodes: Iterable[LiberoEpisode]) -> None:
-    """Write the episodes of one task as they arrive; the file gets its name when complete."""
+def write_libero_file(
+    path: Path, episodes: Iterable[LiberoEpisode], recording: Mapping[str, Any]
+) -> None:
+    """Write the episodes of one task as they arrive; the file gets its name when complete.
+
+    Args:
+        path: the file.
+        episodes: at least one.
+        recording: settings of the recording, stored as JSON in `RECORDING`.
+    """
     partial_file = path.with_name(path.name + PARTIAL_SUFFIX)
     total = num_demos = 0
     with h5py.File(partial_file, "w") as file:
@@ -85,16 +110,54 @@ def write_libero_file(path: Path, episodes: Iterable[LiberoEpisode]) -> None:
                 data.attrs.update(episode.attributes)
             _write_episode(data.create_group(f"demo_{num_demos - 1}"), episode)
             total += episode.num_steps
+        data.attrs[RECORDING] = json.dumps(recording)
         data.attrs["num_demos"] = num_demos
         data.attrs["total"] = total
     partial_file.replace(path)
 
 
+def check_recording(path: Path, recording: Mapping[str, Any]) -> None:
+    """Check that a file was recorded with these settings.
+
+    Raises:
+        ConfigError: it was recorded with others, or is no recording of this project.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            stored: dict[str, Any] = dict(file["data"].attrs)
+    except (OSError, KeyError) as error:
+        raise ConfigError(f"{path} is broken ({error}); delete it to record it again") from error
+    if RECORDING not in stored:
+        raise ConfigError(f"{path} is there and was not recorded here; name another --out")
+    before = json.loads(stored[RECORDING])
+    for name, value in recording.items():
+        if name not in before or before[name] != value:
+            raise ConfigError(
+                f"{path} was recorded with {name} {before[name] if name in before else 'unset'}, "
+                f"not {value}; name another --out, or delete the file to record it again"
+            )
+
+
 def _write_episode(group: Any, episode: LiberoEpisode) -> None:
     is_last = np.zeros(episode.num_steps, dtype=np.uint8)
     is_last[-1] = 1
-    for name, values in episode.obs.items():
-        group[f"obs/{name}"] = values
+    for name, values in episode.proprio.items():
+        group[name] = values
+    for name, images in episode.images.items():
+        shape = images.shape[1:]
+        frames = group.create_dataset(
+            name,
+            shape=(episode.num_steps, *shape),
+            dtype=np.uint8,
+            # an image a chunk, as training reads them; a chunk that is never written takes no room
+            chunks=(1, *shape),
+            compression="gzip",
+            compression_opts=COMPRESSION_LEVEL,
+        )
+        for row, image in zip(np.flatnonzero(episode.rendered), images, strict=True):
+            frames[row] = image
+    group[DISTURBED] = episode.disturbed.astype(np.uint8)
+    group[RENDERED] = episode.rendered.astype(np.uint8)
     group["actions"] = episode.actions
     group["states"] = episode.states
     group["robot_states"] = episode.robot_states

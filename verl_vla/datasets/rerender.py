@@ -25,7 +25,7 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.core.signals import end_with_parent
 from verl_vla.core.text import format_seconds
 from verl_vla.datasets.libero_reader import JOINTS, Node, demo_file
-from verl_vla.datasets.libero_writer import IMAGES, PARTIAL_SUFFIX
+from verl_vla.datasets.libero_writer import DISTURBED, IMAGES, PARTIAL_SUFFIX
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.env import LiberoEnv
 from verl_vla.envs.libero.suite import libero_suite, make_libero_env
@@ -112,6 +112,8 @@ def _draw_episode(source: Node, target: Node, env: LiberoEnv, task_id: int) -> i
             "demos.images=stored"
         )
     target["actions"] = source["actions"][()]
+    if DISTURBED in source:
+        target[DISTURBED] = source[DISTURBED][()]
     target["states"] = states
     shape = (env.config.render_size, env.config.render_size, RGB)
     # one image a chunk, as training reads them

@@ -10,15 +10,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from verl_vla.core.image_preprocessing import Pixels, prepare_image
-from verl_vla.datasets.action_targets import target_action_tokens
+from verl_vla.datasets.action_targets import action_chunks, target_action_tokens
 from verl_vla.datasets.augmentation import CROP_AREA, Change, augment
 from verl_vla.datasets.libero_reader import Demo, FrameReader
-from verl_vla.envs.libero.task import CAMERAS
+from verl_vla.envs.names import CAMERAS
 from verl_vla.policies.action_codec import ActionCodec
 
 WHOLE_IMAGE = 1.0
@@ -47,7 +48,9 @@ class SampleBatch:
 
 
 class DemoSamples(Dataset[SampleBatch]):
-    """A dataset of every step that begins a chunk of K actions; images are read on demand.
+    """A dataset of every step that has an image and begins a chunk of K actions to learn.
+
+    Images are read on demand.
 
     Args:
         demos: episodes.
@@ -66,10 +69,15 @@ class DemoSamples(Dataset[SampleBatch]):
         num_views: int = 1,
         augment_seed: int | None,
     ) -> None:
-        action_tokens = [target_action_tokens(demo.actions, codec) for demo in demos]
-        self._action_tokens = torch.cat(action_tokens)
+        starts = [_chunk_starts(demo, codec.chunk_length) for demo in demos]
+        self._action_tokens = torch.cat(
+            [
+                target_action_tokens(demo.actions, codec)[steps]
+                for demo, steps in zip(demos, starts, strict=True)
+            ]
+        )
         self._rows = [
-            (demo, i) for demo, b in zip(demos, action_tokens, strict=True) for i in range(len(b))
+            (demo, int(i)) for demo, steps in zip(demos, starts, strict=True) for i in steps
         ]
         self._image_size = image_size
         self._cameras = CAMERAS[:num_views]
@@ -103,6 +111,12 @@ class DemoSamples(Dataset[SampleBatch]):
         if self._augment_seed is None:
             return image
         return augment(image, Change.draw([self._augment_seed, number, view]))
+
+
+def _chunk_starts(demo: Demo, length: int) -> npt.NDArray[np.int64]:
+    """Find the steps with an image that begin ``length`` actions of the expert's own."""
+    own = np.logical_not(action_chunks(demo.disturbed[:, None], length)).all(axis=(1, 2))
+    return np.flatnonzero(demo.rendered[: len(demo.actions) - length + 1] & own)
 
 
 def collate(samples: Sequence[SampleBatch]) -> SampleBatch:

@@ -1,4 +1,4 @@
-"""Names of suites, perturbations and sets of starts, without the code behind them.
+"""Names of suites, perturbations, cameras and sets of starts, without the code behind them.
 
 Nothing heavy is imported here, so that ``--help`` answers at once.
 """
@@ -15,6 +15,9 @@ Fixtures = Literal["first", "redrawn"]
 """Placements of LIBERO's cabinets, stoves and racks, which are no part of an init state: ``first``
 is that of a new environment, in every episode; ``redrawn`` gives init state i that of the i-th
 reset of one environment, as openvla-oft's evaluation plays it."""
+
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+"""LIBERO's views that published policies use: third person and wrist."""
 
 SUITES = ("mini", "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 """Unperturbed suites."""

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from verl_vla.config.grpo import ColdStartConfig
-from verl_vla.config.shared import EvaluationConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ColdStartError
 from verl_vla.core.files import atomic_write
@@ -185,7 +184,7 @@ def probe(
             chosen,
             policy,
             simulators,
-            config=EvaluationConfig(temperature=at),
+            temperature=at,
             seed=seed,
             first_episode=first_episode,
         )

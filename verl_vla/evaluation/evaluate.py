@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from verl_vla.config.shared import EvaluationConfig
 from verl_vla.core.episode import EpisodeSpec, Start
 from verl_vla.core.success_rate import SuccessRate, count
 from verl_vla.core.tables import Trajectories
@@ -26,15 +25,22 @@ class Evaluation:
     trajectories: Trajectories
     """Trajectories in the order of the starts."""
 
-    def as_metrics(self, task_names: dict[int, str]) -> dict[str, float]:
-        """Return the numbers under the names of `verl_vla.runs.metrics`."""
+    def as_metrics(self, task_names: dict[int, str], suffix: str = "") -> dict[str, float]:
+        """Return the numbers under the names of `verl_vla.runs.metrics`.
+
+        Args:
+            task_names: names of the tasks, by task id.
+            suffix: last part of the names; with one there are no metrics of single tasks.
+        """
         low, high = self.total.ci95
         pooled = {
-            "val/success_rate": self.total.rate,
-            "val/episodes": float(self.total.episodes),
-            "val/ci_low": low,
-            "val/ci_high": high,
+            f"val/success_rate{suffix}": self.total.rate,
+            f"val/episodes{suffix}": float(self.total.episodes),
+            f"val/ci_low{suffix}": low,
+            f"val/ci_high{suffix}": high,
         }
+        if suffix:
+            return pooled
         tasks = {f"val/task/{task_names[t]}": rate.rate for t, rate in self.per_task.items()}
         return pooled | tasks
 
@@ -44,7 +50,7 @@ def evaluate(
     policy: Policy,
     simulators: Simulators,
     *,
-    config: EvaluationConfig,
+    temperature: float,
     seed: int,
     times: RolloutTimes | None = None,
     first_episode: int = 0,
@@ -56,7 +62,7 @@ def evaluate(
         starts: fixed held-out starts; the same list gives comparable numbers.
         policy: the policy to evaluate.
         simulators: a pool whose slots are all free.
-        config: settings, with the temperature.
+        temperature: sampling temperature; 0 is greedy.
         seed: seed of the sampling noise; greedy episodes do not use it.
         times: if given, the seconds spent are added to it.
         first_episode: id of the first episode; episodes of another id have other noise.
@@ -73,7 +79,7 @@ def evaluate(
         specs,
         policy,
         simulators,
-        temperature=config.temperature,
+        temperature=temperature,
         noise=NoiseSource(seed=seed, stream=EVALUATION_STREAM),
         times=times,
         ended=ended,

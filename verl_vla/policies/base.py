@@ -120,6 +120,24 @@ class Processor(Protocol):
         ...
 
 
+class ModelConfig(Protocol):
+    """Configuration of an architecture's model, a `PreTrainedConfig` of transformers."""
+
+    @property
+    def shape(self) -> PolicyShape:
+        """Sizes of the policy's inputs and outputs."""
+        ...
+
+    @property
+    def towers(self) -> Sequence[object]:
+        """Configurations of the vision towers that see every view."""
+        ...
+
+    def to_json_string(self) -> str:
+        """Return the content as JSON."""
+        ...
+
+
 class TrainablePolicy(Policy, Protocol):
     """A policy in this process whose actions can be scored and whose weights can be trained."""
 

@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.text import nearest
-from verl_vla.policies.base import Processor, TrainablePolicy
+from verl_vla.policies.base import ModelConfig, Processor, TrainablePolicy
 from verl_vla.policies.checkpoint import CONFIG_FILE, read_model_type
 from verl_vla.policies.checks import Finding
+from verl_vla.policies.normalization import ActionStatistics
 from verl_vla.policies.openvla_oft import (
     OpenVLAOFTConfig,
     OpenVLAOFTModel,
     OpenVLAOFTPolicy,
     OpenVLAOFTProcessor,
 )
-from verl_vla.policies.openvla_oft.checks import examine as examine_openvla_oft
+from verl_vla.policies.openvla_oft import checks as openvla_oft_checks
+from verl_vla.policies.openvla_oft import tiny as tiny_openvla_oft
 from verl_vla.policies.scratch_vla import (
     ScratchVLAConfig,
     ScratchVLAModel,
     ScratchVLAPolicy,
     ScratchVLAProcessor,
 )
-from verl_vla.policies.scratch_vla.checks import examine as examine_scratch_vla
+from verl_vla.policies.scratch_vla import checks as scratch_vla_checks
+from verl_vla.policies.scratch_vla import tiny as tiny_scratch_vla
+
+
+class TinyBuilder(Protocol):
+    """Builds an untrained tiny policy, small enough for a CPU."""
+
+    def __call__(
+        self, instructions: Sequence[str], statistics: ActionStatistics, *, seed: int
+    ) -> TrainablePolicy:
+        """Build it: the tokenizer knows the words of ``instructions``, ``seed`` is the weights'."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +52,10 @@ class Architecture:
     load_processor: Callable[[str | Path, str | None], Processor]
     model: type[PreTrainedModel]
     examine: Callable[[str | Path, str | None], list[Finding]]
+    check_adapters: Callable[[str | Path, int, bool], None]
+    """Refuses new adapters of a rank, with or without the reference policy; see `check_adapters`.
+    """
+    build_tiny: TinyBuilder
 
 
 ARCHITECTURES = {
@@ -46,17 +63,34 @@ ARCHITECTURES = {
         load_policy=OpenVLAOFTPolicy.from_pretrained,
         load_processor=OpenVLAOFTProcessor.from_pretrained,
         model=OpenVLAOFTModel,
-        examine=examine_openvla_oft,
+        examine=openvla_oft_checks.examine,
+        check_adapters=openvla_oft_checks.check_adapters,
+        build_tiny=tiny_openvla_oft.build_tiny_policy,
     ),
     ScratchVLAConfig.model_type: Architecture(
         load_policy=ScratchVLAPolicy.from_pretrained,
         load_processor=ScratchVLAProcessor.from_pretrained,
         model=ScratchVLAModel,
-        examine=examine_scratch_vla,
+        examine=scratch_vla_checks.examine,
+        check_adapters=scratch_vla_checks.check_adapters,
+        build_tiny=tiny_scratch_vla.build_tiny_policy,
     ),
 }
 """Architectures by the ``model_type`` of ``config.json``. Importing this module also registers them
 with transformers' Auto classes."""
+
+
+def find_architecture(model_type: str) -> Architecture:
+    """Return the architecture of a ``model_type``.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if model_type not in ARCHITECTURES:
+        raise ConfigError(
+            f"there is no architecture {model_type!r}; {nearest(model_type, sorted(ARCHITECTURES))}"
+        )
+    return ARCHITECTURES[model_type]
 
 
 def load_policy(
@@ -80,7 +114,7 @@ def load_processor(folder: str | Path, unnorm_key: str | None = None) -> Process
     return _architecture(folder).load_processor(folder, unnorm_key)
 
 
-def load_config(folder: str | Path) -> OpenVLAOFTConfig | ScratchVLAConfig:
+def load_config(folder: str | Path) -> ModelConfig:
     """Read the configuration of a checkpoint."""
     config: Any = _architecture(folder).model.config_class
     return config.from_pretrained(str(folder))
@@ -128,23 +162,8 @@ def check_adapters(folder: str | Path, lora_rank: int | None, *, has_kl: bool) -
     Raises:
         ConfigError: the adapters are not compatible; gives the reason.
     """
-    if lora_rank is None:
-        return
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    # only a scratch VLA can come with adapters of its own
-    if not isinstance(config, ScratchVLAConfig):
-        return
-    if config.lora_rank > 0:
-        raise ConfigError(
-            f"policy.lora_rank is {lora_rank}, but {folder} has adapters of rank "
-            f"{config.lora_rank} already, which are trained; set policy.lora_rank=null"
-        )
-    if has_kl:
-        raise ConfigError(
-            f"policy.lora_rank is {lora_rank} and loss.kl.coefficient is above 0, but {folder} is "
-            "a scratch VLA, which without its adapters is not the reference policy, since its "
-            "projector is trained too; set one of them to null or 0"
-        )
+    if lora_rank is not None:
+        _architecture(folder).check_adapters(folder, lora_rank, has_kl)
 
 
 def _architecture(folder: str | Path) -> Architecture:

@@ -46,7 +46,9 @@ def executed_mask(executed: Tensor, *, chunk_length: int, action_dim: int) -> Te
     return ran.repeat_interleave(action_dim, dim=1)
 
 
-def trajectory_weight(executed_steps: Tensor, *, action_dim: int, num_trajectories: int) -> Tensor:
+def trajectory_weight(
+    executed_steps: Tensor, *, action_dim: int, num_trajectories: Tensor | int
+) -> Tensor:
     """Return [N] float32, the weight in the loss of each token of a policy step.
 
     The loss is the token mean inside a trajectory, then the mean over trajectories, so a long
@@ -56,7 +58,8 @@ def trajectory_weight(executed_steps: Tensor, *, action_dim: int, num_trajectori
     Args:
         executed_steps: [N], steps of the complete trajectory that each policy step belongs to.
         action_dim: A, tokens per step.
-        num_trajectories: the fixed denominator, counted over the whole optimizer step.
+        num_trajectories: trajectories of the optimizer step that learns from a policy step, [N],
+            or one number for all.
     """
     return 1.0 / (executed_steps.float() * action_dim * num_trajectories)
 

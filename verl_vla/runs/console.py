@@ -53,12 +53,19 @@ class Progress:
             format_seconds(self._time_left_s(step, values["timing_s/step"])),
         )
 
-    def show_evaluation(self, step: int, rate: SuccessRate) -> None:
-        """Log an evaluation with its interval and its counts."""
+    def show_evaluation(self, step: int, rate: SuccessRate, label: str = "") -> None:
+        """Log an evaluation with its interval and its counts.
+
+        Args:
+            step: training step after which it was made.
+            rate: what was counted.
+            label: what tells it from the other evaluation after the same step.
+        """
         low, high = rate.ci95
         logger.info(
-            "held-out after step %d: %.1f%% of %d episodes (95%% interval %.1f-%.1f%%)%s",
+            "held-out after step %d%s: %.1f%% of %d episodes (95%% interval %.1f-%.1f%%)%s",
             step,
+            label,
             100 * rate.rate,
             rate.episodes,
             100 * low,

@@ -24,6 +24,9 @@ class Metric:
     meaning: str
 
 
+SAMPLED = "_sampled"
+"""Last part of the names of a second, sampled evaluation's metrics and records."""
+
 METRICS: dict[str, Metric] = {
     "env/success_rate": Metric(
         unit="share", meaning="solved / (played - crashed), all groups of the step, sampled"
@@ -71,11 +74,16 @@ METRICS: dict[str, Metric] = {
         unit="nats",
         meaning="mean divergence from the reference policy per executed token; with loss.kl only",
     ),
+    "actor/mini_batches": Metric(
+        unit="count",
+        meaning="optimizer steps, each of whole groups; fewer than optimizer.num_mini_batches "
+        "where fewer groups have a gradient",
+    ),
     "actor/rows": Metric(unit="count", meaning="policy steps trained on, all ranks"),
     "actor/padding_rows": Metric(
         unit="count",
-        meaning="rows without content, so that ranks and optimizer steps get equally many; fewer "
-        "than ranks x optimizer steps",
+        meaning="rows without content, so that every mini-batch is as large as the largest and "
+        "every rank gets equally many",
     ),
     "actor/rows_left_out": Metric(
         unit="count",
@@ -103,10 +111,19 @@ METRICS: dict[str, Metric] = {
         unit="s", meaning="writing the checkpoint before this step; 0 if there was none"
     ),
     "timing_s/testing": Metric(unit="s", meaning="held-out evaluation"),
-    "val/success_rate": Metric(unit="share", meaning="held-out, greedy, all tasks pooled"),
+    "val/success_rate": Metric(
+        unit="share",
+        meaning="held-out, at evaluation.temperature (0: greedy), all tasks pooled",
+    ),
     "val/episodes": Metric(unit="count", meaning="held-out episodes behind that rate"),
     "val/ci_low": Metric(unit="share", meaning="lower end of the Wilson 95% interval"),
     "val/ci_high": Metric(unit="share", meaning="upper end of the Wilson 95% interval"),
+    "val/success_rate_sampled": Metric(
+        unit="share", meaning="the same starts, sampled at the training temperature"
+    ),
+    "val/episodes_sampled": Metric(unit="count", meaning="sampled episodes behind that rate"),
+    "val/ci_low_sampled": Metric(unit="share", meaning="lower end of its Wilson 95% interval"),
+    "val/ci_high_sampled": Metric(unit="share", meaning="upper end of its Wilson 95% interval"),
 }
 """Declarations by name. Names under ``val/task/`` and ``reward/`` need no declaration."""
 SFT_METRICS: dict[str, Metric] = {

@@ -43,21 +43,22 @@ def evaluation_record(
     }
 
 
-def evaluation_file(folder: Path, step: int) -> Path:
-    """Return the path of the evaluation after a training step."""
-    return folder / "evaluations" / f"step_{step}.json"
+def evaluation_file(folder: Path, step: int, suffix: str = "") -> Path:
+    """Return the path of the evaluation after a training step; see `EvaluationKind.suffix`."""
+    return folder / "evaluations" / f"step_{step}{suffix}.json"
 
 
 def evaluated_steps(folder: Path) -> list[int]:
     """Return the training steps after which an evaluation was kept, in rising order."""
     files = evaluation_file(folder, 0).parent.glob("step_*.json")
-    # as numbers: as text, step_10 would come before step_9
-    return sorted(int(file.stem.removeprefix("step_")) for file in files)
+    names = [file.stem.removeprefix("step_") for file in files]
+    # as numbers: as text, step_10 would come before step_9; those with a suffix are no others
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
-def keep_evaluation(folder: Path, step: int, record: Mapping[str, Any]) -> None:
+def keep_evaluation(folder: Path, step: int, record: Mapping[str, Any], suffix: str = "") -> None:
     """Write the evaluation after a training step into the run's folder, atomically."""
-    file = evaluation_file(folder, step)
+    file = evaluation_file(folder, step, suffix)
     file.parent.mkdir(exist_ok=True)
     atomic_write(file, json.dumps(record, indent=1))
 

@@ -66,9 +66,9 @@ class RunRecorder:
         """Add metrics that were measured later to those of the last training step."""
         self._metrics.add_to_last(values)
 
-    def show_evaluation(self, step: int, total: SuccessRate) -> None:
-        """Show the line of an evaluation."""
-        self._console.show_evaluation(step, total)
+    def show_evaluation(self, step: int, total: SuccessRate, label: str) -> None:
+        """Show the line of an evaluation; see `Progress.show_evaluation`."""
+        self._console.show_evaluation(step, total, label)
 
     def refresh_report(self) -> None:
         """Write the HTML report again, if the last one is old enough."""

@@ -143,6 +143,10 @@ def test_loading_twice_gives_the_same(load):
         ("optimizer.betas=[0.9,1]", "optimizer.betas is [0.9, 1]; AdamW takes two"),
         ("optimizer.micro_batch_size=0", "optimizer.micro_batch_size is 0; set at least 1"),
         ("optimizer.num_mini_batches=0", "optimizer.num_mini_batches is 0; set at least 1"),
+        (
+            "optimizer.num_mini_batches=65",
+            "optimizer.num_mini_batches is 65, but sampling.groups_per_step is 64, and a group is",
+        ),
         ("loss.clip.high=1.5", "loss.clip.high is 1.5; a ratio is clipped between 0 and 2"),
         ("policy=x", "policy is 'x'; it is a section, set policy.KEY instead"),
         ("policy.dtype=float16", "policy.dtype is 'float16'; choose one of 'float32', 'bfloat16'"),

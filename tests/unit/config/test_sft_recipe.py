@@ -14,6 +14,8 @@ from verl_vla.config.sft import SFT_RECIPES_FOLDER, SFTOptimizerConfig, SFTRecip
 from verl_vla.core.errors import ConfigError
 
 OPEN = {
+    "base_libero_spatial": [],
+    "base_mini": [],
     "sft_libero": ["demos.folder=demos", "policy.path=checkpoint"],
     "sft_mini": [],
     "sft_qwen3b": ["demos.folder=demos"],
@@ -44,7 +46,9 @@ def test_the_published_settings() -> None:
     assert (recipe.policy.lora_rank, recipe.policy.lora_alpha) == (32, 16)
     assert recipe.optimizer.batch_size / recipe.cluster.num_ranks == 8
     assert recipe.trainer.total_training_steps == 150_000
-    rates = [recipe.optimizer.lr * recipe.optimizer.lr_factor(s) for s in (0, 99_999, 100_000)]
+    rates = [
+        recipe.optimizer.lr * recipe.optimizer.lr_factor(s, 150_000) for s in (0, 99_999, 100_000)
+    ]
     assert rates == pytest.approx([5e-4, 5e-4, 5e-5])
     assert recipe.optimizer.clip_grad is None
     assert recipe.demos.augment
@@ -78,6 +82,9 @@ def test_the_memory_of_the_qwen_recipe_adds_up() -> None:
         ("optimizer.lr=0", "optimizer.lr is 0"),
         ("optimizer.warmup_steps=-1", "optimizer.warmup_steps is -1"),
         ("optimizer.clip_grad=0", "null not to clip"),
+        ("optimizer.smoothing=-1", "optimizer.smoothing is -1"),
+        ("optimizer.min_lr_ratio=2", "optimizer.min_lr_ratio is 2"),
+        ("optimizer.lr_scheduler_type=linear", "choose one of 'multistep', 'cosine'"),
         ("optimizer.betas=[0.9]", "AdamW takes two numbers"),
         ("trainer.save_every=0", "trainer.save_every is 0; set at least 1"),
         ("trainer.eval_every=-1", "trainer.eval_every is -1"),
@@ -111,11 +118,23 @@ def test_a_recipe_written_as_yaml_is_the_same_recipe(tmp_path: Path) -> None:
 
 def test_the_rate_rises_then_falls_in_steps() -> None:
     schedule = SFTOptimizerConfig(warmup_steps=10, decay_at=(20, 30))
-    factors = [schedule.lr_factor(step) for step in range(40)]
+    factors = [schedule.lr_factor(step, 40) for step in range(40)]
     assert factors[0] == pytest.approx(0.19)
     assert factors[9:20] == [1.0] * 11
     assert factors[20:30] == pytest.approx([0.1] * 10)
     assert factors[30:] == pytest.approx([0.01] * 10)
+
+
+def test_the_rate_falls_along_a_cosine() -> None:
+    schedule = SFTOptimizerConfig(warmup_steps=10, lr_scheduler_type="cosine", min_lr_ratio=0.1)
+    factors = [schedule.lr_factor(step, 100) for step in range(100)]
+    assert factors[0] == pytest.approx(0.19)
+    assert max(factors) == factors[9] == 1.0
+    assert all(a > b for a, b in zip(factors[9:], factors[10:], strict=False))
+    assert factors[54] == pytest.approx(0.55)
+    assert factors[-1] == pytest.approx(0.1)
+    everything = SFTOptimizerConfig(warmup_steps=5, lr_scheduler_type="cosine")
+    assert everything.lr_factor(4, 5) == 1.0, "a run may be all warm-up"
 
 
 def test_the_command_line_refuses_what_is_not_there(

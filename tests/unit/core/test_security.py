@@ -15,7 +15,6 @@ import torch
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import PROJECT_FOLDER
-from verl_vla.datasets.demonstrations import DemonstrationFile
 from verl_vla.policies.scratch_vla.assembly import assemble
 from verl_vla.rewards.encoders.transformer import Dinov2Encoder
 from verl_vla.trainer.checkpoint import RUN_STATE, load_run_state
@@ -121,15 +120,6 @@ def test_no_run_state_is_executed(tmp_path):
     torch.save({"reward": Hostile(tmp_path / "mark")}, tmp_path / RUN_STATE)
     with pytest.raises(pickle.UnpicklingError):
         load_run_state(tmp_path)
-    assert not (tmp_path / "mark").exists()
-
-
-def test_no_demonstration_is_executed(tmp_path):
-    hostile = np.array([Hostile(tmp_path / "mark")], dtype=object)
-    names = ("suite", "key", "images", "actions", "format")
-    np.savez(tmp_path / "demos.npz", allow_pickle=True, **dict.fromkeys(names, hostile))
-    with pytest.raises((ConfigError, ValueError)), DemonstrationFile(tmp_path / "demos.npz") as f:
-        list(f)
     assert not (tmp_path / "mark").exists()
 
 

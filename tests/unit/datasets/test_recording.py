@@ -9,24 +9,28 @@ import numpy as np
 import pytest
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.datasets.demonstrations import Demonstration
-from verl_vla.datasets.record import FASTEST, RecordingConfig, play_expert, record
+from verl_vla.datasets.expert_episode import FASTEST, RecordingConfig, play_expert
+from verl_vla.datasets.libero_writer import LiberoEpisode
+from verl_vla.datasets.record import record
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.env import LiberoEnv
 from verl_vla.envs.libero.suite import make_libero_env
 
 PUSH, LIFT = 0, 1
-SMALL = EnvConfig(suite="mini", render_size=32, image_size=28)
+SMALL = EnvConfig(suite="mini", render_size=32)
+SETTLE = SMALL.settle_steps
+AGENTVIEW = "obs/agentview_rgb"
 
 
-def same(a: Demonstration, b: Demonstration) -> bool:
-    return (a.task_id, a.instruction, a.num_steps) == (b.task_id, b.instruction, b.num_steps) and (
-        all(
-            np.array_equal(getattr(a, name), getattr(b, name))
-            and getattr(a, name).dtype == getattr(b, name).dtype
-            for name in ("images", "frame_steps", "actions")
-        )
+def same(a: LiberoEpisode, b: LiberoEpisode) -> bool:
+    return a.task_id == b.task_id and all(
+        np.array_equal(mine, theirs) for mine, theirs in zip(arrays(a), arrays(b), strict=True)
     )
+
+
+def arrays(episode: LiberoEpisode) -> list[np.ndarray]:
+    fields = (episode.actions, episode.disturbed, episode.states, episode.rendered)
+    return [*fields, *episode.proprio.values(), *episode.images.values()]
 
 
 @pytest.mark.parametrize(
@@ -56,51 +60,56 @@ def env() -> Iterator[LiberoEnv]:
 
 
 @pytest.mark.sim
-def test_an_attempt_is_what_an_sft_sample_needs(env: LiberoEnv) -> None:
-    config = RecordingConfig(every=3, horizon=8, noise=0.0)
-    made = play_expert(env, LIFT, config, seed=1, index=0)
+def test_an_undisturbed_attempt_has_an_image_at_every_row(env: LiberoEnv) -> None:
+    made = play_expert(env, LIFT, RecordingConfig(), seed=1, index=0)
     assert made is not None
-    assert made.instruction == "lift the red cube"
-    assert made.images.shape == (len(made.frame_steps), 1, 28, 28, 3)
-    assert made.frame_steps.tolist() == list(range(0, made.num_steps, 3))
-    assert made.actions.shape == (made.num_steps + 8, 7)
-    assert np.abs(made.actions[:, :3]).max() <= np.float32(FASTEST)
+    assert made.rendered.all()
+    assert not made.disturbed.any()
+    assert made.images[AGENTVIEW].shape == (made.num_steps, 32, 32, 3)
+    assert np.abs(made.actions[:, :3]).max() <= FASTEST
     assert np.ptp(made.actions[:, 3:6]) == 0
     assert set(made.actions[:, 6].tolist()) == {-1.0, 1.0}
+    assert not made.actions[:SETTLE, :6].any()
+
+
+@pytest.mark.sim
+def test_images_are_where_training_can_use_them(env: LiberoEnv) -> None:
+    config = RecordingConfig(every=3, horizon=8, noise=0.5)
+    made = play_expert(env, LIFT, config, seed=1, index=0)
+    assert made is not None
+    rows = np.flatnonzero(made.rendered)
+    assert len(made.images[AGENTVIEW]) == len(rows) > 3
+    assert rows.min() >= SETTLE
+    assert not ((rows - SETTLE) % 3).any()
+    assert made.disturbed.any()
+    for row in rows:
+        assert row + 8 <= made.num_steps, "a whole chunk follows"
+        assert not made.disturbed[row : row + 8].any()
 
 
 @pytest.mark.sim
 def test_an_attempt_starts_from_neither_split(env: LiberoEnv) -> None:
     recorded = env.suite.load_init_states(LIFT)
-    starts: list[np.ndarray] = []
-    reset_to = env.reset_to
-    env.reset_to = lambda task_id, state: (starts.append(state), reset_to(task_id, state))[1]  # type: ignore[method-assign]
-    for index in range(3):
-        play_expert(env, LIFT, RecordingConfig(), seed=1, index=index)
-    env.reset_to = reset_to  # type: ignore[method-assign]
+    starts = [
+        made.states[0]
+        for index in range(3)
+        if (made := play_expert(env, LIFT, RecordingConfig(every=8), seed=1, index=index))
+    ]
     assert len({start.tobytes() for start in starts}) == 3
     for start in starts:
         assert np.abs(recorded - start).max(1).min() > 1e-4
 
 
 @pytest.mark.sim
-def test_what_follows_an_image_is_what_was_executed(env: LiberoEnv) -> None:
-    made = play_expert(env, LIFT, RecordingConfig(every=1), seed=2, index=0)
+def test_the_actions_are_those_that_were_executed(env: LiberoEnv) -> None:
+    made = play_expert(env, LIFT, RecordingConfig(noise=0.5), seed=2, index=0)
     assert made is not None
-    assert made.frame_steps.tolist() != list(range(made.num_steps)), "nothing disturbed it"
-    executed: list[np.ndarray] = []
+    assert 0 < made.disturbed.sum() < made.num_steps / 2
     simulator = env.simulator(LIFT)
-    run = simulator.step
-    simulator.step = lambda action: (executed.append(action), run(action))[1]  # type: ignore[method-assign]
-    again = play_expert(env, LIFT, RecordingConfig(every=1), seed=2, index=0)
-    del simulator.step
-    assert again is not None
-    assert same(made, again)
-    commanded = np.stack(executed)[env.config.settle_steps :].astype(np.float32)
-    for step in made.frame_steps:
-        assert np.array_equal(commanded[step : step + 8], made.actions[step : step + 8])
-    disturbed = np.abs(commanded - made.actions).max(1) > 0
-    assert 0 < disturbed.sum() < len(disturbed) / 2
+    simulator.begin(made.states[0])
+    for state, action in zip(made.states, made.actions, strict=True):
+        assert np.array_equal(simulator.flat_state(), state)
+        simulator.step(action)
 
 
 @pytest.mark.sim
@@ -111,7 +120,8 @@ def test_a_disturbance_leads_elsewhere(env: LiberoEnv) -> None:
     ]
     assert seen[0] is not None
     assert seen[1] is not None
-    both = min(len(seen[0].actions), len(seen[1].actions))
+    both = min(seen[0].num_steps, seen[1].num_steps)
+    assert np.array_equal(seen[0].states[0], seen[1].states[0])
     assert not np.array_equal(seen[0].actions[:both], seen[1].actions[:both])
 
 
@@ -130,11 +140,11 @@ def test_a_careless_operators_miss_is_recorded_until_just_after_it(env: LiberoEn
     config = RecordingConfig(noise=0.0, height_error_m=0.06)
     made = [play_expert(env, LIFT, config, seed=3, index=index) for index in range(6)]
     lowest = []
-    for demonstration in made:
-        assert demonstration is not None
-        assert len(demonstration.actions) == demonstration.num_steps + config.horizon
-        closing = int(np.argmax(demonstration.actions[:, 6] > 0))
-        lowest.append(float(demonstration.actions[:closing, 2].sum()))
+    for episode in made:
+        assert episode is not None
+        assert episode.num_steps < env.suite.step_limit("published", LIFT)
+        closing = int(np.argmax(episode.actions[:, 6] > 0))
+        lowest.append(float(episode.actions[:closing, 2].sum()))
     # who believes the cube to lie higher comes down less before the fingers close
     assert np.ptp(lowest) > 0.5
     flawless = play_expert(env, LIFT, replace(config, height_error_m=0.0), seed=3, index=0)

@@ -29,9 +29,7 @@ from verl_vla.trainer.grpo.env_loop import TRAINING_STREAM
 
 def run_evaluation(starts: Sequence[Start], temperature: float = 0.0):
     policy, simulators = NotingPolicy(), OneChunkSimulators()
-    result = evaluate(
-        starts, policy, simulators, config=EvaluationConfig(temperature=temperature), seed=3
-    )
+    result = evaluate(starts, policy, simulators, temperature=temperature, seed=3)
     return result, policy, simulators
 
 
@@ -142,9 +140,7 @@ def test_training_plays_from_another_stream_of_noise():
 
 def test_the_seconds_are_added_up():
     times = RolloutTimes()
-    evaluate(
-        STARTS, NotingPolicy(), OneChunkSimulators(), config=EvaluationConfig(), seed=0, times=times
-    )
+    evaluate(STARTS, NotingPolicy(), OneChunkSimulators(), temperature=0.0, seed=0, times=times)
     assert times.total_s > 0
 
 

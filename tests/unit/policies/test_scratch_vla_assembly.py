@@ -19,7 +19,6 @@ from transformers import (
 
 from verl_vla.cli import main
 from verl_vla.core.errors import ConfigError
-from verl_vla.datasets.demonstrations import Demonstration, write
 from verl_vla.policies.normalization import ActionStatistics
 from verl_vla.policies.registry import examine, load_policy, load_processor, require_valid
 from verl_vla.policies.scratch_vla import ScratchVLAConfig, ScratchVLAModel, ScratchVLAPolicy
@@ -126,18 +125,12 @@ def test_folders_that_lack_a_part_are_refused(language: Path, vision: Path, tmp_
 
 
 def test_the_command_writes_a_policy(language: Path, vision: Path, tmp_path: Path) -> None:
-    demonstration = Demonstration(
-        task_id=0,
-        instruction=INSTRUCTIONS[0],
-        images=np.zeros((2, 1, 28, 28, 3), np.uint8),
-        frame_steps=np.array([0, 2]),
-        actions=np.random.default_rng(0).uniform(-1, 1, (6, 7)).astype(np.float32),
-        num_steps=6,
-    )
-    write(tmp_path / "demos.npz", iter([demonstration]), suite="mini", horizon=4, render_size=128)
+    (tmp_path / "mini").mkdir()
+    with h5py.File(tmp_path / "mini" / "lift_demo.hdf5", "w") as file:
+        file["data/demo_0/actions"] = np.random.default_rng(0).uniform(-1, 1, (6, 7))
     words = [
         "new-policy", "--language", str(language), "--vision", str(vision), str(vision),
-        "--demos", str(tmp_path / "demos.npz"), "--decoding", "autoregressive",
+        "--demos", str(tmp_path / "mini"), "--decoding", "autoregressive",
         "--num-views", "2", "--chunk-length", "1", "--dtype", "float32",
         "--out", str(tmp_path / "new"),
     ]  # fmt: skip
@@ -153,14 +146,16 @@ def test_the_command_measures_a_folder_of_liberos_files(
 ) -> None:
     actions = np.random.default_rng(0).uniform(-1, 1, (50, 7))
     actions[20:30, :6] = 0  # idle
+    actions[40:, :6] = 5  # not the expert's
     actions[:, 6] = -1
     with h5py.File(tmp_path / "lift_demo.hdf5", "w") as file:
         file["data/demo_0/actions"] = actions
+        file["data/demo_0/disturbed"] = np.arange(50) >= 40
     words = ["new-policy", "--language", str(language), "--vision", str(vision), "--out"]
     words = [*words, str(tmp_path / "new"), "--demos", str(tmp_path)]
     assert main.main(words) == 0
     statistics = load_processor(tmp_path / "new").codec.statistics
-    moving = np.delete(actions, np.arange(20, 30), axis=0).astype(np.float32)
+    moving = np.delete(actions[:40], np.arange(20, 30), axis=0).astype(np.float32)
     assert statistics.q99[0] == np.quantile(moving[:, 0], 0.99)
     (tmp_path / "lift_demo.hdf5").write_bytes(b"no HDF5")
     assert main.main([*words, "--out", str(tmp_path / "other")]) == main.EXIT_USAGE

@@ -25,7 +25,7 @@ from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.policies.normalization import ActionStatistics
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
 from verl_vla.rewards.encoders import ENCODERS, make_encoder
-from verl_vla.rewards.encoders.vjepa2 import pick_by_content
+from verl_vla.rewards.encoders.vjepa2 import pick_by_content, pick_by_time
 
 VIT: dict[str, Any] = {
     "hidden_size": 32,
@@ -256,6 +256,29 @@ def test_vjepa2_knows_the_order_of_frames_and_never_loops_a_clip(arguments):
     np.testing.assert_allclose(odd, completed, atol=1e-6)
     thinned = make_encoder("vjepa2", {**arguments["vjepa2"], "max_frames": 4})
     assert thinned.encode([clip(40)])[0].shape == (2, 48)
+
+
+def test_vjepa2_thins_by_time_unless_asked_to_by_content(arguments):
+    """Ten frames that change, then thirty that stand still, four of them kept."""
+    episode = np.concatenate([clip(10, 1), np.repeat(clip(1), 30, axis=0)])
+    assert pick_by_time(len(episode), 4).tolist() == [0, 13, 26, 39]
+    assert pick_by_time(3, 4).tolist() == [0, 1, 2]
+    four = {**arguments["vjepa2"], "max_frames": 4}
+    by_time, by_content = (
+        make_encoder("vjepa2", {**four, "thin_by": way}) for way in ("time", "content")
+    )
+    assert by_time.feature_space == make_encoder("vjepa2", four).feature_space
+    assert by_time.feature_space != by_content.feature_space
+    whole = make_encoder("vjepa2", arguments["vjepa2"])
+    for encoder, kept in (
+        (by_time, pick_by_time(len(episode), 4)),
+        (by_content, pick_by_content(episode, 4)),
+    ):
+        np.testing.assert_allclose(
+            encoder.encode([episode])[0], whole.encode([episode[kept]])[0], atol=1e-5
+        )
+    with pytest.raises(ConfigError, match="thin_by is 'change'; choose 'time' or 'content'"):
+        make_encoder("vjepa2", {**four, "thin_by": "change"})
 
 
 def test_frames_are_picked_where_the_image_changes():

@@ -14,16 +14,17 @@ import yaml
 from verl_vla.config.grpo import (
     ColdStartConfig,
     GRPOClusterConfig,
+    GRPOEvaluationConfig,
     GRPOOptimizerConfig,
     GRPOPolicyConfig,
     GRPOTrainerConfig,
     KLConfig,
     Recipe,
 )
-from verl_vla.config.shared import EnvironmentConfig, EvaluationConfig
+from verl_vla.config.shared import EnvironmentConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError, ContractError
-from verl_vla.envs.libero.task import CAMERAS
+from verl_vla.envs.names import CAMERAS
 from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.envs.registry import suite
 from verl_vla.policies.base import PolicyShape
@@ -75,7 +76,7 @@ def recipe(policy_folder, tmp_path) -> Recipe:
         environment=EnvironmentConfig(
             suite="mini", tasks=(0, 2), render_size=64, num_workers=1, num_slots=1
         ),
-        evaluation=EvaluationConfig(episodes_per_task=3),
+        evaluation=GRPOEvaluationConfig(episodes_per_task=3),
     )
 
 
@@ -190,7 +191,7 @@ def test_a_run_may_grow_longer_and_be_reported_elsewhere(recipe, no_simulators):
     longer = replace(
         recipe,
         trainer=GRPOTrainerConfig(total_training_steps=500, save_every=1, loggers=()),
-        evaluation=EvaluationConfig(episodes_per_task=1),
+        evaluation=GRPOEvaluationConfig(episodes_per_task=1),
         cold_start=ColdStartConfig(mode="off"),
         cluster=GRPOClusterConfig(address="auto"),
         environment=replace(recipe.environment, num_workers=7, timeout_s=77.0),

@@ -11,18 +11,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
+from mini_engine import make_engine
 from safetensors.torch import load_file
-from verl.trainer.config import CheckpointConfig
-from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 
 from verl_vla.config.grpo import LossConfig
 from verl_vla.core.errors import DivergedError
 from verl_vla.core.files import PROJECT_FOLDER
 from verl_vla.envs.registry import suite
-from verl_vla.trainer.engine.divergence_guard import FiniteGuard, load_rows
+from verl_vla.trainer.engine.divergence_guard import load_rows
 from verl_vla.trainer.engine.engine import VLAEngine
 from verl_vla.trainer.grpo.worker import row_loss
-from verl_vla.trainer.verl_compat.process import MODEL_TYPE, prepare_verl
+from verl_vla.trainer.verl_compat.process import prepare_verl
 
 NUM_ROWS, NUM_TOKENS, ACTION_DIM = 4, 56, 7
 LOSS = partial(row_loss, config=LossConfig(), action_dim=ACTION_DIM, num_ranks=1)
@@ -46,33 +45,6 @@ def engine(process_group: None, tmp_path: Path) -> VLAEngine:
     return make_engine(PROJECT_FOLDER / "bases" / "mini", tmp_path / "diverged")
 
 
-def make_engine(policy: Path, diverged: Path) -> VLAEngine:
-    """The embedded policy, as a training run on a CPU holds it; it allows two skips in a row."""
-    full = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
-    engine = VLAEngine(
-        HFModelConfig(
-            path=str(policy),
-            model_type=MODEL_TYPE,
-            use_remove_padding=False,
-            enable_gradient_checkpointing=False,
-            override_config={
-                "attn_implementation": "sdpa",
-                "unnorm_key": None,
-                "quantization": "none",
-                "gather_once": True,
-            },
-        ),
-        FSDPEngineConfig(
-            strategy="fsdp2", use_torch_compile=False, model_dtype="fp32", mixed_precision=full
-        ),
-        FSDPOptimizerConfig(optimizer="adamw", lr=1e-3, clip_grad=1.0, total_training_steps=9),
-        CheckpointConfig(),
-    )
-    engine.initialize()
-    engine.guard = FiniteGuard(folder=diverged, max_in_a_row=2)
-    return engine
-
-
 def rows(engine: VLAEngine, folder: Path, advantage: float, old_log_probs: float = -5.0) -> Any:
     """A mini-batch of random images, in TransferQueue's layout, as read back from a file."""
     torch.manual_seed(0)
@@ -91,8 +63,8 @@ def rows(engine: VLAEngine, folder: Path, advantage: float, old_log_probs: float
         "advantages": tuple(advantage * mask.float()),
         "old_log_probs": tuple(old_log_probs * mask.float()),
         "trajectory_steps": tuple(torch.full((NUM_ROWS, 1), 8)),
+        "num_trajectories": tuple(torch.full((NUM_ROWS, 1), NUM_ROWS)),
         "temperature": 1.0,
-        "num_trajectories": float(NUM_ROWS),
         "use_dynamic_bsz": False,
         "micro_batch_size_per_gpu": 2,
     }

@@ -249,12 +249,13 @@ def decided(engine: VLAEngine, advantages: list[float], which: list[int]) -> Ten
         "advantages": [advantage * mask.float() for advantage in advantages],
         "old_log_probs": log_probs,
         "trajectory_steps": [torch.tensor([4])] * NUM,
+        "num_trajectories": [torch.tensor([2])] * NUM,
     }
     rows = {
         name: torch.nested.as_nested_tensor([column[i] for i in which], layout=torch.jagged)
         for name, column in columns.items()
     }
-    values = {"temperature": TEMPERATURE, "num_trajectories": 2.0, "use_dynamic_bsz": False}
+    values = {"temperature": TEMPERATURE, "use_dynamic_bsz": False}
     return tu.get_tensordict(rows, values | {"micro_batch_size_per_gpu": 1})
 
 

@@ -33,9 +33,9 @@ def loss_of(config: LossConfig, *, num_ranks: int = 1, **more: Any):
         "advantages": jagged(ADVANTAGES),
         "old_log_probs": jagged(OLD),
         "trajectory_steps": torch.tensor([[2], [1]]),
+        "num_trajectories": torch.tensor([[2], [2]]),
     }
     data = tu.get_tensordict(rows | more)
-    tu.assign_non_tensor_data(data, "num_trajectories", 2)
     log_probs = (OLD + MOVED).requires_grad_()
     loss, metrics = row_loss(
         log_probs=log_probs,
@@ -76,6 +76,13 @@ def test_gradients_are_scaled_for_the_average_over_ranks():
     one, _, _ = loss_of(config, ref_log_prob=jagged(OLD))
     two, _, _ = loss_of(config, ref_log_prob=jagged(OLD), num_ranks=2)
     assert float(two.detach()) == pytest.approx(2 * float(one.detach()))
+
+
+def test_every_row_is_divided_by_the_number_of_its_own_mini_batch():
+    _, _, whole = loss_of(LossConfig())
+    _, _, halves = loss_of(LossConfig(), num_trajectories=torch.tensor([[1], [4]]))
+    assert halves[0].tolist() == pytest.approx((2 * whole[0]).tolist())
+    assert halves[1].tolist() == pytest.approx((whole[1] / 2).tolist())
 
 
 def test_a_kl_term_without_its_column_is_an_error():

@@ -1,15 +1,13 @@
-"""Which rows an update is made of: a dictionary for TransferQueue, one rank in this process."""
+"""Which rows an update is made of; all ranks are in this process."""
 
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transfer_queue as tq
+from row_store import RowStore
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl import DataProto
@@ -30,67 +28,59 @@ from verl_vla.trainer.grpo.worker import row_loss
 CHUNK, DIM, PLACES = 2, 1, 3
 TOKENS = CHUNK * DIM
 LR = 1e-4
+FORMER_MULTIPLE = 4
+"""What the batch was padded to when log-probs were computed."""
 UNIFORM, MIXED = [0.0] * 2, [0.0, 1.0]
 
 
-class OneRank:
-    """Has the rows of a training step in ``rows``; notes which of them reach the loss."""
+class Ranks(RowStore):
+    """Have the rows of a training step in ``rows``; note which of them reach the loss."""
 
     def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
         self.recipe = recipe
-        self.rows: dict[str, dict[str, Any]] = {}
-        self.seen: list[str] = []
-        self.num_trajectories = math.nan
+        self.steps: list[list[str]] = []
+        """Rows of every optimizer step, over all ranks."""
+        self.num_trajectories: list[int] = []
+        """Denominator of every optimizer step."""
         self.steps_of_schedule = 0
 
-    def kv_batch_get(self, keys, partition_id, select_fields=None) -> TensorDict:
-        names = select_fields or self.rows[keys[0]].keys()
-        columns = {name: [self.rows[key][name] for key in keys] for name in names}
-        return tu.get_tensordict({n: jagged(column) for n, column in columns.items()})
-
-    def kv_batch_put(self, keys, partition_id, fields, tags=None) -> None:
-        rows = [
-            {name: fields[name][i] for name in map(str, fields.keys())} for i in range(len(keys))
-        ]
-        self.rows |= dict(zip(keys, rows, strict=True))
-
-    def kv_clear(self, keys, partition_id) -> None:
-        assert keys, "as TransferQueue has it"
-        for key in keys:
-            del self.rows[key]
+    @property
+    def seen(self) -> list[str]:
+        return [key for step in self.steps for key in step]
 
     def go_without_update(self) -> list[float]:
         self.steps_of_schedule += 1
         return [LR]
 
     def update_actor(self, batch: KVBatchMeta) -> TensorDict:
-        self.seen, found = batch.keys, []
         assert batch.extra_info is not None
-        self.num_trajectories = batch.extra_info["num_trajectories"]
-        parts = batch.extra_info["num_mini_batch"]
-        assert len(batch) % parts == 0
+        parts, found = batch.extra_info["num_mini_batch"], []
+        runs = [run.keys for run in batch.chunk(self.recipe.cluster.num_ranks)]
+        (size,) = {len(keys) for keys in runs}
+        assert size % parts == 0
         for part in range(parts):
-            mine = batch.keys[part * len(batch) // parts : (part + 1) * len(batch) // parts]
-            data = self.kv_batch_get(mine, batch.partition_id)
-            tu.assign_non_tensor_data(data, "num_trajectories", self.num_trajectories)
-            log_probs = torch.full((len(mine), TOKENS), -1.0)
-            _, sums = row_loss(
-                log_probs=log_probs,
-                entropy=log_probs,
-                data=data,
-                config=self.recipe.loss,
-                action_dim=DIM,
-                num_ranks=1,
-            )
-            found.append(sums | {"optimizer_step": part, "grad_norm": 1.0, "lr": LR})
+            mine = slice(part * size // parts, (part + 1) * size // parts)
+            self.steps.append([key for keys in runs for key in keys[mine]])
+            found.append(self._learn(batch, part))
         reported = {name: [one[name] for one in found] for name in found[0]}
         return tu.get_tensordict({}, {"metrics": reported})
 
-
-def jagged(column: list[Any]) -> Any:
-    """As TransferQueue hands out a field, whatever its rows' lengths."""
-    is_text = isinstance(column[0], str | int)
-    return column if is_text else torch.nested.as_nested_tensor(column, layout=torch.jagged)
+    def _learn(self, batch: KVBatchMeta, part: int) -> dict[str, float]:
+        keys = self.steps[part]
+        data = self.kv_batch_get(keys, batch.partition_id, batch.fields)
+        (number,) = {int(self.rows[key]["num_trajectories"]) for key in keys if not is_padding(key)}
+        self.num_trajectories.append(number)
+        log_probs = torch.full((len(keys), TOKENS), -1.0)
+        _, sums = row_loss(
+            log_probs=log_probs,
+            entropy=log_probs,
+            data=data,
+            config=self.recipe.loss,
+            action_dim=DIM,
+            num_ranks=1,
+        )
+        return sums | {"optimizer_step": part, "grad_norm": 1.0, "lr": LR}
 
 
 @pytest.fixture
@@ -99,24 +89,19 @@ def play(monkeypatch: pytest.MonkeyPatch):
 
     def play_step(
         groups: list[list[float]], *words: str
-    ) -> tuple[OneRank, KVBatchMeta, dict[str, float]]:
-        rank = OneRank(load_recipe(["out=runs/test", *words]))
-        for name in ("kv_batch_get", "kv_batch_put", "kv_clear"):
-            monkeypatch.setattr(tq, name, getattr(rank, name))
+    ) -> tuple[Ranks, KVBatchMeta, dict[str, float]]:
+        rank = Ranks(load_recipe(["out=runs/test", *words]))
+        rank.stand_in(monkeypatch)
         batch = sampled(rank, groups)
-        balance = partial(
-            upsample_batch_to_divisible_size,
-            batch_multiple=rank.recipe.optimizer.num_mini_batches,
-            eos_token_id=0,
-        )
-        learned, values = update(balance(batch), rank, rank.recipe, balance)
+        batch = upsample_batch_to_divisible_size(batch, FORMER_MULTIPLE, eos_token_id=0)
+        learned, values = update(batch, rank, rank.recipe, eos_token_id=0)
         check_declared(values)
         return rank, learned, values
 
     return play_step
 
 
-def sampled(rank: OneRank, groups: list[list[float]]) -> KVBatchMeta:
+def sampled(rank: Ranks, groups: list[list[float]]) -> KVBatchMeta:
     """The rows that are left by the rules of the recipe, with veRL's advantages."""
     group_filter = GroupFilter(config=rank.recipe.sampling)
     dropped = group_filter.add_round(
@@ -132,6 +117,7 @@ def sampled(rank: OneRank, groups: list[list[float]]) -> KVBatchMeta:
         tensors | {"token_level_rewards": tensors["rm_scores"], "uid": uid}
     )
     data = compute_advantage_for_multi_trajectories(data, batch_keys=keys, adv_estimator="grpo")
+    rank.tags = dict(zip(keys, tags, strict=True))
     for key, row, advantage in zip(keys, fields, data.batch["advantages"], strict=True):
         more = {"advantages": advantage, "old_log_probs": row["rollout_log_probs"]}
         if rank.recipe.loss.kl.is_on:
@@ -189,7 +175,7 @@ SMALL = ("recipe=libero_spatial_tiny",)
 def test_groups_that_agree_never_reach_the_loss_and_count_in_its_denominator(play):
     rank, learned, values = play([UNIFORM, MIXED, UNIFORM], *SMALL)
     assert sorted(rank.seen) == rows_of(1, 0) + rows_of(1, 1)
-    assert rank.num_trajectories == 6
+    assert rank.num_trajectories == [6]
     assert values["actor/rows"] == 6
     assert values["actor/rows_left_out"] == 12
     assert values["actor/rows_without_gradient"] == values["actor/padding_rows"] == 0
@@ -199,26 +185,52 @@ def test_groups_that_agree_never_reach_the_loss_and_count_in_its_denominator(pla
 def test_an_episode_as_good_as_its_group_is_left_out_alone(play):
     rank, _, values = play([[0.0, 0.5, 1.0]], *SMALL)
     assert sorted(rank.seen) == rows_of(0, 0) + rows_of(0, 2)
-    assert (values["actor/rows_left_out"], rank.num_trajectories) == (PLACES, 3)
+    assert (values["actor/rows_left_out"], rank.num_trajectories) == (PLACES, [3])
 
 
 def test_what_is_left_is_padded_anew(play):
-    rank, learned, values = play(
-        [UNIFORM, MIXED, MIXED[:1]], *SMALL, "optimizer.num_mini_batches=4"
-    )
-    assert len(learned) == 8
-    assert sum(map(is_padding, rank.seen)) == values["actor/padding_rows"] == 2
-    assert values["actor/rows"] == 6
+    words = ("sampling.groups_per_step=3", "optimizer.num_mini_batches=2")
+    rank, learned, values = play([UNIFORM, MIXED, [0.0, 1.0, 1.0]], *SMALL, *words)
+    assert [list(map(is_padding, step)).count(True) for step in rank.steps] == [3, 0]
+    assert values["actor/padding_rows"] == 3
+    assert values["actor/rows"] == 15
     assert values["actor/rows_without_gradient"] == 0
-    assert rank.num_trajectories == 4 / 4
+    assert rank.num_trajectories == [4, 3], "a group that agrees counts in its own mini-batch"
+    assert set(rank.rows) == set(learned.keys), "the former padding has left the store"
+
+
+def test_an_optimizer_step_learns_from_whole_groups(play):
+    groups = [MIXED, MIXED, MIXED]
+    words = (*SMALL, "sampling.groups_per_step=3", "optimizer.num_mini_batches=2")
+    rank, _, _ = play(groups, *words)
+    real = [[key for key in step if not is_padding(key)] for step in rank.steps]
+    seen = [{RowKey.parse(key).group for key in step} for step in real]
+    assert not seen[0] & seen[1], "no group is cut in two"
+    assert sorted(map(len, seen)) == [1, 2]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_every_rank_has_its_share_of_every_group_that_is_large_enough(play, num_ranks):
+    words = ("optimizer.num_mini_batches=2", f"cluster.ranks_per_node={num_ranks}")
+    rank, _, values = play([MIXED, MIXED], *SMALL, *words)
+    assert [sorted(step) for step in rank.steps] == [
+        sorted(rows_of(group, 0) + rows_of(group, 1)) for group in (0, 1)
+    ]
+    assert values["actor/padding_rows"] == 0
+
+
+def test_there_are_no_more_optimizer_steps_than_groups_with_a_gradient(play):
+    words = ("sampling.groups_per_step=4", "optimizer.num_mini_batches=4")
+    rank, _, values = play([UNIFORM, MIXED, UNIFORM, MIXED], *SMALL, *words)
+    assert (values["actor/mini_batches"], values["actor/padding_rows"]) == (2, 0)
+    assert rank.num_trajectories == [4, 4]
 
 
 def test_where_all_have_a_gradient_nothing_is_touched(play):
-    rank, learned, values = play([MIXED, MIXED], *SMALL, "optimizer.num_mini_batches=5")
-    assert learned.keys == [k for g in (0, 1) for m in (0, 1) for k in rows_of(g, m)] + [
-        key for key in rank.seen if is_padding(key)
-    ]
-    assert (values["actor/rows"], values["actor/padding_rows"]) == (12, 3)
+    rank, learned, values = play([MIXED, MIXED], *SMALL)
+    assert learned.keys == [k for g in (0, 1) for m in (0, 1) for k in rows_of(g, m)]
+    assert rank.num_trajectories == [4]
+    assert (values["actor/rows"], values["actor/padding_rows"]) == (12, 0)
     assert values["actor/rows_left_out"] == 0
 
 
@@ -258,10 +270,12 @@ def test_no_shipped_recipe_trains_on_rows_without_a_gradient(play, words):
         [0.0, 1.0, *[0.5] * (size - 2)],
     ]
     rank, _, values = play(groups, *words)
-    mini_batches = rank.recipe.optimizer.num_mini_batches
+    steps, ranks = rank.recipe.optimizer.num_mini_batches, rank.recipe.cluster.num_ranks
+    assert values["actor/mini_batches"] == steps == len(rank.steps)
     assert values["actor/rows"] > 0
     assert values["actor/rows_without_gradient"] == 0
-    assert values["actor/padding_rows"] < mini_batches
+    # of groups of one size, the last mini-batches have one less
+    assert values["actor/padding_rows"] < steps * (ranks + size * PLACES)
     is_dropped_before = rank.recipe.sampling.dynamic
     left_out = [0.5] * (size - 2) + [0.0] * (0 if is_dropped_before else 3 * size)
     assert values["actor/rows_left_out"] == PLACES * len(left_out)

@@ -43,6 +43,7 @@ def test_the_sums_become_the_declared_metrics():
             "actor/ratio_first_deviation": 0.02,
             "actor/pg_clipfrac_low": 3 / 60,
             "actor/pg_clipfrac_high": 6 / 60,
+            "actor/mini_batches": 2,
             "actor/rows": 9,
             "actor/padding_rows": 1,
             "actor/rows_left_out": 5,
@@ -58,6 +59,7 @@ def test_a_step_without_an_update_reports_the_same_numbers():
     assert known == {
         "actor/skipped_steps": 4,
         "actor/lr": 1e-4,
+        "actor/mini_batches": 0,
         "actor/rows": 0,
         "actor/padding_rows": 0,
         "actor/rows_left_out": 7,

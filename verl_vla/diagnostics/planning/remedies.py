@@ -10,7 +10,7 @@ from verl_vla.config.grpo import Recipe
 from verl_vla.core.errors import ConfigError
 from verl_vla.diagnostics.planning.memory import num_ranks
 from verl_vla.diagnostics.planning.plan import Plan, make_plan
-from verl_vla.diagnostics.planning.trace import ModelConfig
+from verl_vla.policies.base import ModelConfig
 
 MOST_NODES = 8
 """Largest number of nodes that is suggested; beyond it, adapters are the better remedy."""

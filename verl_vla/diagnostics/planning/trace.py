@@ -23,10 +23,7 @@ from transformers import AutoModel
 
 from verl_vla.config.choices import LoraTargets
 from verl_vla.policies.action_distribution import log_prob
-from verl_vla.policies.openvla_oft import OpenVLAOFTConfig
-from verl_vla.policies.scratch_vla import ScratchVLAConfig
-
-ModelConfig = OpenVLAOFTConfig | ScratchVLAConfig
+from verl_vla.policies.base import ModelConfig
 
 PROMPT_TOKENS = 32
 """Length of a typical prompt; LIBERO's have 20 to 38 tokens with the published tokenizer."""

@@ -26,9 +26,9 @@ from verl_vla.envs.libero.init_states import read_states
 from verl_vla.envs.libero.mujoco_version import require_libero_physics
 from verl_vla.envs.libero.plus_suites import PLUS_SUITES, plus_tasks
 from verl_vla.envs.libero.pro_suites import PRO_SUITES, pro_objects, pro_tasks
-from verl_vla.envs.libero.task import ACTION_DIM, CAMERAS, MAX_SAMPLED, PROPRIO_DIM, LiberoTask
+from verl_vla.envs.libero.task import ACTION_DIM, MAX_SAMPLED, PROPRIO_DIM, LiberoTask
 from verl_vla.envs.libero.task_packages import DISTRIBUTIONS, PLUS, PRO
-from verl_vla.envs.names import SUITES, Split
+from verl_vla.envs.names import CAMERAS, SUITES, Split
 
 SIMULATION = ("mujoco", "robosuite", "hf-libero")
 """Packages whose versions decide a simulator's results."""

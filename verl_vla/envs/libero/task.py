@@ -11,9 +11,6 @@ from pathlib import Path
 from verl_vla.envs.base import Task
 from verl_vla.envs.libero.scene_change import UNCHANGED, SceneChange
 
-CAMERAS = ("agentview", "robot0_eye_in_hand")
-"""The views that published policies use: third person and wrist."""
-
 ACTION_DIM = 7
 """Number of an action's values: 3 translations, 3 rotations, gripper (-1 opens, +1 closes)."""
 

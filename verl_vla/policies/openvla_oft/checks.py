@@ -61,6 +61,10 @@ def examine(folder: str | Path, unnorm_key: str | None = None) -> list[Finding]:
     return [look(subject, describe) for subject, describe in subjects.items()]
 
 
+def check_adapters(folder: str | Path, lora_rank: int, has_kl: bool) -> None:
+    """Accept any adapters: a checkpoint brings none, and without them it is the reference."""
+
+
 def judge_action_mass(mass: torch.Tensor) -> Finding:
     """Return a finding on whether the head was trained on action tokens.
 

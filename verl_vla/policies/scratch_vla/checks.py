@@ -40,6 +40,26 @@ def examine(folder: str | Path, unnorm_key: str | None = None) -> list[Finding]:
     ]
 
 
+def check_adapters(folder: str | Path, lora_rank: int, has_kl: bool) -> None:
+    """Refuse new adapters beside those of the folder, and adapters where KL needs a reference.
+
+    Raises:
+        ConfigError: the adapters are not compatible; gives the reason.
+    """
+    rank = read_config(folder).lora_rank
+    if rank > 0:
+        raise ConfigError(
+            f"policy.lora_rank is {lora_rank}, but {folder} has adapters of rank {rank} already, "
+            "which are trained; set policy.lora_rank=null"
+        )
+    if has_kl:
+        raise ConfigError(
+            f"policy.lora_rank is {lora_rank} and loss.kl.coefficient is above 0, but {folder} is "
+            "a scratch VLA, which without its adapters is not the reference policy, since its "
+            "projector is trained too; set one of them to null or 0"
+        )
+
+
 def _architecture(model: ScratchVLAModel) -> str:
     config = model.config
     towers = " and ".join(

@@ -100,24 +100,14 @@ class ImageEncoder(BatchedEncoder, ABC):
         """Map n images [n, H, W, 3] to [n, D]."""
 
 
-class Network:
-    """A frozen network on its device, with the preprocessing of its images."""
+class FrozenNetwork:
+    """A frozen network on its device."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        image_size: int,
-        statistics: Sequence[ImageStatistics],
-        dtype: str,
-        device: str,
-    ) -> None:
+    def __init__(self, module: nn.Module, *, dtype: str, device: str) -> None:
         """Freeze ``module`` and move it.
 
         Args:
             module: network of the encoder; it is not trained after this.
-            image_size: height and width of its input, pixels.
-            statistics: pixel mean and standard deviation for each of its towers.
             dtype: dtype of the computation, a key of `DTYPES`.
             device: name of a torch device.
 
@@ -132,9 +122,33 @@ class Network:
         # AssertionError: torch was built without CUDA
         except (RuntimeError, AssertionError) as error:
             raise ConfigError(f"device is {device!r}, which cannot be used: {error}") from error
+        self.dtype = DTYPES[dtype]
+
+
+class Network(FrozenNetwork):
+    """A frozen network of single images, with their preprocessing."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        image_size: int,
+        statistics: Sequence[ImageStatistics],
+        dtype: str,
+        device: str,
+    ) -> None:
+        """Freeze ``module`` and move it; see `FrozenNetwork`.
+
+        Args:
+            module: network of the encoder.
+            image_size: height and width of its input, pixels.
+            statistics: pixel mean and standard deviation for each of its towers.
+            dtype: dtype of the computation.
+            device: name of a torch device.
+        """
+        super().__init__(module, dtype=dtype, device=device)
         self._image_size = image_size
         self._statistics = tuple(statistics)
-        self._dtype = DTYPES[dtype]
 
     def pixels(self, images: Images) -> Tensor:
         """Resize, without a crop, and normalise; [n, H, W, 3] to [n, 3 x towers, size, size]."""
@@ -150,7 +164,7 @@ class Network:
             )
             # rounded to what an image of this size would hold
             image = resized.round().clamp(0, 255).to(torch.uint8).movedim(1, -1)
-        return normalize_image(image, self._statistics).to(self._dtype)
+        return normalize_image(image, self._statistics).to(self.dtype)
 
 
 def check_positive(**values: int) -> None:

@@ -20,7 +20,7 @@ from verl_vla.rewards.encoders.base import (
 )
 
 IMAGENET_STATISTICS = ImageStatistics(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-"""Pixel statistics of torchvision, with which DINOv2 and V-JEPA 2 were trained."""
+"""Pixel statistics of torchvision, with which DINOv2 was trained."""
 DINO_MODELS: dict[str, Any] = {
     "dinov2": Dinov2Model,
     "dinov2_with_registers": Dinov2WithRegistersModel,

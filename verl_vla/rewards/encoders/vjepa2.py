@@ -1,5 +1,8 @@
 """V-JEPA 2 encoder, with the model of transformers: features of clips instead of single images.
 
+Images are prepared by the model's own video processor: the shorter side is resized to 8/7 of the
+model's size, and the middle is cut out.
+
 Attention spans the complete clip, so padding would change every token. Therefore only episodes of
 equal length share a forward pass: the features of an episode do not depend on the lengths of the
 others in the batch. A clip is never repeated to fill a length.
@@ -8,28 +11,30 @@ others in the batch. A clip is never repeated to fill a length.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import VJEPA2Model
+from torch import Tensor
+from transformers import VJEPA2Model, VJEPA2VideoProcessor
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.rewards.encoders.base import (
     BatchedEncoder,
     Features,
+    FrozenNetwork,
     Images,
-    Network,
     check_images,
     check_positive,
     name_space,
     require_folder,
 )
-from verl_vla.rewards.encoders.transformer import IMAGENET_STATISTICS
 
 MODEL_TYPE = "vjepa2"
+
+ThinBy = Literal["time", "content"]
 
 
 class Vjepa2Encoder(BatchedEncoder):
@@ -40,6 +45,7 @@ class Vjepa2Encoder(BatchedEncoder):
         path: str,
         *,
         max_frames: int = 64,
+        thin_by: ThinBy = "time",
         dtype: str = "bfloat16",
         device: str = "cpu",
         batch_size: int = 4,
@@ -48,15 +54,19 @@ class Vjepa2Encoder(BatchedEncoder):
 
         Args:
             path: a local folder, or a name on the hub such as ``facebook/vjepa2-vitl-fpc64-256``.
-            max_frames: most frames of one clip; longer episodes are thinned by `pick_by_content`.
+            max_frames: most frames of one clip; longer episodes are thinned.
+            thin_by: ``time``: at equal steps of time, as the model was trained; ``content``: by
+                `pick_by_content`.
             dtype: dtype of the computation.
             device: name of a torch device.
             batch_size: clips per forward pass.
 
         Raises:
-            ConfigError: no such weights, or another kind of model.
+            ConfigError: no such weights, another kind of model, or an unknown way to thin.
         """
         super().__init__()
+        if thin_by not in ("time", "content"):
+            raise ConfigError(f"thin_by is {thin_by!r}; choose 'time' or 'content'")
         check_positive(batch_size=batch_size, max_frames=max_frames)
         folder = require_folder(path, "V-JEPA 2")
         config: Any = AutoConfig.from_pretrained(
@@ -70,15 +80,18 @@ class Vjepa2Encoder(BatchedEncoder):
         self._patches = (self._size // int(config.patch_size)) ** 2
         self._width = int(config.hidden_size)
         self._max_frames = max_frames
+        self._thin_by: ThinBy = thin_by
         self._batch_size = batch_size
-        description = {"image_size": self._size, "dtype": dtype, "max_frames": max_frames}
-        self._network = Network(
-            model,
-            image_size=self._size,
-            statistics=[IMAGENET_STATISTICS],
-            dtype=dtype,
-            device=device,
-        )
+        # resizes, crops and normalises as for the model's training
+        self._processor = VJEPA2VideoProcessor(crop_size=self._size)
+        description = {
+            "image_size": self._size,
+            "preprocessing": "VJEPA2VideoProcessor",
+            "dtype": dtype,
+            "max_frames": max_frames,
+            "thin_by": thin_by,
+        }
+        self._network = FrozenNetwork(model, dtype=dtype, device=device)
         self._feature_space = name_space("vjepa2", description, model)
 
     @property
@@ -108,15 +121,24 @@ class Vjepa2Encoder(BatchedEncoder):
 
     def _clip(self, episode: Images) -> Images:
         """Thin a long episode, and fill the last tubelet by repeating the last frame."""
-        kept = episode[pick_by_content(episode, self._max_frames)]
+        if self._thin_by == "time":
+            kept = episode[pick_by_time(len(episode), self._max_frames)]
+        else:
+            kept = episode[pick_by_content(episode, self._max_frames)]
         # transformers would drop a last frame without a partner
         missing = -len(kept) % self._tubelet
         return np.concatenate([kept, np.repeat(kept[-1:], missing, axis=0)]) if missing else kept
 
+    def _pixels(self, frames: Images) -> Tensor:
+        """Resize, crop and normalise [n, H, W, 3]; return [n, 3, size, size]."""
+        channels_first = torch.from_numpy(frames).to(self._network.device).movedim(-1, 1)
+        made: Any = self._processor(channels_first, return_tensors="pt")
+        return made["pixel_values_videos"][0].to(self._network.dtype)
+
     @torch.inference_mode()
     def _embed(self, clips: npt.NDArray[np.uint8]) -> Features:
         num, length = clips.shape[:2]
-        pixels = self._network.pixels(clips.reshape(num * length, *clips.shape[2:]))
+        pixels = self._pixels(clips.reshape(num * length, *clips.shape[2:]))
         video = pixels.view(num, length, *pixels.shape[1:])
         # without the predictor, which a plain forward pass would run too
         tokens = self._network.module.get_vision_features(video)  # pyright: ignore[reportCallIssue]
@@ -127,6 +149,15 @@ class Vjepa2Encoder(BatchedEncoder):
         # tokens are in the order of time: [n, tubelets, patches, D]
         tubelets = tokens.view(num, length // self._tubelet, self._patches, self._width)
         return tubelets.float().mean(dim=2).cpu().numpy()
+
+
+def pick_by_time(num_frames: int, wanted: int) -> npt.NDArray[np.int64]:
+    """Choose frames at equal steps of time, the first and the last included.
+
+    >>> pick_by_time(7, 3).tolist(), pick_by_time(2, 3).tolist()
+    ([0, 3, 6], [0, 1])
+    """
+    return np.linspace(0, num_frames - 1, min(num_frames, wanted), dtype=np.int64)
 
 
 def pick_by_content(episode: Images, num_frames: int) -> npt.NDArray[np.int64]:

@@ -14,19 +14,16 @@ from verl_vla.core.success_rate import episode_entries
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.envs.registry import suite
-from verl_vla.evaluation.conditions import conditions, played_in
+from verl_vla.evaluation.conditions import conditions, played_in, sampling_of
+from verl_vla.evaluation.during_training import EvaluationKind, evaluation_kinds
 from verl_vla.evaluation.evaluate import Evaluation
 from verl_vla.policies.base import Processor
 from verl_vla.policies.openvla_oft.modelling import require_backend
 from verl_vla.policies.registry import check_adapters, load_processor, require_valid
 from verl_vla.rewards import TrajectoryReward, load_reward, looks_at_images
 from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, task_ids
-from verl_vla.runs.run_dir import (
-    evaluated_steps,
-    evaluation_record,
-    keep_evaluation,
-    open_run_dir,
-)
+from verl_vla.runs.metrics import read_metrics
+from verl_vla.runs.run_dir import evaluation_record, keep_evaluation, open_run_dir
 from verl_vla.runs.run_recorder import RunRecorder
 
 MAY_CHANGE = (
@@ -58,6 +55,8 @@ class Run:
     reward: TrajectoryReward
     training_starts: tuple[Start, ...]
     evaluation_starts: tuple[Start, ...]
+    """Starts of every evaluation."""
+    evaluation_kinds: tuple[EvaluationKind, ...]
     task_names: dict[int, str]
 
     @property
@@ -70,28 +69,33 @@ class Run:
         trainer = self.recipe.trainer
         return RunRecorder(
             self.folder,
-            played_in(self.env_config, self.task_names),
+            played_in(self.env_config, self.task_names)
+            | {"sampling": sampling_of(self.recipe.sampling.temperature)},
             self.processor.codec,
             groups_per_step=trainer.keep_groups,
             total_steps=trainer.total_training_steps,
         )
 
     def was_evaluated(self, step: int) -> bool:
-        """Return true where the evaluation after a training step is kept."""
-        return step in evaluated_steps(self.folder)
+        """Return true where every evaluation after a training step is complete."""
+        # by the metrics, which are written last: a record alone may be one of two
+        return any(
+            line["step"] == step and "val/success_rate" in line
+            for line in read_metrics(self.folder / "metrics.jsonl")
+        )
 
-    def keep_evaluation(self, step: int, result: Evaluation) -> None:
+    def keep_evaluation(self, step: int, kind: EvaluationKind, result: Evaluation) -> None:
         """Write one evaluation of the run, with the outcome of each of its episodes."""
-        config = self.recipe.evaluation
         given = conditions(
             self.env_config,
             self.task_names,
-            states=config.states,
-            temperature=config.temperature,
+            states=self.recipe.evaluation.states,
+            temperature=kind.temperature,
             seed=self.recipe.seed,
         )
         entries = episode_entries(result.trajectories)
-        keep_evaluation(self.folder, step, evaluation_record(entries, given, self.task_names))
+        record = evaluation_record(entries, given, self.task_names)
+        keep_evaluation(self.folder, step, record, kind.suffix)
 
 
 @contextmanager
@@ -138,5 +142,6 @@ def open_run(recipe: Recipe) -> Generator[Run]:
             reward=reward,
             training_starts=training,
             evaluation_starts=evaluated,
+            evaluation_kinds=evaluation_kinds(recipe, len(evaluated)),
             task_names={task: chosen.tasks[task].name for task in tasks},
         )

@@ -14,6 +14,7 @@ The loop is veRL's ``PPOTrainer.fit``; `VLATrainer` answers its hooks. One train
                                                           more, for sampling.max_rounds rounds
     advantage           rl.advantage.group_advantage      score less the group's mean, over std
     _update_actor       update.update                     PPO ratio, clipped to 0.8 .. 1.28
+                          mini_batches.cut                  whole groups, equally many in each
                           VLAEngine, rl.loss.policy_loss
     _validate           evaluation.evaluate.evaluate      every trainer.eval_every steps
     _compute_metrics    RunRecorder.add_step              metrics, then the checkpoint
@@ -23,7 +24,6 @@ from __future__ import annotations
 
 import logging
 import time
-from functools import partial
 from typing import Any
 
 import ray
@@ -37,6 +37,7 @@ from verl_vla.core.errors import RewardError, SolvedError
 from verl_vla.core.signals import StopRequest
 from verl_vla.envs.registry import suite
 from verl_vla.evaluation import cold_start
+from verl_vla.evaluation.during_training import EvaluationKind
 from verl_vla.evaluation.evaluate import evaluate
 from verl_vla.rewards.encoders.base import track_batches
 from verl_vla.rl.group_sampling import StartSampler
@@ -84,7 +85,7 @@ class VLATrainer(PPOTrainerSync):
         self.policy = ClusterPolicy(
             self.actor_rollout_wg,
             self.run.processor,
-            num_ranks=cluster.num_nodes * cluster.ranks_per_node,
+            num_ranks=cluster.num_ranks,
         )
         self.loop = EpisodeLoop(
             self.policy,
@@ -206,42 +207,48 @@ class VLATrainer(PPOTrainerSync):
         return batch
 
     def _get_required_batch_multiple(self, dp_size: int) -> int:
-        # veRL would pad to a multiple of groups * group_size, as if an episode were one row
-        return dp_size * self.recipe.optimizer.num_mini_batches
+        # veRL would pad to a multiple of groups * group_size, as if an episode were one row; before
+        # the update only log-probs are computed, and `update` pads its mini-batches itself
+        return dp_size
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         return write_advantages(batch, self.config.algorithm)
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch, values = update(
-            batch, self.actor_rollout_wg, self.recipe, partial(self._balance_batch, metrics={})
+            batch, self.actor_rollout_wg, self.recipe, self.tokenizer.eos_token_id
         )
         metrics.update(values)
         return batch
 
     def _validate(self) -> dict[str, float]:
+        """Make every kind of evaluation; what a kill cut short is made again as a whole."""
         began = time.perf_counter()
+        values: dict[str, float] = {}
+        for kind in self.run.evaluation_kinds:
+            values |= self._evaluate(kind)
+        self._evaluation_s = time.perf_counter() - began
+        # there is no line of metrics yet that it could join
+        if self.global_steps == 0:
+            self.recorder.add_first_evaluation(values | {"timing_s/testing": self._evaluation_s})
+        return values
+
+    def _evaluate(self, kind: EvaluationKind) -> dict[str, float]:
         with episodes_bar("evaluation", len(self.run.evaluation_starts)) as ended:
             result = evaluate(
                 self.run.evaluation_starts,
                 self.policy,
                 self.simulators,
-                config=self.recipe.evaluation,
+                temperature=kind.temperature,
                 seed=self.recipe.seed,
                 ended=ended,
             )
-        self._evaluation_s = time.perf_counter() - began
-        values = result.as_metrics(self.run.task_names)
-        self.recorder.show_evaluation(self.global_steps, result.total)
-        self.run.keep_evaluation(self.global_steps, result)
-        # there is no line of metrics yet that it could join
-        if self.global_steps == 0:
-            self.recorder.add_first_evaluation(values | {"timing_s/testing": self._evaluation_s})
-            played = self.recipe.evaluation
-            # the cold-start check need not play greedy episodes again
-            if played.temperature == 0:
-                self._greedy_before = cold_start.Rates.of(result, played.states)
-        return values
+        self.recorder.show_evaluation(self.global_steps, result.total, kind.label)
+        self.run.keep_evaluation(self.global_steps, kind, result)
+        # the cold-start check need not play greedy episodes again
+        if self.global_steps == 0 and kind.temperature == 0:
+            self._greedy_before = cold_start.Rates.of(result, self.recipe.evaluation.states)
+        return result.as_metrics(self.run.task_names, kind.suffix)
 
     def _compute_metrics(
         self,

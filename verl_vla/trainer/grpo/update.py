@@ -1,4 +1,4 @@
-"""The update of a training step: choose the rows of the learner, and count them.
+"""The update of a training step: choose the rows of the learner, cut them, and count them.
 
 A row whose advantage is 0 has no gradient where the loss has no other term, so it never reaches
 the engine. The loss stays what it would be with it: its episode counts in the denominator.
@@ -6,23 +6,24 @@ the engine. The loss stays what it would be with it: its episode counts in the d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import transfer_queue as tq
+from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl.utils import tensordict_utils as tu
 
 from verl_vla.config.grpo import Recipe
+from verl_vla.trainer.grpo.mini_batches import MiniBatch, cut, order_for_ranks, padded_size
 from verl_vla.trainer.grpo.rows import is_padding
 from verl_vla.trainer.grpo.update_metrics import summarise_no_update, summarise_update
 
-Balance = Callable[[KVBatchMeta], KVBatchMeta]
-"""Shares rows out to the ranks; adds padding where they do not divide."""
-
 
 def update(
-    batch: KVBatchMeta, workers: Any, recipe: Recipe, balance: Balance
+    batch: KVBatchMeta, workers: Any, recipe: Recipe, eos_token_id: int
 ) -> tuple[KVBatchMeta, dict[str, float]]:
     """Learn from a batch in one pass over it, in ``num_mini_batches`` optimizer steps.
 
@@ -30,32 +31,30 @@ def update(
     advances nevertheless, since it counts training steps.
 
     Args:
-        batch: padded and balanced, with advantages.
+        batch: with advantages; may hold padding.
         workers: the ranks.
         recipe: of the run.
-        balance: for what is left where rows are left out.
+        eos_token_id: fills rows of padding.
 
     Returns:
         The batch without the rows that were left out, and the metrics of the update.
     """
     real = [key for key in batch.keys if not is_padding(key)]
     # the KL term has a gradient also where the advantage is 0
-    idle = [] if recipe.loss.kl.is_on else _without_advantage(batch, real)
+    idle = set() if recipe.loss.kl.is_on else _without_advantage(batch, real)
     num_mini_batches = recipe.optimizer.num_mini_batches
     if len(idle) == len(real):
         # every rank answers the same
         (lr,) = set(workers.go_without_update())
         return batch, summarise_no_update(len(idle), num_mini_batches, lr)
-    if idle:
-        # the padding goes too: another number of rows needs other padding
-        batch = balance(_take_out(batch, {*idle, *(k for k in batch.keys if is_padding(k))}))
-    # also of rows left out: the mean is over all episodes of the step
-    episodes = {key.rsplit("_", 1)[0] for key in real}
+    mini_batches = cut(real, idle, num_mini_batches)
+    # the padding goes too: another number of rows needs other padding
+    batch = _take_out(batch, idle | (set(batch.keys) - set(real)))
+    batch = _write_num_trajectories(batch, mini_batches)
+    batch = _pad_and_order(batch, mini_batches, recipe.cluster.num_ranks, eos_token_id)
     batch.extra_info = {
-        **(batch.extra_info or {}),
         # not veRL's mini_batch_size, which counts rows: their number differs from step to step
-        "num_mini_batch": num_mini_batches,
-        "num_trajectories": len(episodes) / num_mini_batches,
+        "num_mini_batch": len(mini_batches),
         "temperature": recipe.sampling.temperature,
         "epochs": 1,
     }
@@ -64,16 +63,41 @@ def update(
     return batch, summarise_update(tu.get(output, "metrics"), num_padding, len(idle))
 
 
-def _without_advantage(batch: KVBatchMeta, keys: list[str]) -> list[str]:
+def _without_advantage(batch: KVBatchMeta, keys: list[str]) -> set[str]:
     data = tq.kv_batch_get(keys=keys, partition_id=_partition(batch), select_fields=["advantages"])
     rows = data["advantages"].unbind()
-    return [key for key, row in zip(keys, rows, strict=True) if not row.any()]
+    return {key for key, row in zip(keys, rows, strict=True) if not row.any()}
 
 
 def _take_out(batch: KVBatchMeta, keys: set[str]) -> KVBatchMeta:
     """The batch without these rows, which leave TransferQueue as well."""
-    tq.kv_clear(keys=sorted(keys), partition_id=_partition(batch))
+    if keys:
+        tq.kv_clear(keys=sorted(keys), partition_id=_partition(batch))
     return batch.select_keys([key for key in batch.keys if key not in keys])
+
+
+def _write_num_trajectories(batch: KVBatchMeta, mini_batches: Sequence[MiniBatch]) -> KVBatchMeta:
+    """Give every row the denominator of its mini-batch's loss."""
+    number = {key: part.num_trajectories for part in mini_batches for key in part.keys}
+    column = torch.tensor([[number[key]] for key in batch.keys])
+    fields = TensorDict({"num_trajectories": column}, batch_size=len(batch))
+    # ranks read the fields that the answer names
+    return tq.kv_batch_put(keys=batch.keys, partition_id=_partition(batch), fields=fields)
+
+
+def _pad_and_order(
+    batch: KVBatchMeta, mini_batches: Sequence[MiniBatch], num_ranks: int, eos_token_id: int
+) -> KVBatchMeta:
+    """Arrange the rows as `order_for_ranks` says; padding is a copy of a row with an empty mask."""
+    wanted = padded_size(mini_batches, num_ranks) * len(mini_batches)
+    # the next multiple of a number that is not smaller is that number
+    batch = upsample_batch_to_divisible_size(batch, wanted, eos_token_id)
+    padding = [key for key in batch.keys if is_padding(key)]
+    lengths = {key: tag["seq_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
+    order = order_for_ranks(mini_batches, padding, lengths, num_ranks)
+    index = {key: i for i, key in enumerate(batch.keys)}
+    batch.reorder([index[key] for key in order])
+    return batch
 
 
 def _partition(batch: KVBatchMeta) -> str:

@@ -42,6 +42,7 @@ def summarise_update(
         "actor/ratio_first_deviation": float(_array(reported["ratio_deviation"])[first].max()),
         "actor/pg_clipfrac_low": float(_array(reported["num_clipped_low"]).sum()) / total,
         "actor/pg_clipfrac_high": float(_array(reported["num_clipped_high"]).sum()) / total,
+        "actor/mini_batches": float(steps),
         "actor/rows": float(_array(reported["num_rows"]).sum()) - num_padding,
         "actor/padding_rows": float(num_padding),
         "actor/rows_left_out": float(num_left_out),
@@ -67,6 +68,7 @@ def summarise_no_update(num_left_out: int, num_mini_batches: int, lr: float) -> 
     return dict.fromkeys(unknown, math.nan) | {
         "actor/skipped_steps": float(num_mini_batches),
         "actor/lr": lr,
+        "actor/mini_batches": 0.0,
         "actor/rows": 0.0,
         "actor/padding_rows": 0.0,
         "actor/rows_left_out": float(num_left_out),

@@ -36,7 +36,8 @@ REPLACED = {
     "algorithm.kl_ctrl": "set loss.kl.coefficient",
     "algorithm.kl_penalty": "set loss.kl.coefficient",
     "algorithm.norm_adv_by_std_in_grpo": "leave it out: advantages are divided by the deviation",
-    f"{ROLLOUT}.val_kwargs": "set evaluation.temperature or evaluation.episodes_per_task",
+    f"{ROLLOUT}.val_kwargs": "set evaluation.temperature, evaluation.also_sampled or "
+    "evaluation.episodes_per_task",
     f"{ROLLOUT}.top_k": "leave it out: action tokens are sampled from all bins",
     f"{ROLLOUT}.top_p": "leave it out: action tokens are sampled from all bins",
     "trainer.max_actor_ckpt_to_keep": "set trainer.keep_checkpoints",

@@ -191,7 +191,7 @@ def row_loss(
     weight = trajectory_weight(
         stacked(data["trajectory_steps"]).flatten(),
         action_dim=action_dim,
-        num_trajectories=tu.get_non_tensor_data(data, "num_trajectories", None),
+        num_trajectories=stacked(data["num_trajectories"]).flatten(),
     )
     old_log_probs = dense(data["old_log_probs"], width)
     # rows that cannot move a weight: nothing executed or, without a KL term, no advantage

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,22 +15,38 @@ from verl.trainer.config import CheckpointConfig
 from verl.utils.device import get_device_id
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 
-from verl_vla.config.sft import SFTOptimizerConfig
 from verl_vla.datasets.sft_dataset import SampleBatch
 from verl_vla.policies.base import DTYPES
 from verl_vla.trainer.engine.divergence_guard import FiniteGuard
 from verl_vla.trainer.engine.engine import VLAEngine
 from verl_vla.trainer.engine.weights import checkpoint_contents, write_policy
 from verl_vla.trainer.grpo.verl_config import PRECISION
+from verl_vla.trainer.sft.loss import smoothed_nll, soft_targets
 from verl_vla.trainer.sft.run import SFTRun
 from verl_vla.trainer.verl_compat.process import MODEL_TYPE
 
-LOSS, ACCURACY = range(2)
+NLL, ACCURACY = range(2)
 """Columns of the sums that ranks add up."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SFTOutput:
+    """Scores of a micro-batch of n samples, [n] each."""
+
+    loss: Tensor
+    """Mean loss of a sample's labels, nats; it has a gradient."""
+    nll: Tensor
+    """The same without smoothing, so that runs with different smoothing can be compared."""
+    accuracy: Tensor
+    """Share of the sample's tokens whose likeliest bin is demonstrated."""
+
+    def measured(self) -> Tensor:
+        """Return [2, n] float64 on the CPU: what is reported, without a gradient."""
+        return torch.stack([self.nll, self.accuracy]).double().cpu()
+
+
 class SFTEngine(VLAEngine):
-    """Learns to choose the demonstrated bins, and to stop behind them."""
+    """Learns to choose the demonstrated bins or their neighbours, and to stop behind them."""
 
     def __init__(self, run: SFTRun) -> None:
         """Describe the engine in veRL's words; `initialize` builds it."""
@@ -92,8 +109,11 @@ class SFTEngine(VLAEngine):
     def _build_lr_scheduler(
         self, optimizer: torch.optim.Optimizer
     ) -> torch.optim.lr_scheduler.LambdaLR:
-        schedule: SFTOptimizerConfig = self._run.recipe.optimizer
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.lr_factor)
+        recipe = self._run.recipe
+        total_steps = recipe.trainer.total_training_steps
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, partial(recipe.optimizer.lr_factor, total_steps=total_steps)
+        )
 
     def train_step(self, batch: SampleBatch) -> dict[str, float]:
         """Take one optimizer step on this rank's part of a step's batch.
@@ -112,12 +132,12 @@ class SFTEngine(VLAEngine):
             self.optimizer_zero_grad()
             for start in starts:
                 with self._gradient_sync_context(is_last_micro_batch=start == starts[-1]):
-                    loss, accuracy = self._sft_forward(batch, slice(start, start + size))
+                    output = self._sft_forward(batch, slice(start, start + size))
                     # FSDP averages over ranks, each of which has as many samples
-                    (loss.sum() / len(batch.action_tokens)).backward()
-                sums += torch.stack([loss.detach(), accuracy]).double().sum(1).cpu()
-            # `optimizer_step` leaves the step out where one of these is not finite
-            self.losses.append(float(sums[LOSS]))
+                    (output.loss.sum() / len(batch.action_tokens)).backward()
+                # `optimizer_step` leaves the step out where one of these is not finite
+                self.losses.append(float(output.loss.detach().sum()))
+                sums += output.measured().sum(1)
             norm = self.optimizer_step()
             assert self.optimizer is not None
             rate = float(self.optimizer.param_groups[0]["lr"])
@@ -128,7 +148,7 @@ class SFTEngine(VLAEngine):
         total = self._add_up(sums)
         num_samples = self._run.recipe.optimizer.batch_size
         return {
-            "train/loss": total[LOSS] / num_samples,
+            "train/loss": total[NLL] / num_samples,
             "train/accuracy": total[ACCURACY] / num_samples,
             "train/grad_norm": norm,
             "train/skipped_steps": float(not math.isfinite(norm)),
@@ -151,8 +171,7 @@ class SFTEngine(VLAEngine):
         with self.eval_mode():
             for batch, weights in batches:
                 # as many passes on every rank, since FSDP's forward is a collective
-                per_sample = torch.stack(self._sft_forward(batch, slice(None))).double().cpu()
-                sums += per_sample @ weights.double()
+                sums += self._sft_forward(batch, slice(None)).measured() @ weights.double()
         return [total / num_samples for total in self._add_up(sums)]
 
     def export(self, folder: Path) -> None:
@@ -160,13 +179,8 @@ class SFTEngine(VLAEngine):
         dtype = DTYPES[self._run.recipe.policy.dtype]
         write_policy(self.module, self.processor, folder, is_quantized=False, dtype=dtype)
 
-    def _sft_forward(self, batch: SampleBatch, rows: slice) -> tuple[Tensor, Tensor]:
-        """Score a micro-batch.
-
-        Returns:
-            [n] each: mean loss of a sample's labels (nats), and share of its tokens whose
-            likeliest bin is demonstrated.
-        """
+    def _sft_forward(self, batch: SampleBatch, rows: slice) -> SFTOutput:
+        """Score a micro-batch."""
         device = get_device_id()
         prompts = [self.processor.prompt(text) for text in batch.instructions[rows]]
         ids, mask = self.processor.collate(prompts)
@@ -180,8 +194,15 @@ class SFTEngine(VLAEngine):
         )
         assert output.logits is not None
         assert output.nll is not None
+        loss = output.nll
+        smoothing = self._run.recipe.optimizer.smoothing
+        if smoothing:
+            targets = soft_targets(action_tokens, self.processor.codec, smoothing)
+            loss = smoothed_nll(output.nll, output.logits, action_tokens, targets)
         is_right = output.logits.detach().argmax(-1) == action_tokens
-        return output.nll.mean(1), is_right.float().mean(1)
+        return SFTOutput(
+            loss=loss.mean(1), nll=output.nll.detach().mean(1), accuracy=is_right.float().mean(1)
+        )
 
     def _add_up(self, sums: Tensor) -> list[float]:
         """Sum over the ranks."""

@@ -20,8 +20,7 @@ from verl_vla.datasets.rerender import Rerendering, rerender
 from verl_vla.datasets.sft_dataset import DemoSamples
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.suite import libero_suite
-from verl_vla.envs.libero.task import CAMERAS
-from verl_vla.envs.names import SUITES
+from verl_vla.envs.names import CAMERAS, SUITES
 from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.policies.base import Processor
 from verl_vla.policies.normalization import (
@@ -31,8 +30,12 @@ from verl_vla.policies.normalization import (
     load_statistics,
     save_statistics,
 )
-from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
-from verl_vla.policies.registry import check_adapters, load_processor, require_valid
+from verl_vla.policies.registry import (
+    check_adapters,
+    find_architecture,
+    load_processor,
+    require_valid,
+)
 from verl_vla.rl.setup import (
     PUBLISHED_RENDER_SIZE,
     env_config,
@@ -121,14 +124,16 @@ def open_sft_run(recipe: SFTRecipe) -> Generator[SFTRun]:
         else ()
     )
     train, held_out = read_demos(source, chosen, tasks, choice)
-    if recipe.policy.path is not None:
+    if recipe.policy.path is None:
+        find_architecture(recipe.policy.architecture)
+    else:
         find_policy(recipe.policy.path)
     if recipe.demos.images == "rerendered" or recipe.trainer.eval_every:
         chosen.require_simulator()
     folder = Path(recipe.out).expanduser().resolve()
     with open_run_dir(folder, recipe.as_dict(), MAY_CHANGE):
         statistics = measure_statistics(
-            [demo.actions for demo in train],
+            [demo.own_actions for demo in train],
             key=env.suite + (NO_NOOPS_SUFFIX if choice.filter_noops else ""),
         )
         policy_folder = _first_policy(recipe, folder / "first_policy", statistics)
@@ -186,7 +191,8 @@ def _first_policy(recipe: SFTRecipe, folder: Path, statistics: ActionStatistics)
     if recipe.policy.path is None:
         # the words of every suite, so that any of them can be played with these weights
         words = [task.instruction for name in SUITES for task in libero_suite(name).tasks]
-        build_tiny_policy(words, statistics, seed=recipe.seed).save_pretrained(partial)
+        architecture = find_architecture(recipe.policy.architecture)
+        architecture.build_tiny(words, statistics, seed=recipe.seed).save_pretrained(partial)
     else:
         partial.mkdir()
         for path in find_policy(recipe.policy.path).iterdir():

@@ -188,7 +188,7 @@ class SFTTrainer:
                 self._run.starts,
                 policy,
                 self._simulators,
-                config=recipe.evaluation,
+                temperature=recipe.evaluation.temperature,
                 seed=recipe.seed,
                 ended=ended,
             )

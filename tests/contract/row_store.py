@@ -1,0 +1,53 @@
+"""A dictionary for TransferQueue, in this process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transfer_queue as tq
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.utils import tensordict_utils as tu
+
+
+class RowStore:
+    """Rows and tags of one partition by their keys."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.tags: dict[str, dict[str, Any]] = {}
+
+    def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("kv_batch_get", "kv_batch_put", "kv_clear"):
+            monkeypatch.setattr(tq, name, getattr(self, name))
+
+    def kv_batch_get(self, keys, partition_id, select_fields=None) -> TensorDict:
+        names = select_fields or self.rows[keys[0]].keys()
+        columns = {name: [self.rows[key][name] for key in keys] for name in names}
+        return tu.get_tensordict({n: jagged(column) for n, column in columns.items()})
+
+    def kv_batch_put(self, keys, partition_id, fields, tags=None) -> KVBatchMeta:
+        for i, key in enumerate(keys):
+            row = {name: fields[name][i] for name in map(str, fields.keys())}
+            self.rows[key] = self.rows.get(key, {}) | row
+            if tags is not None:
+                self.tags[key] = tags[i]
+        return KVBatchMeta(
+            keys=keys,
+            tags=[self.tags[key] for key in keys],
+            partition_id=partition_id,
+            fields=list(self.rows[keys[0]]),
+        )
+
+    def kv_clear(self, keys, partition_id) -> None:
+        assert keys, "as TransferQueue has it"
+        for key in keys:
+            del self.rows[key]
+
+
+def jagged(column: list[Any]) -> Any:
+    """As TransferQueue hands out a field, whatever its rows' lengths."""
+    is_text = isinstance(column[0], str | int)
+    return column if is_text else torch.nested.as_nested_tensor(column, layout=torch.jagged)
