@@ -217,6 +217,8 @@ def test_drawing_again_gives_the_recorded_images(mini_demos: Path, tmp_path) -> 
         source=mini_demos,
         target=tmp_path / "large",
         env=EnvConfig(suite="mini", render_size=128, image_size=28, cameras=CAMERAS),
+        replays=False,
+        filter_noops=True,
     )
     rerender(work, (PUSH, LIFT), workers=1)
     stored, drawn = read_all(mini_demos), read_all(tmp_path / "large")
@@ -242,7 +244,8 @@ def test_states_of_another_task_are_refused(mini_demos: Path, tmp_path) -> None:
     wrong.mkdir()
     out.mkdir()
     shutil.copy(demo_file(mini_demos, MINI.task(LIFT).name), demo_file(wrong, MINI.task(4).name))
-    work = Rerendering(source=wrong, target=out, env=EnvConfig(suite="mini", render_size=32))
+    env = EnvConfig(suite="mini", render_size=32)
+    work = Rerendering(source=wrong, target=out, env=env, replays=False, filter_noops=True)
     with pytest.raises(ConfigError, match=r"has states \[\d+, \d+\], but a state of its task has"):
         rerender_task(work, 4)
     assert not demo_file(work.target, MINI.task(4).name).exists()

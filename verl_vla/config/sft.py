@@ -41,10 +41,11 @@ class DemoChoice:
         default="all", json_schema_extra=remedy("set 'all' or at least 1")
     )
     """Number of first episodes of each task to train on; 1 is SimpleVLA-RL's one-trajectory set."""
-    held_out_per_task: StrictInt = Field(default=1, ge=0)
-    """Number of last episodes of each task that are only tested on."""
+    held_out_per_task: StrictInt = Field(default=0, ge=0)
+    """Number of last episodes of each task that are only tested on; openvla-oft holds out none."""
     filter_noops: StrictBool = True
-    """Leave out steps without motion, as openvla-oft's ``_no_noops`` data do."""
+    """Leave out steps without motion, as openvla-oft's ``_no_noops`` data do; a replay does not
+    execute them either."""
     wording: Wording = "task_name"
     """Source of the instruction: ``task_name`` is the file's name, as in openvla-oft's data and in
     every evaluation; ``problem_info`` is the BDDL file's sentence, stored in the file, which
@@ -81,8 +82,11 @@ class DemosConfig:
     """Folder of LIBERO's demonstrations, one file ``<task name>_demo.hdf5`` per task."""
     choice: DemoChoice = DemoChoice()
     images: Literal["rerendered", "stored"] = "rerendered"
-    """``rerendered`` renders the recorded states at ``environment.render_size``, once per run;
-    ``stored`` reads LIBERO's own images, which have 128 px."""
+    """``rerendered`` renders new ones at ``environment.render_size``, once per run; ``stored``
+    reads LIBERO's own images, which have 128 px."""
+    replay: StrictBool = True
+    """For ``rerendered``: execute the recorded actions again and learn only demonstrations that are
+    solved then, as in openvla-oft's data; ``false`` renders the recorded states of all."""
     augment: StrictBool = True
     """Augment images at random, as published; evaluations then crop the centre."""
     num_loaders: StrictInt = Field(default=2, ge=0)
@@ -146,8 +150,9 @@ class SFTTrainerConfig(TrainerConfig):
     save_every: StrictInt = Field(default=1000, ge=1)
     """Training steps between checkpoints. The first step is always saved, so that a run that cannot
     save fails at once; so are the last step and the one at which SIGINT or SIGTERM ends the run."""
-    test_every: StrictInt = Field(default=1000, ge=0, json_schema_extra=NEVER)
-    """Training steps between open-loop tests on held-out episodes; 0 never tests."""
+    test_every: StrictInt = Field(default=0, ge=0, json_schema_extra=NEVER)
+    """Training steps between open-loop tests on held-out episodes; 0 never tests, as there are none
+    unless ``demos.choice.held_out_per_task`` asks for some."""
     eval_every: StrictInt = Field(default=10_000, ge=0, json_schema_extra=NEVER)
     show_every: StrictInt = Field(default=20, ge=1)
     """Training steps between lines on the console."""

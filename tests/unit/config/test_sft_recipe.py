@@ -53,6 +53,8 @@ def test_the_published_settings() -> None:
     assert recipe.optimizer.clip_grad is None
     assert recipe.demos.augment
     assert recipe.demos.choice.filter_noops
+    assert (recipe.demos.images, recipe.demos.replay) == ("rerendered", True)
+    assert (recipe.demos.choice.held_out_per_task, recipe.trainer.test_every) == (0, 0)
 
 
 def test_the_memory_of_the_qwen_recipe_adds_up() -> None:
@@ -75,6 +77,7 @@ def test_the_memory_of_the_qwen_recipe_adds_up() -> None:
         ("demos.choice.held_out_per_task=-1", "held_out_per_task is -1"),
         ("demos.choice.held_out_per_task=0", "hold some out, or set trainer.test_every=0"),
         ("demos.images=drawn", "choose one of 'rerendered', 'stored'"),
+        ("demos.replay=1", "demos.replay is 1"),
         ("demos.folder=''", "demos.folder is empty"),
         ("demos.num_loaders=-1", "demos.num_loaders is -1"),
         ("policy.lora_rank=0", "policy.lora_rank is 0; set at least 1"),

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from xml.etree import ElementTree
 
 import mujoco
 import numpy as np
 from robosuite.utils.errors import RandomizationError
 
+from verl_vla.core.errors import ConfigError
 from verl_vla.envs.libero.controller_kernels import Floats
 from verl_vla.envs.libero.problems import BUILDS_OF_FIRST_RESET, continued
+
+DEFAULT_POSE = {"pos": "0 0 0", "quat": "1 0 0 0"}
+"""Values of a body's attributes that MuJoCo's XML does not name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,40 @@ class FixtureSampler:
                 self._random_state = np.random.get_state(legacy=False)
             self._of_resets.append(self.placement)
         return self._of_resets[index]
+
+    def read(self, model_xml: str, label: str) -> FixturePlacement:
+        """Return where the fixtures stand in a model, which is stored with six digits.
+
+        Args:
+            model_xml: MuJoCo's XML, as robosuite's files hold it.
+            label: name of its file, for messages.
+
+        Raises:
+            ConfigError: it is no XML, or lacks a fixture.
+        """
+        try:
+            found = {
+                body.get("name"): body for body in ElementTree.fromstring(model_xml).iter("body")
+            }
+        except ElementTree.ParseError as error:
+            raise ConfigError(
+                f"{label}: its model is no XML ({error}); fetch or record the file again"
+            ) from error
+        names = [fixture.root_body for fixture in self._problem.fixtures_dict.values()]
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise ConfigError(
+                f"{label}: its model has no {', '.join(missing)}, so it belongs to another task; "
+                "fetch the file of this task, or record it again"
+            )
+        poses = {
+            key: np.array([(DEFAULT_POSE | found[name].attrib)[key].split() for name in names])
+            for key in DEFAULT_POSE
+        }
+        return FixturePlacement(
+            poses["pos"].astype(np.float64).reshape(-1, 3),
+            poses["quat"].astype(np.float64).reshape(-1, 4),
+        )
 
     def _reset(self) -> None:
         """Reset as a stock environment would next, until the objects find room."""

@@ -201,6 +201,15 @@ class Simulator:
         """
         return self._fixtures.of_reset(index)
 
+    def fixtures_in(self, model_xml: str, label: str) -> FixturePlacement:
+        """Return where the fixtures stand in a model's XML; see `FixtureSampler.read`."""
+        return self._fixtures.read(model_xml, label)
+
+    @property
+    def has_fixtures(self) -> bool:
+        """True for a task with cabinets, stoves or racks."""
+        return bool(len(self._fixtures.first.position_m))
+
     @property
     def state_size(self) -> int:
         """Number of values of an init state: 1 + nq + nv."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -132,29 +133,15 @@ def open_sft_run(recipe: SFTRecipe) -> Generator[SFTRun]:
         chosen.require_simulator()
     folder = Path(recipe.out).expanduser().resolve()
     with open_run_dir(folder, recipe.as_dict(), MAY_CHANGE):
-        statistics = measure_statistics(
-            [demo.own_actions for demo in train],
-            key=env.suite + (NO_NOOPS_SUFFIX if choice.filter_noops else ""),
-        )
-        policy_folder = _first_policy(recipe, folder / "first_policy", statistics)
-        require_valid(policy_folder)
-        check_adapters(policy_folder, recipe.policy.lora_rank, has_kl=False)
+        cameras = _check_policy(recipe, folder, _statistics(recipe, train))
         render_size = train[0].render_size
         if recipe.demos.images == "rerendered":
-            render_size = PUBLISHED_RENDER_SIZE if env.render_size is None else env.render_size
-            work = Rerendering(
-                source=source,
-                target=folder / f"demos_{render_size}px",
-                env=EnvConfig(
-                    suite=env.suite,
-                    render_size=render_size,
-                    cameras=CAMERAS[: load_processor(policy_folder).shape.num_views],
-                    max_simulators=1,
-                ),
-            )
+            work = _rerendering(recipe, source, folder, cameras)
             rerender(work, tasks, workers=env.num_workers)
-            # the same episodes again, now with the images that were rendered
+            # again: with the images that were rendered, of what the replay has kept
             train, held_out = read_demos(work.target, chosen, tasks, choice)
+            render_size = work.env.render_size
+        policy_folder = _first_policy(recipe, folder / "first_policy", _statistics(recipe, train))
         run = SFTRun(
             recipe=recipe,
             folder=folder,
@@ -168,6 +155,40 @@ def open_sft_run(recipe: SFTRecipe) -> Generator[SFTRun]:
         )
         _check_samples(run)
         yield run
+
+
+def _statistics(recipe: SFTRecipe, train: Sequence[Demo]) -> ActionStatistics:
+    """Measure the statistics of the actions that are learned."""
+    suffix = NO_NOOPS_SUFFIX if recipe.demos.choice.filter_noops else ""
+    return measure_statistics(
+        [demo.own_actions for demo in train], key=recipe.environment.suite + suffix
+    )
+
+
+def _check_policy(recipe: SFTRecipe, folder: Path, statistics: ActionStatistics) -> tuple[str, ...]:
+    """Find faults of the policy before anything is rendered, and return the cameras of its views.
+
+    The statistics may still change: a replay drops demonstrations.
+    """
+    with TemporaryDirectory(dir=folder) as draft:
+        policy_folder = _first_policy(recipe, Path(draft) / "policy", statistics)
+        require_valid(policy_folder)
+        check_adapters(policy_folder, recipe.policy.lora_rank, has_kl=False)
+        return CAMERAS[: load_processor(policy_folder).shape.num_views]
+
+
+def _rerendering(
+    recipe: SFTRecipe, source: Path, folder: Path, cameras: tuple[str, ...]
+) -> Rerendering:
+    env = recipe.environment
+    render_size = PUBLISHED_RENDER_SIZE if env.render_size is None else env.render_size
+    return Rerendering(
+        source=source,
+        target=folder / f"demos_{render_size}px",
+        env=EnvConfig(suite=env.suite, render_size=render_size, cameras=cameras, max_simulators=1),
+        replays=recipe.demos.replay,
+        filter_noops=recipe.demos.choice.filter_noops,
+    )
 
 
 def _first_policy(recipe: SFTRecipe, folder: Path, statistics: ActionStatistics) -> Path:
