@@ -1,7 +1,8 @@
 """Play LIBERO's own environment as the published evaluations do, and write down all of it.
 
-``python stock.py SUITE TASK FOLDER``: reads ``question.npz`` (init_state, moves), writes
-``answer.npz`` (qpos, qvel, solved, proprio, arm and the images, after each move).
+``python stock.py SUITE TASK FOLDER``: reads ``question.npz`` (init_state, moves, resets: number of
+resets, and so of episodes, the last of which is played), writes ``answer.npz`` (qpos, qvel, solved,
+proprio, arm and the images, after each move).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def main(suite_name: str, task_id: int, folder: Path) -> None:
 
     with np.load(folder / "question.npz") as question:
         init_state, moves = question["init_state"], question["moves"]
+        num_resets = int(question["resets"])
     task = ours.suite.task(task_id)
     robot = "Panda"
     if task.change.arm_rad is not None:
@@ -44,6 +46,11 @@ def main(suite_name: str, task_id: int, folder: Path) -> None:
         )
         env.seed(0)
         env.reset()
+        for _ in range(num_resets - 1):
+            # an episode before it, so that random numbers of a step would count
+            env.set_init_state(init_state)
+            env.step(moves[0])
+            env.reset()
     env.set_init_state(init_state)
     for move in moves:
         seen, _, done, _ = env.step(move)

@@ -138,7 +138,7 @@ def test_another_start_of_the_arm_is_that_of_a_stock_environment_to_the_bit(
     env, task = open_env(suite), first(suite, SPATIAL)
     state = env.suite.load_init_states(task)[0]
     moves = np.array([SETTLE_ACTION] * 8)
-    np.savez(tmp_path / "question.npz", init_state=state, moves=moves)
+    np.savez(tmp_path / "question.npz", init_state=state, moves=moves, resets=1)
     stock = [str(Path(__file__).with_name("stock.py")), suite, str(task), str(tmp_path)]
     subprocess.run([sys.executable, *stock], check=True)
     simulator = env.simulator(task)

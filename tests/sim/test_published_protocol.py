@@ -37,6 +37,7 @@ def test_what_was_played_already_is_set_beside_published_rates(
     assert read_episodes(tmp_path) == played
     record = json.loads((tmp_path / RESULT).read_text())
     assert record["states"] == "official"
+    assert record["fixtures"] == plain["fixtures"] == "redrawn"
     assert set(record["step_limits"].values()) == {220}
     assert record["render_size"] == 256
     assert record["published"]["left_out"] == ["1 of 10 tasks", "1 of 50 init states a task"]

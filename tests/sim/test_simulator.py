@@ -88,7 +88,7 @@ def stock_trace(
     robosuite neither chooses its GL context before it draws nor before it frees one, so it must
     not share a process with another renderer.
     """
-    np.savez(folder / "question.npz", init_state=init_state, moves=moves)
+    np.savez(folder / "question.npz", init_state=init_state, moves=moves, resets=1)
     task = [env.suite.name, str(task_id), str(folder)]
     subprocess.run([sys.executable, str(Path(__file__).with_name("stock.py")), *task], check=True)
     with np.load(folder / "answer.npz") as answer:

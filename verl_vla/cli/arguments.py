@@ -18,6 +18,7 @@ from verl_vla.envs.names import (
     PERTURBATIONS,
     SUITES,
     SUITES_WITH_EXPERTS,
+    Fixtures,
     Split,
 )
 
@@ -113,6 +114,12 @@ def _eval(parser: Parser) -> None:
         choices=get_args(Split),
         # no default here: a protocol decides too, and must know what was not given
         help="starts: held_out (default); official: all recorded ones; sampled: new ones",
+    )
+    add(
+        "--fixtures",
+        choices=get_args(Fixtures),
+        help="where LIBERO's cabinets, stoves and racks stand: redrawn for each init state as in "
+        "openvla-oft (default with --states official), or first, in one place (else)",
     )
     add("--temperature", type=float, help="sampling temperature; 0 (default) is greedy")
     add("--step-limit", help="step limit: published (default), simplevla, or a number")

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from verl_vla.envs.base import EnvConfig, StepLimit
 from verl_vla.envs.libero.suite import PERTURBED
 from verl_vla.envs.registry import suite
 from verl_vla.evaluation.compare import RESULT
-from verl_vla.evaluation.conditions import conditions
+from verl_vla.evaluation.conditions import conditions, fixtures_of
 from verl_vla.evaluation.perturbation_table import check_control
 from verl_vla.evaluation.perturbed import (
     bases_of,
@@ -165,7 +165,9 @@ def _prepare(
     processor = load_processor(folder, options.unnorm_key)
     for task in names:  # a small tokenizer may lack words of a perturbed instruction
         processor.prompt(chosen.task(task).instruction)
-    simulated = env_config(env, processor)
+    simulated = replace(
+        env_config(env, processor), fixtures=fixtures_of(options.fixtures, chosen, options.states)
+    )
     given = conditions(
         simulated, names, states=options.states, temperature=config.temperature, seed=options.seed
     ) | {
@@ -232,7 +234,7 @@ def _evaluate(options: argparse.Namespace, part: _Part, out: Path) -> dict[str, 
                 suite(part.suite),
                 count_entries(lines, part.names),
                 part.processor.shape,
-                part.env.step_limit,
+                part.simulated,
                 len(part.names),
             )
             logger.info("\n%s\n", published_table(options.suite, record["published"]))

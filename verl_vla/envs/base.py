@@ -20,7 +20,7 @@ import numpy.typing as npt
 from verl_vla.core.episode import GoalReadings, Observation, Outcome
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.text import nearest
-from verl_vla.envs.names import Split
+from verl_vla.envs.names import Fixtures, Split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +121,8 @@ class EnvConfig:
     settle_steps: int = 10
     """LIBERO only: steps with an open gripper at rest before the first observation, during which
     objects fall into place."""
+    fixtures: Fixtures = "first"
+    """LIBERO only: where cabinets, stoves and racks stand."""
     max_simulators: int = 10
     """LIBERO only: number of tasks whose simulators are kept; the least recently used one is closed
     first. A simulator takes 0.1 GB in the mini suite, 0.7 to 1.8 GB in LIBERO's, and seconds to

@@ -11,6 +11,11 @@ Split = Literal["train", "held_out", "official", "sampled"]
 """Sets of starts: ``official`` is every recorded one, trained on or not, as in published
 evaluations; ``sampled`` starts are sampled and recorded nowhere."""
 
+Fixtures = Literal["first", "redrawn"]
+"""Placements of LIBERO's cabinets, stoves and racks, which are no part of an init state: ``first``
+is that of a new environment, in every episode; ``redrawn`` gives init state i that of the i-th
+reset of one environment, as openvla-oft's evaluation plays it."""
+
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 """LIBERO's views that published policies use: third person and wrist."""
 

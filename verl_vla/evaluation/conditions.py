@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from verl_vla.core.errors import ConfigError
 from verl_vla.core.provenance import provenance
 from verl_vla.envs.base import EnvConfig, Suite
 from verl_vla.envs.libero.assets import describe_assets, find_assets
 from verl_vla.envs.libero.gl import renderer_name
 from verl_vla.envs.libero.suite import LiberoSuite
-from verl_vla.envs.names import Split
+from verl_vla.envs.names import Fixtures, Split
 from verl_vla.envs.registry import suite
 
 DECIDES = (
@@ -23,6 +24,7 @@ DECIDES = (
     "states",
     "step_limits",
     "settle_steps",
+    "fixtures",
     "render_size",
     "renderer",
     "assets",
@@ -47,9 +49,34 @@ def played_in(env: EnvConfig, task_names: Mapping[int, str]) -> dict[str, Any]:
             name: chosen.step_limit(env.step_limit, task) for task, name in task_names.items()
         },
         "settle_steps": env.settle_steps,
+        "fixtures": env.fixtures,
         "render_size": env.render_size,
         "image_size": env.image_size,
     }
+
+
+def fixtures_of(wanted: Fixtures | None, chosen: Suite, states: Split) -> Fixtures:
+    """Return where fixtures stand in an evaluation.
+
+    All recorded init states are evaluated as openvla-oft does, unless something else is wanted.
+
+    Raises:
+        ConfigError: fixtures are to be redrawn where there are none, or for sampled starts.
+    """
+    has_fixtures = isinstance(chosen, LiberoSuite) and chosen.needs_assets
+    if wanted == "redrawn" and not has_fixtures:
+        raise ConfigError(
+            f"--fixtures is redrawn, but suite {chosen.name!r} has none of LIBERO's fixtures; "
+            "leave it out"
+        )
+    if wanted == "redrawn" and states == "sampled":
+        raise ConfigError(
+            "--fixtures is redrawn, but --states is sampled, and sampled starts belong to the "
+            "first placement; set --states official or held_out, or leave --fixtures out"
+        )
+    if wanted is not None:
+        return wanted
+    return "redrawn" if has_fixtures and states == "official" else "first"
 
 
 def sampling_of(temperature: float) -> str:

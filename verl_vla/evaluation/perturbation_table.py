@@ -23,6 +23,7 @@ from verl_vla.evaluation.compare import Paired, count_pairs
 SAME = (
     "states",
     "settle_steps",
+    "fixtures",
     "render_size",
     "image_size",
     "renderer",

@@ -17,7 +17,8 @@ import yaml
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.success_rate import SuccessRate
 from verl_vla.core.text import TextTable
-from verl_vla.envs.base import StepLimit, Suite
+from verl_vla.envs.base import EnvConfig, Suite
+from verl_vla.envs.names import Fixtures
 from verl_vla.policies.base import PolicyShape
 from verl_vla.rl.setup import PUBLISHED_RENDER_SIZE
 
@@ -57,8 +58,8 @@ class PublishedRow:
     """True if the policy reads the robot's own state."""
     actions: Literal["tokens", "regression"]
     limit: Literal["published", "simplevla"]
-    fixtures: Literal["still", "moving"] | None
-    """Placement of fixtures; ``moving``: different in each episode; None if unknown."""
+    fixtures: Fixtures | None
+    """Placement of fixtures; None if unknown."""
     episodes: int
     """Number of episodes per suite."""
     notes: Sequence[str]
@@ -121,7 +122,7 @@ def complete(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def compare_with_published(
-    chosen: Suite, ours: SuccessRate, shape: PolicyShape, limit: StepLimit, num_tasks: int
+    chosen: Suite, ours: SuccessRate, shape: PolicyShape, env: EnvConfig, num_tasks: int
 ) -> dict[str, Any]:
     """Compare a success rate with the published ones of its suite, as JSON.
 
@@ -129,7 +130,7 @@ def compare_with_published(
         chosen: the suite, one of `Published.suites`.
         ours: our success rate over all episodes.
         shape: shape of our policy.
-        limit: our step limit.
+        env: our environment, with its step limit and placement of fixtures.
         num_tasks: number of tasks that were evaluated.
 
     Returns:
@@ -151,7 +152,7 @@ def compare_with_published(
                 "mean": row.mean / 100,
                 # intervals apart show a difference; overlapping ones do not show that there is none
                 "overlaps": _overlap(ours.ci95, theirs.ci95) if ours.episodes else None,
-                "differs": _differences(row, chosen, shape, limit),
+                "differs": _differences(row, chosen, shape, env),
             }
         )
     return {
@@ -206,11 +207,9 @@ def _left_out(chosen: Suite, ours: SuccessRate, num_tasks: int) -> list[str]:
     return [f"{n} of {total} {what}" for n, total, what in counts if n < total]
 
 
-def _differences(
-    row: PublishedRow, chosen: Suite, shape: PolicyShape, limit: StepLimit
-) -> list[str]:
+def _differences(row: PublishedRow, chosen: Suite, shape: PolicyShape, env: EnvConfig) -> list[str]:
     """List differences between a published row and our evaluation, and the notes of the row."""
-    theirs, ours = (chosen.step_limit(name, task_id=0) for name in (row.limit, limit))
+    theirs, ours = (chosen.step_limit(name, task_id=0) for name in (row.limit, env.step_limit))
     found = [
         (row.cameras != shape.num_views, f"cameras: {row.cameras}, here {shape.num_views}"),
         (
@@ -221,8 +220,8 @@ def _differences(
         (theirs != ours, f"step limit: {theirs}, here {ours}"),
         (
             # not known is no difference that could be named
-            row.fixtures == "moving",
-            "fixtures: elsewhere in each episode, up to 2 cm apart; here as in its first",
+            row.fixtures not in (None, env.fixtures),
+            f"fixtures: {row.fixtures}, here {env.fixtures}; they are up to 2 cm apart",
         ),
     ]
     return [text for differs, text in found if differs] + list(row.notes)

@@ -132,6 +132,7 @@ def env_of(header: Mapping[str, Any], task: int) -> EnvConfig:
         render_size=header["render_size"],
         image_size=header["image_size"],
         settle_steps=header["settle_steps"],
+        fixtures=header["fixtures"],
     )
 
 

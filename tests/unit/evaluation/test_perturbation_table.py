@@ -41,6 +41,7 @@ def evaluation(name: str, outcomes: dict[tuple[int, int], Outcome], **changed: A
         "states": "official",
         "step_limits": {own: tasks[task].published_steps for task, own in names.items()},
         "settle_steps": 10,
+        "fixtures": "redrawn",
         "render_size": 256,
         "image_size": 224,
         "renderer": "llvmpipe",
@@ -131,6 +132,7 @@ def test_the_table_shows_rates_intervals_and_the_test() -> None:
     ("changed", "reason"),
     [
         ({"settle_steps": 0}, "settle_steps"),
+        ({"fixtures": "first"}, "fixtures: 'first' -> 'redrawn'"),
         ({"states": "held_out"}, "states"),
         ({"sampling": "temperature 1"}, "sampling"),
         ({"policy": POLICY | {"fingerprint": "other"}}, r"another policy \(its fingerprint"),

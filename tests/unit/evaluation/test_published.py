@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -12,7 +13,9 @@ import yaml
 from verl_vla.cli.main import EXIT_USAGE, main
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.success_rate import SuccessRate
+from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.suite import libero_suite
+from verl_vla.envs.names import Fixtures
 from verl_vla.evaluation.published import (
     ALLOWED,
     DEFAULTS,
@@ -35,9 +38,11 @@ def rate(successes: int, episodes: int = 500, crashes: int = 0) -> SuccessRate:
     return SuccessRate(successes=successes, episodes=episodes, crashes=crashes)
 
 
-def compared(ours: SuccessRate, shape: PolicyShape = ONE_CAMERA, **changed: Any) -> dict[str, Any]:
-    given: dict[str, Any] = {"limit": "published", "num_tasks": 10} | changed
-    return compare_with_published(SPATIAL, ours, shape, **given)
+def compared(
+    ours: SuccessRate, shape: PolicyShape = ONE_CAMERA, num_tasks: int = 10, **changed: Any
+) -> dict[str, Any]:
+    env = replace(EnvConfig(suite="libero_spatial", fixtures="redrawn"), **changed)
+    return compare_with_published(SPATIAL, ours, shape, env, num_tasks)
 
 
 def row(found: dict[str, Any], name: str) -> dict[str, Any]:
@@ -76,7 +81,7 @@ def test_a_row_has_nothing_that_the_table_does_not_know() -> None:
     for stored_row in stored["rows"]:
         assert len(stored_row["rates"]) == len(stored["suites"])
         assert all(0 <= percent <= 100 for percent in stored_row["rates"])
-        assert stored_row["fixtures"] in ("still", "moving", None)
+        assert stored_row["fixtures"] in (*get_args(Fixtures), None)
         assert stored_row["actions"] in ("tokens", "regression")
 
 
@@ -140,8 +145,8 @@ def test_intervals_that_share_a_point_overlap() -> None:
 
 
 def test_what_differs_is_named() -> None:
-    found = compared(rate(456))
-    fixtures = "fixtures: elsewhere in each episode, up to 2 cm apart; here as in its first"
+    found = compared(rate(456), fixtures="first")
+    fixtures = "fixtures: redrawn, here first; they are up to 2 cm apart"
     assert row(found, "OpenVLA-OFT")["differs"] == [
         "cameras: 2, here 1",
         "proprioception: yes, here no",
@@ -155,15 +160,25 @@ def test_what_differs_is_named() -> None:
 
 
 def test_what_differs_depends_on_what_was_played() -> None:
-    found = compared(rate(456), TWO_CAMERAS, limit="simplevla")
+    found = compared(rate(456), TWO_CAMERAS, step_limit="simplevla", fixtures="first")
     first = row(found, "OpenVLA-OFT")["differs"]
     assert first[:2] == ["actions: regression, here tokens", "step limit: 220, here 512"]
     others = row(found, "SimpleVLA-RL, SFT on all demos")["differs"]
     assert others == ["cameras: 1, here 2", "proprioception: no, here yes"]
 
 
+def test_the_rows_of_each_placement_of_fixtures_have_no_letter_for_it() -> None:
+    redrawn, first = (compared(rate(456), fixtures=name) for name in ("redrawn", "first"))
+    assert row(redrawn, "OpenVLA-OFT, tokens")["differs"] == []
+    name = "SimpleVLA-RL, SFT on all demos"
+    steps = "step limit: 512, here 220"
+    assert row(first, name)["differs"] == [steps]
+    fixtures = "fixtures: first, here redrawn; they are up to 2 cm apart"
+    assert row(redrawn, name)["differs"] == [steps, fixtures]
+
+
 def test_the_table_says_it_in_a_line_a_policy() -> None:
-    found = compared(rate(456))
+    found = compared(rate(456), fixtures="first")
     lines = published_table("libero_spatial", found).splitlines()
     assert lines[0].split()[:2] == ["libero_spatial", "rate"]
     assert lines[1].split() == ["this", "policy", "91.2%", "88.4-93.4%", "500"]

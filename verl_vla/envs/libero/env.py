@@ -30,6 +30,7 @@ from verl_vla.envs.mini.geometry import ASSETS, HIDDEN_BODIES
 from verl_vla.envs.names import CAMERAS
 
 if TYPE_CHECKING:
+    from verl_vla.envs.libero.fixtures import FixturePlacement
     from verl_vla.envs.libero.simulator import Simulator, SimulatorState
     from verl_vla.envs.libero.suite import LiberoSuite
 
@@ -104,16 +105,38 @@ class LiberoEnv:
                 f"from {first_sampled} on"
             )
         if init_state_id >= first_sampled:
+            self._require_first(init_state_id)
             return self.reset_to(task_id, self.sample_start(task_id, EVALUATED, init_state_id))
-        return self.reset_to(task_id, self._load_init_states(task_id)[init_state_id])
+        init_state = self._load_init_states(task_id)[init_state_id]
+        if self.config.fixtures == "first":
+            return self.reset_to(task_id, init_state)
+        # published evaluations play init state i after reset i
+        fixtures = self.simulator(task_id).fixtures_of_reset(init_state_id)
+        return self.reset_to(task_id, init_state, fixtures)
 
-    def reset_to(self, task_id: int, init_state: npt.NDArray[np.float64]) -> Observation:
-        """Start an episode from any state [1 + nq + nv]; settle, return the first observation."""
-        self.settle(task_id, init_state)
+    def reset_to(
+        self,
+        task_id: int,
+        init_state: npt.NDArray[np.float64],
+        fixtures: FixturePlacement | None = None,
+    ) -> Observation:
+        """Start an episode from any state; settle, return the first observation.
+
+        Args:
+            task_id: index of the task.
+            init_state: time, positions and velocities, [1 + nq + nv].
+            fixtures: placement of the fixtures; None for that of the first reset.
+        """
+        self.settle(task_id, init_state, fixtures)
         return self.observe()
 
-    def settle(self, task_id: int, init_state: npt.NDArray[np.float64]) -> None:
-        """Start an episode from a state [1 + nq + nv] and settle, without rendering anything."""
+    def settle(
+        self,
+        task_id: int,
+        init_state: npt.NDArray[np.float64],
+        fixtures: FixturePlacement | None = None,
+    ) -> None:
+        """Start an episode as `reset_to` does and settle, without rendering anything."""
         simulator = self.simulator(task_id)
         if len(init_state) != simulator.state_size:
             raise ConfigError(
@@ -121,7 +144,7 @@ class LiberoEnv:
                 f"values, and its simulator {simulator.state_size}: the file belongs to another "
                 f"task; choose other tasks than {task_id}"
             )
-        simulator.begin(init_state)
+        simulator.begin(init_state, fixtures)
         for _ in range(self.config.settle_steps):
             simulator.step(np.array(SETTLE_ACTION))
         limit = self.suite.step_limit(self.config.step_limit, task_id)
@@ -262,6 +285,13 @@ class LiberoEnv:
                 self.config.max_simulators,
             )
         return left < spare
+
+    def _require_first(self, init_state_id: int) -> None:
+        if self.config.fixtures != "first":
+            raise ConfigError(
+                f"fixtures is {self.config.fixtures!r}, but init state {init_state_id} is sampled "
+                "around the fixtures' first placement; set it to 'first'"
+            )
 
     def _current(self) -> _Episode:
         if self._episode is None:

@@ -20,6 +20,9 @@ from libero.libero.envs.env_wrapper import ControlEnv
 from verl_vla.envs.libero.scene_change import SceneChange
 
 CONTROLLER = "OSC_POSE"
+BUILDS_OF_FIRST_RESET = 2
+"""Number of times that a stock environment has built its model when it was first reset: it is built
+with the environment, and again at each reset."""
 
 
 def build_problem(bddl_file: Path, change: SceneChange) -> Any:
@@ -40,9 +43,9 @@ def build_problem(bddl_file: Path, change: SceneChange) -> Any:
     if change.arm_rad is not None:
         # before the reset, which sets the joints to it and hands it to the controller
         env.robots[0].init_qpos = np.array(change.arm_rad)
-    # A stock environment rebuilds its model at the first reset and so lists these twice. Each entry
-    # consumes a random number, and the positions of the fixtures depend on the numbers after it.
-    env.object_property_initializers *= 2
+    # A stock environment lists these (open drawers) once for each time that it builds its model.
+    # Each entry consumes a random number, and the fixtures' positions depend on those after it.
+    env.object_property_initializers *= BUILDS_OF_FIRST_RESET
     # where published evaluations call ``env.seed(0)``
     np.random.seed(0)
     wrapper.reset()
@@ -63,6 +66,17 @@ def seeded(seed: int) -> Generator[None]:
     """Seed numpy's global generator, which LIBERO samples from; restore its state afterwards."""
     before = np.random.get_state()
     np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
+
+
+@contextmanager
+def continued(random_state: dict[str, Any]) -> Generator[None]:
+    """Continue numpy's global generator from a state; restore its own state afterwards."""
+    before = np.random.get_state()
+    np.random.set_state(random_state)
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ from robosuite.utils.transform_utils import convert_quat, quat2axisangle
 from verl_vla.core.episode import GoalReadings
 from verl_vla.envs.libero.controller import ArmControl, ArmState
 from verl_vla.envs.libero.controller_kernels import Floats
+from verl_vla.envs.libero.fixtures import FixturePlacement, FixtureSampler
 from verl_vla.envs.libero.goals import GoalMeter
 from verl_vla.envs.libero.problems import CONTROLLER, build_problem, seeded, trim_heap
 from verl_vla.envs.libero.rendering import Renderer, RenderOptions
@@ -74,6 +75,7 @@ class SimulatorState:
     """`PHYSICS_STATE` in MuJoCo's layout."""
     arm: ArmState
     seen: ObservedState
+    fixtures: FixturePlacement
 
 
 class Simulator:
@@ -85,6 +87,7 @@ class Simulator:
         """Build the task as ``env.seed(0); env.reset()`` leaves it in published evaluations."""
         with seeded(0):
             self._env = build_problem(bddl_file, change)
+            self._fixtures = FixtureSampler(self._env, np.random.get_state(legacy=False))
         self._model: mujoco.MjModel = self._env.sim.model._model
         self._data: mujoco.MjData = self._env.sim.data._data
         # the gripper's force and torque sensors are never read, and no state depends on them
@@ -103,8 +106,14 @@ class Simulator:
         self._renderer: Renderer | None = None
         trim_heap()
 
-    def begin(self, init_state: Floats) -> None:
-        """Start over from a recorded init state [1 + nq + nv] (time, positions, velocities)."""
+    def begin(self, init_state: Floats, fixtures: FixturePlacement | None = None) -> None:
+        """Start over from a recorded init state.
+
+        Args:
+            init_state: time, positions and velocities, [1 + nq + nv].
+            fixtures: placement of the fixtures; None for that of the first reset.
+        """
+        self._fixtures.placement = self._fixtures.first if fixtures is None else fixtures
         # the solver's warm start too: a start does not depend on the episode before it
         mujoco.mj_setState(self._model, self._data, self._start, PHYSICS_STATE)
         self._env.sim.set_state_from_flattened(init_state)
@@ -131,10 +140,13 @@ class Simulator:
     @property
     def state(self) -> SimulatorState:
         """The complete state at this moment."""
-        return SimulatorState(self._physics(), self._arm.state, self._seen)
+        return SimulatorState(
+            self._physics(), self._arm.state, self._seen, self._fixtures.placement
+        )
 
     @state.setter
     def state(self, state: SimulatorState) -> None:
+        self._fixtures.placement = state.fixtures
         mujoco.mj_setState(self._model, self._data, state.physics, PHYSICS_STATE)
         mujoco.mj_forward(self._model, self._data)
         # a forward pass moves the warm start, on which the last bits of the next step depend
@@ -170,16 +182,24 @@ class Simulator:
     def place_objects(self, seed: int) -> Floats:
         """Sample a start [1 + nq + nv] from the task's regions; the current episode is lost.
 
-        Cabinets and stoves are part of the model, not of the state, and stay where they are. An
-        object sampled on one of them is off its middle by the offset that was sampled for the
-        fixture, up to 0.01 m.
+        Cabinets and stoves are part of the model, not of the state, and stand where the first reset
+        puts them. An object sampled on one of them is off its middle by the offset that was sampled
+        for the fixture, up to 0.01 m.
         """
-        # a reset also moves the fixtures, and those are no part of a state
-        position, turn = self._model.body_pos.copy(), self._model.body_quat.copy()
+        # before too: a sample must not depend on the episode before it
+        self._fixtures.placement = self._fixtures.first
         with seeded(seed):
             self._env.reset()
-        self._model.body_pos[:], self._model.body_quat[:] = position, turn
+        # a reset also moves the fixtures, and those are no part of a state
+        self._fixtures.placement = self._fixtures.first
         return self.flat_state()
+
+    def fixtures_of_reset(self, index: int) -> FixturePlacement:
+        """Return where a stock environment's reset puts the fixtures, counted from 0.
+
+        The current episode is lost.
+        """
+        return self._fixtures.of_reset(index)
 
     @property
     def state_size(self) -> int:
