@@ -173,6 +173,26 @@ def test_two_ranks_learn_as_one(whole: tuple[FineTuning, str], tmp_path: Path) -
     assert largest_difference(whole[0].policy(1), both.policy(1)) < 2.1 * two["train/lr"]
 
 
+def test_micro_batches_in_bfloat16_add_up_on_every_rank(
+    whole: tuple[FineTuning, str], tmp_path: Path
+) -> None:
+    words = (
+        "policy.dtype=bfloat16",
+        "cluster.num_ranks=2",
+        "optimizer.batch_size=12",
+        "trainer.total_training_steps=1",
+        "trainer.test_every=0",
+    )
+    norms = {
+        size: FineTuning(tmp_path / str(size), whole[0].drawn, *words)
+        .here(f"optimizer.micro_batch_size={size}")
+        .reproducible()[0]["train/grad_norm"]
+        for size in (2, 6)
+    }
+    # the sums are float32; products differ by bfloat16's 8 bits
+    assert norms[2] == pytest.approx(norms[6], rel=2**-7)
+
+
 def test_smoothing_and_the_cosine_change_what_is_learned_and_not_what_is_reported(
     whole: tuple[FineTuning, str], tmp_path: Path
 ) -> None:

@@ -30,7 +30,7 @@ def evaluation_record(
         conditions: see `verl_vla.evaluation.conditions`.
         task_names: names of the evaluated tasks, by task id.
     """
-    played = ("task", "init_state", "outcome", "steps")
+    played = ("episode", "task", "init_state", "outcome", "steps")
     return dict(conditions) | {
         "total": count_entries(entries, task_names).as_json(),
         "tasks": {

@@ -53,6 +53,23 @@ def test_what_was_learned_is_gathered_anew(counted) -> None:
     assert counted["kept_after_export"] == [NUM_LAYERS, counted["learned"][1]]
 
 
+@pytest.mark.parametrize("lora_rank", [0, 4], ids=["all weights", "adapters"])
+def test_a_checkpoint_after_an_evaluation_can_be_loaded(lora_rank: int, tmp_path: Path) -> None:
+    script = SCRIPT.with_name("gathered_save_rank.py")
+    path = os.pathsep.join(map(str, (SCRIPT.parents[3], SCRIPT.parents[2] / "contract")))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path), str(rank), str(lora_rank)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+
+
 def test_a_recipe_may_refuse() -> None:
     assert load_recipe(["recipe=libero"]).cluster.gather_once
     assert not load_recipe(["recipe=libero", "cluster.gather_once=false"]).cluster.gather_once

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from verl_vla.config.grpo import Recipe
 from verl_vla.diagnostics.planning.gpus import Gpu
-from verl_vla.diagnostics.planning.memory import num_ranks
 from verl_vla.diagnostics.planning.trace import Trace
 from verl_vla.envs.base import Suite
 from verl_vla.policies.base import PolicyShape
@@ -49,7 +48,7 @@ def step_seconds(
     step_s, view_s = (MINI_STEP_S, MINI_VIEW_S) if is_mini else (STEP_S, VIEW_S)
     # a policy step simulates a chunk and renders each view once
     per_policy_step = shape.chunk_length * step_s + shape.num_views * view_s
-    speed = num_ranks(recipe) * gpu.bf16_flops
+    speed = recipe.cluster.num_ranks * gpu.bf16_flops
     forward = policy_steps * trace.forward_flops / (speed * ROLLOUT_EFFICIENCY)
     return {
         "rollout: simulators": policy_steps * per_policy_step / recipe.environment.num_workers,

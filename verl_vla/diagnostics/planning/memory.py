@@ -81,17 +81,12 @@ def rollout_batch(recipe: Recipe) -> int:
     """Return the policy steps in one batch of a rank: one slot group, divided by the ranks."""
     # the larger of the two slot groups
     half = (recipe.environment.num_slots + 1) // 2
-    return -(-half // num_ranks(recipe))
-
-
-def num_ranks(recipe: Recipe) -> int:
-    """Return the number of learner processes of all nodes."""
-    return recipe.cluster.num_nodes * recipe.cluster.ranks_per_node
+    return -(-half // recipe.cluster.num_ranks)
 
 
 def device_memory(recipe: Recipe, trace: Trace, shape: PolicyShape) -> DeviceMemory:
     """Estimate the memory on the device of a rank."""
-    ranks, is_offloaded = num_ranks(recipe), recipe.optimizer.name == "deepspeed_cpu_adam"
+    ranks, is_offloaded = recipe.cluster.num_ranks, recipe.optimizer.name == "deepspeed_cpu_adam"
     trained, per_weight = trace.trained / ranks, BYTES[recipe.policy.dtype]
     held = {
         "weights": _weight_bytes(recipe, trace) / ranks,
@@ -144,7 +139,7 @@ def host_memory(
         "processes": (per_node + 1) * PROCESS_BYTES,
     }
     if recipe.optimizer.name == "deepspeed_cpu_adam":
-        share = per_node / num_ranks(recipe)
+        share = per_node / recipe.cluster.num_ranks
         parts["weights, gradients, state"] = round(
             # of a trained weight, the gradient and both moments
             share * (_weight_bytes(recipe, trace) + 3 * FLOAT32 * trace.trained)

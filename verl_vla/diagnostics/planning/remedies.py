@@ -8,7 +8,6 @@ from typing import Any
 
 from verl_vla.config.grpo import Recipe
 from verl_vla.core.errors import ConfigError
-from verl_vla.diagnostics.planning.memory import num_ranks
 from verl_vla.diagnostics.planning.plan import Plan, make_plan
 from verl_vla.policies.base import ModelConfig
 
@@ -38,7 +37,7 @@ def find_remedy(plan: Plan, config: ModelConfig) -> tuple[Changes, Plan] | None:
 
 
 def _candidates(recipe: Recipe) -> Iterator[Changes]:
-    if recipe.cluster.gather_once and num_ranks(recipe) > 1:
+    if recipe.cluster.gather_once and recipe.cluster.num_ranks > 1:
         yield {"cluster.gather_once": False}
     # from here on every change comes on top of those before
     changes: dict[str, Any] = {}

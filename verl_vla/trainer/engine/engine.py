@@ -204,12 +204,16 @@ class VLAEngine(FSDPEngine):
             keep_gathered(self.module)
             self._holds_all_weights = True
 
-    def train_mode(self, **kwargs: Any) -> Any:
-        """As veRL does, with the shards alone."""
-        # the update changes the shards, and gathered copies would keep the old weights
+    def _hold_shards_alone(self) -> None:
+        """Let go of what `_hold_all_weights` has gathered."""
         if self._holds_all_weights:
             shed_gathered(self.module, self.engine_config.reshard_after_forward)
             self._holds_all_weights = False
+
+    def train_mode(self, **kwargs: Any) -> Any:
+        """As veRL does, with the shards alone."""
+        # the update changes the shards, and gathered copies would keep the old weights
+        self._hold_shards_alone()
         return super().train_mode(**kwargs)
 
     def forward_step(
@@ -287,6 +291,8 @@ class VLAEngine(FSDPEngine):
         **kwargs: Any,
     ) -> None:
         """As veRL does; on a CPU there is nothing to move to a device first."""
+        # the file of a rank holds its shard: gathered copies are whole and of the forward's dtype
+        self._hold_shards_alone()
         if get_device_name() != "cpu":
             super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
         else:
@@ -307,6 +313,8 @@ class VLAEngine(FSDPEngine):
         **kwargs: Any,
     ) -> None:
         """As veRL does, and what is trained beside a frozen base."""
+        # gathered copies would keep the old weights
+        self._hold_shards_alone()
         super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)
         # "model" is not among the contents of such a checkpoint, see `checkpoint_contents`
         if self._is_lora:

@@ -86,6 +86,9 @@ class SFTEngine(VLAEngine):
                     "reduce_dtype": "fp32",
                     "buffer_dtype": "fp32",
                 },
+                # as in veRL's own recipes: gradients that wait for the last micro-batch are whole,
+                # and FSDP2 cannot add them up where they are of another dtype than the weights
+                use_no_sync_for_gradient_accumulation=False,
             ),
             FSDPOptimizerConfig(
                 # the schedule is `_build_lr_scheduler`'s; veRL has constant and cosine only
