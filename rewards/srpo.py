@@ -10,6 +10,8 @@ Beyond the paper:
 - clips have the length of their episode, up to the encoder's ``max_frames``, instead of 64 frames
   each; a longer one is thinned evenly in time (`Vjepa2Encoder`);
 - features are relative to the episode's first row (``from_start``);
+- by default the encoder sees what the policy saw, prepared for it, one image a policy step, instead
+  of the camera's image at every step (``video_every=1``);
 - failures of a group that differ by less than successes do score ``alpha / 2`` (``noise_gate``);
 - successes of earlier steps are references too (``memory_capacity``).
 
@@ -26,12 +28,14 @@ from typing import Any
 import numpy as np
 from sklearn.cluster import dbscan
 
+from verl_vla.core.errors import ConfigError
 from verl_vla.rewards import (
     Floats,
     Reference,
     ReferenceReward,
     Rows,
     TrajectoryBatch,
+    VideoNeed,
     center_on_start,
     is_valid,
 )
@@ -46,6 +50,8 @@ is ever found."""
 ENOUGH_DISTANCES = 8
 """Number of earlier failures of a task from which mean and spread are computed without the current
 ones; the size of a group."""
+VIDEO_FRAMES = 64
+"""Frames of an episode's video (paper; the length of clips that V-JEPA 2 was trained on)."""
 KEPT_DISTANCES = 256
 """Number of distances kept of each task, those of the newest failures."""
 
@@ -67,6 +73,7 @@ class SrpoReward(ReferenceReward):
         memory_max_age: int = 100,
         max_invalid_share: float = 0.05,
         noise_gate: bool = True,
+        video_every: int = 0,
     ) -> None:
         """Make a reward without references.
 
@@ -81,10 +88,15 @@ class SrpoReward(ReferenceReward):
             memory_max_age: updates after which they are removed.
             max_invalid_share: see `ReferenceReward`.
             noise_gate: see `ReferenceReward`.
+            video_every: simulator steps between two frames of the video that is encoded; 1 as in
+                the paper, and `verl_vla.envs.base.EnvConfig` says what it costs. 0 encodes the
+                images of policy steps.
 
         Raises:
             ConfigError: a number outside its range.
         """
+        if video_every < 0:
+            raise ConfigError(f"video_every is {video_every}; set at least 1, or 0 for no video")
         super().__init__(
             make_encoder(encoder, encoder_args or {}),
             alpha=alpha,
@@ -94,6 +106,9 @@ class SrpoReward(ReferenceReward):
             max_invalid_share=max_invalid_share,
             noise_gate=noise_gate,
         )
+        if video_every:
+            self.requires = frozenset({"features", "video"})
+            self.video = VideoNeed(every=video_every, max_frames=VIDEO_FRAMES)
         self._from_start = from_start
         self._distances: dict[str, list[float]] = {}
 

@@ -1,5 +1,8 @@
 """The reward that siiRL released for SRPO, with its bugs, for comparison. Do not train on it.
 
+Encoders see the third-person camera's full image at every step, as in the release, and prepare it
+themselves; one deviation is `sample_frames`.
+
 Sources: siiRL's ``utils/reward_score/embodied.py`` and ``rollout/embodied_rollout.py``. Frames are
 stored under the name of the start, which all episodes of a group share: they are interleaved in one
 video, and the group has a single embedding. Every failure of a group then has the same score, and
@@ -8,7 +11,7 @@ GRPO's advantages are those of the outcome only. On other embeddings no cluster 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -24,6 +27,7 @@ from verl_vla.rewards import (
     RewardResult,
     StatelessReward,
     TrajectoryBatch,
+    VideoNeed,
     min_max_sigmoid,
 )
 from verl_vla.rewards.encoders import make_encoder
@@ -39,13 +43,12 @@ Aliasing = Literal["group", "pair", "none"]
 class SrpoReleasedReward(StatelessReward):
     """A reward of the min-max normalised distance to the mean success, by a sigmoid, times 0.6."""
 
-    requires: frozenset[Need] = frozenset({"frames"})
-
     def __init__(
         self,
         encoder: str,
         encoder_args: Mapping[str, Any] | None = None,
         aliasing: Aliasing = "group",
+        video_every: int = 1,
     ) -> None:
         """Make the reward.
 
@@ -55,14 +58,25 @@ class SrpoReleasedReward(StatelessReward):
             aliasing: episodes whose frames are merged into one video: all of the ``group`` (branch
                 feature/srpo-embodied, which its guide names), a ``pair`` (its main branch), or
                 each episode separately (``none``: the intended formula).
+            video_every: simulator steps between two frames of an episode; the release has 1, a
+                frame a step, and `verl_vla.envs.base.EnvConfig` says what that costs. 0 takes the
+                images that the policy saw instead, prepared for it, one a policy step: a success
+                has few of them and a failure many, so their number tells the outcome.
 
         Raises:
-            ConfigError: an unknown aliasing.
+            ConfigError: an unknown aliasing, or a number of steps below 0.
         """
+        if video_every < 0:
+            raise ConfigError(f"video_every is {video_every}; set at least 1, or 0 for no video")
         if aliasing not in ("group", "pair", "none"):
             raise ConfigError(f"aliasing is {aliasing!r}; choose 'group', 'pair' or 'none'")
         self._encoder = make_encoder(encoder, encoder_args or {})
         self._aliasing: Aliasing = aliasing
+        self.requires: frozenset[Need] = frozenset({"video" if video_every else "frames"})
+        # where videos are merged, frames of all are needed to interleave them as the release does
+        self.video = VideoNeed(
+            every=video_every, max_frames=NUM_FRAMES if aliasing == "none" else None
+        )
 
     def __call__(self, batch: TrajectoryBatch) -> RewardResult:
         """Score each episode as the release does."""
@@ -75,14 +89,21 @@ class SrpoReleasedReward(StatelessReward):
             metrics={"distinct_embeddings": float(len(np.unique(embeddings, axis=0)))},
         )
 
+    def _episodes(self, batch: TrajectoryBatch) -> Sequence[npt.NDArray[np.uint8]]:
+        """Return the frames [F, H, W, 3] of each episode."""
+        if "video" in self.requires and batch.videos is not None:
+            return batch.videos
+        if "frames" in self.requires and batch.frames is not None:
+            return [frames[:, THIRD_PERSON] for frames in batch.frames]
+        raise ContractError(f"{type(self).__name__} requires {min(self.requires)}, and has none")
+
     def _embed(self, batch: TrajectoryBatch) -> Floats:
-        if batch.frames is None:
-            raise ContractError("SrpoReleasedReward encodes frames, and the batch has none")
+        episodes = self._episodes(batch)
         shared = _episodes_of_one_video(batch, self._aliasing)
         videos = []
         for rows in shared:
             # frame 0 of every episode, then frame 1, and so on: interleaved, as in the release
-            parts = zip_longest(*(batch.frames[row][:, THIRD_PERSON] for row in rows))
+            parts = zip_longest(*(episodes[row] for row in rows))
             frames = [frame for moment in parts for frame in moment if frame is not None]
             videos.append(sample_frames(np.stack(frames)))
         made = [f.astype(np.float64).mean(axis=0) for f in self._encoder.encode(videos)]

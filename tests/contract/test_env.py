@@ -14,7 +14,8 @@ import pytest
 
 from verl_vla.core.episode import Observation, Outcome, Reading
 from verl_vla.core.errors import ConfigError, ContractError
-from verl_vla.envs.base import ChunkResult, Env, EnvConfig, EnvFactory
+from verl_vla.core.image_preprocessing import prepare_image
+from verl_vla.envs.base import ChunkResult, Env, EnvConfig
 from verl_vla.envs.fake import FakeEnv, FakeEnvConfig
 from verl_vla.envs.libero.suite import make_libero_env
 
@@ -25,11 +26,15 @@ STEP_LIMIT = 44
 
 @dataclass(frozen=True)
 class Case:
-    factory: EnvFactory
+    factory: partial[Env]
     scale: float
     """Actions this small solve nothing by chance."""
     action_dim: int = 7
     proprio_dim: int = 8
+    full_size: int = 256
+    """Of a camera's image."""
+    prepare: Callable[[np.ndarray], np.ndarray] = np.asarray
+    """Makes of it what the policy sees."""
 
 
 FAKE = FakeEnvConfig(image_size=256, step_limit=STEP_LIMIT, stride=0.02, render_final=True)
@@ -40,7 +45,9 @@ TWO_ARMS = replace(FAKE, action_dim=14, proprio_dim=14)
 CASES = {
     "fake": Case(partial(FakeEnv, FAKE), 0.2),
     "two arms": Case(partial(FakeEnv, TWO_ARMS), 0.2, action_dim=14, proprio_dim=14),
-    "mini": Case(partial(make_libero_env, MINI), 0.5),
+    "mini": Case(
+        partial(make_libero_env, MINI), 0.5, full_size=64, prepare=partial(prepare_image, size=56)
+    ),
 }
 
 
@@ -125,6 +132,29 @@ def test_the_end_of_an_episode_is_drawn_for_whoever_wants_to_see_it(env: Env, ca
     assert not np.array_equal(last.final_image, latest.image)
     change = np.abs(last.final_image.astype(int) - latest.image).mean()
     assert change <= np.abs(last.final_image.astype(int) - first).mean()
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_video_has_the_first_moment_every_kth_step_and_the_last(case: Case, every: int) -> None:
+    make, config = case.factory.func, case.factory.args[0]
+    env = make(replace(config, video_every=every))
+    first = env.reset(0, 0)
+    results = play(env, case, range(6))
+    assert all(result.video is not None for result in results)
+    video = np.concatenate([result.video for result in results])
+    steps = {0, *range(0, STEP_LIMIT + 1, every), STEP_LIMIT}
+    assert len(video) == len(steps)
+    assert (video.dtype, video.shape[1:]) == (np.uint8, (case.full_size, case.full_size, 3))
+    assert np.array_equal(case.prepare(video[0]), first.image[0])
+    assert np.array_equal(case.prepare(video[-1]), results[-1].final_image[0])
+    # looking changes nothing
+    blind = case.factory()
+    blind.reset(0, 0)
+    played = play(blind, case, range(6))
+    assert all(result.video is None for result in played)
+    assert same([replace(result, video=None) for result in results], played)
+    env.close()
+    blind.close()
 
 
 def test_goals_are_read_before_and_after_every_chunk(env: Env, case: Case) -> None:

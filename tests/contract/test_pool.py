@@ -108,7 +108,7 @@ def case_fake() -> Case:
         EpisodeSpec(task_id=i % 4, init_state_id=i // 8, group_id=i // 4, episode_id=i)
         for i in range(16)
     ]
-    config = FakeEnvConfig(image_size=32, num_views=2, render_final=True)
+    config = FakeEnvConfig(image_size=32, num_views=2, render_final=True, video_every=3)
     return Case(partial(FakeEnv, config), (2, 32, 32, 3), specs, scale=1.0)
 
 
@@ -187,6 +187,7 @@ def assert_same_answers(got: dict[int, list], expected: dict[int, list]) -> None
         assert len(got[episode_id]) == len(answers)
         assert_same_observation(got[episode_id][0], answers[0])
         for mine, theirs in zip(got[episode_id][1:], answers[1:], strict=True):
+            np.testing.assert_array_equal(mine.video, theirs.video)
             assert (mine.executed, mine.outcome) == (theirs.executed, theirs.outcome)
             if theirs.observation is None:
                 assert mine.observation is None

@@ -85,6 +85,7 @@ def make_batch(seed: int = 0, split: str = "train") -> TrajectoryBatch:
         success=np.isin(np.arange(8), SOLVED),
         num_steps=lengths * 8,
         frames=tuple(rng.integers(0, 255, (n, 1, 32, 32, 3), dtype=np.uint8) for n in lengths),
+        videos=tuple(rng.integers(0, 255, (8 * n + 1, 48, 48, 3), np.uint8) for n in lengths),
         proprio=tuple(rng.normal(size=(n, 8)).astype(np.float32) for n in lengths),
         goals=tuple(goals_of(rng, n, b in SOLVED) for b, n in enumerate(lengths)),
         split=split,  # pyright: ignore[reportArgumentType]

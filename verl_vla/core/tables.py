@@ -114,6 +114,9 @@ class Trajectories:
     final_images: tuple[npt.NDArray[np.uint8] | None, ...] = ()
     """B images [V, H, W, 3] after the last step, None where none was rendered; empty where the
     environments were not asked to render any."""
+    videos: tuple[npt.NDArray[np.uint8], ...] = ()
+    """B arrays [F, H, W, 3], ragged in F: frames of an episode in order, as its first camera
+    renders them; empty where no videos were kept."""
 
     def __post_init__(self) -> None:
         if len(self.prompt_ids) != len(self.policy_steps):
@@ -128,6 +131,8 @@ class Trajectories:
             raise ContractError(
                 f"final images of {len(self.final_images)} episodes for {len(self.episodes)}"
             )
+        if len(self.videos) not in (0, len(self.episodes)):
+            raise ContractError(f"videos of {len(self.videos)} episodes for {len(self.episodes)}")
         # the smallest and the largest row stand for all; an empty column has neither
         for row in self.policy_steps.episode.aminmax() if len(self.policy_steps) else ():
             if not 0 <= int(row) < len(self.episodes):
@@ -159,6 +164,7 @@ class Trajectories:
             goals=tuple(g for g, kept in zip(self.goals, keep, strict=True) if kept),
             crashes={key: why for key, why in self.crashes.items() if key in ids},
             final_images=tuple(compress(self.final_images, keep)),
+            videos=tuple(compress(self.videos, keep)),
         )
 
     @staticmethod
@@ -178,6 +184,7 @@ class Trajectories:
             goals=tuple(readings for p in parts for readings in p.goals),
             crashes={key: why for p in parts for key, why in p.crashes.items()},
             final_images=tuple(final_image for p in parts for final_image in p.final_images),
+            videos=tuple(video for p in parts for video in p.videos),
         )
 
 

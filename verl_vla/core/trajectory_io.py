@@ -30,6 +30,7 @@ def write_trajectories(file: Path, trajectories: Trajectories) -> None:
     tables |= _pack(
         "final_images", [NO_IMAGE if e is None else e for e in trajectories.final_images]
     )
+    tables |= _pack("videos", trajectories.videos)
     # as text: an array of objects would be a pickle
     tables["crashes"] = np.array(json.dumps(trajectories.crashes))
     partial_file = file.with_suffix(".partial")
@@ -54,6 +55,7 @@ def read_trajectories(file: Path) -> Trajectories:
             prompt_ids=tuple(torch.from_numpy(ids) for ids in _unpack("prompt_ids", tables)),
             goals=tuple(_unpack("goals", tables)),
             final_images=tuple(e if e.size else None for e in _unpack("final_images", tables)),
+            videos=tuple(_unpack("videos", tables)),
             # JSON's keys are strings
             crashes={int(key): why for key, why in crashes.items()},
         )

@@ -74,6 +74,8 @@ class FakeEnvConfig:
     """Number of proprio values; the first two are the dot's position, the others are zero."""
     render_final: bool = False
     """Render an image after the last step too."""
+    video_every: int = 0
+    """Steps between two frames of a video; see `verl_vla.envs.base.EnvConfig`."""
 
     def __post_init__(self) -> None:
         for name in ("num_views", "step_limit", "stride", "tolerance", "num_init_states"):
@@ -125,9 +127,14 @@ class FakeEnv:
             )
         before = self._goals()
         executed, outcome = 0, None
+        every, frames = self._config.video_every, list[npt.NDArray[np.uint8]]()
+        if every and self._num_steps == 0:
+            frames.append(self._render()[0])
         while outcome is None and executed < len(actions):
             outcome = self._step(actions[executed])
             executed += 1
+            if every and (outcome is not None or self._num_steps % every == 0):
+                frames.append(self._render()[0])
         self._is_over = outcome is not None
         return ChunkResult(
             executed=executed,
@@ -135,6 +142,7 @@ class FakeEnv:
             observation=None if self._is_over else self._observe(),
             goals=np.stack([before, self._goals()]),
             final_image=self._render() if self._is_over and self._config.render_final else None,
+            video=np.stack(frames) if frames else (self._render()[:0] if every else None),
         )
 
     def snapshot(self) -> Snapshot:

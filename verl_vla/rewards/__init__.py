@@ -10,6 +10,7 @@ from verl_vla.rewards.base import (
     StatelessReward,
     TrajectoryBatch,
     TrajectoryReward,
+    VideoNeed,
 )
 from verl_vla.rewards.features import (
     AdditiveTime,
@@ -27,7 +28,15 @@ from verl_vla.rewards.loading import REWARDS_FOLDER, load_reward
 from verl_vla.rewards.progress_head import HeadConfig, ProgressHead
 from verl_vla.rewards.reference_memory import Reference, ReferenceMemory
 from verl_vla.rewards.reference_reward import ReferenceReward
-from verl_vla.rewards.scoring import complete, judge, learn, looks_at_images, make_batch, score
+from verl_vla.rewards.scoring import (
+    complete,
+    judge,
+    learn,
+    looks_at_images,
+    make_batch,
+    score,
+    video_need,
+)
 
 __all__ = [
     "REWARDS_FOLDER",
@@ -46,6 +55,7 @@ __all__ = [
     "StatelessReward",
     "TrajectoryBatch",
     "TrajectoryReward",
+    "VideoNeed",
     "align",
     "center_on_start",
     "complete",
@@ -63,4 +73,5 @@ __all__ = [
     "normalised_time",
     "score",
     "smallest_reach",
+    "video_need",
 ]

@@ -20,10 +20,11 @@ from verl_vla.core.episode import GoalReadings
 Rows = npt.NDArray[np.float32]
 """Features of one episode in the order of its policy steps, [T, D]."""
 
-Need = Literal["frames", "proprio", "features", "goals"]
+Need = Literal["frames", "proprio", "features", "goals", "video"]
 """Inputs that a reward may require beyond the outcome: the images that the policy saw, the joint
-readings, the features that its own `encoder` computes from the images, or the simulator's distances
-to the goals."""
+readings, the features that its own `encoder` computes from the images, the simulator's distances
+to the goals, or a video of the whole episode (`HasVideo`), from which features then are computed.
+"""
 
 Split = Literal["train", "held_out"]
 
@@ -52,6 +53,9 @@ class TrajectoryBatch:
     after the last one, in which a success can be seen; None unless required."""
     proprio: tuple[npt.NDArray[np.float32], ...] | None
     """B arrays [policy steps, P]; None unless required."""
+    videos: tuple[npt.NDArray[np.uint8], ...] | None = None
+    """B arrays [F, H, W, 3], ragged in F: frames of the first camera, as rendered and not as
+    prepared for the policy, at the rate of `VideoNeed`; None unless required."""
     goals: tuple[GoalReadings, ...] | None = None
     """B arrays [policy steps + 1, G, 3], columns as in `Reading`, from the start to the end; None
     unless required. Only a simulator has them: a reward that needs them runs in simulation only."""
@@ -60,7 +64,8 @@ class TrajectoryBatch:
     feature_space: str | None = None
     """`FeatureExtractor.feature_space` of the encoder that made ``features``; None without them."""
     mirrored: bool = False
-    """True where left and right are swapped in ``frames``, as LIBERO's policies see them."""
+    """True where left and right are swapped in ``frames`` and ``videos``, as LIBERO's policies see
+    them."""
     split: Split = "train"
     """Split of the init states; held-out trajectories are scored but must never change a reward's
     state."""
@@ -87,6 +92,19 @@ class RewardResult:
     """Largest score that this reward may give; a larger one is an error."""
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     """Metrics that are logged under ``reward/``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoNeed:
+    """The video that a reward compares; `EnvConfig.video_every` says what rendering it costs.
+
+    A frame of 256 px takes 0.2 MB: 64 of them for each of 512 episodes are 6.4 GB.
+    """
+
+    every: int
+    """Simulator steps between two frames, at least 1."""
+    max_frames: int | None
+    """Most frames that are kept of an episode, evenly in time; None keeps all."""
 
 
 class StatelessReward:
@@ -142,6 +160,16 @@ class TrajectoryReward(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+        ...
+
+
+@runtime_checkable
+class HasVideo(Protocol):
+    """A reward with a video, which every reward that requires ``video`` must have."""
+
+    @property
+    def video(self) -> VideoNeed:
+        """The video that it requires."""
         ...
 
 

@@ -13,7 +13,7 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import PROJECT_FOLDER
 from verl_vla.core.plugins import import_file
 from verl_vla.core.text import nearest
-from verl_vla.rewards.base import HasEncoder, Need, TrajectoryReward
+from verl_vla.rewards.base import HasEncoder, HasVideo, Need, TrajectoryReward
 
 REWARDS_FOLDER = PROJECT_FOLDER / "rewards"
 """Folder of the rewards that a recipe names without a path."""
@@ -149,4 +149,9 @@ def _check_protocol(reward: object, name: str) -> None:
         raise ConfigError(
             f"reward {name!r} requires features but has no encoder to make them; give it an "
             "attribute `encoder`, see verl_vla/rewards/encoders"
+        )
+    if "video" in needs and not isinstance(reward, HasVideo):
+        raise ConfigError(
+            f"reward {name!r} requires a video and does not say which; give it an attribute "
+            "`video`, a VideoNeed of verl_vla/rewards/base.py"
         )

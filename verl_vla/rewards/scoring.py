@@ -12,16 +12,18 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from verl_vla.core.errors import ContractError, RewardError
+from verl_vla.core.errors import ConfigError, ContractError, RewardError
 from verl_vla.core.tables import Trajectories
 from verl_vla.rewards.base import (
     HasEncoder,
+    HasVideo,
     Need,
     RewardResult,
     Rows,
     Split,
     TrajectoryBatch,
     TrajectoryReward,
+    VideoNeed,
 )
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,22 @@ def score(
 def looks_at_images(reward: TrajectoryReward) -> bool:
     """Check whether a reward requires images, directly or as features."""
     return bool(reward.requires & {"frames", "features"})
+
+
+def video_need(reward: TrajectoryReward) -> VideoNeed | None:
+    """Return the video that a reward requires; None for one that requires no video.
+
+    Raises:
+        ConfigError: frames that are less than a step apart.
+    """
+    if "video" not in reward.requires:
+        return None
+    need = cast("HasVideo", reward).video
+    if need.every < 1:
+        raise ConfigError(
+            f"{type(reward).__name__} wants a frame every {need.every} steps; set at least 1"
+        )
+    return need
 
 
 def make_batch(
@@ -93,6 +111,7 @@ def make_batch(
             )
         ),
         proprio=tuple(proprio[r] for r in rows),
+        videos=trajectories.videos or None,
         goals=trajectories.goals,
         mirrored=mirrored,
         split=split,
@@ -103,20 +122,26 @@ def complete(reward: TrajectoryReward, batch: TrajectoryBatch) -> TrajectoryBatc
     """Return ``batch`` with what ``reward`` requires, features encoded, and nothing else.
 
     Raises:
-        ContractError: frames are required but missing.
+        ContractError: frames or a video are required but missing.
         RewardError: the encoder raised, lost an episode, or gave siblings whose images differ the
             same features (one identity for several episodes makes every shaped score of a group
             the same).
     """
     needs: frozenset[Need] = reward.requires
+    if "video" in needs and not all(len(video) for video in batch.videos or ((),)):
+        raise ContractError(
+            f"{type(reward).__name__} requires a video of every episode, and there is none; the "
+            "environments must follow EnvConfig.video_every, and reward-bench keeps no videos"
+        )
     features, space = batch.features, batch.feature_space
     if "features" not in needs:
         features, space = None, None
     elif features is None:
-        features, space = _encode(cast("HasEncoder", reward), batch)
+        features, space = _encode(cast("HasEncoder", reward), batch, _clips(reward, batch))
     return replace(
         batch,
         frames=batch.frames if "frames" in needs else None,
+        videos=batch.videos if "video" in needs else None,
         proprio=batch.proprio if "proprio" in needs else None,
         goals=batch.goals if "goals" in needs else None,
         features=features,
@@ -187,13 +212,21 @@ def _named(who: str, doing: str, remedy: str) -> Generator[None]:
         raise RewardError(f"{who} raised {error!r} {doing}; {remedy}") from error
 
 
-def _encode(reward: HasEncoder, batch: TrajectoryBatch) -> tuple[tuple[Rows, ...], str]:
+def _clips(reward: TrajectoryReward, batch: TrajectoryBatch) -> list[npt.NDArray[np.uint8]]:
+    """Return what an encoder sees of each episode, [T, H, W, 3]: its video if one is required."""
+    if "video" in reward.requires and batch.videos is not None:
+        return list(batch.videos)
     if batch.frames is None:
         raise ContractError(
             f"{type(reward).__name__} requires features, but the batch holds neither features nor "
             "frames to make them of"
         )
-    frames = [episode[:, THIRD_PERSON] for episode in batch.frames]
+    return [episode[:, THIRD_PERSON] for episode in batch.frames]
+
+
+def _encode(
+    reward: HasEncoder, batch: TrajectoryBatch, frames: list[npt.NDArray[np.uint8]]
+) -> tuple[tuple[Rows, ...], str]:
     who, doing = f"the encoder of {type(reward).__name__}", f"on {_describe(batch)}"
     with _named(who, doing, "correct it, or its encoder_args"):
         features = tuple(reward.encoder.encode(frames))

@@ -94,6 +94,7 @@ def rollout(
     times: RolloutTimes | None = None,
     ended: Callable[[Trajectories], None] | None = None,
     num_parts: int = 2,
+    max_video_frames: int | None = 0,
 ) -> Trajectories:
     """Play every spec to its end, as many at a time as there are slots.
 
@@ -107,6 +108,8 @@ def rollout(
         ended: if given, told of each episode as it ends, by a table of that episode alone.
         num_parts: 2 lets the slot groups alternate; 1 has simulators and policy wait for
             each other, as other projects do, and is there to be measured.
+        max_video_frames: most frames kept of an episode's video, evenly in time; None keeps all,
+            0 no videos.
     """
     started = time.perf_counter()
     records = [_Record(spec) for spec in specs]
@@ -115,7 +118,14 @@ def rollout(
     # rounded up: with one part, the second group has no slots
     middle = -(-num_slots // num_parts)
     loop = _RolloutLoop(
-        policy, simulators, temperature, noise, queue, times or RolloutTimes(), ended
+        policy,
+        simulators,
+        temperature,
+        noise,
+        queue,
+        times or RolloutTimes(),
+        ended,
+        max_video_frames,
     )
     # both groups are under way before either is waited for
     slot_groups = [_SlotGroup(range(middle)), _SlotGroup(range(middle, num_slots))]
@@ -128,7 +138,7 @@ def rollout(
     for record in records:
         if record.crash is not None:
             logger.warning("episode %d lost: %s", record.spec.episode_id, record.crash)
-    return _tabulate(records, policy)
+    return _tabulate(records, policy, has_videos=max_video_frames != 0)
 
 
 @dataclass(slots=True)
@@ -143,6 +153,8 @@ class _Record:
     executed: list[int] = field(default_factory=list[int])
     goals: list[GoalReadings] = field(default_factory=list[GoalReadings])
     final_image: npt.NDArray[np.uint8] | None = None
+    video: list[npt.NDArray[np.uint8]] = field(default_factory=list[npt.NDArray[np.uint8]])
+    """One array [F, H, W, 3] a policy step; a single one once the episode has ended."""
     outcome: Outcome | None = None
     crash: EpisodeCrashed | None = None
 
@@ -164,6 +176,7 @@ class _RolloutLoop:
     queue: deque[_Record]
     times: RolloutTimes
     ended: Callable[[Trajectories], None] | None
+    max_video_frames: int | None
 
     def start_free_slots(self, group: _SlotGroup) -> None:
         """Give every free slot of ``group`` the next episode of the queue."""
@@ -185,7 +198,7 @@ class _RolloutLoop:
         seen: dict[int, Observation] = {}
         # in the order of slots, not of arrival: the rows of a batch must not depend on timing
         for slot in sorted(answers):
-            observation = _note_answer(group.active[slot], answers[slot])
+            observation = _note_answer(group.active[slot], answers[slot], self.max_video_frames)
             if observation is None:
                 record = group.active.pop(slot)
                 if self.ended is not None:
@@ -224,7 +237,9 @@ def _note_policy_step(record: _Record, seen: Observation, chunk: ActionChunk, ro
     record.prompt_ids.append(chunk.prompt_ids[row])
 
 
-def _note_answer(record: _Record, answer: Answer) -> Observation | None:
+def _note_answer(
+    record: _Record, answer: Answer, max_video_frames: int | None
+) -> Observation | None:
     """Write the answer down; return what the policy sees next, None when the episode is over."""
     if isinstance(answer, EpisodeCrashed):
         record.outcome, record.crash = Outcome.CRASH, answer
@@ -236,10 +251,22 @@ def _note_answer(record: _Record, answer: Answer) -> Observation | None:
     record.goals.append(answer.goals)
     record.final_image = answer.final_image
     record.outcome = answer.outcome
+    if max_video_frames != 0 and answer.video is not None:
+        record.video.append(answer.video)
+        # now, so that only episodes under way take the memory of all their frames
+        if answer.outcome is not None:
+            record.video = [thin_video(np.concatenate(record.video), max_video_frames)]
     return answer.observation
 
 
-def _tabulate(records: list[_Record], policy: Policy) -> Trajectories:
+def thin_video(video: npt.NDArray[np.uint8], max_frames: int | None) -> npt.NDArray[np.uint8]:
+    """Keep frames of [F, H, W, 3] at equal steps of time, the first and the last included."""
+    if max_frames is None or len(video) <= max_frames:
+        return video
+    return video[np.linspace(0, len(video) - 1, max_frames, dtype=np.int64)]
+
+
+def _tabulate(records: list[_Record], policy: Policy, has_videos: bool = False) -> Trajectories:
     """Make the two tables. The policy step a simulator died on has no outcome and is left out."""
     rows = [(b, i) for b, record in enumerate(records) for i in range(len(record.executed))]
     outcomes = [record.outcome for record in records]
@@ -257,8 +284,16 @@ def _tabulate(records: list[_Record], policy: Policy) -> Trajectories:
         prompt_ids=tuple(records[b].prompt_ids[i] for b, i in rows),
         goals=tuple(_goals(record) for record in records),
         final_images=tuple(record.final_image for record in records),
+        videos=tuple(_video(record) for record in records) if has_videos else (),
         crashes={r.spec.episode_id: str(r.crash) for r in records if r.crash is not None},
     )
+
+
+def _video(record: _Record) -> npt.NDArray[np.uint8]:
+    """Return the frames of an episode; none where it crashed, or where nothing was rendered."""
+    if record.crash is not None or not record.video:
+        return np.zeros((0, 0, 0, 3), dtype=np.uint8)
+    return record.video[0]
 
 
 def _goals(record: _Record) -> GoalReadings:

@@ -157,6 +157,17 @@ def test_endings_stay_with_their_episodes_and_none_need_be_drawn():
         replace(whole, final_images=final_images[:1])
 
 
+def test_videos_stay_with_their_episodes_and_may_differ_in_length():
+    videos = tuple(np.full((b + 1, 2, 2, 3), b, np.uint8) for b in range(3))
+    whole = replace(make_trajectories([2, 1, 1]), videos=videos)
+    twice = Trajectories.concat([whole, replace(whole, videos=videos[::-1])])
+    kept = twice.select(torch.tensor([False, True, True, True, False, True]))
+    assert [len(video) for video in kept.videos] == [2, 3, 3, 1]
+    assert make_trajectories([2]).select(torch.tensor([True])).videos == ()
+    with pytest.raises(ContractError, match="videos of 2 episodes for 3"):
+        replace(whole, videos=videos[:2])
+
+
 def test_goal_readings_stay_with_their_episodes():
     both = Trajectories.concat([make_trajectories([2, 1]), make_trajectories([1, 3], first_id=2)])
     kept = both.select(torch.tensor([False, True, False, True]))

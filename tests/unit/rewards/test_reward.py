@@ -195,6 +195,11 @@ def test_an_unknown_reward_is_refused(name, message):
             {},
             "requires 'frame'; did you mean 'frames'? Known: frames, proprio, features",
         ),
+        (
+            "class Mine:" + BODY.replace("frozenset()", "frozenset({'video'})"),
+            {},
+            "requires a video and does not say which; give it an attribute `video`, a VideoNeed",
+        ),
     ],
 )
 def test_a_wrong_plug_in_is_refused_before_the_run(write, source, arguments, message):

@@ -41,7 +41,12 @@ from verl_vla.rl.advantage import group_advantage
 ROOT = Path(__file__).resolve().parents[3]
 CONFIG = BenchConfig(curve_groups=4, curve_points=4, resamples=200)
 REWARDS = "binary,knn=knn_align,head=siglip_t,released=srpo_released"
-ARGUMENTS = ["knn.encoder=pixels", "head.encoder=pixels", "released.encoder=pixels"]
+ARGUMENTS = [
+    "knn.encoder=pixels",
+    "head.encoder=pixels",
+    "released.encoder=pixels",
+    "released.video_every=0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +70,13 @@ def test_every_reward_has_a_row_and_those_of_frames_a_shuffled_one(rows):
         "random",
         "oracle",
     }
+
+
+def test_a_reward_of_videos_is_refused_since_none_are_kept():
+    with pytest.raises(ConfigError, match="v: reward 'srpo_released' requires a video, and episod"):
+        make_entries(read_rewards("v=srpo_released", ["v.encoder=pixels"]), seed=0)
+    with pytest.raises(ConfigError, match="set video_every=0 where the reward has it"):
+        make_entries(read_rewards("srpo", ["srpo.encoder=pixels", "srpo.video_every=4"]), seed=0)
 
 
 def test_the_oracle_ranks_perfectly_and_random_does_not_rank(rows):

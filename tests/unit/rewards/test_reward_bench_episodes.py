@@ -65,6 +65,9 @@ def test_an_impossible_play_is_refused(options: dict[str, float], message: str):
 
 def test_what_is_read_is_what_was_played_to_the_bit(tmp_path: Path):
     trajectories = make_trajectories(crash_last=True)
+    number = len(trajectories.episodes)
+    videos = tuple(np.full((b % 3, 4, 4, 3), b, np.uint8) for b in range(number))
+    trajectories = replace(trajectories, videos=videos)
     write_trajectories(_round_file(tmp_path, 0), trajectories)
     read = read_rounds(tmp_path, GROUPS_PER_ROUND)
     for table in ("episodes", "policy_steps"):
@@ -81,6 +84,8 @@ def test_what_is_read_is_what_was_played_to_the_bit(tmp_path: Path):
     assert read.final_images[-1] is trajectories.final_images[-1] is None
     for mine, theirs in zip(trajectories.final_images[:-1], read.final_images[:-1], strict=True):
         assert np.array_equal(mine, theirs)
+    for mine, theirs in zip(videos, read.videos, strict=True):
+        assert (mine.shape, mine.tobytes()) == (theirs.shape, theirs.tobytes())
     assert read.crashes == trajectories.crashes != {}
     assert [f.name for f in tmp_path.iterdir()] == ["round_0000.npz"]
 

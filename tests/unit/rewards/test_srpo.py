@@ -11,9 +11,9 @@ import pytest
 import torch
 from planted_world import make_batch
 
-from verl_vla.core.errors import ConfigError
+from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.core.plugins import import_file
-from verl_vla.rewards import REWARDS_FOLDER, load_reward
+from verl_vla.rewards import REWARDS_FOLDER, VideoNeed, complete, load_reward, video_need
 from verl_vla.rl.advantage import group_advantage
 
 SRPO: Any = import_file(Path(REWARDS_FOLDER) / "srpo.py")
@@ -99,7 +99,7 @@ def test_the_released_advantages_of_one_failure_in_eight_are_those_of_the_outcom
 
 
 def playable(num: int = 8, first: int = 0) -> Any:
-    """A group of one start, with images."""
+    """A group of one start, with videos."""
     rng = np.random.default_rng(3)
     success = np.arange(num) < 3
     lengths = rng.integers(4, 30, num)
@@ -107,7 +107,7 @@ def playable(num: int = 8, first: int = 0) -> Any:
         make_batch(np.where(success, 1.0, 0.5).tolist(), group_size=num, first_id=first),
         features=None,
         feature_space=None,
-        frames=tuple(rng.integers(0, 255, (n, 1, 32, 32, 3), dtype=np.uint8) for n in lengths),
+        videos=tuple(rng.integers(0, 255, (n, 32, 32, 3), dtype=np.uint8) for n in lengths),
     )
 
 
@@ -138,6 +138,68 @@ def test_a_released_video_is_even_in_time_and_never_looped():
     long = np.arange(128, dtype=np.uint8)[:, None, None, None]
     picked = RELEASED.sample_frames(long).ravel()
     assert len(picked) == 64 and picked[[0, 1, -1]].tolist() == [0, 2, 127]
+
+
+class SeenEncoder:
+    """Keeps what it is given; a clip's feature is its mean."""
+
+    feature_space = "seen"
+
+    def __init__(self) -> None:
+        self.clips: list[np.ndarray] = []
+
+    def encode(self, frames: Any) -> list[np.ndarray]:
+        self.clips += frames
+        return [np.full((1, 2), clip.mean(), np.float32) for clip in frames]
+
+
+@pytest.mark.parametrize(("aliasing", "max_frames"), [("none", 64), ("pair", None)])
+def test_the_release_sees_every_step_and_as_many_frames_of_each(aliasing, max_frames):
+    """A success of 120 steps and a failure of 520 look equally long."""
+    reward: Any = load_reward("srpo_released", {"encoder": "pixels", "aliasing": aliasing})
+    assert reward.requires == {"video"}
+    assert reward.video == VideoNeed(every=1, max_frames=max_frames)
+    reward._encoder = SeenEncoder()
+    rng = np.random.default_rng(0)
+    videos = tuple(rng.integers(0, 255, (n, 40, 40, 3), dtype=np.uint8) for n in (121, 521))
+    reward(replace(make_batch([1, 0.5], group_size=2), features=None, videos=videos))
+    clips = reward._encoder.clips
+    assert [len(clip) for clip in clips] == [64] * (2 if aliasing == "none" else 1)
+    if aliasing == "none":
+        for clip, video in zip(clips, videos, strict=True):
+            assert np.array_equal(clip, video[np.linspace(0, len(video) - 1, 64, dtype=int)])
+    else:
+        assert np.array_equal(clips[0][0], videos[0][0])
+        assert np.array_equal(clips[0][-1], videos[1][-1]), "the longer one is alone at the end"
+
+
+def test_the_release_on_what_the_policy_saw_is_there_for_the_benchmark():
+    reward: Any = load_reward("srpo_released", {"encoder": "pixels", "video_every": 0})
+    assert reward.requires == {"frames"} and video_need(reward) is None
+    with pytest.raises(ContractError, match="SrpoReleasedReward requires frames, and has none"):
+        reward(playable())
+
+
+@pytest.mark.parametrize("name", ["srpo", "srpo_released"])
+def test_a_rate_below_0_is_refused(name):
+    with pytest.raises(ConfigError, match="video_every is -1; set at least 1, or 0 for no video"):
+        load_reward(name, {"encoder": "pixels", "video_every": -1})
+
+
+def test_srpo_encodes_the_video_where_it_is_asked_to():
+    plain: Any = load_reward("srpo", {"encoder": "pixels"})
+    filmed: Any = load_reward("srpo", {"encoder": "pixels", "video_every": 2})
+    assert (plain.requires, video_need(plain)) == ({"features"}, None)
+    assert video_need(filmed) == VideoNeed(every=2, max_frames=64)
+    batch = replace(
+        playable(), frames=tuple(np.zeros((2, 1, 32, 32, 3), np.uint8) for _ in "12345678")
+    )
+    features = complete(filmed, batch).features
+    assert [len(rows) for rows in features] == [len(video) for video in batch.videos]
+    assert [len(rows) for rows in complete(plain, batch).features] == [2] * 8
+    for videos in (None, (*batch.videos[:7], np.zeros((0, 0, 0, 3), np.uint8))):
+        with pytest.raises(ContractError, match="SrpoReward requires a video of every episode"):
+            complete(filmed, replace(batch, videos=videos))
 
 
 def test_an_unknown_aliasing_is_refused():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from verl_vla.core.errors import EpisodeCrashed
 from verl_vla.core.tables import ActionChunk, Trajectories
 from verl_vla.envs.base import ChunkResult
 from verl_vla.policies.base import PolicyShape
-from verl_vla.rl.rollout import NoiseSource, RolloutTimes, rollout
+from verl_vla.rl.rollout import Answer, NoiseSource, RolloutTimes, rollout
 
 SHAPE = PolicyShape(num_views=1, image_size=2, chunk_length=4, action_dim=2, num_bins=16)
 NOISE = NoiseSource(seed=7, stream=0)
@@ -246,6 +246,50 @@ def test_an_episode_keeps_the_image_it_ended_in():
     long, lost, short = played.final_images
     assert (long[0, 0, 0, 0], short[0, 0, 0, 0]) == (102, 100)
     assert lost is None
+
+
+class FilmedSimulators(ScriptedSimulators):
+    """Gives as many frames a chunk as it executed, numbered by policy step."""
+
+    def wait(self, slots: Collection[int]) -> dict[int, Answer]:
+        return {slot: self._filmed(answer) for slot, answer in super().wait(slots).items()}
+
+    def _filmed(self, answer: Answer) -> Answer:
+        if not isinstance(answer, ChunkResult):
+            return answer
+        step = int(answer.goals[0, 0, 0])
+        return replace(answer, video=np.full((answer.executed, 2, 2, 3), step, np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("max_frames", "long", "short"),
+    [
+        (None, [0] * 4 + [1] * 4 + [2] * 4, [0] * 4),
+        (5, [0, 0, 1, 2, 2], [0] * 4),
+        (2, [0, 2], [0, 0]),
+    ],
+)
+def test_a_video_is_kept_evenly_in_time(max_frames, long, short):
+    scripts = [Script(policy_steps=3), Script(policy_steps=2, crash_at=1), Script(policy_steps=1)]
+    specs = make_specs(len(scripts))
+    by_id = {spec.episode_id: script for spec, script in zip(specs, scripts, strict=True)}
+    played = rollout(
+        specs,
+        ScriptedPolicy(),
+        FilmedSimulators(by_id, 3),
+        temperature=1.0,
+        noise=NOISE,
+        max_video_frames=max_frames,
+    )
+    frames = [video[:, 0, 0, 0].tolist() if len(video) else [] for video in played.videos]
+    assert frames == [long, [], short]
+
+
+def test_no_video_is_kept_unless_asked_for():
+    specs = make_specs(1)
+    simulators = FilmedSimulators({specs[0].episode_id: Script(policy_steps=2)}, 1)
+    played = rollout(specs, ScriptedPolicy(), simulators, temperature=1.0, noise=NOISE)
+    assert played.videos == ()
 
 
 def test_steps_and_outcomes_are_counted_to_the_action():

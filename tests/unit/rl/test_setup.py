@@ -115,6 +115,15 @@ def test_a_run_holds_the_parts_of_its_recipe_and_closes_its_simulators(recipe, p
         run.simulators.reset({})
 
 
+@pytest.mark.parametrize(("reward_args", "every"), [({}, 0), ({"video_every": 2}, 2)])
+def test_videos_are_rendered_for_a_reward_that_requires_them(
+    recipe, no_simulators, reward_args, every
+):
+    shaped = replace(recipe, reward="srpo", reward_args={"encoder": "pixels", **reward_args})
+    with open_run(shaped) as run:
+        assert run.env_config.video_every == every
+
+
 def _is_running(pid: int) -> bool:
     status = Path(f"/proc/{pid}/stat")
     return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"

@@ -169,17 +169,23 @@ class LiberoEnv:
             raise ContractError("actions hold a value that is not finite")
         outcome = None
         executed = 0
+        frames = [self._render_camera(self.config.cameras[0])] if self._begins_video() else []
         while outcome is None and executed < len(actions):
             outcome = self.step(actions[executed].astype(np.float64))
             executed += 1
+            if self._is_in_video():
+                frames.append(self._render_camera(self.config.cameras[0]))
+        # the newest frame may show this very moment, which need not be rendered again
+        newest = frames[-1] if self._is_in_video() else None
         before, episode.goals = episode.goals, self.simulator(episode.task_id).goals()
         has_ended = outcome is not None
         return ChunkResult(
             executed=executed,
             outcome=outcome,
-            observation=None if has_ended else self.observe(),
+            observation=None if has_ended else self._observe(newest),
             goals=np.stack([before, episode.goals]),
-            final_image=self._render() if has_ended and self.config.render_final else None,
+            final_image=self._render(newest) if has_ended and self.config.render_final else None,
+            video=self._stack_video(frames),
         )
 
     def step(self, action: npt.NDArray[np.float64]) -> Outcome | None:
@@ -194,9 +200,12 @@ class LiberoEnv:
 
     def observe(self) -> Observation:
         """Render the cameras and read the arm, as a policy sees them at this moment."""
+        return self._observe(None)
+
+    def _observe(self, first_view: npt.NDArray[np.uint8] | None) -> Observation:
         task_id = self._under_way().task_id
         return Observation(
-            image=self._render(),
+            image=self._render(first_view),
             proprio=self.simulator(task_id).proprio(),
             instruction=self.suite.task(task_id).instruction,
         )
@@ -237,15 +246,37 @@ class LiberoEnv:
             self._simulators.popitem()[1].close()
         self._episode = None
 
-    def _render(self) -> npt.NDArray[np.uint8]:
-        """Render the cameras' images [V, H, W, 3], also of an episode that has ended."""
-        simulator, size = self.simulator(self._current().task_id), self.config.image_size
-        noise = self.suite.task(self._current().task_id).change.noise
-        images = {name: simulator.render(name) for name in self.config.cameras}
+    def _render(self, first_view: npt.NDArray[np.uint8] | None) -> npt.NDArray[np.uint8]:
+        """Render the cameras' images [V, H, W, 3], also of an episode that has ended.
+
+        ``first_view`` is what `_render_camera` gave for the first camera, if it was rendered.
+        """
+        first, *others = self.config.cameras
+        images = [self._render_camera(first) if first_view is None else first_view]
+        images += [self._render_camera(name) for name in others]
+        return np.stack([prepare_image(image, size=self.config.image_size) for image in images])
+
+    def _render_camera(self, name: str) -> npt.NDArray[np.uint8]:
+        """Render a camera's image [H, W, 3] as LIBERO's environment returns it."""
+        task_id = self._current().task_id
+        noise = self.suite.task(task_id).change.noise
+        image = self.simulator(task_id).render(name)
         # before it is resized: LIBERO-Plus disturbs what its environment returns
-        if noise and CAMERAS[0] in images:
-            images[CAMERAS[0]] = disturb(images[CAMERAS[0]], noise)
-        return np.stack([prepare_image(image, size=size) for image in images.values()])
+        return disturb(image, noise) if noise and name == CAMERAS[0] else image
+
+    def _begins_video(self) -> bool:
+        return self.config.video_every > 0 and self._current().num_steps == 0
+
+    def _is_in_video(self) -> bool:
+        """Return True where the moment after a step is a frame of the video."""
+        every, episode = self.config.video_every, self._current()
+        return every > 0 and (episode.has_ended or episode.num_steps % every == 0)
+
+    def _stack_video(self, frames: list[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8] | None:
+        if not self.config.video_every:
+            return None
+        size = self.config.render_size
+        return np.stack(frames) if frames else np.zeros((0, size, size, 3), dtype=np.uint8)
 
     def _build_simulator(self, task_id: int) -> Simulator:
         from verl_vla.envs.libero.rendering import RenderOptions  # noqa: PLC0415 -- MuJoCo reads MUJOCO_GL first

@@ -1,8 +1,9 @@
 """Messages between a pool and its simulator processes.
 
 Messages are pickled over a socket pair between a pool and the processes that it started; nothing
-from outside is ever unpickled. Images are not part of messages: each slot has a frame in memory
-that both sides map, and a worker writes the image there before it answers for the slot.
+from outside is ever unpickled. What the policy sees is not part of messages: each slot has a frame
+in memory that both sides map, and a worker writes the image there before it answers for the slot.
+Videos, which few rewards ask for and whose length varies, are.
 """
 
 from __future__ import annotations
@@ -105,6 +106,8 @@ class Stepped:
     """None where the episode ended."""
     has_final_image: bool
     """True where the slot's frame holds the image after the episode's last step."""
+    video: npt.NDArray[np.uint8] | None = None
+    """See `ChunkResult.video`."""
     goals: GoalReadings
     busy_s: float
 

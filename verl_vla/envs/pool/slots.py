@@ -206,6 +206,7 @@ class Slots:
             goals=result.goals,
             # copies, here and in `_observe`: the next request of the slot writes to the same frame
             final_image=self._frames[slot].copy() if result.has_final_image else None,
+            video=result.video,
         )
 
     def _note_failure(self, request: Request, result: Failed) -> StartEpisode | None:

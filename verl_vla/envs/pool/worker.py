@@ -119,6 +119,7 @@ def _do(env: Env, frames: Frames, request: Request) -> Reply:
         outcome=result.outcome,
         moment=moment,
         has_final_image=result.final_image is not None,
+        video=result.video,
         goals=result.goals,
         busy_s=time.perf_counter() - began,
     )

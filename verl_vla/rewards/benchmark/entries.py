@@ -21,6 +21,7 @@ from verl_vla.rewards import (
     TrajectoryBatch,
     TrajectoryReward,
     load_reward,
+    video_need,
 )
 
 
@@ -117,7 +118,8 @@ def make_entries(specs: Mapping[str, RewardSpec], seed: int) -> list[Entry]:
         seed: random seed of the rewards.
 
     Raises:
-        ConfigError: a reward cannot be constructed; the message names its label and the reason.
+        ConfigError: a reward cannot be constructed, or requires a video; the message names its
+            label and the reason.
     """
     made = [
         Entry(label=label, reward=_make(label, spec, seed), is_control=False)
@@ -135,7 +137,13 @@ def make_entries(specs: Mapping[str, RewardSpec], seed: int) -> list[Entry]:
 
 def _make(label: str, spec: RewardSpec, seed: int) -> TrajectoryReward:
     try:
-        return load_reward(spec.reward, spec.reward_args, seed=seed)
+        reward = load_reward(spec.reward, spec.reward_args, seed=seed)
+        if video_need(reward) is not None:
+            raise ConfigError(
+                f"reward {spec.reward!r} requires a video, and episodes kept for reward-bench have "
+                "the images of policy steps alone; set video_every=0 where the reward has it"
+            )
+        return reward
     except ConfigError as error:
         raise ConfigError(
             f"{label}: {error} (here an argument is written --reward-args {label}.KEY=VALUE)"

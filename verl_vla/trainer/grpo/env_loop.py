@@ -20,7 +20,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl_vla.core.episode import EpisodeSpec
 from verl_vla.core.errors import RewardError
 from verl_vla.core.tables import Trajectories
-from verl_vla.rewards import TrajectoryReward, learn, score
+from verl_vla.rewards import TrajectoryReward, learn, score, video_need
 from verl_vla.rl.group_sampling import StartSampler
 from verl_vla.rl.rollout import NoiseSource, RolloutTimes, Simulators, rollout
 from verl_vla.runs.console import episodes_bar
@@ -106,6 +106,8 @@ class EpisodeLoop:
         self._policy = policy
         self._simulators = simulators
         self._reward = reward
+        video = video_need(reward)
+        self._max_video_frames = 0 if video is None else video.max_frames
         self._suite, self._mirrored = suite, mirrored
         self._temperature = temperature
         self._noise = NoiseSource(seed=seed, stream=TRAINING_STREAM)
@@ -185,6 +187,7 @@ class EpisodeLoop:
                 noise=self._noise,
                 times=self.stats.times,
                 ended=ended,
+                max_video_frames=self._max_video_frames,
             )
 
     def _score_and_store(self, alive: Trajectories, global_step: int) -> dict[int, float]:

@@ -20,7 +20,7 @@ from verl_vla.evaluation.evaluate import Evaluation
 from verl_vla.policies.base import Processor
 from verl_vla.policies.openvla_oft.modelling import require_backend
 from verl_vla.policies.registry import check_adapters, load_processor, require_valid
-from verl_vla.rewards import TrajectoryReward, load_reward, looks_at_images
+from verl_vla.rewards import TrajectoryReward, load_reward, looks_at_images, video_need
 from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, task_ids
 from verl_vla.runs.metrics import read_metrics
 from verl_vla.runs.run_dir import evaluation_record, keep_evaluation, open_run_dir
@@ -120,7 +120,12 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     processor = load_processor(policy_folder, recipe.policy.unnorm_key)
     reward = load_reward(recipe.reward, recipe.reward_args, seed=recipe.seed)
     # the image after the last step is rendered only for a reward that looks at it
-    config = replace(env_config(env, processor), render_final=looks_at_images(reward))
+    video = video_need(reward)
+    config = replace(
+        env_config(env, processor),
+        render_final=looks_at_images(reward),
+        video_every=0 if video is None else video.every,
+    )
     chosen.require_simulator()
     training = starts(chosen, tasks, "train")
     evaluated = starts(
