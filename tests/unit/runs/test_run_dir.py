@@ -34,9 +34,9 @@ def test_an_evaluation_is_written_with_its_conditions():
         "total": rate,
         "tasks": {"name": rate},
         "episodes": [
-            {"task": 2, "init_state": 50, "outcome": 0, "steps": 10},
-            {"task": 2, "init_state": 51, "outcome": 1, "steps": 11},
-            {"task": 2, "init_state": 52, "outcome": 2, "steps": 12},
+            {"episode": 0, "task": 2, "init_state": 50, "outcome": 0, "steps": 10},
+            {"episode": 1, "task": 2, "init_state": 51, "outcome": 1, "steps": 11},
+            {"episode": 2, "task": 2, "init_state": 52, "outcome": 2, "steps": 12},
         ],
         "crashes": {"2": "lost"},
     }
