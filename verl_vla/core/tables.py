@@ -227,3 +227,12 @@ def concat_tables(tables: Sequence[Table]) -> Table:
         tables[0],  # pyright: ignore[reportArgumentType]
         **{name: torch.cat([getattr(t, name) for t in tables]) for name in names},
     )
+
+
+def pick_by_time(num_frames: int, wanted: int) -> npt.NDArray[np.int64]:
+    """Choose frames at equal steps of time, the first and the last included.
+
+    >>> pick_by_time(7, 3).tolist(), pick_by_time(2, 3).tolist()
+    ([0, 3, 6], [0, 1])
+    """
+    return np.linspace(0, num_frames - 1, min(num_frames, wanted), dtype=np.int64)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from verl_vla.core.episode import EpisodeSpec, GoalReadings, Observation, Outcome, Reading
 from verl_vla.core.errors import EpisodeCrashed
-from verl_vla.core.tables import ActionChunk, Episodes, PolicySteps, Trajectories
+from verl_vla.core.tables import ActionChunk, Episodes, PolicySteps, Trajectories, pick_by_time
 from verl_vla.envs.base import ChunkResult
 from verl_vla.policies.base import Policy
 
@@ -263,7 +263,7 @@ def thin_video(video: npt.NDArray[np.uint8], max_frames: int | None) -> npt.NDAr
     """Keep frames of [F, H, W, 3] at equal steps of time, the first and the last included."""
     if max_frames is None or len(video) <= max_frames:
         return video
-    return video[np.linspace(0, len(video) - 1, max_frames, dtype=np.int64)]
+    return video[pick_by_time(len(video), max_frames)]
 
 
 def _tabulate(records: list[_Record], policy: Policy, has_videos: bool = False) -> Trajectories:

@@ -22,10 +22,11 @@ from transformers import (
 )
 
 from verl_vla.core.errors import ConfigError, ContractError
+from verl_vla.core.tables import pick_by_time
 from verl_vla.policies.normalization import ActionStatistics
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
 from verl_vla.rewards.encoders import ENCODERS, make_encoder
-from verl_vla.rewards.encoders.vjepa2 import pick_by_content, pick_by_time
+from verl_vla.rewards.encoders.vjepa2 import pick_by_content
 
 VIT: dict[str, Any] = {
     "hidden_size": 32,

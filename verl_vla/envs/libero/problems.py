@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +62,6 @@ def _scene_arguments(change: SceneChange) -> dict[str, Any]:
 
 
 @contextmanager
-def seeded(seed: int) -> Generator[None]:
-    """Seed numpy's global generator, which LIBERO samples from; restore its state afterwards."""
-    before = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(before)
-
-
-@contextmanager
 def continued(random_state: dict[str, Any]) -> Generator[None]:
     """Continue numpy's global generator from a state; restore its own state afterwards."""
     before = np.random.get_state()
@@ -81,6 +70,11 @@ def continued(random_state: dict[str, Any]) -> Generator[None]:
         yield
     finally:
         np.random.set_state(before)
+
+
+def seeded(seed: int) -> AbstractContextManager[None]:
+    """Seed numpy's global generator, which LIBERO samples from; restore its state afterwards."""
+    return continued(np.random.RandomState(seed).get_state(legacy=False))
 
 
 def trim_heap() -> None:

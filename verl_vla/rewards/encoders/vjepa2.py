@@ -21,6 +21,7 @@ from transformers import VJEPA2Model, VJEPA2VideoProcessor
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from verl_vla.core.errors import ConfigError, ContractError
+from verl_vla.core.tables import pick_by_time
 from verl_vla.rewards.encoders.base import (
     BatchedEncoder,
     Features,
@@ -149,15 +150,6 @@ class Vjepa2Encoder(BatchedEncoder):
         # tokens are in the order of time: [n, tubelets, patches, D]
         tubelets = tokens.view(num, length // self._tubelet, self._patches, self._width)
         return tubelets.float().mean(dim=2).cpu().numpy()
-
-
-def pick_by_time(num_frames: int, wanted: int) -> npt.NDArray[np.int64]:
-    """Choose frames at equal steps of time, the first and the last included.
-
-    >>> pick_by_time(7, 3).tolist(), pick_by_time(2, 3).tolist()
-    ([0, 3, 6], [0, 1])
-    """
-    return np.linspace(0, num_frames - 1, min(num_frames, wanted), dtype=np.int64)
 
 
 def pick_by_content(episode: Images, num_frames: int) -> npt.NDArray[np.int64]:

@@ -86,9 +86,6 @@ class SFTEngine(VLAEngine):
                     "reduce_dtype": "fp32",
                     "buffer_dtype": "fp32",
                 },
-                # as in veRL's own recipes: gradients that wait for the last micro-batch are whole,
-                # and FSDP2 cannot add them up where they are of another dtype than the weights
-                use_no_sync_for_gradient_accumulation=False,
             ),
             FSDPOptimizerConfig(
                 # the schedule is `_build_lr_scheduler`'s; veRL has constant and cosine only
@@ -129,15 +126,15 @@ class SFTEngine(VLAEngine):
             DivergedError: too many steps in a row were left out.
         """
         size = self._run.recipe.optimizer.micro_batch_size
-        starts = range(0, len(batch.action_tokens), size)
         sums = torch.zeros(2, dtype=torch.float64)
         with self.train_mode():
             self.optimizer_zero_grad()
-            for start in starts:
-                with self._gradient_sync_context(is_last_micro_batch=start == starts[-1]):
-                    output = self._sft_forward(batch, slice(start, start + size))
-                    # FSDP averages over ranks, each of which has as many samples
-                    (output.loss.sum() / len(batch.action_tokens)).backward()
+            # FSDP2 shares out every micro-batch's gradients. To wait for the last one, as veRL can,
+            # keeps whole gradients, which FSDP2 cannot add up in another dtype than the weights'.
+            for start in range(0, len(batch.action_tokens), size):
+                output = self._sft_forward(batch, slice(start, start + size))
+                # FSDP averages over ranks, each of which has as many samples
+                (output.loss.sum() / len(batch.action_tokens)).backward()
                 # `optimizer_step` leaves the step out where one of these is not finite
                 self.losses.append(float(output.loss.detach().sum()))
                 sums += output.measured().sum(1)
