@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from verl_vla.config.choices import SUITES
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.suite import make_libero_env
-from verl_vla.envs.names import SUITES
 
 pytestmark = pytest.mark.sim
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from verl_vla.config.choices import CAMERAS
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.assets import asset_folder
 from verl_vla.envs.libero.suite import make_libero_env
-from verl_vla.envs.names import CAMERAS
 
 SIZE = 128
 
@@ -23,7 +23,9 @@ SIZE = 128
 def main(suite_name: str, task_id: int, folder: Path) -> None:
     ours = make_libero_env(EnvConfig(suite=suite_name))
     if suite_name == "mini":
-        import verl_vla.envs.mini.problem  # noqa: F401, PLC0415 -- registers itself
+        from verl_vla.envs.mini.problem import register_mini_problem  # noqa: PLC0415 -- imports LIBERO
+
+        register_mini_problem()
     from libero.libero.envs import OffScreenRenderEnv  # noqa: PLC0415 -- after `make_libero_env`
     from robosuite.utils.transform_utils import quat2axisangle  # noqa: PLC0415 -- the same
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from verl_vla.config.choices import CAMERAS
 from verl_vla.core.errors import ConfigError
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.env import SETTLE_ACTION, LiberoEnv
 from verl_vla.envs.libero.suite import make_libero_env
-from verl_vla.envs.names import CAMERAS
 
 pytestmark = pytest.mark.sim
 

@@ -13,6 +13,7 @@ import torch
 from recorded_demos import IDLE_AT, RENDER_SIZE
 from torch.utils.data import DataLoader
 
+from verl_vla.config.choices import CAMERAS
 from verl_vla.config.sft import DemoChoice
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.image_preprocessing import prepare_image
@@ -23,7 +24,6 @@ from verl_vla.datasets.rerender import Rerendering, rerender, rerender_task
 from verl_vla.datasets.sft_dataset import DemoSamples, Draw, SampleBatch, StepSampler, collate
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.suite import make_libero_env
-from verl_vla.envs.names import CAMERAS
 from verl_vla.envs.registry import suite
 from verl_vla.policies.action_codec import ActionCodec
 

@@ -17,11 +17,11 @@ import pytest
 
 from verl_vla.cli import demos
 from verl_vla.cli.arguments import parse
+from verl_vla.config.choices import CAMERAS
 from verl_vla.core.errors import ConfigError
 from verl_vla.datasets.expert_episode import RecordingConfig, play_expert
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.suite import make_libero_env
-from verl_vla.envs.names import CAMERAS
 
 if TYPE_CHECKING:
     from verl_vla.envs.libero.simulator import Simulator

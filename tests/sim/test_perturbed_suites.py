@@ -17,6 +17,7 @@ import pytest
 from verl_vla.cli import check_suite
 from verl_vla.cli import eval as eval_verb
 from verl_vla.cli.arguments import parse
+from verl_vla.config.choices import CAMERAS
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.image_preprocessing import prepare_image
 from verl_vla.envs.base import EnvConfig
@@ -24,7 +25,6 @@ from verl_vla.envs.libero.env import SETTLE_ACTION, LiberoEnv
 from verl_vla.envs.libero.image_noise import disturb
 from verl_vla.envs.libero.plus_suites import NO_LIGHTS
 from verl_vla.envs.libero.suite import FIRST_OBJECT, POSE, libero_suite, make_libero_env
-from verl_vla.envs.names import CAMERAS
 from verl_vla.evaluation.compare import RESULT
 from verl_vla.evaluation.perturbed import TABLE
 

@@ -14,6 +14,7 @@ from recorded_demos import IDLE_AT
 
 from verl_vla.cli import demos
 from verl_vla.cli.arguments import parse
+from verl_vla.config.choices import CAMERAS
 from verl_vla.core.errors import ConfigError
 from verl_vla.datasets.libero_reader import demo_file
 from verl_vla.datasets.libero_writer import IMAGES, RECORDING
@@ -21,7 +22,6 @@ from verl_vla.datasets.rerender import MODEL, Rerendering, rerender, rerender_ta
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.env import LiberoEnv
 from verl_vla.envs.libero.suite import libero_suite, make_libero_env
-from verl_vla.envs.names import CAMERAS
 
 pytestmark = pytest.mark.sim
 

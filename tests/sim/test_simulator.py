@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from verl_vla.config.choices import CAMERAS
 from verl_vla.core.episode import Outcome
 from verl_vla.core.image_preprocessing import prepare_image
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero import env as libero_env
 from verl_vla.envs.libero.env import SETTLE_ACTION, LiberoEnv
 from verl_vla.envs.libero.suite import make_libero_env
-from verl_vla.envs.names import CAMERAS
 
 pytestmark = pytest.mark.sim
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from verl_vla.config.choices import CAMERAS
 from verl_vla.datasets.libero_reader import demo_file
 from verl_vla.datasets.libero_writer import IMAGES
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.env import SETTLE_ACTION, LiberoEnv
 from verl_vla.envs.libero.suite import make_libero_env
 from verl_vla.envs.mini.experts import EXPERTS
-from verl_vla.envs.names import CAMERAS
 
 PACE = 0.8
 IDLE_AT = (0, 7, 8)

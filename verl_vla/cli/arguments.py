@@ -10,17 +10,20 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import get_args
 
-from verl_vla.config.choices import ACTION_ROWS, DECODINGS, DTYPES, PROTOCOLS
-from verl_vla.diagnostics.planning.gpus import GPUS
-from verl_vla.envs.names import (
+from verl_vla.config.choices import (
+    ACTION_ROWS,
     ALL_BASES,
     CAMERAS,
+    DECODINGS,
+    DTYPES,
     PERTURBATIONS,
+    PROTOCOLS,
     SUITES,
     SUITES_WITH_EXPERTS,
     Fixtures,
     Split,
 )
+from verl_vla.diagnostics.planning.gpus import GPUS
 
 Parser = argparse.ArgumentParser
 

@@ -10,9 +10,9 @@ import argparse
 import shtab
 
 from verl_vla.cli.arguments import COMMANDS, Parser, make_parser
+from verl_vla.config.choices import PERTURBATIONS, SUITES
 from verl_vla.config.compose import group_options, recipe_names
 from verl_vla.config.sft import SFT_RECIPES_FOLDER
-from verl_vla.envs.names import PERTURBATIONS, SUITES
 
 OVERRIDES = "overrides"
 GROUPS = ("suite", "reward", "profile")

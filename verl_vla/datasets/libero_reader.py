@@ -23,13 +23,13 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from verl_vla.config.choices import CAMERAS
 from verl_vla.config.sft import DemoChoice
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.image_preprocessing import Pixels
 from verl_vla.datasets.action_targets import moving_steps
 from verl_vla.datasets.libero_writer import DISTURBED, FILE_SUFFIX, IMAGES, RENDERED, file_name
 from verl_vla.envs.libero.suite import LiberoSuite
-from verl_vla.envs.names import CAMERAS
 
 JOINTS = "obs/joint_states"
 """Path of the arm's joint angles [T, 7], rad, within an episode's group."""

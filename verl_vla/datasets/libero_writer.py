@@ -30,8 +30,8 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from verl_vla.config.choices import CAMERAS
 from verl_vla.core.errors import ConfigError
-from verl_vla.envs.names import CAMERAS
 
 IMAGES: dict[str, str] = dict(
     zip(CAMERAS, ("obs/agentview_rgb", "obs/eye_in_hand_rgb"), strict=True)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from verl_vla.config.choices import CAMERAS
 from verl_vla.core.image_preprocessing import Pixels, prepare_image
 from verl_vla.datasets.action_targets import action_chunks, target_action_tokens
 from verl_vla.datasets.augmentation import CROP_AREA, Change, augment
 from verl_vla.datasets.libero_reader import Demo, FrameReader
-from verl_vla.envs.names import CAMERAS
 from verl_vla.policies.action_codec import ActionCodec
 
 WHOLE_IMAGE = 1.0

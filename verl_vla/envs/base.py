@@ -17,10 +17,10 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
+from verl_vla.config.choices import Fixtures, Split
 from verl_vla.core.episode import GoalReadings, Observation, Outcome
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.text import nearest
-from verl_vla.envs.names import Fixtures, Split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from verl_vla.config.choices import Fixtures, Split
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.provenance import provenance
 from verl_vla.envs.base import EnvConfig, Suite
 from verl_vla.envs.libero.assets import describe_assets, find_assets
 from verl_vla.envs.libero.gl import renderer_name
 from verl_vla.envs.libero.suite import LiberoSuite
-from verl_vla.envs.names import Fixtures, Split
 from verl_vla.envs.registry import suite
 
 DECIDES = (

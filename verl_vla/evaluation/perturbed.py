@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from verl_vla.config.choices import ALL_BASES, PERTURBATIONS, PERTURBED_BASES, PRO_AXES, Split
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import atomic_write
 from verl_vla.core.text import nearest
 from verl_vla.envs.base import Suite
 from verl_vla.envs.libero.suite import LiberoSuite, libero_suite
-from verl_vla.envs.names import ALL_BASES, PERTURBATIONS, PERTURBED_BASES, PRO_AXES, Split
 from verl_vla.evaluation.compare import read_evaluation
 from verl_vla.evaluation.perturbation_table import make_rows, table, told_differences
 from verl_vla.rl.setup import starts, task_ids

@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import yaml
 
+from verl_vla.config.choices import Fixtures
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.success_rate import SuccessRate
 from verl_vla.core.text import TextTable
 from verl_vla.envs.base import EnvConfig, Suite
-from verl_vla.envs.names import Fixtures
 from verl_vla.policies.base import PolicyShape
 from verl_vla.rl.setup import PUBLISHED_RENDER_SIZE
 

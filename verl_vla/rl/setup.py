@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from verl_vla.config.choices import Split
 from verl_vla.config.shared import EnvironmentConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import PROJECT_FOLDER
 from verl_vla.envs.base import EnvConfig, Suite, simulators_per_process
 from verl_vla.envs.libero.suite import LiberoSuite
-from verl_vla.envs.names import Split
 from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.envs.registry import absolute_name, make_env, suite
 from verl_vla.policies.base import PolicyShape, Processor

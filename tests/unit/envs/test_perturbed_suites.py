@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from verl_vla.config.choices import PLUS_AXES
 from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.envs.libero import bddl_text, task_packages
 from verl_vla.envs.libero.init_states import read_states
@@ -33,7 +34,6 @@ from verl_vla.envs.libero.pro_suites import (
 from verl_vla.envs.libero.scene_change import UNCHANGED, CameraMove, SceneChange
 from verl_vla.envs.libero.suite import FIRST_OBJECT, POSE, libero_suite
 from verl_vla.envs.libero.task_packages import PLUS, PRO, package_folder
-from verl_vla.envs.names import PLUS_AXES
 from verl_vla.rl.setup import starts, task_ids
 
 

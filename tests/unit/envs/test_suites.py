@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from verl_vla.config.choices import CAMERAS, SUITES
 from verl_vla.core.errors import ConfigError
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.suite import instruction_of, make_libero_env
 from verl_vla.envs.libero.task import MAX_SAMPLED
-from verl_vla.envs.names import CAMERAS, SUITES
 from verl_vla.envs.registry import step_limit, suite
 
 SIZES = {

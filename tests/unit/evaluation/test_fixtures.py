@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from verl_vla.config.choices import Fixtures, Split
 from verl_vla.core.errors import ConfigError
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.suite import libero_suite
-from verl_vla.envs.names import Fixtures, Split
 from verl_vla.evaluation.compare import pair
 from verl_vla.evaluation.conditions import DECIDES, fixtures_of, played_in
 from verl_vla.runs.replay import env_of

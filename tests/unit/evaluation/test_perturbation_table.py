@@ -10,10 +10,10 @@ import pytest
 
 from verl_vla.cli import eval as eval_verb
 from verl_vla.cli.arguments import parse
+from verl_vla.config.choices import PERTURBED_BASES
 from verl_vla.core.episode import Outcome, Start
 from verl_vla.core.errors import ConfigError
 from verl_vla.envs.libero.suite import libero_suite
-from verl_vla.envs.names import PERTURBED_BASES
 from verl_vla.envs.registry import suite
 from verl_vla.evaluation.compare import RESULT
 from verl_vla.evaluation.perturbation_table import make_rows, table

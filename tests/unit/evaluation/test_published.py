@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from verl_vla.cli.main import EXIT_USAGE, main
+from verl_vla.config.choices import Fixtures
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.success_rate import SuccessRate
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.suite import libero_suite
-from verl_vla.envs.names import Fixtures
 from verl_vla.evaluation.published import (
     ALLOWED,
     DEFAULTS,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from verl_vla.config.choices import CAMERAS
 from verl_vla.config.grpo import (
     ColdStartConfig,
     GRPOClusterConfig,
@@ -24,7 +25,6 @@ from verl_vla.config.grpo import (
 from verl_vla.config.shared import EnvironmentConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError, ContractError
-from verl_vla.envs.names import CAMERAS
 from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.envs.registry import suite
 from verl_vla.policies.base import PolicyShape

@@ -7,7 +7,6 @@ process with another renderer.
 from __future__ import annotations
 
 import argparse
-import importlib
 import multiprocessing
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from verl_vla.config.choices import SUITES
 from verl_vla.core.signals import end_with_parent
 from verl_vla.diagnostics.benchmarks.measuring import (
     Record,
@@ -33,7 +33,6 @@ from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.assets import asset_folder
 from verl_vla.envs.libero.env import SETTLE_ACTION
 from verl_vla.envs.libero.suite import make_libero_env
-from verl_vla.envs.names import SUITES
 
 CHUNK = 8
 """Steps of a chunk in the published OpenVLA-OFT policies for LIBERO."""
@@ -163,7 +162,9 @@ def _stock(options: argparse.Namespace) -> Work:
     ours = make_libero_env(EnvConfig(suite=options.suite))
     task = ours.suite.task(options.task)
     if not ours.suite.needs_assets:
-        importlib.import_module("verl_vla.envs.mini.problem")  # the import registers the problem
+        from verl_vla.envs.mini.problem import register_mini_problem  # noqa: PLC0415 -- imports LIBERO
+
+        register_mini_problem()
     from libero.libero.envs import OffScreenRenderEnv  # noqa: PLC0415 -- after `make_libero_env`
 
     init_state = ours.suite.load_init_states(options.task)[0]

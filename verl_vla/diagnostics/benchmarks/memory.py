@@ -6,10 +6,10 @@ import argparse
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
+from verl_vla.config.choices import SUITES
 from verl_vla.core.signals import end_with_parent
 from verl_vla.diagnostics.benchmarks.measuring import Record, record, require_positive, spread
 from verl_vla.envs.libero.simulator_memory import sizes_by_task
-from verl_vla.envs.names import SUITES
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

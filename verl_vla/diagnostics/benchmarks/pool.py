@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from verl_vla.config.choices import SUITES
 from verl_vla.core.episode import EpisodeSpec, Observation
 from verl_vla.core.tables import ActionChunk
 from verl_vla.diagnostics.benchmarks.measuring import (
@@ -26,7 +27,6 @@ from verl_vla.diagnostics.benchmarks.measuring import (
     timed,
 )
 from verl_vla.envs.base import EnvFactory
-from verl_vla.envs.names import SUITES
 from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.envs.registry import suite
 from verl_vla.policies.base import Policy, PolicyShape

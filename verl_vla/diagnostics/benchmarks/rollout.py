@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from verl_vla.config.choices import SUITES
 from verl_vla.core.episode import EpisodeSpec
 from verl_vla.diagnostics.benchmarks.measuring import (
     NOISE,
@@ -27,7 +28,6 @@ from verl_vla.diagnostics.benchmarks.measuring import (
     take_turns,
     timed,
 )
-from verl_vla.envs.names import SUITES
 from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.policies.base import Policy
 from verl_vla.policies.registry import load_policy

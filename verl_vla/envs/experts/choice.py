@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from verl_vla.config.choices import SUITES_WITH_EXPERTS
 from verl_vla.core.errors import ConfigError
 from verl_vla.envs.experts.motion import Expert
 from verl_vla.envs.experts.pick_and_place import PickAndPlace
 from verl_vla.envs.mini.experts import EXPERTS
-from verl_vla.envs.names import SUITES_WITH_EXPERTS
 
 if TYPE_CHECKING:
     from verl_vla.envs.libero.simulator import Simulator

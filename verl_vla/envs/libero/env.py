@@ -5,7 +5,6 @@ MuJoCo and LIBERO are imported when the first simulator is built, not when this 
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from verl_vla.config.choices import CAMERAS
 from verl_vla.core.episode import GoalReadings, Observation, Outcome
 from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.core.image_preprocessing import prepare_image
@@ -27,7 +27,6 @@ from verl_vla.envs.libero.memory import available_bytes
 from verl_vla.envs.libero.mujoco_version import require_libero_physics
 from verl_vla.envs.libero.task import ACTION_DIM, MAX_SAMPLED
 from verl_vla.envs.mini.geometry import ASSETS, HIDDEN_BODIES
-from verl_vla.envs.names import CAMERAS
 
 if TYPE_CHECKING:
     from verl_vla.envs.libero.fixtures import FixturePlacement
@@ -279,24 +278,23 @@ class LiberoEnv:
         return np.stack(frames) if frames else np.zeros((0, size, size, 3), dtype=np.uint8)
 
     def _build_simulator(self, task_id: int) -> Simulator:
+        from verl_vla.envs.libero.problems import register_pro_objects  # noqa: PLC0415 -- LIBERO, its config
         from verl_vla.envs.libero.rendering import RenderOptions  # noqa: PLC0415 -- MuJoCo reads MUJOCO_GL first
         from verl_vla.envs.libero.simulator import Simulator  # noqa: PLC0415 -- LIBERO, its config
+        from verl_vla.envs.mini.problem import register_mini_problem  # noqa: PLC0415 -- LIBERO, its config
 
         task = self.suite.task(task_id)
         if task.refused is not None:
             raise ConfigError(f"{task.name} of {self.suite.name} cannot be built: {task.refused}")
         look = RenderOptions(self.config.render_size, camera_move=task.change.camera)
         if not self.suite.needs_assets:
-            importlib.import_module("verl_vla.envs.mini.problem")  # registers itself
+            register_mini_problem()
             look = replace(
                 look, has_shadows=False, is_antialiased=False, hidden_bodies=HIDDEN_BODIES
             )
         # LIBERO-PRO's tasks name objects that LIBERO knows only once they are registered
         if self.suite.package is not None:
-            pro_objects = importlib.import_module(
-                "verl_vla.envs.libero.pro_objects"
-            )  # LIBERO, its config
-            pro_objects.register_pro_objects()
+            register_pro_objects()
         with asset_folder(self.assets), task.definition_file() as bddl_file:
             return Simulator(bddl_file, look, task.change)
 

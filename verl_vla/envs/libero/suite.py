@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from verl_vla.config.choices import CAMERAS, SUITES, Split
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.text import nearest
 from verl_vla.envs.base import Env, EnvConfig, StepLimit, Suite
@@ -28,7 +29,6 @@ from verl_vla.envs.libero.plus_suites import PLUS_SUITES, plus_tasks
 from verl_vla.envs.libero.pro_suites import PRO_SUITES, pro_objects, pro_tasks
 from verl_vla.envs.libero.task import ACTION_DIM, MAX_SAMPLED, PROPRIO_DIM, LiberoTask
 from verl_vla.envs.libero.task_packages import DISTRIBUTIONS, PLUS, PRO
-from verl_vla.envs.names import CAMERAS, SUITES, Split
 
 SIMULATION = ("mujoco", "robosuite", "hf-libero")
 """Packages whose versions decide a simulator's results."""

@@ -1,4 +1,4 @@
-"""The mini suite's table-top problem, registered with LIBERO's BDDL machinery when imported.
+"""The mini suite's table-top problem, and its objects, which are registered when imported.
 
 Importing this module imports LIBERO and robosuite: call
 `verl_vla.envs.libero.assets.import_libero` first, and build the problem within
@@ -128,5 +128,7 @@ def _describe(thing: Any, category: str) -> None:
     thing.object_properties = {"vis_site_names": {}}
 
 
-register_problem(Mini_Tabletop)
-REGION_SAMPLERS["mini_tabletop"] = {"table": TableRegionSampler}
+def register_mini_problem() -> None:
+    """Make the problem known to LIBERO's BDDL machinery; a second call changes nothing."""
+    register_problem(Mini_Tabletop)
+    REGION_SAMPLERS["mini_tabletop"] = {"table": TableRegionSampler}

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from verl_vla.config.choices import CAMERAS, SUITES
 from verl_vla.config.sft import SFTRecipe
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError
@@ -21,7 +22,6 @@ from verl_vla.datasets.rerender import Rerendering, rerender
 from verl_vla.datasets.sft_dataset import DemoSamples
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.suite import libero_suite
-from verl_vla.envs.names import CAMERAS, SUITES
 from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.policies.base import Processor
 from verl_vla.policies.normalization import (
