@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -152,6 +155,31 @@ def test_an_update_is_the_same_however_it_is_cut() -> None:
     assert len(rates) == 1
     assert rates[0] > 0
     assert peak > 0.1
+
+
+def test_a_checkout_brings_its_own_entry_points(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\nname = "verl-vla"\n'
+        '[project.entry-points."verl.plugins"]\nverl_vla = "verl_vla.of_another_commit"\n'
+    )
+    step.write_entry_points(tmp_path)
+    code = (
+        "from importlib.metadata import entry_points\n"
+        "print([e.value for e in entry_points(group='verl.plugins') if e.name == 'verl_vla'])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == "['verl_vla.of_another_commit']"
+
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "verl-vla"\n')
+    with pytest.raises(ConfigError, match="names no platform"):
+        step.write_entry_points(tmp_path)
 
 
 def test_steps_of_two_commits_are_compared_number_by_number() -> None:

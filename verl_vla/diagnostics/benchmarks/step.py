@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,8 @@ PUSHING = (
 )
 """Training arguments of both runs: the current base, whose format the other commit can read, on a
 task that it has: push the red cube."""
+PLATFORM = re.compile(r'^verl_vla = "(.+)"$', re.MULTILINE)
+"""Line of ``pyproject.toml`` with the module by which veRL finds the CPU platform."""
 LATER = "cold_start.mode=off"
 PARTS = {
     "step": ("timing_s/step", "time/step_s"),
@@ -124,9 +127,34 @@ def _checkout(commit: str) -> Generator[Path]:
         tree = Path(folder) / "tree"
         _git("worktree", "add", "--detach", str(tree), commit)
         try:
+            write_entry_points(tree)
             yield tree
         finally:
             _git("worktree", "remove", "--force", str(tree))
+
+
+def write_entry_points(tree: Path) -> None:
+    """Write the entry points of a checkout beside its package.
+
+    veRL finds the CPU platform by an entry point. On ``PYTHONPATH`` these come before those of the
+    installed package, which name the modules of the current commit.
+
+    Args:
+        tree: root of the checkout, with its ``pyproject.toml``.
+
+    Raises:
+        ConfigError: the commit has no entry point for veRL.
+    """
+    platform = PLATFORM.search((tree / "pyproject.toml").read_text())
+    if platform is None:
+        raise ConfigError(
+            f"the pyproject.toml of {tree} names no platform for veRL; set --against to a commit "
+            f"from {SPINE} on"
+        )
+    metadata = tree / "verl_vla.egg-info"
+    metadata.mkdir(exist_ok=True)
+    (metadata / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: verl-vla\n")
+    (metadata / "entry_points.txt").write_text(f"[verl.plugins]\nverl_vla = {platform[1]}\n")
 
 
 def _git(*arguments: str) -> None:
