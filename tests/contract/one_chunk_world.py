@@ -35,6 +35,9 @@ class OneChunkSimulators:
     def step(self, chunks: Mapping[int, np.ndarray]) -> None:
         self._has_moved |= chunks.keys()
 
+    def have_answered(self, slots: Collection[int]) -> bool:
+        return True
+
     def wait(self, slots: Collection[int]) -> dict[int, Observation | ChunkResult | EpisodeCrashed]:
         return {slot: self._answer(slot) for slot in slots}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +75,29 @@ class Policy(Protocol):
             temperature: temperature of the categorical distribution; 0 takes the most likely bin
                 and ignores ``noise``.
         """
+        ...
+
+
+class PendingChunk(Protocol):
+    """One action chunk for each of some observations, while a policy computes them."""
+
+    def is_ready(self, timeout_s: float) -> bool:
+        """Wait at most ``timeout_s``; return True once `collect` need not wait."""
+        ...
+
+    def collect(self) -> ActionChunk:
+        """Wait for the chunks and return them."""
+        ...
+
+
+@runtime_checkable
+class AsyncPolicy(Policy, Protocol):
+    """A policy that computes elsewhere, so that its caller need not wait for it."""
+
+    def request(
+        self, observations: Sequence[Observation], noise: Tensor, *, temperature: float
+    ) -> PendingChunk:
+        """Begin to sample one chunk for each observation; the arguments are those of `act`."""
         ...
 
 

@@ -1,9 +1,10 @@
 """Play episodes with the current policy and write down what happened.
 
 Slots are split into two halves that take turns: while the simulators of one half move, the
-policy decides for the other. A slot whose episode has ended takes the next one at once. The
-order of policy steps is fixed by the list of episodes alone, never by which simulator was faster,
-so the same run gives the same numbers.
+policy decides for the other. A policy that computes elsewhere gets the request of the second half
+before it has answered that of the first, so it never waits for this process. A slot whose episode
+has ended takes the next one at once. The batches of the policy are fixed by the list of episodes
+alone, never by which simulator was faster, so the same run gives the same numbers.
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ from verl_vla.core.episode import EpisodeSpec, GoalReadings, Observation, Outcom
 from verl_vla.core.errors import EpisodeCrashed
 from verl_vla.core.tables import ActionChunk, Episodes, PolicySteps, Trajectories, pick_by_time
 from verl_vla.envs.base import ChunkResult
-from verl_vla.policies.base import Policy
+from verl_vla.policies.base import AsyncPolicy, PendingChunk, Policy
 
 logger = logging.getLogger(__name__)
+
+POLL_S = 0.005
+"""Longest wait for the policy between two looks at the simulators. A look costs some 0.2 ms of the
+driver; a policy step takes 20 to 1,000 times as long as this."""
 
 Answer = Observation | ChunkResult | EpisodeCrashed
 
@@ -49,6 +54,10 @@ class Simulators(Protocol):
 
     def wait(self, slots: Collection[int]) -> dict[int, Answer]:
         """Wait until exactly these slots have answered."""
+        ...
+
+    def have_answered(self, slots: Collection[int]) -> bool:
+        """Return True where `wait` need not wait for these slots."""
         ...
 
 
@@ -76,7 +85,7 @@ class RolloutTimes:
     """Seconds that the process that drives a rollout spent on its parts."""
 
     policy_s: float = 0.0
-    """Deciding."""
+    """Asking the policy, and waiting for it."""
     wait_s: float = 0.0
     """Waiting for simulators."""
     total_s: float = 0.0
@@ -131,9 +140,10 @@ def rollout(
     slot_groups = [_SlotGroup(range(middle)), _SlotGroup(range(middle, num_slots))]
     for group in slot_groups:
         loop.start_free_slots(group)
-    while any(group.active for group in slot_groups):
-        for group in slot_groups:
-            loop.advance(group)
+    first, second = slot_groups
+    while first.active or second.active:
+        loop.advance(first, second)
+        loop.advance(second, first)
     loop.times.total_s += time.perf_counter() - started
     for record in records:
         if record.crash is not None:
@@ -165,6 +175,16 @@ class _SlotGroup:
     def __init__(self, slots: range) -> None:
         self.slots = slots
         self.active: dict[int, _Record] = {}
+        self.asked: _Asked | None = None
+        """What the policy was asked for these slots and has not delivered yet."""
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A request to the policy: one row a slot."""
+
+    seen: dict[int, Observation]
+    chunks: PendingChunk
 
 
 @dataclass(slots=True)
@@ -188,11 +208,21 @@ class _RolloutLoop:
         if starting:
             self.simulators.reset(starting)
 
-    def advance(self, group: _SlotGroup) -> None:
-        """Take what the simulators of ``group`` answered and decide what they do next."""
+    def advance(self, group: _SlotGroup, other: _SlotGroup) -> None:
+        """Take what the simulators of ``group`` answered, and ask the policy what they do next.
+
+        Meanwhile the policy may answer for the other group. Whichever is first is served first, so
+        that neither simulators nor policy wait for this process.
+        """
+        self._deliver(group)
+        began = time.perf_counter()
+        while other.asked is not None and not self.simulators.have_answered(list(group.active)):
+            if other.asked.chunks.is_ready(POLL_S):
+                self.times.policy_s += time.perf_counter() - began
+                self._deliver(other)
+                began = time.perf_counter()
         if not group.active:
             return
-        began = time.perf_counter()
         answers = self.simulators.wait(list(group.active))
         self.times.wait_s += time.perf_counter() - began
         seen: dict[int, Observation] = {}
@@ -205,12 +235,12 @@ class _RolloutLoop:
                     self.ended(_tabulate([record], self.policy))
             else:
                 seen[slot] = observation
-        # before the policy decides, so that the resets run while it computes
+        # before the policy is asked, so that the resets run while it computes
         self.start_free_slots(group)
         if seen:
-            self._decide(group, seen)
+            self._ask(group, seen)
 
-    def _decide(self, group: _SlotGroup, seen: dict[int, Observation]) -> None:
+    def _ask(self, group: _SlotGroup, seen: dict[int, Observation]) -> None:
         began = time.perf_counter()
         records = [group.active[slot] for slot in seen]
         self.times.policy_steps_for_ended += sum(r.outcome is not None for r in records)
@@ -222,12 +252,26 @@ class _RolloutLoop:
                 for r in records
             ]
         )
-        observations = list(seen.values())
-        chunk = self.policy.act(observations, torch.from_numpy(noise), temperature=self.temperature)
-        for row, (record, observation) in enumerate(zip(records, observations, strict=True)):
-            _note_policy_step(record, observation, chunk, row)
-        self.simulators.step({slot: chunk.actions[row] for row, slot in enumerate(seen)})
+        batch = list(seen.values()), torch.from_numpy(noise)
+        if isinstance(self.policy, AsyncPolicy):
+            group.asked = _Asked(seen, self.policy.request(*batch, temperature=self.temperature))
+        else:
+            self._send(group, seen, self.policy.act(*batch, temperature=self.temperature))
         self.times.policy_s += time.perf_counter() - began
+
+    def _deliver(self, group: _SlotGroup) -> None:
+        """Wait for the chunks that were asked for ``group``, and send them to its simulators."""
+        if group.asked is None:
+            return
+        began = time.perf_counter()
+        asked, group.asked = group.asked, None
+        self._send(group, asked.seen, asked.chunks.collect())
+        self.times.policy_s += time.perf_counter() - began
+
+    def _send(self, group: _SlotGroup, seen: dict[int, Observation], chunk: ActionChunk) -> None:
+        for row, (slot, observation) in enumerate(seen.items()):
+            _note_policy_step(group.active[slot], observation, chunk, row)
+        self.simulators.step({slot: chunk.actions[row] for row, slot in enumerate(seen)})
 
 
 def _note_policy_step(record: _Record, seen: Observation, chunk: ActionChunk, row: int) -> None:

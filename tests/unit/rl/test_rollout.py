@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -72,6 +73,9 @@ def end(executed: int, outcome: Outcome, policy_step: int) -> ChunkResult:
 class ScriptedSimulators:
     """Slots whose episodes follow scripts; refuses every call that a pool would refuse."""
 
+    are_fast = True
+    """Whether they have answered before somebody waits for them."""
+
     def __init__(self, scripts: Mapping[int, Script], num_slots: int) -> None:
         self._scripts = scripts
         self._num_slots = num_slots
@@ -109,7 +113,12 @@ class ScriptedSimulators:
             self.events.append(("step", slot, spec.episode_id))
             self._pending[slot] = self._after_chunk(slot, actions)
 
+    def have_answered(self, slots: Collection[int]) -> bool:
+        assert self._pending.keys() >= set(slots)
+        return self.are_fast
+
     def wait(self, slots: Collection[int]) -> dict[int, Observation | ChunkResult | EpisodeCrashed]:
+        self.events += [("wait", slot, self._specs[slot].episode_id) for slot in sorted(slots)]
         # backwards: the order in which simulators answer must not matter
         answers = {slot: self._pending.pop(slot) for slot in sorted(slots, reverse=True)}
         for slot, answer in answers.items():
@@ -178,6 +187,43 @@ class ScriptedPolicy:
             prompt_ids=[torch.tensor([1, *o.instruction.encode()]) for o in observations],
             actions=actions,
         )
+
+
+@dataclass
+class RemotePolicy(ScriptedPolicy):
+    """Computes elsewhere, and writes into the simulators' events when it is asked and collected."""
+
+    simulators: ScriptedSimulators = field(kw_only=True)
+    polls_until_ready: int = 0
+
+    def request(
+        self, observations: Sequence[Observation], noise: torch.Tensor, *, temperature: float
+    ) -> RemoteChunk:
+        self._note("ask", observations)
+        chunk = self.act(observations, noise, temperature=temperature)
+        collected = partial(self._note, "collect", observations)
+        return RemoteChunk(chunk, collected, self.polls_until_ready)
+
+    def _note(self, what: str, observations: Sequence[Observation]) -> None:
+        episode, policy_step = observations[0].proprio
+        self.simulators.events.append((what, int(policy_step), int(episode)))
+
+
+@dataclass
+class RemoteChunk:
+    """Ready after some polls."""
+
+    chunk: ActionChunk
+    collected: Callable[[], None]
+    polls_left: int
+
+    def is_ready(self, timeout_s: float) -> bool:
+        self.polls_left -= 1
+        return self.polls_left < 0
+
+    def collect(self) -> ActionChunk:
+        self.collected()
+        return self.chunk
 
 
 def make_specs(count: int) -> list[EpisodeSpec]:
@@ -342,6 +388,68 @@ def test_one_half_simulates_while_the_policy_decides_for_the_other():
         assert {episode - 10 for episode, _ in batch} == halves[turn % 2]
         if turn < len(policy.batches) - 1:
             assert moving == halves[1 - turn % 2]
+
+
+def play_remotely(are_fast: bool, polls_until_ready: int = 0) -> list[tuple[str, int, int]]:
+    """Play two episodes of three policy steps in two slots; return the events, waits included."""
+    specs = make_specs(2)
+    simulators = ScriptedSimulators({s.episode_id: Script(policy_steps=3) for s in specs}, 2)
+    simulators.are_fast = are_fast
+    policy = RemotePolicy(simulators=simulators, polls_until_ready=polls_until_ready)
+    rollout(specs, policy, simulators, temperature=1.5, noise=NOISE)
+    return simulators.events
+
+
+def test_a_remote_policy_has_its_next_request_before_it_has_answered():
+    """Where simulators are the faster ones, the ranks never wait for the driver."""
+    events = [e for e in play_remotely(are_fast=True) if e[0] in ("ask", "collect")]
+    assert events == [
+        ("ask", 0, 10),
+        ("ask", 0, 11),
+        *[
+            event
+            for policy_step in (1, 2)
+            for event in (
+                ("collect", policy_step - 1, 10),
+                ("ask", policy_step, 10),
+                ("collect", policy_step - 1, 11),
+                ("ask", policy_step, 11),
+            )
+        ],
+        ("collect", 2, 10),
+        ("collect", 2, 11),
+    ]
+
+
+@pytest.mark.parametrize("polls_until_ready", [0, 3])
+def test_chunks_are_sent_while_the_other_half_still_moves(polls_until_ready):
+    """Where the policy is the faster one, no simulator waits for those of the other half."""
+    events = play_remotely(are_fast=False, polls_until_ready=polls_until_ready)
+    for policy_step in (1, 2):
+        sent = events.index(("collect", policy_step - 1, 11)) + 1
+        assert events[sent] == ("step", 1, 11)
+        asked = events.index(("ask", policy_step, 10))
+        assert sent < asked
+        assert ("wait", 0, 10) in events[sent:asked]
+
+
+@pytest.mark.parametrize("are_fast", [True, False])
+@pytest.mark.parametrize("num_slots", [1, 3, 8])
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_a_remote_policy_plays_the_same_episodes(are_fast, num_slots, num_parts):
+    specs = make_specs(9)
+    played = []
+    for is_remote in (False, True):
+        simulators = ReactiveSimulators({s.episode_id: Script() for s in specs}, num_slots)
+        simulators.are_fast = are_fast
+        policy = RemotePolicy(simulators=simulators) if is_remote else ScriptedPolicy()
+        options = {"temperature": 1.5, "noise": NOISE, "num_parts": num_parts}
+        played.append(rollout(specs, policy, simulators, **options))
+    here, there = played
+    assert torch.equal(here.policy_steps.action_tokens, there.policy_steps.action_tokens)
+    assert torch.equal(here.policy_steps.proprio, there.policy_steps.proprio)
+    assert here.episodes.outcome.tolist() == there.episodes.outcome.tolist()
+    assert here.crashes == there.crashes
 
 
 def test_in_one_part_nothing_simulates_while_the_policy_decides():

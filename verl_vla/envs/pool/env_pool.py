@@ -161,6 +161,11 @@ class EnvPool:
             self._slots.stats += PoolStats(wait_s=time.perf_counter() - began)
             return self._slots.take_answers(slots)
 
+    def have_answered(self, slots: Collection[int]) -> bool:
+        """Return True where `wait` would return, or raise, at once."""
+        with self._changed:
+            return self._failure is not None or self._slots.have_answered(slots)
+
     def close(self) -> None:
         """End all processes; the pool cannot be used afterwards. A second call does nothing."""
         if not self._is_open or os.getpid() != self._owner_pid:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import ray
 import torch
+from tensordict import TensorDict
 from torch import Tensor
+from verl.protocol import DataProtoFuture
 from verl.utils import tensordict_utils as tu
 
 from verl_vla.core.episode import Observation
 from verl_vla.core.tables import ActionChunk
+from verl_vla.policies.action_codec import ActionCodec
 from verl_vla.policies.base import PolicyShape, Processor, observed_proprio
 
 
@@ -35,6 +39,12 @@ class ClusterPolicy:
         self, observations: Sequence[Observation], noise: Tensor, *, temperature: float
     ) -> ActionChunk:
         """See `verl_vla.policies.base.Policy.act`."""
+        return self.request(observations, noise, temperature=temperature).collect()
+
+    def request(
+        self, observations: Sequence[Observation], noise: Tensor, *, temperature: float
+    ) -> PendingRanks:
+        """See `verl_vla.policies.base.AsyncPolicy.request`; the ranks serve requests in order."""
         prompts = [self._processor.prompt(o.instruction) for o in observations]
         images = torch.from_numpy(np.stack([o.image for o in observations]))
         # veRL hands every rank the same number of rows, and refuses what does not divide
@@ -50,14 +60,34 @@ class ClusterPolicy:
             },
             non_tensor_dict={"temperature": temperature},
         )
-        answer = self._workers.sample_actions(request)
+        answer: DataProtoFuture = self._workers.sample_actions(request)
+        return PendingRanks(answer, prompts, self._processor.codec)
+
+
+class PendingRanks:
+    """Chunks that the ranks sample; see `verl_vla.policies.base.PendingChunk`."""
+
+    def __init__(self, answer: DataProtoFuture, prompts: list[Tensor], codec: ActionCodec) -> None:
+        self._answer = answer
+        self._prompts = prompts
+        self._codec = codec
+
+    def is_ready(self, timeout_s: float) -> bool:
+        """Wait at most ``timeout_s``; return True once every rank has answered."""
+        ranks = self._answer.futures
+        return len(ray.wait(ranks, num_returns=len(ranks), timeout=timeout_s)[0]) == len(ranks)
+
+    def collect(self) -> ActionChunk:
+        """Wait for every rank; decode bins to simulator commands."""
+        # annotated as a DataProto, but it is what the ranks return
+        answer = cast("TensorDict", self._answer.get())
         # without the answers to the repeated rows
-        action_tokens = answer["action_tokens"][: len(observations)]
+        action_tokens = answer["action_tokens"][: len(self._prompts)]
         return ActionChunk(
             action_tokens=action_tokens,
-            log_probs=answer["log_probs"][: len(observations)],
-            prompt_ids=prompts,
-            actions=self._processor.codec.to_simulator(action_tokens),
+            log_probs=answer["log_probs"][: len(self._prompts)],
+            prompt_ids=self._prompts,
+            actions=self._codec.to_simulator(action_tokens),
         )
 
 

@@ -76,7 +76,10 @@ class VLAWorker(ActorRolloutRefWorker):
         """See `verl_vla.trainer.engine.divergence_guard.FiniteGuard`."""
         self.engine.guard = FiniteGuard(folder=Path(folder), max_in_a_row=max_in_a_row)
 
-    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    # not blocking: while ranks compute, the driver serves the other slot group
+    @register(
+        dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"), blocking=False
+    )
     def sample_actions(self, data: TensorDict) -> TensorDict:
         """Sample action tokens for a batch of observations.
 
