@@ -43,7 +43,9 @@ METRICS: dict[str, Metric] = {
     "perf/env_wait_share": Metric(
         unit="share", meaning="of the rollout's seconds spent waiting for simulators"
     ),
-    "perf/policy_share": Metric(unit="share", meaning="of the rollout's seconds spent deciding"),
+    "perf/policy_share": Metric(
+        unit="share", meaning="of the rollout's seconds spent asking the policy and waiting for it"
+    ),
     "sampling/groups_played": Metric(unit="count", meaning="groups played in the step"),
     "sampling/groups_kept": Metric(unit="count", meaning="groups trained on"),
     "sampling/rounds": Metric(unit="count", meaning="rounds of rollout, the first included"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from transfer_queue import KVBatchMeta
 
+from verl_vla.config.grpo import GRPOClusterConfig
 from verl_vla.trainer.grpo.mini_batches import (
     MiniBatch,
     assign_groups,
@@ -18,6 +20,7 @@ from verl_vla.trainer.grpo.mini_batches import (
     padded_size,
 )
 from verl_vla.trainer.grpo.rows import RowKey
+from verl_vla.trainer.grpo.trainer import VLATrainer
 
 EPISODES = st.lists(st.integers(1, 12), min_size=1, max_size=5)
 """Policy steps of the episodes of a group."""
@@ -161,3 +164,14 @@ def test_two_groups_a_mini_batch_can_be_balanced_less_well(lengths):
     shares = padding_shares(lengths, num_groups=8, num_ranks=1)
     assert 0.02 < np.mean(shares) < 0.065
     assert max(shares) < 0.2
+
+
+def test_verl_does_not_order_rows_that_the_update_orders_anyway():
+    trainer = object.__new__(VLATrainer)
+    recipe = SimpleNamespace(cluster=GRPOClusterConfig(ranks_per_node=2))
+    vars(trainer).update(recipe=recipe, tokenizer=SimpleNamespace(eos_token_id=0))
+    keys = [str(RowKey(0, 0, step)) for step in range(4)]
+    # the lengths would be paired as 9 + 1 and 8 + 2
+    tags = [{"seq_len": length} for length in (9, 8, 2, 1)]
+    batch = KVBatchMeta(keys=list(keys), tags=tags, partition_id="train")
+    assert trainer._balance_batch(batch, {}).keys == keys
