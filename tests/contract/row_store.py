@@ -18,6 +18,8 @@ class RowStore:
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
         self.tags: dict[str, dict[str, Any]] = {}
+        self.puts: list[list[str]] = []
+        """Keys of each call, in order."""
 
     def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("kv_batch_get", "kv_batch_put", "kv_clear"):
@@ -28,10 +30,11 @@ class RowStore:
         columns = {name: [self.rows[key][name] for key in keys] for name in names}
         return tu.get_tensordict({n: jagged(column) for n, column in columns.items()})
 
-    def kv_batch_put(self, keys, partition_id, fields, tags=None) -> KVBatchMeta:
+    def kv_batch_put(self, keys, partition_id, fields=None, tags=None) -> KVBatchMeta:
+        self.puts.append(list(keys))
         for i, key in enumerate(keys):
-            row = {name: fields[name][i] for name in map(str, fields.keys())}
-            self.rows[key] = self.rows.get(key, {}) | row
+            names = [] if fields is None else list(map(str, fields.keys()))
+            self.rows.setdefault(key, {}).update({name: fields[name][i] for name in names})
             if tags is not None:
                 self.tags[key] = tags[i]
         return KVBatchMeta(

@@ -1,10 +1,165 @@
-"""What one training step cost and brought."""
+"""A training step's episodes: what is stored of them, and what they cost and brought."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
-from verl_vla.trainer.grpo.env_loop import StepStats
+import pytest
+from one_chunk_world import CRASH, SUCCESS, TIMEOUT, NotingPolicy, OneChunkSimulators, starts_of
+from row_store import RowStore
+from tensordict import TensorDict
+from verl.utils import tensordict_utils as tu
+
+from verl_vla.core.errors import RewardError
+from verl_vla.rewards import RewardResult, StatelessReward, TrajectoryBatch
+from verl_vla.rewards.loading import load_reward
+from verl_vla.rl.group_sampling import StartSampler
+from verl_vla.trainer.grpo import env_loop
+from verl_vla.trainer.grpo.env_loop import EpisodeLoop, StepStats
+from verl_vla.trainer.grpo.unscored_episodes import UnscoredEpisodes
+
+ONE_OF_EACH = starts_of({4: [SUCCESS], 0: [TIMEOUT]})
+GROUP_SIZE = 3
+
+
+class RefusingReward(StatelessReward):
+    """Cannot score anything."""
+
+    def __call__(self, batch: TrajectoryBatch) -> RewardResult:
+        raise RewardError("no scores today")
+
+
+class NoRecorder:
+    """Takes what a run writes down."""
+
+    def __init__(self) -> None:
+        self.scores: dict[int, float] = {}
+
+    def add_episodes(self, step: int, played: Any, scores: dict[int, float]) -> None:
+        self.scores |= scores
+
+
+def make_loop(folder: Path, starts: Any = ONE_OF_EACH, reward: Any = None) -> Any:
+    return EpisodeLoop(
+        NotingPolicy(),  # pyright: ignore[reportArgumentType] -- in this process
+        OneChunkSimulators(),
+        reward or load_reward("binary", {}),
+        StartSampler(starts, seed=0, group_size=GROUP_SIZE),
+        suite="mini",
+        mirrored=False,
+        temperature=1.0,
+        seed=0,
+        recorder=NoRecorder(),  # pyright: ignore[reportArgumentType] -- what the loop calls of it
+        unscored=UnscoredEpisodes(folder, first_step=1),
+    )
+
+
+def asked_for(uids: list[str], step: int = 1) -> TensorDict:
+    batch = tu.get_tensordict({"uid": uids})
+    tu.assign_non_tensor_data(batch, "global_steps", step)
+    return batch
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> RowStore:
+    store = RowStore()
+    store.stand_in(monkeypatch)
+    return store
+
+
+def test_each_policy_step_is_a_row_and_each_group_a_tag_that_comes_last(
+    tmp_path: Path, store: RowStore
+) -> None:
+    loop = make_loop(tmp_path)
+    uids = loop.next_groups(2)
+    loop.generate_sequences(asked_for(uids))
+    rows = [f"{uid}_{member}_0" for uid in uids for member in range(GROUP_SIZE)]
+    assert store.puts == [rows, uids]
+    solved = [store.tags[uid]["num_solved"] for uid in uids]
+    assert sorted(solved) == [0, GROUP_SIZE]
+    for uid, num_solved in zip(uids, solved, strict=True):
+        tag = store.tags[uid]
+        assert tag["is_prompt"] and tag["status"] == "finished"
+        assert (tag["num_failed"], tag["num_crashed"]) == (GROUP_SIZE - num_solved, 0)
+        earned = [float(store.rows[f"{uid}_{m}_0"]["rm_scores"].sum()) for m in range(GROUP_SIZE)]
+        assert earned == [num_solved / GROUP_SIZE] * GROUP_SIZE
+    assert (loop.stats.episodes, loop.stats.solved, loop.stats.policy_steps) == (6, 3, 6)
+
+
+@pytest.mark.parametrize("rows_a_put", [1, 4, 6, 100])
+def test_rows_are_the_same_in_parts(
+    tmp_path: Path, store: RowStore, monkeypatch: pytest.MonkeyPatch, rows_a_put: int
+) -> None:
+    """A round of the published recipe has gigabytes of images, which each part copies."""
+    monkeypatch.setattr(env_loop, "ROWS_A_PUT", rows_a_put)
+    loop = make_loop(tmp_path)
+    uids = loop.next_groups(2)
+    loop.generate_sequences(asked_for(uids))
+    *parts, tags = store.puts
+    assert tags == uids
+    assert [len(part) for part in parts] == [rows_a_put] * (6 // rows_a_put) + [6 % rows_a_put] * (
+        6 % rows_a_put > 0
+    )
+    assert [key for part in parts for key in part] == [
+        f"{uid}_{member}_0" for uid in uids for member in range(GROUP_SIZE)
+    ]
+    assert all(store.rows[key]["images"].shape == (1, 2, 2, 3) for part in parts for key in part)
+
+
+def test_crashed_episodes_leave_no_rows_and_no_score(tmp_path: Path, store: RowStore) -> None:
+    loop = make_loop(tmp_path, starts_of({4: [CRASH], 0: [TIMEOUT]}))
+    uids = loop.next_groups(2)
+    loop.generate_sequences(asked_for(uids))
+    by_crashes = {store.tags[uid]["num_crashed"]: uid for uid in uids}
+    assert by_crashes.keys() == {0, GROUP_SIZE}
+    lost = by_crashes[GROUP_SIZE]
+    assert not [key for key in store.rows if key.startswith(f"{lost}_")]
+    assert store.tags[lost]["score_spread"] == 0.0
+    assert len(loop._recorder.scores) == GROUP_SIZE
+    assert loop.stats.crashes == GROUP_SIZE
+
+
+def test_a_round_of_crashes_alone_stores_tags_alone(tmp_path: Path, store: RowStore) -> None:
+    loop = make_loop(tmp_path, starts_of({4: [CRASH]}))
+    uids = loop.next_groups(1)
+    loop.generate_sequences(asked_for(uids))
+    assert store.puts == [uids]
+
+
+def test_a_refill_takes_the_next_groups_and_a_new_step_forgets_them(
+    tmp_path: Path, store: RowStore
+) -> None:
+    loop = make_loop(tmp_path)
+    assert loop.next_groups(2) == ["g0", "g1"]
+    assert loop.next_groups(1) == ["g2"]
+    loop.generate_sequences(asked_for(["g2"]))
+    assert {key.split("_")[0] for key in store.rows} == {"g2"}
+    assert loop.state_dict()["num_groups_sampled"] == 3
+    loop.begin_step()
+    with pytest.raises(KeyError):
+        loop.generate_sequences(asked_for(["g2"]))
+    resumed = make_loop(tmp_path)
+    resumed.load_state_dict(loop.state_dict())
+    assert resumed.next_groups(1) == loop.next_groups(1) == ["g3"]
+
+
+def test_episodes_that_the_reward_refuses_are_kept_and_scored_without_being_played_again(
+    tmp_path: Path, store: RowStore
+) -> None:
+    refused = make_loop(tmp_path, reward=RefusingReward())
+    uids = refused.next_groups(2)
+    with pytest.raises(RewardError, match="no scores today"):
+        refused.generate_sequences(asked_for(uids))
+    assert not store.puts
+    corrected = make_loop(tmp_path)
+    assert corrected.next_groups(2) == uids
+    corrected.generate_sequences(asked_for(uids))
+    assert corrected._simulators.specs == []
+    assert corrected.stats.episodes == 6
+    assert len(store.rows) == 6 + len(uids)
+    assert not list(tmp_path.iterdir())
 
 
 def test_rates_are_over_the_episodes_that_were_judged() -> None:
