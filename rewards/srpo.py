@@ -28,16 +28,15 @@ from typing import Any
 import numpy as np
 from sklearn.cluster import dbscan
 
-from verl_vla.core.errors import ConfigError
 from verl_vla.rewards import (
     Floats,
     Reference,
     ReferenceReward,
     Rows,
     TrajectoryBatch,
-    VideoNeed,
     center_on_start,
     is_valid,
+    optional_video,
 )
 from verl_vla.rewards.encoders import make_encoder
 
@@ -95,8 +94,7 @@ class SrpoReward(ReferenceReward):
         Raises:
             ConfigError: a number outside its range.
         """
-        if video_every < 0:
-            raise ConfigError(f"video_every is {video_every}; set at least 1, or 0 for no video")
+        video = optional_video(video_every, max_frames=VIDEO_FRAMES)
         super().__init__(
             make_encoder(encoder, encoder_args or {}),
             alpha=alpha,
@@ -106,9 +104,9 @@ class SrpoReward(ReferenceReward):
             max_invalid_share=max_invalid_share,
             noise_gate=noise_gate,
         )
-        if video_every:
+        if video is not None:
             self.requires = frozenset({"features", "video"})
-            self.video = VideoNeed(every=video_every, max_frames=VIDEO_FRAMES)
+            self.video = video
         self._from_start = from_start
         self._distances: dict[str, list[float]] = {}
 

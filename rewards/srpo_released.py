@@ -27,8 +27,8 @@ from verl_vla.rewards import (
     RewardResult,
     StatelessReward,
     TrajectoryBatch,
-    VideoNeed,
     min_max_sigmoid,
+    optional_video,
 )
 from verl_vla.rewards.encoders import make_encoder
 
@@ -66,17 +66,14 @@ class SrpoReleasedReward(StatelessReward):
         Raises:
             ConfigError: an unknown aliasing, or a number of steps below 0.
         """
-        if video_every < 0:
-            raise ConfigError(f"video_every is {video_every}; set at least 1, or 0 for no video")
+        # where videos are merged, frames of all are needed to interleave them as the release does
+        max_frames = NUM_FRAMES if aliasing == "none" else None
+        self.video = optional_video(video_every, max_frames=max_frames)
         if aliasing not in ("group", "pair", "none"):
             raise ConfigError(f"aliasing is {aliasing!r}; choose 'group', 'pair' or 'none'")
         self._encoder = make_encoder(encoder, encoder_args or {})
         self._aliasing: Aliasing = aliasing
-        self.requires: frozenset[Need] = frozenset({"video" if video_every else "frames"})
-        # where videos are merged, frames of all are needed to interleave them as the release does
-        self.video = VideoNeed(
-            every=video_every, max_frames=NUM_FRAMES if aliasing == "none" else None
-        )
+        self.requires: frozenset[Need] = frozenset({"video" if self.video else "frames"})
 
     def __call__(self, batch: TrajectoryBatch) -> RewardResult:
         """Score each episode as the release does."""

@@ -21,6 +21,13 @@ class RowStore:
         self.puts: list[list[str]] = []
         """Keys of each call, in order."""
 
+    def put_scored(
+        self, key: str, row: dict[str, Any], tag: dict[str, Any], advantages: torch.Tensor
+    ) -> None:
+        """Add a row as the trainer has it before an update, without a recomputed log-prob."""
+        more = {"advantages": advantages, "old_log_probs": row["rollout_log_probs"]}
+        self.rows[key], self.tags[key] = row | more, tag
+
     def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("kv_batch_get", "kv_batch_put", "kv_clear"):
             monkeypatch.setattr(tq, name, getattr(self, name))

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import VJEPA2Config, VJEPA2Model, VJEPA2VideoProcessor
+from encoder_folders import save_vjepa2, smooth_images
+from transformers import VJEPA2Model, VJEPA2VideoProcessor
 
+from verl_vla.core.errors import ConfigError
 from verl_vla.rewards.encoders import make_encoder
 
 MEAN, STD = (
@@ -35,11 +37,7 @@ def by_hand(video: np.ndarray, crop_size: int) -> torch.Tensor:
 
 
 def smooth_video(num_frames: int, height: int, width: int) -> np.ndarray:
-    """Random shapes instead of noise, in which an error of the resize would drown."""
-    rng = np.random.default_rng(7)
-    coarse = torch.from_numpy(rng.uniform(0, 255, (num_frames, 3, 8, 8)))
-    fine = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
-    return fine.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return smooth_images(num_frames, height, width).numpy()
 
 
 def noisy_video(num_frames: int, height: int, width: int) -> np.ndarray:
@@ -49,24 +47,8 @@ def noisy_video(num_frames: int, height: int, width: int) -> np.ndarray:
 
 def encoder_of(folder: Path, crop_size: int) -> Any:
     torch.manual_seed(0)
-    config = VJEPA2Config(
-        patch_size=16,
-        crop_size=crop_size,
-        frames_per_clip=8,
-        tubelet_size=2,
-        hidden_size=48,
-        num_attention_heads=4,
-        num_hidden_layers=1,
-        mlp_ratio=2.0,
-        pred_hidden_size=24,
-        pred_num_attention_heads=2,
-        pred_num_hidden_layers=1,
-        pred_num_mask_tokens=1,
-        pred_mlp_ratio=2.0,
-        num_pooler_layers=1,
-    )
-    VJEPA2Model(config).save_pretrained(folder)
-    return make_encoder("vjepa2", {"path": str(folder), "dtype": "float32"})
+    path = save_vjepa2(folder, crop=crop_size)
+    return make_encoder("vjepa2", {"path": path, "dtype": "float32"})
 
 
 @pytest.mark.parametrize("make", [smooth_video, noisy_video])
@@ -106,3 +88,23 @@ def test_features_are_those_of_the_processor_and_the_model(tmp_path: Path) -> No
         tokens = model.get_vision_features(pixels)
     expected = tokens.view(3, -1, tokens.shape[-1]).mean(dim=1)
     np.testing.assert_allclose(encoder.encode([video])[0], expected, atol=1e-5)
+
+
+def test_the_video_processor_is_that_of_the_folder(tmp_path: Path) -> None:
+    before = encoder_of(tmp_path, 64)
+    processor = VJEPA2VideoProcessor(crop_size=64, image_mean=[0.1, 0.2, 0.3])
+    processor.save_pretrained(tmp_path)
+    after = make_encoder("vjepa2", {"path": str(tmp_path), "dtype": "float32"})
+    assert before.feature_space != after.feature_space
+    video = smooth_video(4, 72, 72)
+    assert not np.allclose(before.encode([video])[0], after.encode([video])[0], atol=1e-3)
+
+
+def test_a_folder_without_its_video_processor_is_refused(tmp_path: Path) -> None:
+    encoder_of(tmp_path, 64)
+    VJEPA2VideoProcessor(crop_size=32).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="images of 32 x 32 px; the model takes 64 x 64"):
+        make_encoder("vjepa2", {"path": str(tmp_path)})
+    (tmp_path / "video_preprocessor_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds no video_preprocessor_config\.json"):
+        make_encoder("vjepa2", {"path": str(tmp_path)})

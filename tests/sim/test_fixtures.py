@@ -4,14 +4,13 @@ environment."""
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from other_process import continued_elsewhere, stock_trace
 
 from verl_vla.config.choices import CAMERAS
 from verl_vla.core.errors import ConfigError
@@ -21,7 +20,6 @@ from verl_vla.envs.libero.suite import make_libero_env
 
 pytestmark = pytest.mark.sim
 
-STOCK = Path(__file__).with_name("stock.py")
 SMALL = EnvConfig(suite="libero_goal", render_size=64, image_size=56, settle_steps=2)
 CABINET = "wooden_cabinet_1"
 CABINET_X_M = (0.0396, 0.0226, 0.0259, 0.0315)
@@ -68,18 +66,15 @@ def test_the_third_episode_is_that_of_a_stock_environment(
     )
     init_state = env.suite.load_init_states(task_id)[2]
     moves = np.concatenate([[SETTLE_ACTION] * env.config.settle_steps, CHUNK.astype(np.float64)])
-    np.savez(tmp_path / "question.npz", init_state=init_state, moves=moves, resets=3)
-    words = [suite, str(task_id), str(tmp_path)]
-    subprocess.run([sys.executable, str(STOCK), *words], check=True)
+    stock = stock_trace(suite, task_id, init_state, moves, tmp_path, resets=3)
     env.reset(task_id, 2)
     for action in CHUNK:
         env.step(action.astype(np.float64))
     simulator = env.simulator(task_id)
-    with np.load(tmp_path / "answer.npz") as stock:
-        assert np.array_equal(simulator.data.qpos, stock["qpos"][-1])
-        assert np.array_equal(simulator.data.qvel, stock["qvel"][-1])
-        for camera in CAMERAS:
-            assert np.array_equal(simulator.render(camera), stock[camera][-1][::-1, ::-1])
+    assert np.array_equal(simulator.data.qpos, stock["qpos"][-1])
+    assert np.array_equal(simulator.data.qvel, stock["qvel"][-1])
+    for camera in CAMERAS:
+        assert np.array_equal(simulator.render(camera), stock[camera][-1][::-1, ::-1])
     env.close()
 
 
@@ -89,25 +84,11 @@ def test_a_snapshot_takes_its_fixtures_to_another_process(
     """Even to an environment that keeps its own fixtures in the first placement."""
     redrawn.reset(0, 2)
     redrawn.step_chunk(CHUNK)
-    kept = pickle.dumps((SMALL, redrawn.snapshot(), CHUNK))
-    (tmp_path / "task.pkl").write_bytes(kept)
-    code = (
-        "import pickle, sys\n"
-        "from pathlib import Path\n"
-        "from verl_vla.envs.libero.suite import make_libero_env\n"
-        "folder = Path(sys.argv[1])\n"
-        "config, kept, chunk = pickle.loads((folder / 'task.pkl').read_bytes())\n"
-        "env = make_libero_env(config)\n"
-        "env.reset(0, 1)\n"
-        "env.restore(kept)\n"
-        "answer = env.step_chunk(chunk).observation, env.simulator(0).state\n"
-        "(folder / 'answer.pkl').write_bytes(pickle.dumps(answer))\n"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    theirs, their_state = pickle.loads((tmp_path / "answer.pkl").read_bytes())
+    kept = pickle.loads(pickle.dumps(redrawn.snapshot()))
+    (theirs,), their_state = continued_elsewhere(SMALL, kept, [CHUNK], tmp_path, starts=[1])
     # another placement in between, from which the snapshot brings its own back
     redrawn.reset(0, 1)
-    redrawn.restore(pickle.loads(kept)[1])
+    redrawn.restore(kept)
     ours = redrawn.step_chunk(CHUNK).observation
     state = redrawn.simulator(0).state
     assert np.array_equal(state.physics, their_state.physics)

@@ -119,6 +119,34 @@ def test_recorded_episodes_are_read_from_where_they_are(
     assert not (tmp_path / "features.png").exists()
 
 
+def test_a_reward_of_videos_gets_them_of_the_same_episodes(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of episodes that were recorded for other rewards, and at two rates."""
+    rewards = ["--rewards", "a=srpo_released,b=srpo", "--reward-args", "a.encoder=pixels"]
+    call = ["reward-bench", "--episodes-from", str(out / "episodes"), "--num-workers", "1"]
+    call += [*rewards, "b.encoder=pixels", "b.video_every=3", "--seed", "3", "--out", str(tmp_path)]
+    assert main(call) == 0
+    table = result(tmp_path)["table"]
+    assert {"a", "a, shuffled", "b", "b, shuffled"} <= table.keys()
+    assert table["a"]["statuses"] and table["b"]["feature_bytes_per_episode"] > 0
+    folders = {"every_1_frames_all": LIMIT + 1, "every_3_frames_64": 1 + 5 + 1}
+    assert {folder.name for folder in (tmp_path / "videos").iterdir()} == folders.keys()
+    played = np.load(out / "episodes" / "round_0000.npz")
+    steps = played["Episodes.num_steps"]
+    for name, longest in folders.items():
+        filmed = np.load(tmp_path / "videos" / name / "round_0000.npz")
+        assert np.array_equal(filmed["Episodes.episode_id"], played["Episodes.episode_id"])
+        shapes = filmed["videos.shape"]
+        assert (shapes[:, 1:] == (32, 32, 3)).all()
+        assert (shapes[steps == LIMIT, 0] == longest).all() and (steps == LIMIT).any()
+        assert not np.array_equal(filmed["videos"][:3072], filmed["videos"][-3072:])
+    # again: the videos are there
+    monkeypatch.setattr(reward_bench, "open_simulators", no_simulators)
+    assert main(call) == 0
+    assert result(tmp_path)["table"]["b"]["by_progress"] == table["b"]["by_progress"]
+
+
 def test_a_stopped_play_goes_on_and_the_rule_stood_there_before(
     words: list[str], out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

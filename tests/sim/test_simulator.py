@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from other_process import continued_elsewhere, stock_trace
 
 from verl_vla.config.choices import CAMERAS
 from verl_vla.core.episode import Outcome
@@ -66,7 +65,7 @@ def test_every_step_is_that_of_the_stock_environment(
     # the stock environment draws two cameras at every step, which takes long in LIBERO's suites
     length = 40 if env.suite.needs_assets else 190
     moves = np.concatenate([[SETTLE_ACTION] * 10, actions(0, length)])
-    stock = stock_trace(env, task_id, init_state, moves, tmp_path)
+    stock = stock_trace(env.suite.name, task_id, init_state, moves, tmp_path)
     simulator.begin(init_state)
     for i, move in enumerate(moves):
         assert simulator.step(move) == stock["solved"][i]
@@ -78,21 +77,6 @@ def test_every_step_is_that_of_the_stock_environment(
             for camera in CAMERAS:
                 as_evaluated = stock[camera][i][::-1, ::-1]
                 assert np.array_equal(simulator.render(camera), as_evaluated), f"step {i}"
-
-
-def stock_trace(
-    env: LiberoEnv, task_id: int, init_state: np.ndarray, moves: np.ndarray, folder: Path
-) -> dict[str, np.ndarray]:
-    """What LIBERO's own environment does, in a process of its own.
-
-    robosuite neither chooses its GL context before it draws nor before it frees one, so it must
-    not share a process with another renderer.
-    """
-    np.savez(folder / "question.npz", init_state=init_state, moves=moves, resets=1)
-    task = [env.suite.name, str(task_id), str(folder)]
-    subprocess.run([sys.executable, str(Path(__file__).with_name("stock.py")), *task], check=True)
-    with np.load(folder / "answer.npz") as answer:
-        return dict(answer)
 
 
 def test_an_observation_is_the_prepared_render(played: tuple[LiberoEnv, int]) -> None:
@@ -153,21 +137,7 @@ def test_another_process_goes_on_to_the_bit(tmp_path: Path) -> None:
     env = make_libero_env(config)
     env.reset(3, 0)
     env.step_chunk(actions(7, 8).astype(np.float32))
-    (tmp_path / "task.pkl").write_bytes(pickle.dumps((config, env.snapshot(), chunks)))
-    code = (
-        "import pickle, sys\n"
-        "from pathlib import Path\n"
-        "from verl_vla.envs.libero.suite import make_libero_env\n"
-        "folder = Path(sys.argv[1])\n"
-        "config, kept, chunks = pickle.loads((folder / 'task.pkl').read_bytes())\n"
-        "env = make_libero_env(config)\n"
-        "env.restore(kept)\n"
-        "seen = [env.step_chunk(chunk).observation for chunk in chunks]\n"
-        "answer = seen, env.simulator(3).state\n"
-        "(folder / 'answer.pkl').write_bytes(pickle.dumps(answer))\n"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    theirs, their_state = pickle.loads((tmp_path / "answer.pkl").read_bytes())
+    theirs, their_state = continued_elsewhere(config, env.snapshot(), chunks, tmp_path)
     ours = [env.step_chunk(chunk).observation for chunk in chunks]
     assert np.array_equal(physics(env, 3), their_state.physics)
     assert pickle.dumps(ours) == pickle.dumps(theirs)

@@ -35,6 +35,7 @@ QUICKSTARTS = {"mini": "quickstart", "libero_spatial": "quickstart_libero_spatia
 BENCHMARKS = {
     "images": "image preprocessing for the policy, one thread",
     "env": "one simulator against LIBERO's stock environment: a chunk, and a reset",
+    "video": "an episode with and without a video for a reward",
     "memory": "memory of one simulator process, task by task",
     "pool": "speed with more and more simulator processes",
     "rollout": "a rollout with and without overlap of policy and simulators",

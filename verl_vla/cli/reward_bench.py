@@ -1,7 +1,8 @@
 """Measure whether rewards rank failures as the simulator does.
 
-Rolls out groups of episodes from training starts, or reads recorded ones, lets every reward learn
-from one half of the starts and tests it on the other. Does not need veRL or Ray.
+Rolls out groups of episodes from training starts, or reads recorded ones, replays them for rewards
+that require videos, lets every reward learn from one half of the starts and tests it on the other.
+Does not need veRL or Ray.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from verl_vla.envs.registry import suite
 from verl_vla.policies.base import DTYPES
 from verl_vla.policies.checkpoint import weight_files
 from verl_vla.policies.registry import load_policy, load_processor
+from verl_vla.rewards import VideoNeed
 from verl_vla.rewards.benchmark import (
     VERDICT_RULE,
     BenchConfig,
@@ -42,6 +45,8 @@ from verl_vla.rewards.benchmark import (
     draw_features,
     draw_progress,
     draw_reliability,
+    film_missing,
+    folder_name,
     halve,
     is_complete,
     make_entries,
@@ -55,16 +60,19 @@ from verl_vla.rewards.benchmark import (
     read_rounds,
     table_as_json,
     verdicts,
+    video_needs,
 )
 from verl_vla.rewards.encoders.base import track_batches
 from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, task_ids
-from verl_vla.runs.console import episodes_bar
+from verl_vla.runs.console import bar, episodes_bar
 from verl_vla.runs.terminal import track_encoding
 
 logger = logging.getLogger(__name__)
 
 RESULT_FILE = "reward_bench.json"
 EPISODES_FOLDER = "episodes"
+VIDEOS_FOLDER = "videos"
+"""Folder of the same episodes with videos, in a folder for each `VideoNeed`."""
 WEIGHTS = "weights"
 """Key of the digest of the policy's weights in ``played.json``."""
 PLAY_OPTIONS = (
@@ -98,6 +106,8 @@ def run(options: argparse.Namespace) -> int:
         track_batches(entry.reward, track_encoding)
     out = Path(options.out)
     folder, played, record = _find_episodes(options, out)
+    needs = video_needs([entry.reward for entry in entries])
+    filmed = {need: _find_videos(out, played, record, need) for need in needs}
     result: dict[str, Any] = {
         "verdict_rule": VERDICT_RULE,
         "config": asdict(config),
@@ -107,18 +117,17 @@ def run(options: argparse.Namespace) -> int:
     }
     # the rule is written before the measurement, so that it cannot be fitted to the result
     _write(out, result)
+    environment = _environment(played, options.num_workers)
     if options.episodes_from is None:
-        _play(folder, played, _environment(played, options.num_workers))
+        _play(folder, played, environment)
     trajectories = read_rounds(folder, played.groups)
-    train, test = halve(
-        make_sample(
-            trajectories,
-            suite=played.suite,
-            split="train",
-            mirrored=suite(played.suite).images_are_mirrored,
-        )
-    )
-    rows = measure(entries, train, test, config)
+    halves: dict[VideoNeed | None, tuple[Sample, Sample]] = {}
+    halves[None] = _halves(trajectories, played, None)
+    for need, videos in filmed.items():
+        _film(folder, videos, played, environment, need)
+        halves[need] = _halves(read_rounds(videos, played.groups), played, need)
+    rows = measure(entries, halves, config)
+    test = halves[None][1]
     result |= {
         "outcomes": _outcomes(trajectories, played),
         "test": describe(test),
@@ -168,6 +177,15 @@ def _find_episodes(
     return folder, played, record
 
 
+def _find_videos(out: Path, played: PlayConfig, record: Mapping[str, Any], need: VideoNeed) -> Path:
+    """Return the folder of the episodes with videos, after a check that they can be replayed."""
+    suite(played.suite).require_simulator()
+    find_policy(played.policy)
+    folder = out / VIDEOS_FOLDER / folder_name(need)
+    claim(folder, {**record, **asdict(need)})
+    return folder
+
+
 def _environment(played: PlayConfig, workers: int) -> EnvironmentConfig:
     return EnvironmentConfig(
         suite=played.suite,
@@ -202,6 +220,45 @@ def _play(folder: Path, played: PlayConfig, env: EnvironmentConfig) -> None:
             seed=played.seed,
             ended=ended,
         )
+
+
+def _film(
+    episodes: Path, folder: Path, played: PlayConfig, env: EnvironmentConfig, need: VideoNeed
+) -> None:
+    """Replay the rounds whose videos are missing; without any, start no simulator."""
+    if is_complete(folder, played.groups):
+        return
+    processor = load_processor(find_policy(played.policy), played.unnorm_key)
+    simulated = replace(env_config(env, processor), video_every=need.every)
+    with (
+        folder_lock(folder),
+        open_simulators(env, simulated, processor.shape) as simulators,
+        bar("videos", played.groups * played.group_size) as advance,
+    ):
+        film_missing(
+            episodes,
+            folder,
+            played.groups,
+            processor.codec,
+            simulators,
+            max_frames=need.max_frames,
+            ended=None if advance is None else partial(advance, ""),
+        )
+
+
+def _halves(
+    trajectories: Trajectories, played: PlayConfig, need: VideoNeed | None
+) -> tuple[Sample, Sample]:
+    """Split episodes into those that rewards learn from and those that they are judged on."""
+    return halve(
+        make_sample(
+            trajectories,
+            suite=played.suite,
+            split="train",
+            mirrored=suite(played.suite).images_are_mirrored,
+            need=need,
+        )
+    )
 
 
 def _groups(played: PlayConfig) -> list[list[EpisodeSpec]]:

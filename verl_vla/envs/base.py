@@ -124,9 +124,9 @@ class EnvConfig:
     video_every: int = 0
     """Simulator steps between two frames of `ChunkResult.video`, for rewards that compare videos;
     the first moment of an episode and its last are always frames. 0 makes no video. With 1, a
-    chunk of 8 steps renders 8 images of that camera instead of 1. On LIBERO-Spatial with software
-    rendering (0.0058 s a step, 0.098 s an image: docs/benchmarks.md) a chunk then takes 0.83 s
-    instead of 0.14 s; computed, not measured."""
+    chunk of 8 steps renders 8 images of that camera instead of 1. With software rendering an
+    episode then takes 6.5 times the processor time on LIBERO-Spatial and 3.4 times on mini; with 4
+    it takes 1.9 and 1.4 times (``bench video``, docs/benchmarks.md)."""
     settle_steps: int = 10
     """LIBERO only: steps with an open gripper at rest before the first observation, during which
     objects fall into place."""

@@ -11,6 +11,7 @@ from verl_vla.rewards.base import (
     TrajectoryBatch,
     TrajectoryReward,
     VideoNeed,
+    optional_video,
 )
 from verl_vla.rewards.features import (
     AdditiveTime,
@@ -71,6 +72,7 @@ __all__ = [
     "make_batch",
     "min_max_sigmoid",
     "normalised_time",
+    "optional_video",
     "score",
     "smallest_reach",
     "video_need",

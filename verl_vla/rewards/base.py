@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from verl_vla.core.episode import GoalReadings
+from verl_vla.core.errors import ConfigError
 
 Rows = npt.NDArray[np.float32]
 """Features of one episode in the order of its policy steps, [T, D]."""
@@ -105,6 +106,17 @@ class VideoNeed:
     """Simulator steps between two frames, at least 1."""
     max_frames: int | None
     """Most frames that are kept of an episode, evenly in time; None keeps all."""
+
+
+def optional_video(video_every: int, *, max_frames: int | None) -> VideoNeed | None:
+    """Return the video that a reward's argument ``video_every`` asks for; None where it is 0.
+
+    Raises:
+        ConfigError: ``video_every`` is below 0.
+    """
+    if video_every < 0:
+        raise ConfigError(f"video_every is {video_every}; set at least 1, or 0 for no video")
+    return VideoNeed(every=video_every, max_frames=max_frames) if video_every else None
 
 
 class StatelessReward:

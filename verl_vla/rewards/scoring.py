@@ -131,7 +131,7 @@ def complete(reward: TrajectoryReward, batch: TrajectoryBatch) -> TrajectoryBatc
     if "video" in needs and not all(len(video) for video in batch.videos or ((),)):
         raise ContractError(
             f"{type(reward).__name__} requires a video of every episode, and there is none; the "
-            "environments must follow EnvConfig.video_every, and reward-bench keeps no videos"
+            "environments must follow EnvConfig.video_every"
         )
     features, space = batch.features, batch.feature_space
     if "features" not in needs:

@@ -18,8 +18,8 @@ from verl_vla.cli import bench
 from verl_vla.cli.arguments import parse
 from verl_vla.core.episode import EpisodeSpec
 from verl_vla.core.errors import ConfigError
-from verl_vla.diagnostics.benchmarks import gpu, page, step, update
-from verl_vla.diagnostics.benchmarks.env import _compared, _moves, compare_resets
+from verl_vla.diagnostics.benchmarks import gpu, page, step, update, video
+from verl_vla.diagnostics.benchmarks.env import _compared, compare_resets, moves_of_chunks
 from verl_vla.diagnostics.benchmarks.measuring import (
     Seconds,
     ratio,
@@ -91,6 +91,28 @@ def test_a_reset_is_compared_without_its_first_image_and_with_it() -> None:
     assert found["reset_and_first_image_times_faster_clock"][0] == 3.0
 
 
+def test_videos_are_compared_with_the_episode_without_one_of_their_round() -> None:
+    taken = {
+        "no_video": [Seconds(2.0, 1.0), Seconds(8.0, 2.0)],
+        "video_every_1": [Seconds(9.0, 4.0), Seconds(9.0, 6.0)],
+    }
+    found = video.compare(taken)
+    assert found["episode_no_video_processor_s"] == [1.5, 1.0, 2.0]
+    assert found["episode_video_every_1_clock_s"] == [9.0, 9.0, 9.0]
+    assert found["video_every_1_times_slower"] == [3.5, 3.0, 4.0]
+    assert "no_video_times_slower" not in found
+
+
+@pytest.mark.sim
+def test_a_video_costs_its_images(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "video --suite mini --steps 17 --render-size 64 --image-size 56 --rounds 1 --every 4 1"
+    assert bench.run(parse("bench", words.split())) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["bench"], found["steps"]) == ("video", 17)
+    often, seldom = (found[f"video_every_{every}_times_slower"][0] for every in (1, 4))
+    assert often > seldom > 1
+
+
 def test_a_record_names_its_command_and_conditions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     found = record("env", argparse.Namespace(arguments=["env", "--suite", "a b"]), {"x": 1})
@@ -111,8 +133,8 @@ def test_each_task_of_a_suite_adds_its_simulator() -> None:
     assert 20 < second - first < 400
 
 
-def test_both_ways_of_a_simulator_get_the_same_moves() -> None:
-    one, two = _moves(), _moves()
+def test_both_ways_of_a_simulator_get_the_samemoves_of_chunks() -> None:
+    one, two = moves_of_chunks(), moves_of_chunks()
     for _ in range(3):
         assert (next(one) == next(two)).all()
 

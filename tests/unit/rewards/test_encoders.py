@@ -10,53 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-    VJEPA2Config,
-    VJEPA2Model,
+from encoder_folders import (
+    dinov2_processor,
+    save_dinov2,
+    save_siglip,
+    save_vjepa2,
+    smooth_images,
 )
+from transformers import Dinov2WithRegistersModel, SiglipVisionModel
 
 from verl_vla.core.errors import ConfigError, ContractError
+from verl_vla.core.image_preprocessing import prepare_image
 from verl_vla.core.tables import pick_by_time
 from verl_vla.policies.normalization import ActionStatistics
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
 from verl_vla.rewards.encoders import ENCODERS, make_encoder
 from verl_vla.rewards.encoders.vjepa2 import pick_by_content
 
-VIT: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "image_size": 28,
-    "patch_size": 14,
-}
-VJEPA: dict[str, Any] = {
-    "patch_size": 16,
-    "crop_size": 32,
-    "frames_per_clip": 8,
-    "tubelet_size": 2,
-    "hidden_size": 48,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "mlp_ratio": 2.0,
-    "pred_hidden_size": 24,
-    "pred_num_attention_heads": 2,
-    "pred_num_hidden_layers": 1,
-    "pred_num_mask_tokens": 1,
-    "pred_mlp_ratio": 2.0,
-    "num_pooler_layers": 1,
-}
 WIDTH = {"pixels": 16, "dinov2": 32, "siglip": 32, "vjepa2": 48, "policy_towers": 48}
-
-
-def save(folder, model) -> str:
-    model.save_pretrained(folder)
-    return str(folder)
 
 
 def save_policy(folder) -> str:
@@ -72,13 +43,11 @@ def arguments(tmp_path_factory) -> dict[str, dict[str, Any]]:
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("weights")
     exact = {"dtype": "float32"}
-    dino = Dinov2Model(Dinov2Config(**VIT, mlp_ratio=2))
-    siglip = SiglipVisionModel(SiglipVisionConfig(**VIT, intermediate_size=64))
     return {
         "pixels": {"grid": 4},
-        "dinov2": {"path": save(root / "dino", dino), "image_size": 28, **exact},
-        "siglip": {"path": save(root / "siglip", siglip), **exact},
-        "vjepa2": {"path": save(root / "vjepa", VJEPA2Model(VJEPA2Config(**VJEPA))), **exact},
+        "dinov2": {"path": save_dinov2(root / "dino"), **exact},
+        "siglip": {"path": save_siglip(root / "siglip"), **exact},
+        "vjepa2": {"path": save_vjepa2(root / "vjepa"), **exact},
         "policy_towers": {"path": save_policy(root / "policy"), **exact},
     }
 
@@ -147,16 +116,7 @@ def test_a_feature_space_is_named_after_weights_dtype_and_settings(name, argumen
     assert make_encoder(name, {**own, "batch_size": 1}).feature_space == space
     assert make_encoder(name, {**own, "dtype": "bfloat16"}).feature_space != space
     torch.manual_seed(1)
-    other = save_other_policy(tmp_path) if name == "policy_towers" else save(tmp_path, fresh(name))
-    assert make_encoder(name, {**own, "path": other}).feature_space != space
-
-
-def fresh(name: str) -> Any:
-    if name == "dinov2":
-        return Dinov2Model(Dinov2Config(**VIT, mlp_ratio=2))
-    if name == "siglip":
-        return SiglipVisionModel(SiglipVisionConfig(**VIT, intermediate_size=64))
-    return VJEPA2Model(VJEPA2Config(**VJEPA))
+    assert make_encoder(name, {**own, "path": FRESH[name](tmp_path)}).feature_space != space
 
 
 def save_other_policy(folder) -> str:
@@ -165,6 +125,14 @@ def save_other_policy(folder) -> str:
     policy = build_tiny_policy(["lift the cube"], statistics, sizes=sizes, seed=1)
     policy.model.save_pretrained(folder)
     return str(folder)
+
+
+FRESH = {
+    "dinov2": save_dinov2,
+    "siglip": save_siglip,
+    "vjepa2": save_vjepa2,
+    "policy_towers": save_other_policy,
+}
 
 
 def test_an_encoder_in_a_process_of_its_own_gives_the_same_and_may_be_lost(arguments):
@@ -195,16 +163,13 @@ def test_pixels_are_the_means_of_a_grid():
 
 def test_dinov2_with_registers_leaves_them_out(tmp_path):
     torch.manual_seed(0)
-    config = Dinov2WithRegistersConfig(**VIT, mlp_ratio=2, num_register_tokens=4)
-    model = Dinov2WithRegistersModel(config)
-    path = save(tmp_path, model)
-    encoder = make_encoder("dinov2", {"path": path, "image_size": 28, "dtype": "float32"})
+    path = save_dinov2(tmp_path, registers=4)
+    encoder = make_encoder("dinov2", {"path": path, "dtype": "float32"})
     image = clip(2, size=28)
-    pixels = torch.from_numpy(image).permute(0, 3, 1, 2).float() / 255
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    normal = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    pixels = dinov2_processor(28)(list(image), return_tensors="pt")["pixel_values"]
+    model: Any = Dinov2WithRegistersModel.from_pretrained(path)
     with torch.no_grad():
-        expected = model.eval()(pixel_values=normal).last_hidden_state[:, 5:].mean(1)
+        expected = model.eval()(pixel_values=pixels).last_hidden_state[:, 5:].mean(1)
     np.testing.assert_allclose(encoder.encode([image])[0], expected, atol=1e-4)
 
 
@@ -217,6 +182,14 @@ def test_siglip_is_read_before_its_last_block(arguments):
     expected = states[2].mean(1)
     found = make_encoder("siglip", arguments["siglip"]).encode([image])[0]
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_the_policys_towers_see_images_as_the_policy_does(arguments):
+    encoder = make_encoder("policy_towers", arguments["policy_towers"])
+    rendered = smooth_images(3, 40, 40).numpy()
+    seen = np.stack([prepare_image(image, size=28) for image in rendered])
+    (of_video,), (of_policy,) = encoder.encode([rendered]), encoder.encode([seen])
+    assert np.array_equal(of_video, of_policy)
 
 
 def test_the_policys_towers_are_those_of_its_checkpoint(arguments):
@@ -311,10 +284,9 @@ def test_an_encoder_that_cannot_be_made_is_refused(name, change, message):
 @pytest.mark.parametrize(
     ("name", "of", "change", "message"),
     [
-        ("dinov2", "siglip", {"image_size": 28}, "encoder dinov2 needs DINOv2"),
+        ("dinov2", "siglip", {}, "encoder dinov2 needs DINOv2"),
         ("siglip", "dinov2", {}, "encoder siglip needs SigLIP"),
         ("vjepa2", "siglip", {}, "encoder vjepa2 needs V-JEPA 2"),
-        ("dinov2", "dinov2", {"image_size": 30}, "image_size is 30; it must be a multiple of 14"),
         ("siglip", "siglip", {"dtype": "int8"}, "dtype is 'int8'; choose one of float32"),
         ("siglip", "siglip", {"device": "warp"}, "device is 'warp', which cannot be used"),
         ("policy_towers", "policy_towers", {"tower": "mid"}, "tower is 'mid'; choose"),

@@ -57,7 +57,7 @@ def halves() -> tuple[Sample, Sample]:
 @pytest.fixture(scope="module")
 def rows(halves) -> dict[str, BenchRow]:
     entries = make_entries(read_rewards(REWARDS, ARGUMENTS), seed=0)
-    return {row.label: row for row in measure(entries, *halves, CONFIG)}
+    return {row.label: row for row in measure(entries, {None: halves}, CONFIG)}
 
 
 def test_every_reward_has_a_row_and_those_of_frames_a_shuffled_one(rows):
@@ -70,13 +70,6 @@ def test_every_reward_has_a_row_and_those_of_frames_a_shuffled_one(rows):
         "random",
         "oracle",
     }
-
-
-def test_a_reward_of_videos_is_refused_since_none_are_kept():
-    with pytest.raises(ConfigError, match="v: reward 'srpo_released' requires a video, and episod"):
-        make_entries(read_rewards("v=srpo_released", ["v.encoder=pixels"]), seed=0)
-    with pytest.raises(ConfigError, match="set video_every=0 where the reward has it"):
-        make_entries(read_rewards("srpo", ["srpo.encoder=pixels", "srpo.video_every=4"]), seed=0)
 
 
 def test_the_oracle_ranks_perfectly_and_random_does_not_rank(rows):
@@ -126,7 +119,7 @@ def test_curves_are_made_without_the_outcome(rows):
 
 def test_the_same_call_gives_the_same_numbers(halves, rows):
     entries = make_entries(read_rewards("head=siglip_t", ["head.encoder=pixels"]), seed=0)
-    again = measure(entries, *halves, CONFIG)
+    again = measure(entries, {None: halves}, CONFIG)
     for row in again:
         first = rows[row.label]
         assert np.array_equal(row.readings.progress, first.readings.progress)
@@ -136,7 +129,7 @@ def test_the_same_call_gives_the_same_numbers(halves, rows):
 def test_nothing_is_learned_from_the_half_that_is_judged(halves):
     train, test = halves
     (knn,) = make_entries(read_rewards("knn_align", ["knn_align.encoder=pixels"]), seed=0)[:1]
-    measure([knn], train, test, replace(CONFIG, groups_per_update=5))
+    measure([knn], {None: (train, test)}, replace(CONFIG, groups_per_update=5))
     memory: Any = knn.reward.state_dict()["memory"]
     kept = {r["episode_id"] for task in memory["tasks"].values() for r in task}
     assert kept <= set(train.batch.episode_id[train.batch.success].tolist())
@@ -171,7 +164,7 @@ def test_an_encoder_of_clips_is_asked_again_for_each_part(halves):
 
     reward.measure = measure_lengths
     entry = replace(make_entries({}, 0)[0], label="clips", reward=reward)
-    rows = measure([entry], *halves, CONFIG)
+    rows = measure([entry], {None: halves}, CONFIG)
     assert {2, 9} <= seen, "one policy step shows the start and what came of it"
     assert rows[0].readings.curves[0][0] == 2.0
 
@@ -204,7 +197,7 @@ class FailedOnly(StatelessReward):
 def test_a_reward_that_knows_no_failure_is_unknown_with_count_zero(halves):
     entry = replace(make_entries({}, 0)[0], label="blind", reward=FailedOnly())
     clock = make_entries({}, 0)[0]
-    rows = measure([entry, clock], *halves, replace(CONFIG, curve_groups=0))
+    rows = measure([entry, clock], {None: halves}, replace(CONFIG, curve_groups=0))
     assert rows[0].by_progress.spearman.count == 0
     assert rows[0].paper is None
     found = table_as_json(rows, verdicts(rows))["blind"]

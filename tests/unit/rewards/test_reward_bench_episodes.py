@@ -15,7 +15,7 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.core.trajectory_io import write_trajectories
 from verl_vla.rewards import goal_progress
 from verl_vla.rewards.benchmark import choose_groups, claim, is_complete, played_with, read_rounds
-from verl_vla.rewards.benchmark.episodes import GROUPS_PER_ROUND, PlayConfig, _round_file
+from verl_vla.rewards.benchmark.episodes import GROUPS_PER_ROUND, PlayConfig, round_file
 from verl_vla.rewards.benchmark.samples import halve, join, make_sample, prefix_lengths, take
 
 
@@ -68,7 +68,7 @@ def test_what_is_read_is_what_was_played_to_the_bit(tmp_path: Path):
     number = len(trajectories.episodes)
     videos = tuple(np.full((b % 3, 4, 4, 3), b, np.uint8) for b in range(number))
     trajectories = replace(trajectories, videos=videos)
-    write_trajectories(_round_file(tmp_path, 0), trajectories)
+    write_trajectories(round_file(tmp_path, 0), trajectories)
     read = read_rounds(tmp_path, GROUPS_PER_ROUND)
     for table in ("episodes", "policy_steps"):
         mine, theirs = (getattr(t, table) for t in (trajectories, read))
@@ -91,7 +91,7 @@ def test_what_is_read_is_what_was_played_to_the_bit(tmp_path: Path):
 
 
 def test_a_missing_round_is_known(tmp_path: Path):
-    write_trajectories(_round_file(tmp_path, 0), make_trajectories())
+    write_trajectories(round_file(tmp_path, 0), make_trajectories())
     assert is_complete(tmp_path, GROUPS_PER_ROUND)
     assert not is_complete(tmp_path, GROUPS_PER_ROUND + 1)
     with pytest.raises(ConfigError, match="goes on where it stopped"):

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from row_store import RowStore
+from step_tables import episode_column, step_tables
 from tensordict import TensorDict
 from torch import Tensor
 from transfer_queue import KVBatchMeta
@@ -22,9 +22,8 @@ from verl.utils import tensordict_utils as tu
 
 from verl_vla.config.compose import load_recipe
 from verl_vla.config.grpo import ClipRange, Recipe
-from verl_vla.core.episode import Outcome
 from verl_vla.core.files import PROJECT_FOLDER
-from verl_vla.core.tables import Episodes, PolicySteps, Trajectories
+from verl_vla.core.tables import Trajectories
 from verl_vla.envs.registry import suite
 from verl_vla.policies.registry import load_policy
 from verl_vla.rl.advantage import group_advantage
@@ -89,11 +88,9 @@ def trajectories() -> tuple[Trajectories, Any]:
     """Episodes of random images and actions; the last chunk of each is cut short."""
     policy = load_policy(PROJECT_FOLDER / "bases" / "mini")
     shape = policy.processor.shape
-    lengths = torch.tensor([steps for group in GROUPS for steps in group])
-    generator = torch.Generator().manual_seed(3)
-    episode = torch.arange(len(lengths)).repeat_interleave(lengths)
+    episode, is_last = episode_column([steps for group in GROUPS for steps in group])
     count = len(episode)
-    is_last = torch.cat([episode[1:] != episode[:-1], torch.tensor([True])])
+    generator = torch.Generator().manual_seed(3)
     short = torch.randint(1, shape.chunk_length + 1, (count,), generator=generator)
     executed = torch.where(is_last, short, shape.chunk_length)
     images = torch.randint(
@@ -104,28 +101,15 @@ def trajectories() -> tuple[Trajectories, Any]:
     prompts = tuple(policy.processor.prompt(texts[b % len(texts)]) for b in episode.tolist())
     with torch.no_grad():
         now = policy.log_prob(images, prompts, tokens, temperature=TEMPERATURE)
-    ids = torch.arange(len(lengths))
-    group = torch.tensor([g for g, steps in enumerate(GROUPS) for _ in steps])
-    return Trajectories(
-        episodes=Episodes(
-            task_id=ids,
-            init_state_id=ids,
-            group_id=group,
-            episode_id=ids,
-            outcome=torch.full_like(ids, int(Outcome.TIMEOUT)),
-            num_steps=torch.zeros_like(ids).index_add_(0, episode, executed),
-        ),
-        policy_steps=PolicySteps(
-            episode=episode,
-            image=images,
-            proprio=torch.zeros(count, 8),
-            action_tokens=tokens,
-            # some ratios are outside of the clip range
-            log_probs=now + 0.3 * torch.randn(now.shape, generator=generator),
-            executed=executed,
-        ),
+    return step_tables(
+        [g for g, steps in enumerate(GROUPS) for _ in steps],
+        episode,
+        image=images,
+        action_tokens=tokens,
+        # some ratios are outside of the clip range
+        log_probs=now + 0.3 * torch.randn(now.shape, generator=generator),
+        executed=executed,
         prompt_ids=prompts,
-        goals=(np.zeros((1, 1, 3), dtype=np.float32),) * len(ids),
     ), policy
 
 
@@ -168,11 +152,7 @@ def learn(
     keys, fields, tags = make_rows(played, score.numpy(), chunk_length=chunk, global_step=1)
     episodes = played.policy_steps.episode.tolist()
     for key, row, tag, b in zip(keys, fields, tags, episodes, strict=True):
-        more = {
-            "advantages": advantage[b] * row["response_mask"],
-            "old_log_probs": row["rollout_log_probs"],
-        }
-        workers.rows[key], workers.tags[key] = row | more, tag
+        workers.put_scored(key, row, tag, advantage[b] * row["response_mask"])
     batch = KVBatchMeta(keys=keys, tags=tags, partition_id="train")
     update(batch, workers, recipe, eos_token_id=0)
 

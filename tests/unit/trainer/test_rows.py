@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from step_tables import episode_column, step_tables
 from tensordict import TensorDict
 from verl import DataProto
 from verl.trainer.ppo.padding_utils import construct_minimal_padding_template
@@ -16,7 +17,7 @@ from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.utils.padding import no_padding_2_padding, response_from_nested
 
-from verl_vla.core.tables import Episodes, PolicySteps, Trajectories
+from verl_vla.core.tables import Trajectories
 from verl_vla.rl.advantage import group_advantage
 from verl_vla.rl.loss import executed_mask
 from verl_vla.trainer.grpo.advantage import row_advantages
@@ -39,31 +40,18 @@ TOKENS = CHUNK * DIM
 
 def make_trajectories(groups: list[int], num_policy_steps: list[int]) -> Trajectories:
     """One episode per entry; its last chunk is cut after one action."""
-    episode = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(num_policy_steps))
+    episode, is_last = episode_column(num_policy_steps)
     count = len(episode)
-    is_last = torch.cat([episode[1:] != episode[:-1], torch.tensor([True])])
-    executed = torch.where(is_last, 1, CHUNK)
-    ids = torch.arange(len(groups))
     rng = torch.Generator().manual_seed(0)
-    return Trajectories(
-        episodes=Episodes(
-            task_id=ids,
-            init_state_id=ids,
-            group_id=torch.tensor(groups),
-            episode_id=ids,
-            outcome=ids % 2,
-            num_steps=torch.zeros(len(groups), dtype=torch.int64).index_add(0, episode, executed),
-        ),
-        policy_steps=PolicySteps(
-            episode=episode,
-            image=torch.randint(0, 255, (count, 1, 2, 2, 3), generator=rng, dtype=torch.uint8),
-            proprio=torch.zeros(count, 8),
-            action_tokens=torch.randint(0, 256, (count, TOKENS), generator=rng),
-            log_probs=-torch.rand(count, TOKENS, generator=rng),
-            executed=executed,
-        ),
-        prompt_ids=tuple(torch.arange(3 + i % 4) + 1000 for i in range(count)),
-        goals=(np.zeros((1, 1, 3), dtype=np.float32),) * len(groups),
+    return step_tables(
+        groups,
+        episode,
+        image=torch.randint(0, 255, (count, 1, 2, 2, 3), generator=rng, dtype=torch.uint8),
+        action_tokens=torch.randint(0, 256, (count, TOKENS), generator=rng),
+        log_probs=-torch.rand(count, TOKENS, generator=rng),
+        executed=torch.where(is_last, 1, CHUNK),
+        prompt_ids=[torch.arange(3 + i % 4) + 1000 for i in range(count)],
+        outcome=torch.arange(len(groups)) % 2,
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from row_store import RowStore
+from step_tables import episode_column, step_tables
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl import DataProto
@@ -17,8 +18,7 @@ from verl.utils import tensordict_utils as tu
 
 from verl_vla.config.compose import group_options, load_recipe, recipe_names
 from verl_vla.config.grpo import Recipe
-from verl_vla.core.episode import Outcome
-from verl_vla.core.tables import Episodes, PolicySteps, Trajectories
+from verl_vla.core.tables import Trajectories
 from verl_vla.rl.group_sampling import GroupFilter, GroupResult
 from verl_vla.runs.metrics import check_declared
 from verl_vla.trainer.grpo.rows import RowKey, group_key, is_padding, make_rows
@@ -117,12 +117,11 @@ def sampled(rank: Ranks, groups: list[list[float]]) -> KVBatchMeta:
         tensors | {"token_level_rewards": tensors["rm_scores"], "uid": uid}
     )
     data = compute_advantage_for_multi_trajectories(data, batch_keys=keys, adv_estimator="grpo")
-    rank.tags = dict(zip(keys, tags, strict=True))
-    for key, row, advantage in zip(keys, fields, data.batch["advantages"], strict=True):
-        more = {"advantages": advantage, "old_log_probs": row["rollout_log_probs"]}
+    advantages = data.batch["advantages"]
+    for key, row, tag, advantage in zip(keys, fields, tags, advantages, strict=True):
         if rank.recipe.loss.kl.is_on:
-            more["ref_log_prob"] = row["rollout_log_probs"]
-        rank.rows[key] = row | more
+            row["ref_log_prob"] = row["rollout_log_probs"]
+        rank.put_scored(key, row, tag, advantage)
     return KVBatchMeta(keys=keys, tags=tags, partition_id="train")
 
 
@@ -140,28 +139,17 @@ def result(number: int, scores: list[float]) -> GroupResult:
 
 def played(groups: list[list[float]]) -> Trajectories:
     """Episodes of three whole chunks."""
-    group = torch.tensor([number for number, scores in enumerate(groups) for _ in scores])
-    ids = torch.arange(len(group))
-    count = PLACES * len(group)
-    return Trajectories(
-        episodes=Episodes(
-            task_id=ids,
-            init_state_id=ids,
-            group_id=group,
-            episode_id=ids,
-            outcome=torch.full_like(ids, int(Outcome.TIMEOUT)),
-            num_steps=torch.full_like(ids, PLACES * CHUNK),
-        ),
-        policy_steps=PolicySteps(
-            episode=ids.repeat_interleave(PLACES),
-            image=torch.zeros(count, 1, 2, 2, 3, dtype=torch.uint8),
-            proprio=torch.zeros(count, 8),
-            action_tokens=torch.zeros(count, TOKENS, dtype=torch.int64),
-            log_probs=torch.full((count, TOKENS), -1.0),
-            executed=torch.full((count,), CHUNK),
-        ),
-        prompt_ids=(torch.arange(4),) * count,
-        goals=(np.zeros((1, 1, 3), dtype=np.float32),) * len(group),
+    group = [number for number, scores in enumerate(groups) for _ in scores]
+    episode, _ = episode_column([PLACES] * len(group))
+    count = len(episode)
+    return step_tables(
+        group,
+        episode,
+        image=torch.zeros(count, 1, 2, 2, 3, dtype=torch.uint8),
+        action_tokens=torch.zeros(count, TOKENS, dtype=torch.int64),
+        log_probs=torch.full((count, TOKENS), -1.0),
+        executed=torch.full((count,), CHUNK),
+        prompt_ids=[torch.arange(4)] * count,
     )
 
 

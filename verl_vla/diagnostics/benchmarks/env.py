@@ -149,7 +149,7 @@ def _ours(options: argparse.Namespace) -> Work:
     )
     env.reset(options.task, 0)
     init_state = env.suite.load_init_states(options.task)[0]
-    moves = _moves()
+    moves = moves_of_chunks()
     return {
         "chunk": lambda: env.step_chunk(next(moves)),
         "settle": lambda: env.settle(options.task, init_state),
@@ -168,7 +168,7 @@ def _stock(options: argparse.Namespace) -> Work:
     from libero.libero.envs import OffScreenRenderEnv  # noqa: PLC0415 -- after `make_libero_env`
 
     init_state = ours.suite.load_init_states(options.task)[0]
-    moves = _moves()
+    moves = moves_of_chunks()
     with asset_folder(ours.assets):
         env = OffScreenRenderEnv(
             bddl_file_name=str(task.bddl_file),
@@ -195,7 +195,7 @@ def _stock(options: argparse.Namespace) -> Work:
     return {"chunk": chunk, "reset": reset}
 
 
-def _moves() -> Generator[npt.NDArray[np.float32]]:
+def moves_of_chunks() -> Generator[npt.NDArray[np.float32]]:
     """Yield chunks [8, 7] of small moves that stay above the table and solve no task."""
     rng = np.random.default_rng(0)
     while True:

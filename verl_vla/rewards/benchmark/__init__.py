@@ -27,6 +27,7 @@ from verl_vla.rewards.benchmark.table import (
     table_as_json,
     verdicts,
 )
+from verl_vla.rewards.benchmark.videos import film_missing, folder_name, video_needs
 
 __all__ = [
     "VERDICT_RULE",
@@ -41,6 +42,8 @@ __all__ = [
     "draw_features",
     "draw_progress",
     "draw_reliability",
+    "film_missing",
+    "folder_name",
     "halve",
     "is_complete",
     "make_entries",
@@ -53,4 +56,5 @@ __all__ = [
     "read_rewards",
     "read_rounds",
     "verdicts",
+    "video_needs",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +20,11 @@ from verl_vla.rewards import (
     StatelessReward,
     TrajectoryBatch,
     TrajectoryReward,
+    VideoNeed,
     judge,
     learn,
     looks_at_images,
+    video_need,
 )
 from verl_vla.rewards.benchmark.curves import TEST, TRAIN, FeatureShelf, follow
 from verl_vla.rewards.benchmark.entries import Entry
@@ -107,7 +109,9 @@ class BenchRow:
 
 
 def measure(
-    entries: Sequence[Entry], train: Sample, test: Sample, config: BenchConfig
+    entries: Sequence[Entry],
+    halves: Mapping[VideoNeed | None, tuple[Sample, Sample]],
+    config: BenchConfig,
 ) -> list[BenchRow]:
     """Let every reward learn, then measure it; a reward that requires images has a second row.
 
@@ -115,8 +119,9 @@ def measure(
 
     Args:
         entries: new rewards; learning changes them.
-        train: episodes that they may learn from.
-        test: episodes of other starts, split ``held_out``.
+        halves: the same episodes, with the videos of each reward that requires some, and under
+            None without; the first half is what they may learn from, the second has other starts,
+            split ``held_out``.
         config: settings of the measurement.
 
     Returns:
@@ -124,10 +129,10 @@ def measure(
     """
     # rewards of one feature space share what was encoded
     shelf = FeatureShelf()
-    shuffled = test.shuffle_failures(config.seed)
     rows: list[BenchRow] = []
     for entry in entries:
         reward = entry.reward
+        train, test = halves[video_need(reward)]
         _let_learn(reward, shelf.fill(reward, TRAIN, train.batch)[0], config)
         curves = follow(
             reward,
@@ -138,8 +143,9 @@ def measure(
             num_points=config.curve_points,
         )
         rows.append(_row(entry, entry.label, shelf, TEST, test, curves, config))
-        if looks_at_images(reward):
+        if looks_at_images(reward) or test.need is not None:
             label = entry.label + SHUFFLED
+            shuffled = test.shuffle_failures(config.seed)
             row = _row(entry, label, shelf, _SHUFFLED_PART, shuffled, (), config)
             rows.append(replace(row, is_control=True))
     return rows

@@ -8,7 +8,16 @@ from typing import cast
 
 import numpy as np
 
-from verl_vla.rewards import Floats, Rows, TrajectoryBatch, TrajectoryReward, complete, judge
+from verl_vla.rewards import (
+    Floats,
+    Rows,
+    TrajectoryBatch,
+    TrajectoryReward,
+    VideoNeed,
+    complete,
+    judge,
+    video_need,
+)
 from verl_vla.rewards.base import HasEncoder
 from verl_vla.rewards.benchmark.samples import Indices, Sample, join, prefix_lengths, take
 from verl_vla.rewards.encoders.base import ImageEncoder
@@ -18,10 +27,13 @@ TRAIN, TEST = "train", "test"
 
 
 class FeatureShelf:
-    """A cache of features per part of the episodes, shared by the rewards of one feature space."""
+    """A cache of features per part of the episodes.
+
+    It is shared by the rewards of one feature space that encode the same images.
+    """
 
     def __init__(self) -> None:
-        self._made: dict[tuple[str, str], tuple[tuple[Rows, ...], float]] = {}
+        self._made: dict[tuple[str, VideoNeed | None, str], tuple[tuple[Rows, ...], float]] = {}
 
     def fill(
         self, reward: TrajectoryReward, part: str, batch: TrajectoryBatch
@@ -30,12 +42,13 @@ class FeatureShelf:
         if "features" not in reward.requires:
             return complete(reward, batch), 0.0
         space = cast("HasEncoder", reward).encoder.feature_space
-        if (space, part) not in self._made:
+        key = (space, video_need(reward), part)
+        if key not in self._made:
             began = time.perf_counter()
             features = complete(reward, batch).features
             assert features is not None
-            self._made[space, part] = features, time.perf_counter() - began
-        features, seconds = self._made[space, part]
+            self._made[key] = features, time.perf_counter() - began
+        features, seconds = self._made[key]
         # features are there now, so this only leaves out what the reward does not require
         return complete(reward, replace(batch, features=features, feature_space=space)), seconds
 
@@ -97,7 +110,8 @@ def _encode_cut(
     """Call `complete` on the first policy steps of episodes.
 
     The features of an `ImageEncoder` do not depend on later images, so those of the complete
-    episode are cut. An encoder of clips must encode the shorter episode again.
+    episode are cut: they have one row an image. An encoder of clips must encode the shorter episode
+    again.
     """
     batch = sample.cut(cut_at).batch
     if "features" not in reward.requires:
@@ -108,7 +122,9 @@ def _encode_cut(
         return shelf.fill(reward, f"point {point}", batch)[0]
     whole = shelf.fill(reward, TEST, test.batch)[0].features
     assert whole is not None
-    # one row more than policy steps, for the image after the last; `whole` has later groups too
-    features = tuple(rows[: length + 1] for rows, length in zip(whole, cut_at, strict=False))
+    shown = batch.frames if sample.need is None else batch.videos
+    assert shown is not None
+    # not strict: `whole` has later groups too
+    features = tuple(rows[: len(images)] for rows, images in zip(whole, shown, strict=False))
     space = encoder.feature_space
     return complete(reward, replace(batch, features=features, feature_space=space))

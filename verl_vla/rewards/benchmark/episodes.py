@@ -164,7 +164,7 @@ def played_with(folder: Path) -> dict[str, Any]:
 
 def is_complete(folder: Path, num_groups: int) -> bool:
     """Check that all rounds are on disk."""
-    return all(_round_file(folder, i).is_file() for i in range(_num_rounds(num_groups)))
+    return all(round_file(folder, i).is_file() for i in range(num_rounds(num_groups)))
 
 
 def play_missing(
@@ -181,9 +181,9 @@ def play_missing(
 
     ``ended`` is called as each episode ends; see `verl_vla.rl.rollout.rollout`.
     """
-    num_rounds = _num_rounds(len(groups))
-    for index in range(num_rounds):
-        file = _round_file(folder, index)
+    rounds = num_rounds(len(groups))
+    for index in range(rounds):
+        file = round_file(folder, index)
         # a call before this one was stopped after it
         if file.is_file():
             continue
@@ -196,7 +196,7 @@ def play_missing(
         write_trajectories(file, trajectories)
         solved = int(trajectories.episodes.success.sum())
         logger.info(
-            "round %d of %d: %d of %d episodes solved", index + 1, num_rounds, solved, len(specs)
+            "round %d of %d: %d of %d episodes solved", index + 1, rounds, solved, len(specs)
         )
 
 
@@ -212,13 +212,15 @@ def read_rounds(folder: Path, num_groups: int) -> Trajectories:
             "which goes on where it stopped"
         )
     return Trajectories.concat(
-        [read_trajectories(_round_file(folder, index)) for index in range(_num_rounds(num_groups))]
+        [read_trajectories(round_file(folder, index)) for index in range(num_rounds(num_groups))]
     )
 
 
-def _num_rounds(num_groups: int) -> int:
+def num_rounds(num_groups: int) -> int:
+    """Return the number of rounds in which so many groups are played."""
     return -(-num_groups // GROUPS_PER_ROUND)
 
 
-def _round_file(folder: Path, index: int) -> Path:
+def round_file(folder: Path, index: int) -> Path:
+    """Return the file of a round."""
     return folder / f"round_{index:04d}.npz"

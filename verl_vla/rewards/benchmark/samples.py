@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.tables import Trajectories
-from verl_vla.rewards import Floats, TrajectoryBatch, goal_progress, make_batch
+from verl_vla.core.tables import Trajectories, pick_by_time
+from verl_vla.rewards import Floats, TrajectoryBatch, VideoNeed, goal_progress, make_batch
 from verl_vla.rewards.base import Split
 
 Indices = npt.NDArray[np.int64]
 Item = TypeVar("Item")
 
-RAGGED = ("frames", "proprio", "goals", "features")
+RAGGED = ("frames", "videos", "proprio", "goals", "features")
 """Fields of a batch that hold one array per episode, or None."""
 
 
@@ -28,6 +28,8 @@ class Sample:
     batch: TrajectoryBatch
     executed: tuple[Indices, ...]
     """B arrays [policy steps], simulator steps that each chunk executed."""
+    need: VideoNeed | None = None
+    """The videos that the batch holds; None where it holds none."""
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -40,35 +42,46 @@ class Sample:
 
     def take(self, rows: Indices) -> Sample:
         """Keep some episodes, in this order."""
-        return Sample(take(self.batch, rows), tuple(self.executed[row] for row in rows))
+        executed = tuple(self.executed[row] for row in rows)
+        return replace(self, batch=take(self.batch, rows), executed=executed)
 
     def cut(self, num_policy_steps: Indices) -> Sample:
         """Keep the first policy steps of every episode, and hide its outcome.
+
+        Of a video, the frames up to there are kept, so its last one may be earlier than the cut.
 
         Args:
             num_policy_steps: [B], at least 1 each and at most the length of the episode.
         """
         batch = self.batch
         assert batch.goals is not None
-        return Sample(
-            replace(
+        kept = tuple(e[:n] for e, n in zip(self.executed, num_policy_steps, strict=True))
+        num_steps = np.array([steps.sum() for steps in kept], dtype=np.int64)
+        return replace(
+            self,
+            batch=replace(
                 batch,
                 # hidden: a reward must not know how the episode ends later
                 success=np.zeros(len(batch), dtype=np.bool_),
-                num_steps=np.array(
-                    [e[:n].sum() for e, n in zip(self.executed, num_policy_steps, strict=True)],
-                    dtype=np.int64,
-                ),
+                num_steps=num_steps,
                 # one image and one reading more than policy steps: those after the last
                 frames=_cut(batch.frames, num_policy_steps + 1),
+                videos=_cut(batch.videos, self._num_frames(num_steps)),
                 proprio=_cut(batch.proprio, num_policy_steps),
                 goals=_cut(batch.goals, num_policy_steps + 1),
             ),
-            tuple(e[:n] for e, n in zip(self.executed, num_policy_steps, strict=True)),
+            executed=kept,
         )
 
+    def _num_frames(self, num_steps: Indices) -> Indices:
+        """Count the frames of every video that show the first ``num_steps`` [B] steps."""
+        if self.need is None:
+            return np.zeros(len(num_steps), dtype=np.int64)
+        times = [frame_steps(int(steps), self.need) for steps in self.batch.num_steps]
+        return np.array([(t <= end).sum() for t, end in zip(times, num_steps, strict=True)])
+
     def shuffle_failures(self, seed: int) -> Sample:
-        """Shuffle the frames of every failure, except the first.
+        """Shuffle the frames of every failure, and of its video, except the first.
 
         The first frame shows the layout of the scene, which rewards subtract; it has no information
         about time. Successes do not change: they are the references of failures.
@@ -76,20 +89,35 @@ class Sample:
         batch = self.batch
         assert batch.frames is not None
         frames = list(batch.frames)
+        videos = None if batch.videos is None else list(batch.videos)
         for row in np.flatnonzero(~batch.success):
             rng = np.random.default_rng([seed, int(batch.episode_id[row])])
-            order = np.concatenate([[0], 1 + rng.permutation(len(frames[row]) - 1)])
-            frames[row] = frames[row][order]
-        return replace(self, batch=replace(batch, frames=tuple(frames)))
+            for shown in (frames, videos):
+                if shown is not None:
+                    order = np.concatenate([[0], 1 + rng.permutation(len(shown[row]) - 1)])
+                    shown[row] = shown[row][order]
+        shuffled = None if videos is None else tuple(videos)
+        return replace(self, batch=replace(batch, frames=tuple(frames), videos=shuffled))
 
 
-def make_sample(trajectories: Trajectories, *, suite: str, split: Split, mirrored: bool) -> Sample:
-    """Arrange trajectories by episode, without the crashed ones."""
+def make_sample(
+    trajectories: Trajectories,
+    *,
+    suite: str,
+    split: Split,
+    mirrored: bool,
+    need: VideoNeed | None = None,
+) -> Sample:
+    """Arrange trajectories by episode, without the crashed ones.
+
+    ``need`` says which videos the trajectories have.
+    """
     alive = trajectories.select(~trajectories.episodes.crashed)
     episode, executed = alive.policy_steps.episode.numpy(), alive.policy_steps.executed.numpy()
     return Sample(
         make_batch(alive, suite=suite, split=split, mirrored=mirrored),
         tuple(executed[episode == row] for row in range(len(alive.episodes))),
+        need,
     )
 
 
@@ -147,6 +175,17 @@ def join(first: TrajectoryBatch, second: TrajectoryBatch) -> TrajectoryBatch:
         num_steps=np.concatenate([first.num_steps, second.num_steps]),
         **ragged,
     )
+
+
+def frame_steps(num_steps: int, need: VideoNeed) -> Indices:
+    """Return the simulator step that each frame of an episode's video was rendered after.
+
+    >>> frame_steps(10, VideoNeed(every=4, max_frames=None)).tolist()
+    [0, 4, 8, 10]
+    """
+    # the last moment of an episode is a frame, whatever the rate
+    steps = np.union1d(np.arange(0, num_steps, need.every), [num_steps])
+    return steps if need.max_frames is None else steps[pick_by_time(len(steps), need.max_frames)]
 
 
 def prefix_lengths(num_policy_steps: int, max_points: int) -> list[int]:

@@ -14,12 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from huggingface_hub import snapshot_download
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.policies import base
-from verl_vla.policies.preprocessing import ImageStatistics, normalize_image
 from verl_vla.rewards.base import HasEncoder, TrajectoryReward
 
 Images = npt.NDArray[np.uint8]
@@ -125,48 +123,6 @@ class FrozenNetwork:
         self.dtype = DTYPES[dtype]
 
 
-class Network(FrozenNetwork):
-    """A frozen network of single images, with their preprocessing."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        image_size: int,
-        statistics: Sequence[ImageStatistics],
-        dtype: str,
-        device: str,
-    ) -> None:
-        """Freeze ``module`` and move it; see `FrozenNetwork`.
-
-        Args:
-            module: network of the encoder.
-            image_size: height and width of its input, pixels.
-            statistics: pixel mean and standard deviation for each of its towers.
-            dtype: dtype of the computation.
-            device: name of a torch device.
-        """
-        super().__init__(module, dtype=dtype, device=device)
-        self._image_size = image_size
-        self._statistics = tuple(statistics)
-
-    def pixels(self, images: Images) -> Tensor:
-        """Resize, without a crop, and normalise; [n, H, W, 3] to [n, 3 x towers, size, size]."""
-        image = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
-        size = self._image_size
-        if image.shape[1:3] != (size, size):
-            resized = functional.interpolate(
-                image.movedim(-1, 1).float(),
-                (size, size),
-                mode="bilinear",
-                antialias=True,
-                align_corners=False,
-            )
-            # rounded to what an image of this size would hold
-            image = resized.round().clamp(0, 255).to(torch.uint8).movedim(1, -1)
-        return normalize_image(image, self._statistics).to(self.dtype)
-
-
 def check_positive(**values: int) -> None:
     """Check that values are at least 1.
 
@@ -220,6 +176,41 @@ def require_folder(path: str, purpose: str) -> Path:
             f"({type(error).__name__}: {reason}); point encoder_args.path at a local folder with "
             f"the weights of {purpose}"
         ) from error
+
+
+def read_processor(
+    folder: Path, files: Sequence[str], purpose: str, read: Callable[[], Any]
+) -> Any:
+    """Read the processor that lies beside a model's weights: its resize, crop and normalisation.
+
+    Args:
+        folder: folder of the weights.
+        files: names that its file may have, the usual one first.
+        purpose: name of the model, for error messages.
+        read: function that reads it with transformers.
+
+    Raises:
+        ConfigError: there is no such file, or transformers cannot read it.
+    """
+    if not any((folder / file).is_file() for file in files):
+        # a default would be right for one size of the model and wrong for another
+        raise ConfigError(
+            f"{folder} holds no {files[0]}, which says how images are prepared for {purpose}; "
+            "fetch it from where the weights are from"
+        )
+    try:
+        return read()
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"{files[0]} in {folder} cannot be read ({type(error).__name__}: {reason}); fetch it "
+            "again from where the weights are from"
+        ) from error
+
+
+def describe_processor(processor: Any) -> dict[str, Any]:
+    """Return what a processor of transformers does, as plain values for `name_space`."""
+    return json.loads(processor.to_json_string())
 
 
 def name_space(kind: str, description: Mapping[str, Any], module: nn.Module | None = None) -> str:

@@ -3,6 +3,8 @@
 They are a frozen copy: features of towers that are trained along with the policy would not be
 comparable with older references. For the same reason their weights are part of the name of the
 feature space.
+
+Images that are not of the size that the policy sees are prepared for it as in its fine-tuning.
 """
 
 from __future__ import annotations
@@ -14,14 +16,16 @@ import torch
 from safetensors import safe_open
 
 from verl_vla.core.errors import ConfigError
+from verl_vla.core.image_preprocessing import prepare_images
 from verl_vla.policies.checkpoint import weight_files
 from verl_vla.policies.openvla_oft.checkpoint import read_config, read_image_statistics
 from verl_vla.policies.openvla_oft.vision import FusedVisionBackbone
+from verl_vla.policies.preprocessing import normalize_image
 from verl_vla.rewards.encoders.base import (
     Features,
+    FrozenNetwork,
     ImageEncoder,
     Images,
-    Network,
     name_space,
     require_folder,
 )
@@ -80,15 +84,16 @@ class PolicyTowersEncoder(ImageEncoder):
             raise ConfigError(f"the vision towers in {path} do not fit its config: {error}") from (
                 error
             )
-        description = {"tower": tower, "dtype": dtype, "layer": "last block but one, patch mean"}
+        description = {
+            "tower": tower,
+            "preprocessing": "prepare_image",
+            "dtype": dtype,
+            "layer": "last block but one, patch mean",
+        }
         self._backbone = backbone
-        self._network = Network(
-            backbone,
-            image_size=config.image_size,
-            statistics=read_image_statistics(folder, backbone.num_towers),
-            dtype=dtype,
-            device=device,
-        )
+        self._image_size = config.image_size
+        self._statistics = read_image_statistics(folder, backbone.num_towers)
+        self._network = FrozenNetwork(backbone, dtype=dtype, device=device)
         widths = [t.hidden_size for t in config.towers]
         # columns of the features, where the towers lie side by side
         ends = np.cumsum(widths)
@@ -103,7 +108,13 @@ class PolicyTowersEncoder(ImageEncoder):
     @torch.inference_mode()
     def embed(self, images: Images) -> Features:
         """Map [n, H, W, 3] to [n, D]."""
-        patches = self._backbone(self._network.pixels(images))
+        size = self._image_size
+        # of another size: a video's frames, as the camera renders them
+        if images.shape[1:3] != (size, size):
+            images = prepare_images(images, size=size)
+        on_device = torch.from_numpy(np.ascontiguousarray(images)).to(self._network.device)
+        pixels = normalize_image(on_device, self._statistics).to(self._network.dtype)
+        patches = self._backbone(pixels)
         return patches[..., self._columns].float().mean(dim=1).cpu().numpy()
 
 

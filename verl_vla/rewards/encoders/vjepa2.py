@@ -1,7 +1,7 @@
 """V-JEPA 2 encoder, with the model of transformers: features of clips instead of single images.
 
-Images are prepared by the model's own video processor: the shorter side is resized to 8/7 of the
-model's size, and the middle is cut out.
+Images are prepared by the video processor that lies beside the weights: for published ones, the
+shorter side is resized to 8/7 of the model's size, and the middle is cut out.
 
 Attention spans the complete clip, so padding would change every token. Therefore only episodes of
 equal length share a forward pass: the features of an episode do not depend on the lengths of the
@@ -11,6 +11,7 @@ others in the batch. A clip is never repeated to fill a length.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -29,11 +30,15 @@ from verl_vla.rewards.encoders.base import (
     Images,
     check_images,
     check_positive,
+    describe_processor,
     name_space,
+    read_processor,
     require_folder,
 )
 
 MODEL_TYPE = "vjepa2"
+PROCESSOR_FILES = ("video_preprocessor_config.json", "preprocessor_config.json")
+"""Names of a video processor's file, the newer first."""
 
 ThinBy = Literal["time", "content"]
 
@@ -63,7 +68,8 @@ class Vjepa2Encoder(BatchedEncoder):
             batch_size: clips per forward pass.
 
         Raises:
-            ConfigError: no such weights, another kind of model, or an unknown way to thin.
+            ConfigError: no such weights, another kind of model, no video processor for its size, or
+                an unknown way to thin.
         """
         super().__init__()
         if thin_by not in ("time", "content"):
@@ -75,6 +81,8 @@ class Vjepa2Encoder(BatchedEncoder):
         )
         if config.model_type != MODEL_TYPE:
             raise ConfigError(f"{path} holds a {config.model_type}; encoder vjepa2 needs V-JEPA 2")
+        read = partial(VJEPA2VideoProcessor.from_pretrained, folder, local_files_only=True)
+        self._processor = read_processor(folder, PROCESSOR_FILES, "V-JEPA 2", read)
         model: Any = VJEPA2Model.from_pretrained(folder, local_files_only=True)
         self._size = int(config.crop_size)
         self._tubelet = int(config.tubelet_size)
@@ -83,16 +91,19 @@ class Vjepa2Encoder(BatchedEncoder):
         self._max_frames = max_frames
         self._thin_by: ThinBy = thin_by
         self._batch_size = batch_size
-        # resizes, crops and normalises as for the model's training
-        self._processor = VJEPA2VideoProcessor(crop_size=self._size)
         description = {
-            "image_size": self._size,
-            "preprocessing": "VJEPA2VideoProcessor",
+            "preprocessing": describe_processor(self._processor),
             "dtype": dtype,
             "max_frames": max_frames,
             "thin_by": thin_by,
         }
         self._network = FrozenNetwork(model, dtype=dtype, device=device)
+        height, width = self._pixels(np.zeros((1, self._size, self._size, 3), np.uint8)).shape[-2:]
+        if (height, width) != (self._size, self._size):
+            raise ConfigError(
+                f"the video processor in {path} makes images of {height} x {width} px; the model "
+                f"takes {self._size} x {self._size}: fetch the file of this model"
+            )
         self._feature_space = name_space("vjepa2", description, model)
 
     @property
