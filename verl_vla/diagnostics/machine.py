@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
+from verl_vla.core.errors import ConfigError
+from verl_vla.diagnostics.planning.plan import Plan
 from verl_vla.envs.libero.asset_files import describe_faults, remedy_for_assets
 from verl_vla.envs.libero.assets import assets_available, find_assets
 from verl_vla.envs.libero.gl import REMEDY as GL_REMEDY
 from verl_vla.envs.libero.mujoco_version import REMEDY as MUJOCO_REMEDY
 from verl_vla.envs.libero.mujoco_version import known_difference
 from verl_vla.policies.checks import Finding
+from verl_vla.runs.disk_space import free_bytes, nearest_folder, require_disk_space
 
 GB = 1e9
-LEAST_FREE_BYTES = 300 * GB
-"""Disk space for two checkpoints of the published policy (12 bytes per weight) and exported weights
-(4); adapters and small policies take far less, so less space is no fault."""
 LEAST_SHARED_BYTES = 1 * GB
 """Shared memory for the images of all slots and Ray's object store; containers often have 64 MB."""
 RAY_PORTS = {6379: "the head of a Ray cluster", 8265: "its dashboard"}
@@ -56,12 +56,15 @@ class Check:
     fix: str | None = None
 
 
-def examine_machine(folder: Path, num_gpus: int | None = None) -> list[Check]:
+def examine_machine(
+    folder: Path, num_gpus: int | None = None, *, plan: Plan | None = None
+) -> list[Check]:
     """Run all checks once.
 
     Args:
-        folder: folder of the runs.
+        folder: folder of the runs; with a plan, of the run.
         num_gpus: number of devices to render an image on; None for all that torch sees.
+        plan: of the recipe that will train here; None if there is no recipe yet.
     """
     devices = torch.cuda.device_count() if num_gpus is None else num_gpus
     return [
@@ -71,7 +74,7 @@ def examine_machine(folder: Path, num_gpus: int | None = None) -> list[Check]:
         _cuda(),
         *[_renders(device) for device in (range(devices) if devices else [None])],
         _assets(),
-        _free_space(folder),
+        _free_space(folder, plan),
         _shared_memory(Path("/dev/shm")),
         *[_port(port, what) for port, what in RAY_PORTS.items()],
         _can_write(folder),
@@ -195,12 +198,15 @@ def _assets() -> Check:
     return _check(subject, f"{folder}, every file as LIBERO's")
 
 
-def _free_space(folder: Path) -> Check:
-    free = shutil.disk_usage(_existing(folder)).free
-    says = f"{free / GB:.0f} GB free for {folder}"
-    if free >= LEAST_FREE_BYTES:
-        return _check("disk", says)
-    return _advice("disk", says, f"choose out=FOLDER on a disk with {LEAST_FREE_BYTES / GB:.0f} GB")
+def _free_space(folder: Path, plan: Plan | None) -> Check:
+    says = f"{free_bytes(folder) / GB:.0f} GB free for {folder}"
+    if plan is None:
+        return _check("disk", f"{says}; name a recipe to compare it with what its run writes")
+    try:
+        require_disk_space(folder, plan.disk)
+    except ConfigError as error:
+        return _check("disk", str(error), is_fault=True, fix="choose out=FOLDER on a larger disk")
+    return _check("disk", f"{says}; the run writes up to {sum(plan.disk.values()) / GB:.1f} GB")
 
 
 def _shared_memory(folder: Path) -> Check:
@@ -226,18 +232,13 @@ def _port(port: int, what: str) -> Check:
 
 
 def _can_write(folder: Path) -> Check:
-    existing = _existing(folder)
+    existing = nearest_folder(folder)
     return _check(
         "write permission",
         f"{existing}",
         is_fault=not os.access(existing, os.W_OK),
         fix=f"choose out=FOLDER elsewhere, or: chown $USER {existing}",
     )
-
-
-def _existing(folder: Path) -> Path:
-    """Return the folder, or its nearest parent that exists."""
-    return next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
 
 
 def _check(subject: str, says: str, *, is_fault: bool = False, fix: str | None = None) -> Check:

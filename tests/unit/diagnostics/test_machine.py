@@ -10,8 +10,13 @@ import pytest
 
 from verl_vla.cli.arguments import parse
 from verl_vla.cli.doctor import EXIT_FAULT, run
+from verl_vla.cli.plan import policy_config
+from verl_vla.config.compose import load_recipe
+from verl_vla.core.errors import ConfigError
 from verl_vla.diagnostics import machine
 from verl_vla.diagnostics.machine import Check, examine_machine
+from verl_vla.diagnostics.planning.gpus import GPUS
+from verl_vla.diagnostics.planning.plan import Plan, make_plan
 from verl_vla.policies.checks import Finding
 
 Usage = namedtuple("Usage", "total used free")
@@ -24,8 +29,8 @@ def no_image(monkeypatch):
     monkeypatch.setattr(machine, "_renders", lambda _: drawn)
 
 
-def by_subject(folder):
-    return {check.finding.subject: check for check in examine_machine(folder)}
+def by_subject(folder, plan=None):
+    return {check.finding.subject: check for check in examine_machine(folder, plan=plan)}
 
 
 @pytest.mark.usefixtures("no_image")
@@ -70,8 +75,26 @@ def test_little_shared_memory_is_a_fault_and_little_disk_is_not(monkeypatch, tmp
     checks = by_subject(tmp_path)
     assert checks["shared memory"].finding.is_fault
     assert "--shm-size" in (checks["shared memory"].fix or "")
+    # without a recipe nobody knows how much is needed
     assert not checks["disk"].finding.is_fault
-    assert "out=FOLDER" in (checks["disk"].fix or "")
+    assert "name a recipe" in checks["disk"].finding.says
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    """The plan of a small policy under profile 8gpu: its checkpoints take some MB."""
+    recipe = load_recipe(["recipe=libero", "suite=mini", "profile=8gpu", "policy.path=bases/mini"])
+    return make_plan(recipe, policy_config(recipe)[0], GPUS["a100-80"])
+
+
+@pytest.mark.usefixtures("no_image")
+def test_with_a_recipe_a_disk_without_room_for_its_run_is_a_fault(monkeypatch, tmp_path, plan):
+    assert "the run writes up to" in by_subject(tmp_path, plan=plan)["disk"].finding.says
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: Usage(64e6, 0, 1e6))
+    disk = by_subject(tmp_path, plan=plan)["disk"]
+    assert disk.finding.is_fault
+    assert "0.0 GB are free, and the run needs up to" in disk.finding.says
+    assert disk.fix == "choose out=FOLDER on a larger disk"
 
 
 @pytest.mark.usefixtures("no_image")
@@ -134,3 +157,22 @@ def test_the_command_answers_by_its_exit_code_and_only_prints_remedies(monkeypat
     monkeypatch.setattr(os, "system", ran.append)
     assert run(parse("doctor", ["--out", str(tmp_path), "--fix"])) == EXIT_FAULT
     assert not ran
+
+
+@pytest.mark.usefixtures("no_image")
+def test_the_command_compares_the_machine_with_a_recipe(monkeypatch, tmp_path, capsys):
+    words = ["recipe=libero", "suite=mini", "profile=two_cores", "policy.path=bases/mini"]
+    seen: list[object] = []
+    real = machine.require_disk_space
+    monkeypatch.setattr(
+        machine, "require_disk_space", lambda *given: (seen.append(given[0]), real(*given))
+    )
+    run(parse("doctor", [*words, f"out='{tmp_path}'"]))
+    run(parse("doctor", [*words, "--out", str(tmp_path / "elsewhere")]))
+    assert seen == [tmp_path, tmp_path / "elsewhere"]
+
+
+@pytest.mark.parametrize("option", [["--policy", "bases/mini"], ["--libero"]])
+def test_a_recipe_is_refused_where_it_would_not_be_used(option):
+    with pytest.raises(ConfigError, match="recipe=libero"):
+        run(parse("doctor", ["recipe=libero", *option]))
