@@ -32,7 +32,7 @@ from verl_vla.core.text import TextTable
 from verl_vla.diagnostics.libero_check import as_rows, describe
 from verl_vla.diagnostics.libero_report import examine_libero
 from verl_vla.diagnostics.machine import examine_machine
-from verl_vla.diagnostics.planning.gpus import Gpu
+from verl_vla.diagnostics.planning.gpus import GPUS, Gpu
 from verl_vla.diagnostics.planning.plan import Plan, make_plan
 from verl_vla.envs.registry import make_env, suite
 from verl_vla.policies.base import DTYPES, observed_proprio
@@ -102,13 +102,15 @@ def _examine_machine(options: argparse.Namespace) -> int:
 def _plan(recipe: Recipe) -> Plan:
     """Plan the recipe for this machine's first GPU, or for its cores."""
     config, _ = policy_config(recipe)
-    if recipe.cluster.device == "cpu" or not torch.cuda.is_available():
-        # where GPUs are wanted and there are none, that is a finding of its own
-        return make_plan(recipe, config, None)
-    found = torch.cuda.get_device_properties(0)
-    # no time is asked for, so the speed does not matter
-    here = Gpu(name=found.name, memory_bytes=found.total_memory, bf16_flops=1.0)
-    return make_plan(recipe, config, here)
+    device = recipe.cluster.device
+    if torch.cuda.is_available() and device != "cpu":
+        found = torch.cuda.get_device_properties(0)
+        # no time is asked for, so the speed does not matter
+        here = Gpu(name=found.name, memory_bytes=found.total_memory, bf16_flops=1.0)
+        return make_plan(recipe, config, here)
+    # where GPUs are demanded and there are none, that is a finding; disk and host do not depend on
+    # their kind
+    return make_plan(recipe, config, next(iter(GPUS.values())) if device == "cuda" else None)
 
 
 def _examine_libero(options: argparse.Namespace) -> int:
