@@ -3,6 +3,7 @@
 # on a machine without a renderer, the system's GL libraries. What stands is used again.
 #   set_up_packages run|dev   dev adds the gates' and the tests' tools
 #   set_up_renderer           MuJoCo can draw without a display, and a simulator is compiled
+#   pass_signals_on PID       waits for a child, which gets this script's SIGINT and SIGTERM
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
@@ -39,6 +40,18 @@ set_up_packages() { # run | dev
 
 set_up_renderer() {
     alone use_renderer
+}
+
+pass_signals_on() { # <process id of a child>: ends with its exit code
+    local code passed
+    trap 'passed=yes; kill -INT "$1"' INT
+    trap 'passed=yes; kill -TERM "$1"' TERM
+    while true; do
+        passed=no code=0
+        wait "$1" || code=$?
+        # a signal ends `wait`, not the child
+        if [ "$passed" = no ]; then return "$code"; fi
+    done
 }
 
 alone() { # <command>: a second call from elsewhere waits for the first

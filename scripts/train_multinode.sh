@@ -2,6 +2,7 @@
 # Trains on several nodes. On the first:   train_multinode.sh head NODES suite=spatial ...
 # On every other one, before or after it:  train_multinode.sh join ADDRESS
 # The folders of the policy and of the run must be the same on all nodes.
+# SIGINT or SIGTERM to the first ends training after its step, with a checkpoint; then Ray ends.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 cd "$root"
@@ -15,7 +16,11 @@ case ${1:-} in
 esac
 nodes=${2:?say how many nodes}
 shift 2
+# Ray and training get process groups of their own: what is sent to this script's group, such as
+# Ctrl-C, would end Ray at once, and reach training twice, which makes it end at once
+set -m
 "$venv/bin/ray" start --head --port "$port" --dashboard-host 127.0.0.1
 trap '"$venv/bin/ray" stop' EXIT
 "$python" -m verl_vla train recipe=libero profile=8gpu cluster.num_nodes="$nodes" \
-    cluster.address="127.0.0.1:$port" "$@"
+    cluster.address="127.0.0.1:$port" "$@" </dev/null &
+pass_signals_on $!

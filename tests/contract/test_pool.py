@@ -75,6 +75,32 @@ def eventually(claim: Callable[[], bool], timeout_s: float = 20.0) -> bool:
     return True
 
 
+def device_of(pid: int) -> str:
+    """The EGL device that a running worker was started with."""
+    lines = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    (value,) = (line for line in lines if line.startswith(b"MUJOCO_EGL_DEVICE_ID="))
+    return value.decode().partition("=")[2]
+
+
+def test_workers_render_on_the_devices_in_turn_and_a_replacement_on_its_predecessors():
+    # no start is remembered, so that the second ones need processes too
+    with make_pool(num_workers=3, render_devices=(4, 2), max_cached_starts=0) as pool:
+        start(pool, {slot: slot for slot in range(4)})
+        assert sorted(map(device_of, pool.worker_pids)) == ["2", "4", "4"]
+        lost = next(pid for pid in pool.worker_pids if device_of(pid) == "2")
+        os.kill(lost, signal.SIGKILL)
+        assert eventually(lambda: lost not in pool.worker_pids)
+        start(pool, {slot: slot for slot in range(4)})
+        assert sorted(map(device_of, pool.worker_pids)) == ["2", "4", "4"]
+
+
+def test_a_device_in_the_environment_of_the_workers_stays():
+    chosen = {"MUJOCO_EGL_DEVICE_ID": "7"}
+    with make_pool(worker_env=chosen, render_devices=(4, 2)) as pool:
+        start(pool, {0: 0})
+        assert [device_of(pid) for pid in pool.worker_pids] == ["7"]
+
+
 @pytest.fixture(scope="module")
 def faulty() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:

@@ -25,10 +25,13 @@ from verl_vla.config.compose import load_recipe
 from verl_vla.core.episode import EpisodeSpec, Observation
 from verl_vla.core.errors import EXIT_SIGNAL, ConfigError, ContractError, EpisodeCrashed
 from verl_vla.envs.registry import suite
+from verl_vla.policies.checkpoint import read_weight_layout
 from verl_vla.policies.normalization import load_statistics
 from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
+from verl_vla.policies.registry import load_config
 from verl_vla.policies.scratch_vla.tiny import ScratchSizes
 from verl_vla.policies.scratch_vla.tiny import build_tiny_policy as build_tiny_scratch_vla
+from verl_vla.runs.disk_space import count_stored, disk_bytes, written_bytes
 from verl_vla.runs.episode_log import read_episodes
 from verl_vla.runs.metrics import METRICS, OPEN_FAMILIES, is_reproducible, read_metrics
 from verl_vla.trainer.checkpoint import complete_steps, step_folder
@@ -107,6 +110,28 @@ def test_nothing_is_decided_or_trained_on_in_vain(complete_run: TrainingRun) -> 
         assert line["actor/rows_left_out"] == 0, "the KL term moves every row"
         assert line["actor/rows"] > 0
         assert line["actor/padding_rows"] == 0, "one rank, one optimizer step"
+
+
+def test_a_run_takes_the_disk_that_it_asks_for(complete_run: TrainingRun) -> None:
+    """At most, and not much less."""
+    _, *words = complete_run.words
+    recipe = load_recipe(words)
+    base = PROJECT / "bases" / "mini"
+    parts = disk_bytes(
+        recipe,
+        count_stored(read_weight_layout(base), recipe.policy),
+        load_config(base).shape,
+        suite("mini"),
+    )
+    kept = len(complete_steps(complete_run.folder / "checkpoints"))
+    asked = parts["checkpoints"] / min(
+        recipe.trainer.keep_checkpoints + 1, recipe.trainer.total_training_steps
+    )
+    assert 0.9 * asked < written_bytes(complete_run.folder) / kept < asked
+    log = (complete_run.folder / "episodes.jsonl").stat().st_size
+    assert 0.1 * parts["episode log"] < log < parts["episode log"]
+    videos = [file.stat().st_size for file in (complete_run.folder / "episodes").iterdir()]
+    assert 0.1 * parts["videos"] < sum(videos) < parts["videos"]
 
 
 def test_a_training_step_moves_the_weights(complete_run: TrainingRun) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from verl_vla.config.compose import group_options, load_recipe
+from verl_vla.core.plugins import EXTRAS as OPTIONAL
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,6 +36,18 @@ def test_every_exact_pin_of_the_project_is_the_locked_version() -> None:
     assert pins, "pyproject.toml has no exact pin, or they are written in another way"
     for name, version in pins:
         assert any(line.startswith(f"{name.lower()}=={version} ;") for line in lock), name
+
+
+@pytest.mark.parametrize("reward", group_options("reward"))
+@pytest.mark.parametrize("profile", group_options("profile"))
+def test_a_profile_needs_nothing_that_the_launchers_do_not_install(profile, reward) -> None:
+    """All of them, Modal and SkyPilot too, install the run lock and no extra."""
+    recipe = load_recipe(["recipe=libero", f"profile={profile}", f"reward={reward}"])
+    locked = (ROOT / "requirements" / "run.lock").read_text()
+    for (option, value), extra in OPTIONAL.items():
+        chosen = operator.attrgetter(option)(recipe)
+        if value in ((chosen,) if isinstance(chosen, str) else chosen):
+            assert f"\n{extra.package}==" in locked, f"{option}={value} of {profile}"
 
 
 UV = ROOT / ".venv" / "uv" / "bin" / "uv"

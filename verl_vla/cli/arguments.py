@@ -175,6 +175,7 @@ def _dashboard(parser: Parser) -> None:
 
 def _doctor(parser: Parser) -> None:
     """Check whether this machine, or a checkpoint, can train; exit code 1 if there is a fault."""
+    _add_overrides(parser)
     add = parser.add_argument
     add(
         "--policy",
@@ -183,7 +184,7 @@ def _doctor(parser: Parser) -> None:
     add("--libero", action="store_true", help="compare machine and checkpoint with LIBERO's own")
     # three cases: absent, alone (to stdout), with a file
     add("--json", nargs="?", const=STDOUT, help="with --libero, write JSON to a file or to stdout")
-    add("--out", default="runs", help="folder in which runs will be written")
+    add("--out", help="folder in which runs will be written; the recipe's out, or runs")
     add("--fix", action="store_true", help="print commands that fix the faults, without running")
     add(
         "--suite",

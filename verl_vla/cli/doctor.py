@@ -1,5 +1,6 @@
 """Check whether this machine, or with ``--policy`` a checkpoint, can train.
 
+With a recipe the machine is compared with what that recipe needs: disk, GPUs and their memory.
 ``--libero`` instead checks whether evaluations here match LIBERO's, and lists the differences in
 order of their effect on a success rate. ``--fix`` also prints commands that fix the faults, without
 running them.
@@ -20,6 +21,9 @@ import numpy as np
 import torch
 
 from verl_vla.cli.arguments import STDOUT, make_parser
+from verl_vla.cli.plan import policy_config
+from verl_vla.config.compose import load_recipe
+from verl_vla.config.grpo import Recipe
 from verl_vla.config.shared import EnvironmentConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError
@@ -28,6 +32,8 @@ from verl_vla.core.text import TextTable
 from verl_vla.diagnostics.libero_check import as_rows, describe
 from verl_vla.diagnostics.libero_report import examine_libero
 from verl_vla.diagnostics.machine import examine_machine
+from verl_vla.diagnostics.planning.gpus import GPUS, Gpu
+from verl_vla.diagnostics.planning.plan import Plan, make_plan
 from verl_vla.envs.registry import make_env, suite
 from verl_vla.policies.base import DTYPES, observed_proprio
 from verl_vla.policies.checks import Finding
@@ -41,12 +47,19 @@ EXIT_FAULT = 1
 """Exit code of a fault: the machine or the checkpoint cannot train, or it differs from LIBERO."""
 NOT_WITH_LIBERO = ("fix", "out", "images", "render_size", "dtype")
 """Options that ``--libero`` does not use."""
+RUNS_FOLDER = "runs"
+"""Folder of the runs where neither ``--out`` nor a recipe names one."""
 WIDTH = 100
 """Width of the table in columns."""
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the checks, print the table, and return 1 if there is a fault."""
+    if options.overrides and (options.libero or options.policy is not None):
+        raise ConfigError(
+            f"{' '.join(options.overrides)}: a recipe is compared with the machine, which --policy "
+            "and --libero do not check; leave out the recipe or the option"
+        )
     if options.libero:
         return _examine_libero(options)
     if options.json is not None:
@@ -73,13 +86,31 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _examine_machine(options: argparse.Namespace) -> int:
-    checks = examine_machine(Path(options.out))
+    plan, folder = None, options.out or RUNS_FOLDER
+    if options.overrides:
+        recipe = load_recipe(options.overrides)
+        plan, folder = _plan(recipe), options.out or recipe.out
+    checks = examine_machine(Path(folder).expanduser(), plan=plan)
     _show([check.finding for check in checks])
     if options.fix:
         for check in checks:
             if check.fix is not None:
                 logger.info("%s: %s", check.finding.subject, check.fix)
     return EXIT_FAULT if any(check.finding.is_fault for check in checks) else 0
+
+
+def _plan(recipe: Recipe) -> Plan:
+    """Plan the recipe for this machine's first GPU, or for its cores."""
+    config, _ = policy_config(recipe)
+    device = recipe.cluster.device
+    if torch.cuda.is_available() and device != "cpu":
+        found = torch.cuda.get_device_properties(0)
+        # no time is asked for, so the speed does not matter
+        here = Gpu(name=found.name, memory_bytes=found.total_memory, bf16_flops=1.0)
+        return make_plan(recipe, config, here)
+    # where GPUs are demanded and there are none, that is a finding; disk and host do not depend on
+    # their kind
+    return make_plan(recipe, config, next(iter(GPUS.values())) if device == "cuda" else None)
 
 
 def _examine_libero(options: argparse.Namespace) -> int:

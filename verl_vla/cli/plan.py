@@ -1,4 +1,4 @@
-"""Estimate memory and time of a recipe.
+"""Estimate memory, disk space and time of a recipe.
 
 Nothing is started; the policy's weights and a GPU are not needed.
 """
@@ -68,7 +68,7 @@ def policy_config(recipe: Recipe) -> tuple[ModelConfig, str]:
 
 
 def show(plan: Plan) -> None:
-    """Print memory and time, part by part."""
+    """Print memory, disk and time, part by part."""
     trace, cluster = plan.trace, plan.recipe.cluster
     print(
         f"weights: {trace.weights / 1e6:,.1f} M, {trace.trained / 1e6:,.1f} M of them trained\n"
@@ -86,6 +86,8 @@ def show(plan: Plan) -> None:
     print("\n")
     _table("memory of a node's host, GB", plan.host)
     print(f"together {sum(plan.host.values()) / GB:.1f} GB\n")
+    _table("disk of the run's folder, GB", plan.disk)
+    print(f"together {sum(plan.disk.values()) / GB:.1f} GB\n")
     if plan.gpu is None:
         print("time on cores is not planned; docs/benchmarks.md has what was measured")
         return

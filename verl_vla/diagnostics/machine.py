@@ -15,19 +15,31 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
+from verl_vla.config.grpo import GRPOClusterConfig
+from verl_vla.core.errors import ConfigError
+from verl_vla.diagnostics.planning.plan import Plan
 from verl_vla.envs.libero.asset_files import describe_faults, remedy_for_assets
 from verl_vla.envs.libero.assets import assets_available, find_assets
+from verl_vla.envs.libero.egl_devices import (
+    DEVICE_VARIABLE,
+    VISIBLE_VARIABLE,
+    device_variable,
+    render_devices,
+)
 from verl_vla.envs.libero.gl import REMEDY as GL_REMEDY
 from verl_vla.envs.libero.mujoco_version import REMEDY as MUJOCO_REMEDY
 from verl_vla.envs.libero.mujoco_version import known_difference
 from verl_vla.policies.checks import Finding
+from verl_vla.runs.disk_space import free_bytes, nearest_folder, require_disk_space
 
 GB = 1e9
-LEAST_FREE_BYTES = 300 * GB
-"""Disk space for two checkpoints of the published policy (12 bytes per weight) and exported weights
-(4); adapters and small policies take far less, so less space is no fault."""
 LEAST_SHARED_BYTES = 1 * GB
 """Shared memory for the images of all slots and Ray's object store; containers often have 64 MB."""
+LEAST_DRIVERS = {"12": 525, "13": 580}
+"""Oldest Linux driver of each major release of CUDA (NVIDIA, CUDA Compatibility, minor version
+compatibility); torch's wheels bring the rest of CUDA."""
+MOST_HELD_BYTES = 2 * GB
+"""Memory of a GPU that is no news: the driver's, and the context of this process."""
 RAY_PORTS = {6379: "the head of a Ray cluster", 8265: "its dashboard"}
 """Default ports of Ray; a cluster of one machine takes free ones."""
 PROBE_LIMIT_S = 120
@@ -56,22 +68,21 @@ class Check:
     fix: str | None = None
 
 
-def examine_machine(folder: Path, num_gpus: int | None = None) -> list[Check]:
+def examine_machine(folder: Path, *, plan: Plan | None = None) -> list[Check]:
     """Run all checks once.
 
     Args:
-        folder: folder of the runs.
-        num_gpus: number of devices to render an image on; None for all that torch sees.
+        folder: folder of the runs; with a plan, of the run.
+        plan: of the recipe that will train here; None if there is no recipe yet.
     """
-    devices = torch.cuda.device_count() if num_gpus is None else num_gpus
     return [
         _python(),
         *_packages(),
         _mujoco(),
-        _cuda(),
-        *[_renders(device) for device in (range(devices) if devices else [None])],
+        *_cuda(plan),
+        *_rendering(),
         _assets(),
-        _free_space(folder),
+        _free_space(folder, plan),
         _shared_memory(Path("/dev/shm")),
         *[_port(port, what) for port, what in RAY_PORTS.items()],
         _can_write(folder),
@@ -127,36 +138,122 @@ def _mujoco() -> Check:
     return _check("MuJoCo", f"{version}: {says}", is_fault=True, fix=MUJOCO_REMEDY)
 
 
-def _cuda() -> Check:
+def _cuda(plan: Plan | None) -> list[Check]:
+    """Check the GPUs that torch sees, and with a plan whether the recipe's ranks have theirs."""
     build = f"torch {torch.__version__}"
+    ranks = 0 if plan is None else _ranks_with_gpu(plan.recipe.cluster)
     if torch.version.cuda is None:
-        return _check("CUDA", f"{build} is built without it; only the profile two_cores runs")
+        says = f"{build} is built without it; only the profile two_cores runs"
+        fix = "install the locked torch: scripts/quickstart.sh"
+        return [_check("CUDA", says, is_fault=ranks > 0, fix=fix)]
     if not torch.cuda.is_available():
-        says = f"{build}, CUDA {torch.version.cuda}, and no device; only the profile two_cores runs"
-        return _check("CUDA", says)
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        return [_no_device(f"{build}, CUDA {torch.version.cuda}", torch.version.cuda, ranks)]
+    count = torch.cuda.device_count()
+    names = ", ".join(torch.cuda.get_device_name(index) for index in range(count))
+    driver = _driver() or "unknown"
+    says = f"{build}, CUDA {torch.version.cuda}, driver {driver}, {names}"
+    found = _check("CUDA", says)
+    if count < ranks:
+        found = _check(
+            "CUDA",
+            f"{says}: {count} GPU, and cluster.ranks_per_node is {ranks}, one GPU each",
+            is_fault=True,
+            fix=f"set cluster.ranks_per_node={count}, or see why in nvidia-smi and in "
+            f"{VISIBLE_VARIABLE}",
+        )
+    needed = None if plan is None or not ranks else plan.device.peak
+    return [found, *[_free_memory(index, needed) for index in range(min(count, ranks or count))]]
+
+
+def _ranks_with_gpu(cluster: GRPOClusterConfig) -> int:
+    # a plan for cores has the device "cpu", also where the recipe says "auto"
+    return 0 if cluster.device == "cpu" else cluster.ranks_per_node
+
+
+def _no_device(build: str, cuda: str, ranks: int) -> Check:
+    """Say why torch sees no device: there is none, the driver is too old, or it is hidden."""
+    driver = _driver()
+    if driver is None:
+        return _check(
+            "CUDA",
+            f"{build}, and no device; only the profile two_cores runs",
+            is_fault=ranks > 0,
+            fix="train on a machine with GPUs, or with profile=two_cores",
+        )
+    major = cuda.partition(".")[0]
+    least = LEAST_DRIVERS[major] if major in LEAST_DRIVERS else 0
+    if int(driver.partition(".")[0]) < least:
+        return _check(
+            "CUDA",
+            f"{build} needs driver {least} or newer, and nvidia-smi reports {driver}: torch sees "
+            "no device",
+            is_fault=True,
+            fix=f"update the driver, for example as root: apt-get install nvidia-driver-{least}-"
+            "server; then restart the machine",
+        )
+    hidden = os.environ[VISIBLE_VARIABLE] if VISIBLE_VARIABLE in os.environ else None
     return _check(
-        "CUDA", f"{build}, CUDA {torch.version.cuda}, driver {_driver()}, {', '.join(names)}"
+        "CUDA",
+        f"{build}, driver {driver}: nvidia-smi sees a GPU and torch does not; {VISIBLE_VARIABLE} "
+        f"is {hidden!r}",
+        is_fault=True,
+        fix=f"unset {VISIBLE_VARIABLE}, or start the container with --gpus all; python -c 'import "
+        "torch; torch.cuda.init()' says more",
     )
 
 
-def _driver() -> str:
-    done = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.splitlines()[0] if done.returncode == 0 else "unknown"
+def _free_memory(index: int, needed: int | None) -> Check:
+    """Measure a GPU's free memory; what another process holds is missing in the run."""
+    subject = f"memory, GPU {index}"
+    free, total = torch.cuda.mem_get_info(index)
+    says = f"{free / GB:.1f} of {total / GB:.1f} GB free"
+    see = "nvidia-smi lists the processes that hold memory; end them, or choose another GPU with "
+    remedy = f"{see}{VISIBLE_VARIABLE}"
+    if needed is not None and free < needed:
+        return _check(
+            subject,
+            f"{says}, and a rank needs {needed / GB:.1f} GB",
+            is_fault=True,
+            fix=remedy if total >= needed else "see what fits: verl-vla plan with the same words",
+        )
+    if total - free > MOST_HELD_BYTES:
+        return _advice(subject, f"{says}; other processes hold the rest", remedy)
+    return _check(subject, says)
+
+
+def _driver() -> str | None:
+    """Return the version of NVIDIA's driver; None where ``nvidia-smi`` finds no GPU."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return next(iter(done.stdout.split()), None)
+
+
+def _rendering() -> list[Check]:
+    """Render on every device that simulators will use."""
+    devices = render_devices()
+    # none where MuJoCo chooses one for all of them
+    checks = [_renders(device) for device in devices] or [_renders(None)]
+    num_gpus = torch.cuda.device_count()
+    if num_gpus > len(checks):
+        says = f"{len(checks)} of {num_gpus} GPUs render, for all simulators"
+        fix = (
+            f"unset {DEVICE_VARIABLE}, install NVIDIA's EGL (libnvidia-gl), or in a container set "
+        )
+        checks.append(_advice("GL", says, f"{fix}NVIDIA_DRIVER_CAPABILITIES=all"))
+    return checks
 
 
 def _renders(device: int | None) -> Check:
     """Render an image in a separate process, as a simulator does."""
-    subject = "GL" if device is None else f"GL, GPU {device}"
-    environment = dict(os.environ)
-    if device is not None:
-        # the number of the device that MuJoCo renders on
-        environment["MUJOCO_EGL_DEVICE_ID"] = str(device)
+    subject = "GL" if device is None else f"GL, EGL device {device}"
+    environment = {**os.environ, **device_variable([] if device is None else [device], 0)}
     # before MuJoCo is imported, which reads its GL then
     program = f"from verl_vla.envs.libero.gl import prepare_gl\nprepare_gl()\n{PROBE}"
     try:
@@ -195,12 +292,15 @@ def _assets() -> Check:
     return _check(subject, f"{folder}, every file as LIBERO's")
 
 
-def _free_space(folder: Path) -> Check:
-    free = shutil.disk_usage(_existing(folder)).free
-    says = f"{free / GB:.0f} GB free for {folder}"
-    if free >= LEAST_FREE_BYTES:
-        return _check("disk", says)
-    return _advice("disk", says, f"choose out=FOLDER on a disk with {LEAST_FREE_BYTES / GB:.0f} GB")
+def _free_space(folder: Path, plan: Plan | None) -> Check:
+    says = f"{free_bytes(folder) / GB:.0f} GB free for {folder}"
+    if plan is None:
+        return _check("disk", f"{says}; name a recipe to compare it with what its run writes")
+    try:
+        require_disk_space(folder, plan.disk)
+    except ConfigError as error:
+        return _check("disk", str(error), is_fault=True, fix="choose out=FOLDER on a larger disk")
+    return _check("disk", f"{says}; the run writes up to {sum(plan.disk.values()) / GB:.1f} GB")
 
 
 def _shared_memory(folder: Path) -> Check:
@@ -226,18 +326,13 @@ def _port(port: int, what: str) -> Check:
 
 
 def _can_write(folder: Path) -> Check:
-    existing = _existing(folder)
+    existing = nearest_folder(folder)
     return _check(
         "write permission",
         f"{existing}",
         is_fault=not os.access(existing, os.W_OK),
         fix=f"choose out=FOLDER elsewhere, or: chown $USER {existing}",
     )
-
-
-def _existing(folder: Path) -> Path:
-    """Return the folder, or its nearest parent that exists."""
-    return next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
 
 
 def _check(subject: str, says: str, *, is_fault: bool = False, fix: str | None = None) -> Check:

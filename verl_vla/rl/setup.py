@@ -18,6 +18,7 @@ from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import PROJECT_FOLDER
 from verl_vla.envs.base import EnvConfig, Suite, simulators_per_process
+from verl_vla.envs.libero.egl_devices import render_devices
 from verl_vla.envs.libero.suite import LiberoSuite
 from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.envs.registry import absolute_name, make_env, suite
@@ -57,6 +58,7 @@ def open_simulators(
         image_shape=shape.image_shape,
         timeout_s=env.timeout_s,
         worker_env={},
+        render_devices=render_devices(),
     ) as pool:
         yield pool
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -81,13 +82,18 @@ def test_a_node_that_is_told_nothing_says_what_it_needs(words, tmp_path):
 
 
 def test_training_waits_for_the_nodes_and_not_for_ever(monkeypatch):
-    nodes = [{"Alive": True}, {"Alive": False}]
+    cores: dict[str, float] = {"CPU": 8.0}
+    nodes: list[dict[str, Any]] = [
+        {"Alive": True, "Resources": cores},
+        {"Alive": False, "Resources": cores},
+        {"Alive": True, "Resources": {"env_node": 1.0}},  # holds no ranks
+    ]
     monkeypatch.setattr(launch.ray, "nodes", lambda: nodes)
     monkeypatch.setattr(launch, "NODES_POLL_S", 0)
     launch.wait_for_nodes(1)
     with pytest.raises(ConfigError, match="cluster.num_nodes is 2, but 1 joined .* within 0 s"):
         launch.wait_for_nodes(2, limit_s=0)
-    monkeypatch.setattr(launch.time, "sleep", lambda _: nodes.append({"Alive": True}))
+    monkeypatch.setattr(launch.time, "sleep", lambda _: nodes.append(nodes[0]))
     launch.wait_for_nodes(3)
 
 

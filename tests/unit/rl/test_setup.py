@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +114,13 @@ def test_a_run_holds_the_parts_of_its_recipe_and_closes_its_simulators(recipe, p
     assert not [pid for pid in pids if _is_running(pid)]
     with pytest.raises(ContractError, match="the pool is closed"):
         run.simulators.reset({})
+
+
+def test_a_disk_without_room_for_the_run_is_refused(recipe, no_simulators, monkeypatch):
+    full = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr("verl_vla.runs.disk_space.shutil.disk_usage", lambda _: full)
+    assert "needs up to" in refusal(recipe)
+    assert not Path(recipe.out).exists()
 
 
 @pytest.mark.parametrize(("reward_args", "every"), [({}, 0), ({"video_every": 2}, 2)])

@@ -12,6 +12,7 @@ from verl_vla.diagnostics.planning.memory import DeviceMemory, device_memory, ho
 from verl_vla.diagnostics.planning.trace import Adapters, ModelConfig, Trace, trace_model
 from verl_vla.envs.registry import suite
 from verl_vla.policies.base import DTYPES
+from verl_vla.runs.disk_space import WeightCount, disk_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,8 @@ class Plan:
     device: DeviceMemory
     host: Mapping[str, int]
     """Bytes of a node, part by part."""
+    disk: Mapping[str, int]
+    """Bytes of the run's folder, part by part."""
     seconds: Mapping[str, float]
     """Seconds of a training step, part by part; empty if the ranks run on CPU cores."""
 
@@ -60,6 +63,7 @@ def make_plan(recipe: Recipe, config: ModelConfig, gpu: Gpu | None) -> Plan:
         policy_steps=policy_steps,
         device=device_memory(recipe, trace, shape),
         host=host_memory(recipe, trace, shape, chosen, policy_steps),
+        disk=disk_bytes(recipe, WeightCount(trace.weights, trace.trained), shape, chosen),
         seconds={} if gpu is None else step_seconds(recipe, trace, shape, chosen, gpu),
     )
 

@@ -28,6 +28,7 @@ from types import MappingProxyType
 from typing import Any
 
 from verl_vla.core.errors import ConfigError
+from verl_vla.envs.libero.egl_devices import DEVICE_VARIABLE, VISIBLE_VARIABLE
 from verl_vla.envs.libero.gl import prepare_gl
 
 ASSETS_VARIABLE = "VERL_VLA_LIBERO_ASSETS"
@@ -77,8 +78,25 @@ def import_libero() -> Any:
         # before the import: MuJoCo reads its GL then, LIBERO its config
         prepare_gl()
         logging.getLogger("robosuite_logs").addFilter(_is_news)
+        _import_robosuites_renderer()
         os.environ["LIBERO_CONFIG_PATH"] = _write_config(libero_root())
     return importlib.import_module("libero.libero")
+
+
+def _import_robosuites_renderer() -> None:
+    """Import robosuite's check of the GPU without the variable that it compares with an EGL device.
+
+    robosuite 1.4.0 refuses an EGL device whose number does not occur in the text of
+    ``CUDA_VISIBLE_DEVICES`` (``robosuite/utils/binding_utils.py:29``). The two count in different
+    orders, and MIG and UUIDs are no numbers at all.
+    """
+    if DEVICE_VARIABLE not in os.environ or VISIBLE_VARIABLE not in os.environ:
+        return
+    hidden = os.environ.pop(VISIBLE_VARIABLE)
+    try:
+        importlib.import_module("robosuite.utils.binding_utils")
+    finally:
+        os.environ[VISIBLE_VARIABLE] = hidden
 
 
 @contextmanager

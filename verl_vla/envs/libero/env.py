@@ -6,6 +6,7 @@ MuJoCo and LIBERO are imported when the first simulator is built, not when this 
 from __future__ import annotations
 
 import logging
+import os
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,6 +22,7 @@ from verl_vla.core.image_preprocessing import prepare_image
 from verl_vla.core.text import nearest
 from verl_vla.envs.base import ChunkResult, EnvConfig, Snapshot
 from verl_vla.envs.libero.assets import asset_folder, find_assets, import_libero
+from verl_vla.envs.libero.egl_devices import DEVICE_VARIABLE, RENDERERS_ON_GPU
 from verl_vla.envs.libero.gl import check_gl
 from verl_vla.envs.libero.image_noise import disturb
 from verl_vla.envs.libero.memory import available_bytes
@@ -259,9 +261,24 @@ class LiberoEnv:
         """Render a camera's image [H, W, 3] as LIBERO's environment returns it."""
         task_id = self._current().task_id
         noise = self.suite.task(task_id).change.noise
-        image = self.simulator(task_id).render(name)
+        simulator = self.simulator(task_id)
+        if not simulator.has_renderer:
+            self._make_room_on_gpu()
+        image = simulator.render(name)
         # before it is resized: LIBERO-Plus disturbs what its environment returns
         return disturb(image, noise) if noise and name == CAMERAS[0] else image
+
+    def _make_room_on_gpu(self) -> None:
+        """Close the renderers that a GPU has no memory for, the least recently used first.
+
+        With software rendering they lie in the host's memory, where building them again would cost
+        a second of a core.
+        """
+        if DEVICE_VARIABLE not in os.environ:
+            return
+        open_ones = [kept for kept in self._simulators.values() if kept.has_renderer]
+        for old in open_ones[: max(0, len(open_ones) + 1 - RENDERERS_ON_GPU)]:
+            old.close_renderer()
 
     def _begins_video(self) -> bool:
         return self.config.video_every > 0 and self._current().num_steps == 0

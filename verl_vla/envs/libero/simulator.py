@@ -279,11 +279,20 @@ class Simulator:
         """Return the position of an object of the task, [3] m."""
         return np.array(self._data.xpos[self.body(name)])
 
-    def close(self) -> None:
-        """Free the renderer and the model."""
+    @property
+    def has_renderer(self) -> bool:
+        """True from the first image on, until `close_renderer`."""
+        return self._renderer is not None
+
+    def close_renderer(self) -> None:
+        """Free the GL context with its textures; the next image makes another."""
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
+
+    def close(self) -> None:
+        """Free the renderer and the model."""
+        self.close_renderer()
         self._env.close()
 
     def _see(self) -> ObservedState:

@@ -42,15 +42,17 @@ class Experienced(Protocol):
 
 Worker = TypeVar("Worker", bound=Experienced)
 
-Launch = Callable[[float], WorkerProcess]
-"""Function that starts a process, which must be ready by a deadline on `time.monotonic`'s clock."""
+Launch = Callable[[int, float], WorkerProcess]
+"""Function that starts a process with a number, which must be ready by a deadline on
+`time.monotonic`'s clock."""
 
 
 class Dispatcher:
     """A queue of requests and the processes that serve it.
 
     Args:
-        launch: function that starts a worker.
+        launch: function that starts a worker. A worker in the place of another gets its number, so
+            that the numbers of those that run are 0 to ``num_workers - 1``.
         num_workers: number of workers that run at the same time.
         timeout_s: time limit of one request.
         start_timeout_s: time limit for a worker to become ready.
@@ -140,7 +142,9 @@ class Dispatcher:
             self._fail(error)
 
     def _add_worker(self) -> None:
-        worker = self._launch(time.monotonic() + self._start_timeout_s)
+        taken = {worker.number for worker in self._workers}
+        number = next(number for number in range(self._num_workers) if number not in taken)
+        worker = self._launch(number, time.monotonic() + self._start_timeout_s)
         self._num_launches += 1
         self._workers.append(worker)
         self._selector.register(worker, selectors.EVENT_READ)

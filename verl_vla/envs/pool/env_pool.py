@@ -13,7 +13,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 
@@ -23,6 +23,7 @@ import numpy.typing as npt
 from verl_vla.core.episode import EpisodeSpec
 from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.envs.base import EnvFactory
+from verl_vla.envs.libero.egl_devices import device_variable
 from verl_vla.envs.pool.dispatcher import Dispatcher
 from verl_vla.envs.pool.messages import Request, Result, Setup, make_frames_file, map_frames
 from verl_vla.envs.pool.slots import Answer, PoolStats, Slots
@@ -44,6 +45,8 @@ class EnvPool:
             for a task includes the time to build its simulator.
         worker_env: environment variables of the processes, added to those of this process and to
             `verl_vla.envs.pool.worker_process.ONE_THREAD`.
+        render_devices: EGL devices that the processes render on, in turn; empty to let MuJoCo
+            choose.
         max_cached_starts: number of recorded starts that are cached instead of simulated again.
         start_timeout_s: time limit for a process to start and to make its environment.
 
@@ -61,6 +64,7 @@ class EnvPool:
         image_shape: tuple[int, int, int, int],
         timeout_s: float,
         worker_env: Mapping[str, str],
+        render_devices: Sequence[int] = (),
         max_cached_starts: int = 512,
         start_timeout_s: float = 300.0,
     ) -> None:
@@ -79,8 +83,16 @@ class EnvPool:
         self._changed = threading.Condition()
         self._is_open = True
         self._owner_pid = os.getpid()
+
+        def launch(number: int, deadline: float) -> WorkerProcess:
+            device = device_variable(render_devices, number)
+            environment = {**device, **worker_env}
+            return WorkerProcess(
+                setup, self._frames_file, environment, number=number, deadline=deadline
+            )
+
         self._dispatcher = Dispatcher(
-            lambda deadline: WorkerProcess(setup, self._frames_file, worker_env, deadline=deadline),
+            launch,
             num_workers=min(num_workers, num_slots),
             timeout_s=timeout_s,
             start_timeout_s=start_timeout_s,

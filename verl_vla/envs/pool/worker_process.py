@@ -42,6 +42,7 @@ class WorkerProcess:
     """A `verl_vla.envs.pool.worker` process with its state, request and deadline.
 
     Attributes:
+        number: number that no other running worker of the pool has.
         state: its `State`.
         request: the request that it is serving, or None.
         deadline: time by which it must have answered or exited, on `time.monotonic`'s clock.
@@ -54,8 +55,10 @@ class WorkerProcess:
         frames_descriptor: int,
         environment: Mapping[str, str],
         *,
+        number: int,
         deadline: float,
     ) -> None:
+        self.number = number
         self.state: State = "starting"
         self.request: Request | None = None
         self.deadline = deadline

@@ -32,6 +32,7 @@ from verl_vla.trainer.checkpoint import complete_steps
 from verl_vla.trainer.grpo.env_nodes import open_env_nodes
 from verl_vla.trainer.grpo.run import Run
 from verl_vla.trainer.grpo.verl_config import to_verl
+from verl_vla.trainer.verl_compat.placement import report_wait, require_room
 from verl_vla.trainer.verl_compat.process import choose_device, divert_output, prepare_verl
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ learner."""
 
 LOGICAL_CPUS_BESIDE_RANKS = 3
 """Ray slots, not cores: TransferQueue's controller, its storage, and one spare. Ray starts an
-idle Python process for every slot, so more would only cost start-up time."""
+idle Python process for every slot, so more would only cost start-up time; fewer, such as the four
+cores of a small machine with a GPU, would let it wait for ever."""
 
 
 def train(run: Run) -> None:
@@ -78,7 +80,8 @@ def train(run: Run) -> None:
         trainer = importing.result().VLATrainer(config, run, simulators, stop)
         trainer.init()
         # the learner is loaded while TransferQueue starts; the first rollout needs both
-        queue.result()
+        with report_wait(lambda: "TransferQueue's processes"):
+            queue.result()
         trainer.train()
 
 
@@ -89,13 +92,19 @@ def wait_for_nodes(num_nodes: int, limit_s: float = NODES_LIMIT_S) -> None:
         ConfigError: they did not join within ``limit_s``.
     """
     deadline = time.monotonic() + limit_s
-    while (there := sum(node["Alive"] for node in ray.nodes())) < num_nodes:
-        if time.monotonic() > deadline:
-            raise ConfigError(
-                f"cluster.num_nodes is {num_nodes}, but {there} joined the Ray cluster within "
-                f"{limit_s:.0f} s; start Ray on the others, or set cluster.num_nodes={there}"
-            )
-        time.sleep(NODES_POLL_S)
+    with report_wait(lambda: f"{num_nodes} nodes with ranks; {_joined()} joined the Ray cluster"):
+        while (there := _joined()) < num_nodes:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"cluster.num_nodes is {num_nodes}, but {there} joined the Ray cluster within "
+                    f"{limit_s:.0f} s; start Ray on the others, or set cluster.num_nodes={there}"
+                )
+            time.sleep(NODES_POLL_S)
+
+
+def _joined() -> int:
+    """Return the number of nodes that can hold ranks: those that only simulate have no slots."""
+    return sum(node["Alive"] and "CPU" in node["Resources"] for node in ray.nodes())
 
 
 @contextmanager
@@ -114,6 +123,7 @@ def _ray_cluster(run: Run, config: DictConfig) -> Generator[None]:
     if cluster.address is not None:
         ray.init(address=cluster.address, runtime_env=environment, log_to_driver=False)
         wait_for_nodes(cluster.num_nodes)
+        require_room(cluster, use_gpu=choose_device(cluster.device) == "cuda")
     else:
         _start_ray(cluster, environment)
     try:
@@ -130,7 +140,7 @@ def _start_ray(cluster: GRPOClusterConfig, environment: dict[Any, Any]) -> None:
                 # a cluster of its own, even where another one runs on this machine
                 address="local",
                 logging_level=logging.WARNING,
-                num_cpus=_logical_cpus(cluster),
+                num_cpus=logical_cpus(cluster),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=False,
@@ -146,10 +156,8 @@ def _start_ray(cluster: GRPOClusterConfig, environment: dict[Any, Any]) -> None:
             ray.shutdown()
 
 
-def _logical_cpus(cluster: GRPOClusterConfig) -> int | None:
-    """Slots for the embedded profile; on a GPU node Ray counts the cores itself."""
-    if choose_device(cluster.device) == "cuda":
-        return None
+def logical_cpus(cluster: GRPOClusterConfig) -> int:
+    """Return the slots of a Ray of our own: one for each process that asks for one."""
     return LOGICAL_CPUS_BESIDE_RANKS + cluster.ranks_per_node
 
 

@@ -18,10 +18,12 @@ from verl_vla.evaluation.conditions import conditions, played_in, sampling_of
 from verl_vla.evaluation.during_training import EvaluationKind, evaluation_kinds
 from verl_vla.evaluation.evaluate import Evaluation
 from verl_vla.policies.base import Processor
+from verl_vla.policies.checkpoint import read_weight_layout
 from verl_vla.policies.openvla_oft.modelling import require_backend
 from verl_vla.policies.registry import check_adapters, load_processor, require_valid
 from verl_vla.rewards import TrajectoryReward, load_reward, looks_at_images, video_need
 from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, task_ids
+from verl_vla.runs.disk_space import count_stored, disk_bytes, require_disk_space
 from verl_vla.runs.metrics import read_metrics
 from verl_vla.runs.run_dir import evaluation_record, keep_evaluation, open_run_dir
 from verl_vla.runs.run_recorder import RunRecorder
@@ -132,6 +134,8 @@ def open_run(recipe: Recipe) -> Generator[Run]:
         chosen, tasks, recipe.evaluation.states, per_task=recipe.evaluation.episodes_per_task
     )
     folder = Path(recipe.out).expanduser().resolve()
+    weights = count_stored(read_weight_layout(policy_folder), recipe.policy)
+    require_disk_space(folder, disk_bytes(recipe, weights, processor.shape, chosen))
     # where nodes of the cluster simulate, no simulator runs on this machine
     is_elsewhere = recipe.cluster.env_nodes > 0
     here = nullcontext() if is_elsewhere else open_simulators(env, config, processor.shape)

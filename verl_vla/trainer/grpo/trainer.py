@@ -54,7 +54,7 @@ from verl_vla.trainer.grpo.run import Run
 from verl_vla.trainer.grpo.unscored_episodes import UnscoredEpisodes
 from verl_vla.trainer.grpo.update import update
 from verl_vla.trainer.grpo.worker import VLAWorker, memory_metrics
-from verl_vla.trainer.verl_compat.placement import CorePoolManager
+from verl_vla.trainer.verl_compat.placement import RankPoolManager
 
 logger = logging.getLogger(__name__)
 
@@ -195,11 +195,11 @@ class VLATrainer(PPOTrainerSync):
             role: ray.remote(VLAWorker) if role in played else worker
             for role, worker in self.role_worker_mapping.items()
         }
-        if self.config.trainer.device == "cpu":
-            self.resource_pool_manager = CorePoolManager(
-                resource_pool_spec=self.resource_pool_manager.resource_pool_spec,
-                mapping=self.mapping,
-            )
+        self.resource_pool_manager = RankPoolManager(
+            resource_pool_spec=self.resource_pool_manager.resource_pool_spec,
+            mapping=self.mapping,
+            use_gpu=self.config.trainer.device != "cpu",
+        )
 
     def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
         wanted = self.recipe.sampling.groups_per_step if num_prompts is None else num_prompts
