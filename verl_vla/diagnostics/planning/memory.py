@@ -77,6 +77,12 @@ def rows_per_pass(micro_batch_size: int, shape: PolicyShape) -> int:
     return max(1, budget // (PROMPT_TOKENS + shape.num_tokens))
 
 
+def micro_batch_rows(recipe: Recipe, shape: PolicyShape) -> tuple[int, ...]:
+    """Return the rows of three micro-batches in a row: veRL evens out workloads, not rows."""
+    rows = rows_per_pass(recipe.optimizer.micro_batch_size, shape)
+    return (rows, rows + 1, max(1, rows - 1))
+
+
 def rollout_batch(recipe: Recipe) -> int:
     """Return the policy steps in one batch of a rank: one slot group, divided by the ranks."""
     # the larger of the two slot groups
