@@ -19,10 +19,10 @@ from torch.distributed.fsdp._fully_shard import _fsdp_init
 from torch.distributed.tensor import DTensor, _dispatch, _sharding_prop
 from torch.distributed.tensor import _utils as tensor_utils
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.nn import functional
 from torch.utils._pytree import tree_map_only
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel
 
+from verl_vla.policies import checkpoint
 from verl_vla.policies.lora import nf4
 from verl_vla.policies.registry import load_config
 from verl_vla.trainer.engine import engine
@@ -103,7 +103,7 @@ def _replaced() -> list[tuple[Any, str, Any]]:
         # nothing is on disk
         (torch, "save", save),
         (torch, "load", load),
-        (PreTrainedModel, "save_pretrained", lambda *_, **__: None),
+        (checkpoint, "save_file", lambda _, file, **__: file.touch()),
     ]
 
 
@@ -231,7 +231,9 @@ class FourBits:
         weight = torch.ops.bitsandbytes.dequantize_4bit.default(
             packed, scales, blocksize, quant_type, shape, inputs.dtype
         )
-        return functional.linear(inputs, weight, bias)
+        # not `linear`, which hides its product from whoever counts operations here
+        product = (inputs.flatten(0, -2) @ weight.t()).unflatten(0, inputs.shape[:-1])
+        return product if bias is None else product + bias
 
 
 def _state_buffer(_: Any, weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

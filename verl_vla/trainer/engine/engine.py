@@ -329,6 +329,8 @@ class VLAEngine(FSDPEngine):
 
         Adapters are merged into the weights that they were trained on, 4-bit ones included.
         """
+        # gathered copies are of the forward's dtype
+        self._hold_shards_alone()
         write_policy(self.module, self.processor, folder, is_quantized=self.is_quantized)
 
 
