@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from verl_vla.core.allocator import EXPANDABLE, VARIABLES
 from verl_vla.core.errors import ConfigError
 from verl_vla.trainer.dry_run import shim
-from verl_vla.trainer.dry_run.job import ALLOCATOR_VARIABLE
 
 GB, MB = 10**9, 10**6
 PAGE = 20 << 20  # of expandable segments, the larger one (c10/core/AllocatorConfig.h, kLargeBuffer)
@@ -31,7 +31,7 @@ def ask(allocator: str) -> dict[str, Any]:
             "VERL_VLA_FAKE_CUDA_BYTES": str(4 * GB),
             "CUDA_VISIBLE_DEVICES": "0",
             "OMP_NUM_THREADS": "1",
-            ALLOCATOR_VARIABLE: allocator,
+            VARIABLES[0]: allocator,
         },
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -43,7 +43,7 @@ def ask(allocator: str) -> dict[str, Any]:
 
 
 @needs_shim
-@pytest.mark.parametrize("allocator", ["", "expandable_segments:True"])
+@pytest.mark.parametrize("allocator", ["", EXPANDABLE])
 def test_the_allocator_of_pytorch_finds_one_gpu_of_the_size_asked_for(allocator: str) -> None:
     found = ask(allocator)
     assert found["devices"] == 1

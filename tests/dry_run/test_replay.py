@@ -11,6 +11,7 @@ from verl_vla.cli import plan as cli
 from verl_vla.config.compose import load_recipe
 from verl_vla.core.errors import ConfigError
 from verl_vla.diagnostics.planning.gpus import GPUS
+from verl_vla.diagnostics.planning.memory import CUDA_BYTES
 from verl_vla.envs.registry import suite
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig
 from verl_vla.policies.registry import load_processor
@@ -46,7 +47,7 @@ def job(*words: str) -> Job:
 @needs_shim
 @pytest.mark.parametrize("profile", ["8gpu", "qlora_24gb"])
 def test_every_phase_of_a_rank_runs(profile: str) -> None:
-    result = replay(job(f"profile={profile}"), 1000 * MB, "")
+    result = replay(job(f"profile={profile}"), 1000 * MB)
     assert result.fits
     twice = ["update", "optimizer step"]
     assert kinds(result) == [*KINDS[:2], *twice, *twice, *KINDS[4:]]
@@ -67,7 +68,7 @@ def test_every_phase_of_a_rank_runs(profile: str) -> None:
 def test_a_device_that_is_too_small_ends_in_the_phase_that_does_not_fit(
     capsys, monkeypatch
 ) -> None:
-    small = replace(GPUS["a10g"], memory_bytes=cli.CUDA_BYTES + 24 * MB)
+    small = replace(GPUS["a10g"], memory_bytes=CUDA_BYTES + 24 * MB)
     monkeypatch.setitem(GPUS, "a10g", small)
     words = [*WORDS, "profile=8gpu", "environment.num_slots=2"]
     assert cli.run(arguments.parse("plan", [*words, "--gpu", "a10g", "--replay"])) == 1
@@ -81,7 +82,7 @@ def test_ranks_on_cores_and_optimizers_that_compile_are_refused(capsys) -> None:
     with pytest.raises(ConfigError, match="--replay replays what a GPU's memory holds"):
         cli.run(arguments.parse("plan", ["recipe=quickstart", "--replay"]))
     with pytest.raises(ConfigError, match="deepspeed_cpu_adam, which a dry run cannot execute"):
-        replay(job("profile=8gpu", "optimizer.name=deepspeed_cpu_adam"), MB, "")
+        replay(job("profile=8gpu", "optimizer.name=deepspeed_cpu_adam"), MB)
 
 
 @pytest.mark.parametrize("name", ["libero_spatial", "verl_vla/envs/robotwin.py:RoboTwin"])

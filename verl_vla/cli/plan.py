@@ -6,7 +6,6 @@ Nothing is started; the policy's weights and a GPU are not needed.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +16,7 @@ from verl_vla.config.grpo import Recipe
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.text import format_seconds
 from verl_vla.diagnostics.planning.gpus import GPUS
-from verl_vla.diagnostics.planning.memory import CUDA_BYTES, micro_batch_rows, rollout_batch
+from verl_vla.diagnostics.planning.memory import micro_batch_rows, rollout_batch
 from verl_vla.diagnostics.planning.plan import Plan, make_plan
 from verl_vla.diagnostics.planning.remedies import find_remedy
 from verl_vla.diagnostics.planning.trace import PROMPT_TOKENS
@@ -26,12 +25,7 @@ from verl_vla.policies.base import ModelConfig
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig
 from verl_vla.policies.registry import load_config
 from verl_vla.rl.setup import find_policy
-from verl_vla.trainer.dry_run.job import (
-    ALLOCATOR_VARIABLE,
-    Job,
-    replay,
-    weightless_checkpoint,
-)
+from verl_vla.trainer.dry_run.job import Job, replay, weightless_checkpoint
 from verl_vla.trainer.dry_run.phases import Replay
 
 EXIT_TOO_LARGE = 1
@@ -91,10 +85,13 @@ def show(plan: Plan) -> None:
         f"ranks: {cluster.num_nodes} x {cluster.ranks_per_node}\n"
         f"one round: at most {plan.policy_steps:,} policy steps\n"
     )
-    _table(
-        "memory of the first rank, GB" if plan.gpu else "memory of a rank, GB", plan.device.lasting
-    )
-    _table("and the largest of", plan.device.passing)
+    device = plan.device
+    totals = {phase: device.allocated(phase) for phase in device.phases}
+    _table("tensors of the first rank, GB" if plan.gpu else "tensors of a rank, GB", totals)
+    _table(f"the largest, {device.largest}, holds", device.phases[device.largest])
+    if plan.gpu is not None:
+        _table("beside its tensors", {**device.outside, "fragments": device.fragmented})
+        print(f"assumed of PyTorch's allocator: {device.allocator}")
     print(f"peak {plan.device.peak / GB:.1f} GB", end="")
     if plan.gpu is not None:
         verdict = "fits" if plan.fits else "DOES NOT FIT"
@@ -128,10 +125,11 @@ def replay_plan(plan: Plan, config: ModelConfig) -> Replay:
             recipe=recipe,
             policy_folder=_policy_folder(recipe, config, Path(scratch)),
             rollout_rows=rollout_batch(recipe),
-            micro_batches=micro_batch_rows(recipe, config.shape),
+            micro_batches=micro_batch_rows(recipe),
             prompt_tokens=PROMPT_TOKENS,
         )
-        return replay(job, plan.gpu.memory_bytes - CUDA_BYTES, _allocator())
+        outside = sum(plan.device.outside.values())
+        return replay(job, plan.gpu.memory_bytes - outside)
 
 
 def _policy_folder(recipe: Recipe, config: ModelConfig, scratch: Path) -> Path:
@@ -140,10 +138,6 @@ def _policy_folder(recipe: Recipe, config: ModelConfig, scratch: Path) -> Path:
     except ConfigError:
         assert isinstance(config, OpenVLAOFTConfig), "`policy_config` takes the published sizes"
         return weightless_checkpoint(config, suite(recipe.environment.suite), scratch)
-
-
-def _allocator() -> str:
-    return os.environ[ALLOCATOR_VARIABLE] if ALLOCATOR_VARIABLE in os.environ else ""
 
 
 def show_replay(result: Replay) -> None:

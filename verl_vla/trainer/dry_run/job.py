@@ -17,6 +17,7 @@ import numpy as np
 
 from verl_vla.config.grpo import Recipe
 from verl_vla.config.schema import parse
+from verl_vla.core.allocator import allocator_variables
 from verl_vla.core.errors import ConfigError
 from verl_vla.envs.base import Suite
 from verl_vla.policies.normalization import ActionStatistics, NormalizationStats
@@ -33,8 +34,6 @@ from verl_vla.trainer.dry_run.shim import build_shim
 PROGRAM = "verl_vla.trainer.dry_run.replay"
 NOT_REPLAYED = ("deepspeed_cpu_adam",)
 """Optimizers that cannot run on tensors without data: it compiles its kernel at first use."""
-ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
-"""Environment variable with the settings of PyTorch's caching allocator."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +72,12 @@ class Job:
         )
 
 
-def replay(job: Job, device_bytes: int, allocator: str) -> Replay:
-    """Run one rank of the job in a process of its own.
+def replay(job: Job, device_bytes: int) -> Replay:
+    """Run one rank of the job in a process of its own, with the allocator's settings of training.
 
     Args:
         job: what to run.
         device_bytes: bytes of the device that PyTorch's allocator can have.
-        allocator: its settings, as of `ALLOCATOR_VARIABLE`; may be empty.
 
     Raises:
         ConfigError: the dry run cannot be built here, or cannot run this recipe.
@@ -95,7 +93,7 @@ def replay(job: Job, device_bytes: int, allocator: str) -> Replay:
         job.write(folder / "job.json")
         done = subprocess.run(
             [sys.executable, "-m", PROGRAM, str(folder / "job.json"), str(folder / "result.json")],
-            env=_environment(library, device_bytes, allocator),
+            env=_environment(library, device_bytes),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -106,17 +104,20 @@ def replay(job: Job, device_bytes: int, allocator: str) -> Replay:
         return Replay.read(folder / "result.json")
 
 
-def _environment(library: Path, device_bytes: int, allocator: str) -> dict[str, str]:
-    return os.environ | {
-        ALLOCATOR_VARIABLE: allocator,
-        "LD_PRELOAD": str(library),
-        "VERL_VLA_FAKE_CUDA_BYTES": str(device_bytes),
-        # veRL settles on a platform when it is imported
-        "VERL_PLATFORM": "nvidia",
-        "CUDA_VISIBLE_DEVICES": "0",
-        # one Python thread issues everything
-        "OMP_NUM_THREADS": "1",
-    }
+def _environment(library: Path, device_bytes: int) -> dict[str, str]:
+    return (
+        dict(os.environ)
+        | allocator_variables()
+        | {
+            "LD_PRELOAD": str(library),
+            "VERL_VLA_FAKE_CUDA_BYTES": str(device_bytes),
+            # veRL settles on a platform when it is imported
+            "VERL_PLATFORM": "nvidia",
+            "CUDA_VISIBLE_DEVICES": "0",
+            # one Python thread issues everything
+            "OMP_NUM_THREADS": "1",
+        }
+    )
 
 
 def weightless_checkpoint(config: OpenVLAOFTConfig, suite: Suite, folder: Path) -> Path:
