@@ -29,7 +29,7 @@ def small_words(base_of_two_datasets: Path, tmp_path_factory: pytest.TempPathFac
         "recipe=quickstart",
         f"policy.path='{base_of_two_datasets}'",
         "policy.unnorm_key=mini",
-        "seed=14",  # in its third step one round is enough, as a test needs it
+        "seed=21",  # in its third step one round is enough, as a test needs it
         f"reward='{write_documented_reward(tmp_path_factory.mktemp('reward'))}'",
         "loss.kl.coefficient=0.01",
         "cold_start.episodes=8",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from verl_vla.config.compose import load_recipe
@@ -14,17 +16,21 @@ from verl_vla.config.grpo import Recipe
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.text import format_seconds
 from verl_vla.diagnostics.planning.gpus import GPUS
+from verl_vla.diagnostics.planning.memory import micro_batch_rows, rollout_batch
 from verl_vla.diagnostics.planning.plan import Plan, make_plan
 from verl_vla.diagnostics.planning.remedies import find_remedy
+from verl_vla.diagnostics.planning.trace import PROMPT_TOKENS
 from verl_vla.envs.registry import suite
 from verl_vla.policies.base import ModelConfig
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig
 from verl_vla.policies.registry import load_config
 from verl_vla.rl.setup import find_policy
+from verl_vla.trainer.dry_run.job import Job, replay, weightless_checkpoint
+from verl_vla.trainer.dry_run.phases import Replay
 
 EXIT_TOO_LARGE = 1
 """Exit code if the recipe does not fit."""
-GB = 1e9
+GB, TERA = 1e9, 1e12
 
 
 def run(options: argparse.Namespace) -> int:
@@ -40,6 +46,10 @@ def run(options: argparse.Namespace) -> int:
     plan = make_plan(recipe, config, None if options.gpu is None else GPUS[options.gpu])
     print(f"policy: {source}")
     show(plan)
+    if options.replay:
+        result = replay_plan(plan, config)
+        show_replay(result)
+        return 0 if result.fits else EXIT_TOO_LARGE
     if plan.fits:
         return 0
     remedy = find_remedy(plan, config)
@@ -75,10 +85,13 @@ def show(plan: Plan) -> None:
         f"ranks: {cluster.num_nodes} x {cluster.ranks_per_node}\n"
         f"one round: at most {plan.policy_steps:,} policy steps\n"
     )
-    _table(
-        "memory of the first rank, GB" if plan.gpu else "memory of a rank, GB", plan.device.lasting
-    )
-    _table("and the largest of", plan.device.passing)
+    device = plan.device
+    totals = {phase: device.allocated(phase) for phase in device.phases}
+    _table("tensors of the first rank, GB" if plan.gpu else "tensors of a rank, GB", totals)
+    _table(f"the largest, {device.largest}, holds", device.phases[device.largest])
+    if plan.gpu is not None:
+        _table("beside its tensors", {**device.outside, "fragments": device.fragmented})
+        print(f"assumed of PyTorch's allocator: {device.allocator}")
     print(f"peak {plan.device.peak / GB:.1f} GB", end="")
     if plan.gpu is not None:
         verdict = "fits" if plan.fits else "DOES NOT FIT"
@@ -95,6 +108,53 @@ def show(plan: Plan) -> None:
     for name, seconds in plan.seconds.items():
         print(f"  {name:<28} {format_seconds(seconds):>9}")
     print(f"together {format_seconds(plan.total_seconds)}; simulators and policy play side by side")
+
+
+def replay_plan(plan: Plan, config: ModelConfig) -> Replay:
+    """Run a training step of one rank of ``plan`` at its full size, without a GPU.
+
+    Raises:
+        ConfigError: the plan has no GPU, or the dry run cannot be built here.
+    """
+    recipe = plan.recipe
+    if plan.gpu is None:
+        raise ConfigError(
+            "--replay replays what a GPU's memory holds, and the recipe's ranks run on cores; "
+            "choose a profile with a GPU, such as profile=8gpu, and --gpu"
+        )
+    with TemporaryDirectory() as scratch:
+        job = Job(
+            recipe=recipe,
+            policy_folder=_policy_folder(recipe, config, Path(scratch)),
+            rollout_rows=rollout_batch(recipe),
+            micro_batches=micro_batch_rows(recipe),
+            prompt_tokens=PROMPT_TOKENS,
+        )
+        outside = sum(plan.device.outside.values())
+        return replay(job, plan.gpu.memory_bytes - outside)
+
+
+def _policy_folder(recipe: Recipe, config: ModelConfig, scratch: Path) -> Path:
+    try:
+        return find_policy(recipe.policy.path)
+    except ConfigError:
+        assert isinstance(config, OpenVLAOFTConfig), "`policy_config` takes the published sizes"
+        return weightless_checkpoint(config, suite(recipe.environment.suite), scratch)
+
+
+def show_replay(result: Replay) -> None:
+    """Print what the allocator did, phase by phase."""
+    columns = ("allocated", "reserved", "fragmented", "free", "host")
+    heads = "".join(f"{name:>11}" for name in columns)
+    print(f"\n{'replayed without a GPU, GB':<38}{heads}{'TFLOP':>9}")
+    for phase in result.phases:
+        sizes = (phase.allocated, phase.reserved, phase.fragmented, phase.free, phase.host)
+        row = "".join(f"{size / GB:11.2f}" for size in sizes)
+        print(f"  {phase.name:<36}{row}{phase.flops / TERA:9.1f}")
+    if result.out_of_memory is None:
+        print("every phase fitted")
+    else:
+        print(f"the last phase DID NOT FIT: {result.out_of_memory}")
 
 
 def _table(title: str, parts: Mapping[str, Any]) -> None:

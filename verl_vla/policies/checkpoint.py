@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from verl_vla.core.errors import ConfigError
@@ -30,6 +32,8 @@ HASHED_AT_ONCE = 1 << 24
 """Number of bytes that are read and hashed at a time."""
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE_BYTES = 2_000_000_000
+"""Bytes of weights after which a file is written: a small part of a host's memory."""
 
 
 def fingerprint(folder: str | Path) -> str:
@@ -135,6 +139,62 @@ def weight_files(folder: str | Path) -> tuple[Path, ...]:
             "from safetensors alone: convert other formats first"
         )
     return (root / WEIGHTS_FILE,)
+
+
+class WeightWriter:
+    """Writes weights to a folder one after the other, in files of a few GB as transformers does.
+
+    No more than one file's weights need to be in memory.
+    """
+
+    def __init__(self, folder: Path, left_out: Collection[str] = ()) -> None:
+        """Begin in ``folder``, which exists; weights of an earlier save are removed.
+
+        Args:
+            folder: folder of the checkpoint.
+            left_out: names of weights that are not written.
+        """
+        self._folder = folder
+        self._left_out = left_out
+        for old in [*folder.glob("model*.safetensors"), folder / WEIGHTS_INDEX_FILE]:
+            old.unlink(missing_ok=True)
+        self._waiting: dict[str, Tensor] = {}
+        self._files: list[tuple[Path, list[str]]] = []
+        self._bytes_waiting = self._bytes_written = 0
+
+    def add(self, name: str, weight: Tensor) -> None:
+        """Write one weight, now or with later ones."""
+        if name in self._left_out:
+            return
+        self._waiting[name] = weight.contiguous()
+        self._bytes_waiting += weight.nbytes
+        if self._bytes_waiting >= WEIGHTS_FILE_BYTES:
+            self._write_waiting()
+
+    def close(self) -> None:
+        """Write what waits, and which file holds which weight."""
+        self._write_waiting()
+        if len(self._files) == 1:
+            self._files[0][0].rename(self._folder / WEIGHTS_FILE)
+            return
+        weight_map: dict[str, str] = {}
+        for number, (file, names) in enumerate(self._files, start=1):
+            final = f"model-{number:05d}-of-{len(self._files):05d}.safetensors"
+            file.rename(self._folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self._bytes_written}, "weight_map": weight_map}
+        (self._folder / WEIGHTS_INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _write_waiting(self) -> None:
+        if not self._waiting:
+            return
+        # the number of files, a part of their names, is known at the end
+        file = self._folder / f"model-{len(self._files) + 1:05d}.safetensors"
+        # as transformers marks its own
+        save_file(self._waiting, file, metadata={"format": "pt"})
+        self._files.append((file, list(self._waiting)))
+        self._bytes_written += self._bytes_waiting
+        self._waiting, self._bytes_waiting = {}, 0
 
 
 def read_weight_layout(folder: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -7,8 +7,9 @@ first factor sampled from a normal distribution.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
@@ -19,6 +20,8 @@ ADAPTER = "default"
 """PEFT's name for a model's only adapter."""
 ADAPTER_MARK = "lora_"
 """Part of the names of all weights that PEFT adds."""
+MakeWeight = Callable[[], Tensor]
+"""Function that makes one weight, so that not all of a model's need to exist at once."""
 
 
 def add_adapters(part: nn.Module, *, rank: int, alpha: int) -> None:
@@ -72,26 +75,30 @@ def head_rows(head: nn.Linear, rows: slice) -> Tensor:
     return base.weight[rows].float() + change
 
 
-def merge_adapters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a model without adapters that computes the same.
+def merge_adapters(model: nn.Module, weights: Mapping[str, MakeWeight]) -> dict[str, MakeWeight]:
+    """Return how to make the weights of a model without adapters that computes the same.
 
     Args:
         model: the model, which tells which layers have adapters.
-        state: its complete weights by name, not shards.
+        weights: how to make each of its weights, complete and not a shard, by name.
     """
-    merged = dict(state)
+    merged = dict(weights)
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        first, second = (merged.pop(f"{name}.lora_{f}.{ADAPTER}.weight").float() for f in "AB")
+        first, second = (merged.pop(f"{name}.lora_{f}.{ADAPTER}.weight") for f in "AB")
         # weight and bias: PEFT has put both below its layer
         for base in [key for key in merged if key.startswith(f"{name}.base_layer.")]:
             merged[base.replace(".base_layer.", ".")] = merged.pop(base)
-        weight = merged[f"{name}.weight"]
-        change = layer.scaling[ADAPTER] * (second @ first)
-        # added in float32: the change can be smaller than one step of bfloat16
-        merged[f"{name}.weight"] = (weight.float() + change).to(weight.dtype)
+        plain = merged[f"{name}.weight"]
+        merged[f"{name}.weight"] = partial(_merge, plain, first, second, layer.scaling[ADAPTER])
     return merged
+
+
+def _merge(plain: MakeWeight, first: MakeWeight, second: MakeWeight, scale: float) -> Tensor:
+    weight, change = plain(), scale * (second().float() @ first().float())
+    # added in float32: the change can be smaller than one step of bfloat16
+    return (weight.float() + change).to(weight.dtype)
 
 
 def nf4() -> Any:

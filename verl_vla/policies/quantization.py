@@ -6,6 +6,7 @@ bitsandbytes computes it. Needs the extra ``qlora``: import this module only whe
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+
+from verl_vla.policies.lora import MakeWeight
 
 
 def quantize_under_adapters(part: nn.Module, device: torch.device | str | int) -> None:
@@ -30,17 +33,22 @@ def quantize_under_adapters(part: nn.Module, device: torch.device | str | int) -
             parent.base_layer = _quantized(base, device)
 
 
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights by name without quantization, equal up to the 4-bit rounding error."""
+def plain_weights(model: nn.Module) -> dict[str, MakeWeight]:
+    """Return how to make each weight without quantization, equal up to the 4-bit rounding error."""
     state = model.state_dict()
+    makes: dict[str, MakeWeight] = {name: partial(_same, w) for name, w in state.items()}
     for name, layer in model.named_modules():
         if isinstance(layer, Linear4bit):
             # also what belongs to the 4 bits, e.g. weight.absmax and weight.quant_map
-            for key in [key for key in state if key.startswith(f"{name}.weight")]:
-                del state[key]
+            for key in [key for key in makes if key.startswith(f"{name}.weight")]:
+                del makes[key]
             weight: Any = layer.weight
-            state[f"{name}.weight"] = dequantize_4bit(weight.data, weight.quant_state)
-    return state
+            makes[f"{name}.weight"] = partial(dequantize_4bit, weight.data, weight.quant_state)
+    return makes
+
+
+def _same(weight: Tensor) -> Tensor:
+    return weight
 
 
 def _quantized(linear: nn.Linear, device: torch.device | str | int) -> Linear4bit:

@@ -30,20 +30,6 @@ logger = logging.getLogger(__name__)
 PUBLISHED_RENDER_SIZE = 256
 """Render size in pixels; openvla-oft ``experiments/robot/libero/run_libero_eval.py``,
 ``env_img_res``."""
-MAX_PROMPT_TOKENS = 64
-"""Bound on a prompt's length in the token budget of a micro-batch; LIBERO's are 20 to 38
-(measured on all 130 instructions with the published tokenizer)."""
-PADDING_ROW_TOKENS = 128
-"""Length of the rows with which veRL pads a batch (verl 0.9.1 ``trainer/ppo/padding_utils.py:42``,
-``SYNTHETIC_PADDING_SEQ_LEN``)."""
-
-
-def micro_batch_tokens(micro_batch_size: int, shape: PolicyShape) -> int:
-    """Return veRL's token budget of a micro-batch, for ``micro_batch_size`` policy steps.
-
-    It is never below one padding row, which veRL would refuse to place.
-    """
-    return max(micro_batch_size * (MAX_PROMPT_TOKENS + shape.num_tokens), PADDING_ROW_TOKENS)
 
 
 @contextmanager

@@ -23,7 +23,6 @@ SIMPLEVLA = {
     "optimizer.weight_decay": 0.01,
     "optimizer.clip_grad": 1.0,
     "optimizer.num_mini_batches": 4,
-    "optimizer.micro_batch_size": 16,
     "environment.step_limit": "simplevla",
 }
 """SimpleVLA-RL, examples/run_openvla_oft_rl_libero.sh and its verl/ folder."""
@@ -47,6 +46,13 @@ FILES = sorted(
 
 def as_leaves(recipe: Recipe) -> dict[str, object]:
     return dict(leaves(recipe.as_dict()))
+
+
+def test_the_profile_halves_the_published_micro_batch() -> None:
+    """By memory alone: the gradient is the same sum over rows, however they are cut."""
+    needed = {"out": "x", "policy": {"path": "x"}, "environment": {"suite": "x"}}
+    assert parse(Recipe, needed).optimizer.micro_batch_size == 16
+    assert load_recipe(["recipe=libero"]).optimizer.micro_batch_size == 8
 
 
 def test_the_libero_recipe_has_the_published_numbers() -> None:

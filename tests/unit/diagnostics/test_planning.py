@@ -21,7 +21,7 @@ from verl_vla.config.grpo import Recipe
 from verl_vla.config.schema import parse
 from verl_vla.core.errors import ConfigError
 from verl_vla.diagnostics.planning.gpus import GPUS
-from verl_vla.diagnostics.planning.memory import ENCODER_BYTES, rows_per_pass
+from verl_vla.diagnostics.planning.memory import ENCODER_BYTES, FRAGMENTED_SHARE
 from verl_vla.diagnostics.planning.plan import make_plan, trace_policy
 from verl_vla.diagnostics.planning.remedies import _candidates, find_remedy
 from verl_vla.diagnostics.planning.trace import Adapters, build_model, count_weights, trace_model
@@ -127,9 +127,8 @@ def test_a_plan_is_within_15_percent_of_what_a_small_policy_takes(tmp_path):
     recipe = load_recipe(["recipe=quickstart"])
     trace = trace_model(config, dtype=torch.float32, batch=BATCH)
     plan = make_plan(recipe, config, None)
-    rows = rows_per_pass(recipe.optimizer.micro_batch_size, config.shape)
-    learning = plan.device.passing["update"] - plan.trace.training_bytes / plan.trace.batch * rows
-    planned = sum(plan.device.lasting.values()) + learning + trace.training_bytes
+    activations = plan.device.phases["update"]["activations"]
+    planned = plan.device.allocated("update") - activations + trace.training_bytes
     assert planned == pytest.approx(measured, rel=0.15), f"{planned / MB:.0f} {measured / MB:.0f}"
 
 
@@ -208,8 +207,9 @@ def test_shards_shrink_with_the_ranks_and_activations_do_not():
         load_recipe(["recipe=libero", "cluster.num_nodes=2"]), TINY, GPUS["h100"]
     ).device
     for part in ("weights", "gradients", "optimizer state"):
-        assert two.lasting[part] == pytest.approx(one.lasting[part] / 2, abs=1)
-    assert two.passing["update"] == one.passing["update"]
+        assert two.phases["update"][part] == pytest.approx(one.phases["update"][part] / 2, abs=1)
+    for part in ("gathered weights", "gradients of a layer", "activations"):
+        assert two.phases["update"][part] == one.phases["update"][part]
 
 
 def test_ranks_that_gather_once_hold_all_weights_while_they_play():
@@ -217,10 +217,11 @@ def test_ranks_that_gather_once_hold_all_weights_while_they_play():
         make_plan(load_recipe(["recipe=libero", *words]), TINY, GPUS["h100"])
         for words in ([], ["cluster.gather_once=false"])
     )
-    more = once.device.passing["rollout"] - each.device.passing["rollout"]
-    whole = 8 * once.device.lasting["weights"] / 2  # 8 ranks, float32 there and bfloat16 here
+    more = once.device.allocated("rollout") - each.device.allocated("rollout")
+    # 8 ranks, float32 there and bfloat16 here
+    whole = 8 * once.device.phases["rollout"]["weights"] / 2
     assert 0 < more < whole
-    assert once.device.passing["update"] == each.device.passing["update"]
+    assert once.device.phases["update"] == each.device.phases["update"]
     one_rank = load_recipe(["recipe=libero", "profile=lora_24gb"])
     assert {"cluster.gather_once": False} in list(_candidates(once.recipe))
     assert {"cluster.gather_once": False} not in list(_candidates(one_rank))
@@ -235,7 +236,9 @@ def test_an_optimizer_holds_its_state_where_it_says(name, per_weight):
         TINY,
         GPUS["h100"],
     )
-    assert plan.device.lasting["optimizer state"] == pytest.approx(
+    held = plan.device.phases["update"]
+    assert ("optimizer state" in held) == (per_weight > 0)
+    assert sum(size for part, size in held.items() if part == "optimizer state") == pytest.approx(
         per_weight * plan.trace.trained, rel=0.01
     )
     assert ("weights, gradients, state" in plan.host) == (per_weight == 0)
@@ -281,6 +284,23 @@ def test_the_command_says_whether_it_fits_and_what_to_change(capsys, monkeypatch
     said = capsys.readouterr().out
     assert "DOES NOT FIT" in said
     assert "It would with policy.gradient_checkpointing=true" in said
+
+
+def test_fragments_are_counted_with_the_setting_that_is_assumed(capsys, monkeypatch):
+    words = ["recipe=libero", "policy.path=bases/mini", "profile=two_cores", "cluster.device=cuda"]
+    shares = {}
+    for own, is_expandable in ((None, True), ("garbage_collection_threshold:0.8", False)):
+        monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+        monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+        if own is not None:
+            monkeypatch.setenv("PYTORCH_ALLOC_CONF", own)
+        device = make_plan(load_recipe(words), TINY, GPUS["a10g"]).device
+        shares[is_expandable] = device.fragmented / device.allocated(device.largest)
+        assert device.peak > device.allocated(device.largest) + device.fragmented
+        cli.run(arguments.parse("plan", [*words, "--gpu", "a10g"]))
+        said = capsys.readouterr().out
+        assert f"assumed of PyTorch's allocator: {own or 'expandable_segments:True'}\n" in said
+    assert shares == pytest.approx(FRAGMENTED_SHARE, rel=0.01)
 
 
 def test_a_gpu_must_be_named_unless_the_recipe_has_none(capsys):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from verl_vla.policies.lora import add_adapters, merge_adapters, without_adapters
+from verl_vla.policies.lora import MakeWeight, add_adapters, merge_adapters, without_adapters
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig, OpenVLAOFTModel
 from verl_vla.policies.openvla_oft import tiny as tiny_openvla_oft
-from verl_vla.policies.quantization import plain_state, quantize_under_adapters
+from verl_vla.policies.quantization import plain_weights, quantize_under_adapters
 from verl_vla.policies.scratch_vla import ScratchVLAModel
 from verl_vla.policies.scratch_vla import tiny as tiny_scratch_vla
 from verl_vla.policies.token_model import TokenModel
@@ -57,6 +58,10 @@ def adapted(build: Build) -> TokenModel:
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.3)
     return model
+
+
+def as_they_are(model: TokenModel) -> dict[str, MakeWeight]:
+    return {name: partial(torch.clone, weight) for name, weight in model.state_dict().items()}
 
 
 def answer(model: TokenModel) -> dict[str, Tensor]:
@@ -119,7 +124,8 @@ def test_merged_weights_answer_as_the_adapters_do(build: Build) -> None:
     model = adapted(build)
     plain = AutoModel.from_config(model.merged_config())
     assert not any(".lora_" in name for name in plain.state_dict())
-    plain.load_state_dict(merge_adapters(model, model.state_dict()), strict=True)
+    merged = merge_adapters(model, as_they_are(model))
+    plain.load_state_dict({name: make() for name, make in merged.items()}, strict=True)
     mine, theirs = answer(plain), answer(model)
     assert not torch.allclose(mine["logits"], answer(make(build))["logits"], atol=0.1)
     assert torch.allclose(mine["logits"], theirs["logits"], atol=1e-3)
@@ -136,10 +142,28 @@ def test_adapters_can_be_left_out_of_an_answer() -> None:
 
 def test_a_model_without_adapters_is_merged_as_it_is() -> None:
     model = make(openvla_oft)
-    state = model.state_dict()
-    merged = merge_adapters(model, state)
-    assert merged.keys() == state.keys()
-    assert all(merged[name] is state[name] for name in state)
+    makes = as_they_are(model)
+    merged = merge_adapters(model, makes)
+    assert merged.keys() == makes.keys()
+    assert all(merged[name] is makes[name] for name in makes)
+
+
+def test_a_weight_is_merged_when_it_is_asked_for_and_no_other_is_made() -> None:
+    model = adapted(openvla_oft)
+    made: list[str] = []
+
+    def make(name: str, weight: Tensor) -> Tensor:
+        made.append(name)
+        return weight
+
+    makes = {name: partial(make, name, w) for name, w in model.state_dict().items()}
+    merged = merge_adapters(model, makes)
+    assert not made
+    name = next(name for name in merged if name.endswith("q_proj.weight"))
+    merged[name]()
+    layer = name.removesuffix(".weight")
+    wanted = ("base_layer", "lora_A.default", "lora_B.default")
+    assert sorted(made) == [f"{layer}.{part}.weight" for part in wanted]
 
 
 def test_the_language_model_alone_learns_where_that_is_the_target() -> None:
@@ -167,7 +191,7 @@ def test_4_bits_are_near_what_they_stand_for_and_stay_as_they_are(dtype: torch.d
     before = {name: weight.clone() for name, weight in part.state_dict().items()}
     add_adapters(part, rank=2, alpha=2)
     quantize_under_adapters(part, "cpu")
-    state = plain_state(part)
+    state = {name: make() for name, make in plain_weights(part).items()}
     error = (state["thin.base_layer.weight"] - before["thin.weight"]).float()
     assert 0.03 < error.std() / before["thin.weight"].float().std() < 0.15
     assert torch.equal(state["free.weight"], before["free.weight"])
@@ -175,4 +199,5 @@ def test_4_bits_are_near_what_they_stand_for_and_stay_as_they_are(dtype: torch.d
     with torch.no_grad():
         said = part.eval()["thin"](seen)
     assert torch.equal(part.train()["thin"](seen), said), "as in an update"
-    assert torch.equal(plain_state(part)["thin.base_layer.weight"], state["thin.base_layer.weight"])
+    again = plain_weights(part)["thin.base_layer.weight"]()
+    assert torch.equal(again, state["thin.base_layer.weight"])

@@ -18,7 +18,6 @@ from verl.workers.engine_workers import TrainingWorker
 
 from verl_vla.config.grpo import LossConfig
 from verl_vla.core.files import PROJECT_FOLDER
-from verl_vla.rl.setup import micro_batch_tokens
 from verl_vla.trainer.engine.divergence_guard import load_rows
 from verl_vla.trainer.engine.engine import VLAEngine
 from verl_vla.trainer.grpo.worker import row_loss
@@ -60,7 +59,7 @@ def training_worker(engine: VLAEngine, num_ranks: int) -> TrainingWorker:
     worker.engine_config = SimpleNamespace(
         forward_only=False,
         use_dynamic_bsz=True,
-        max_token_len_per_gpu=micro_batch_tokens(MICRO_BATCH_SIZE, engine.processor.shape),
+        max_token_len_per_gpu=MICRO_BATCH_SIZE,
         micro_batch_size_per_gpu=None,
         use_fused_kernels=False,
     )

@@ -279,6 +279,33 @@ def test_an_update_is_the_same_without_the_rows_that_have_no_gradient(
     assert moved(*after) == set()
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_micro_batch_holds_the_rows_of_the_recipe_however_long_prompts_are(
+    make: Make, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    engine = make()
+    # the fourth is one of those with which veRL pads a batch
+    lengths = [5, 5, 20, 128, 5]
+    columns = {
+        "input_ids": [torch.zeros(length, dtype=torch.long) for length in lengths],
+        "loss_mask": [torch.ones(14, dtype=torch.long)] * len(lengths),
+    }
+    rows = {k: torch.nested.as_nested_tensor(v, layout=torch.jagged) for k, v in columns.items()}
+    data = tu.get_tensordict(rows, {"use_dynamic_bsz": True, "max_token_len_per_gpu": size})
+    sizes: list[int] = []
+
+    def forward_step(micro_batch: TensorDict, *_: Any, **__: Any) -> tuple[Tensor, dict[str, Any]]:
+        sizes.append(len(micro_batch))
+        return torch.zeros(1), {"model_output": {}, "loss": 0.0, "metrics": {}}
+
+    monkeypatch.setattr(engine, "forward_step", forward_step)
+    engine.forward_backward_batch(data, lambda **_: None, forward_only=True)
+    assert sum(sizes) == len(lengths)
+    assert max(sizes) == size
+    assert len(sizes) == -(-len(lengths) // size)
+    assert data["input_ids"].is_nested, "others read its lengths"
+
+
 def test_a_checkpoint_before_the_first_update_is_gone_on_from(make: Make, tmp_path: Path) -> None:
     """The first training steps may have had no gradient."""
     words = ("optimizer.warmup_steps=4",)

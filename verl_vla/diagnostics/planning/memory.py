@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl_vla.config.grpo import Recipe
+from verl_vla.core.allocator import EXPANDABLE, allocator_variables
 from verl_vla.diagnostics.planning.trace import PROMPT_TOKENS, RGB, Trace
 from verl_vla.envs.base import Suite, simulators_per_process
 from verl_vla.policies.base import PolicyShape
-from verl_vla.rl.setup import micro_batch_tokens
+from verl_vla.policies.checkpoint import WEIGHTS_FILE_BYTES
 
 FLOAT32 = 4
 BYTES = {"float32": FLOAT32, "bfloat16": 2}
@@ -29,7 +30,10 @@ NF4_BYTES = 0.5 + 1 / 64 + FLOAT32 / (64 * 256)
 GATHERED_LAYERS = 2
 """Layers gathered at the same time: FSDP2 fetches the next one while one computes."""
 CUDA_BYTES = 1_000_000_000
-"""Bytes of context, libraries and allocator fragmentation: assumed, not measured."""
+"""Bytes of CUDA's context, of libraries and of NCCL's buffers: assumed, not measured."""
+FRAGMENTED_SHARE = {True: 0.025, False: 0.17}
+"""Bytes that the allocator holds and cannot use, as a share of those in tensors at the peak, with
+and without expandable segments: as replayed, docs/dry-run.md."""
 ENCODER_BYTES = {
     "pixels": 0,
     "dinov2": 1_000_000_000,
@@ -60,21 +64,39 @@ TOKEN_BYTES = 8 + 4 + 4 + 8
 class DeviceMemory:
     """Device memory of the first rank, which needs the most."""
 
-    lasting: Mapping[str, int]
-    """Bytes that are allocated all the time."""
-    passing: Mapping[str, int]
-    """Bytes of each phase of a training step; only one phase is active at a time."""
+    phases: Mapping[str, Mapping[str, int]]
+    """Bytes of tensors by phase of a run and by part; one phase is active at a time."""
+    outside: Mapping[str, int]
+    """Bytes that are taken all the time, outside of the rank's tensors."""
+    allocator: str
+    """Settings of PyTorch's allocator that are assumed."""
+    fragmented_share: float
+    """Bytes that the allocator holds and cannot use, as a share of those in tensors."""
+
+    def allocated(self, phase: str) -> int:
+        """Return the bytes of tensors in a phase."""
+        return sum(self.phases[phase].values())
+
+    @property
+    def largest(self) -> str:
+        """Name of the phase that needs the most."""
+        return max(self.phases, key=self.allocated)
+
+    @property
+    def fragmented(self) -> int:
+        """Bytes that the allocator holds and cannot use in that phase."""
+        return round(self.fragmented_share * self.allocated(self.largest))
 
     @property
     def peak(self) -> int:
         """Largest number of bytes in use."""
-        return sum(self.lasting.values()) + max(self.passing.values())
+        return self.allocated(self.largest) + self.fragmented + sum(self.outside.values())
 
 
-def rows_per_pass(micro_batch_size: int, shape: PolicyShape) -> int:
-    """Return the policy steps in one pass of veRL, whose budget counts tokens, not rows."""
-    budget = micro_batch_tokens(micro_batch_size, shape)
-    return max(1, budget // (PROMPT_TOKENS + shape.num_tokens))
+def micro_batch_rows(recipe: Recipe) -> tuple[int, ...]:
+    """Return the rows of three micro-batches as veRL cuts them: unequal, up to the limit."""
+    rows = recipe.optimizer.micro_batch_size
+    return (max(1, rows - 1), rows, max(1, rows - 2))
 
 
 def rollout_batch(recipe: Recipe) -> int:
@@ -84,38 +106,70 @@ def rollout_batch(recipe: Recipe) -> int:
     return -(-half // recipe.cluster.num_ranks)
 
 
-def device_memory(recipe: Recipe, trace: Trace, shape: PolicyShape) -> DeviceMemory:
+def device_memory(recipe: Recipe, trace: Trace) -> DeviceMemory:
     """Estimate the memory on the device of a rank."""
+    is_on_gpu = recipe.cluster.device != "cpu"
+    outside: dict[str, int] = {}
+    settings = ""
+    if is_on_gpu:
+        outside = {"CUDA": CUDA_BYTES, "reward's encoder": _encoder_bytes(recipe.reward_args)}
+        settings = " ".join(allocator_variables().values())
+    return DeviceMemory(
+        phases={
+            phase: {name: round(size) for name, size in parts.items() if size}
+            for phase, parts in _phases(recipe, trace).items()
+        },
+        outside=outside,
+        allocator=settings,
+        fragmented_share=FRAGMENTED_SHARE[EXPANDABLE in settings] if is_on_gpu else 0.0,
+    )
+
+
+def _phases(recipe: Recipe, trace: Trace) -> dict[str, dict[str, float]]:
+    """Return the bytes of every phase, part by part."""
     ranks, is_offloaded = recipe.cluster.num_ranks, recipe.optimizer.name == "deepspeed_cpu_adam"
     trained, per_weight = trace.trained / ranks, BYTES[recipe.policy.dtype]
-    held = {
-        "weights": _weight_bytes(recipe, trace) / ranks,
-        "gradients": FLOAT32 * trained,
-        "optimizer state": ADAM_BYTES[recipe.optimizer.name] * trained,
-    }
+    is_full, is_sharded = recipe.policy.lora_rank is None, recipe.policy.quantization == "none"
     # offloaded parts lie in the memory of the host, see `host_memory`
-    lasting = {name: 0.0 if is_offloaded else size for name, size in held.items()}
-    if recipe.cluster.device != "cpu":
-        lasting["reward's encoder"] = _encoder_bytes(recipe.reward_args)
-        lasting["CUDA"] = CUDA_BYTES
+    on_device = 0 if is_offloaded else 1
+    weights = {"weights": on_device * _weight_bytes(recipe, trace) / ranks}
+    state = {"optimizer state": on_device * ADAM_BYTES[recipe.optimizer.name] * trained}
+    gradients = {"gradients": on_device * FLOAT32 * trained}
+    stored = FLOAT32 if is_full else per_weight
     gathered = _gathered(recipe, trace, per_weight)
     is_gathered_once = recipe.cluster.gather_once and ranks > 1 and not is_offloaded
-    in_rollout = per_weight * trace.weights if is_gathered_once else gathered
+    # gathered layers, and the one that is being received
+    whole = per_weight * (trace.weights + trace.layer)
+    in_rollout = {"gathered weights": whole if is_gathered_once else gathered}
     # a layer's gradient is whole until it is reduced, in the pass's dtype and in float32
-    in_backward = (per_weight + FLOAT32) * trace.layer if recipe.policy.lora_rank is None else 0
+    in_backward = (per_weight + FLOAT32) * trace.layer if is_full else 0
     # Adam's square roots of second moments: of all weights at once on a GPU, one by one on a CPU
-    roots = 0 if is_offloaded or recipe.cluster.device == "cpu" else FLOAT32 * trained
-    rows = rows_per_pass(recipe.optimizer.micro_batch_size, shape)
-    passing = {
-        # traced for a few policy steps, and proportional to them
-        "update": gathered + in_backward + trace.training_bytes / trace.batch * rows,
-        "rollout": in_rollout + trace.forward_bytes / trace.batch * rollout_batch(recipe),
-        "optimizer step": roots,
+    is_on_cpu = is_offloaded or recipe.cluster.device == "cpu"
+    roots = 0 if is_on_cpu or "8bit" in recipe.optimizer.name else FLOAT32 * trained
+    # traced for a few policy steps, and proportional to them
+    forward, training = trace.forward_bytes / trace.batch, trace.training_bytes / trace.batch
+    # FSDP2 moves the weights outside of layers last, and keeps its share of them beside
+    moved = {"moved weights": on_device * stored * trace.root if is_sharded else 0}
+    # a checkpoint of all weights is read to where it was written
+    read = {"read weights": weights["weights"] if is_full else 0}
+    return {
+        "build": weights | moved,
+        "rollout": weights | state | in_rollout | {"activations": forward * rollout_batch(recipe)},
+        "update": weights
+        | state
+        | gradients
+        | {
+            "gathered weights": gathered,
+            "gradients of a layer": in_backward,
+            "activations": training * recipe.optimizer.micro_batch_size,
+        },
+        "optimizer step": weights | state | gradients | {"square roots": roots},
+        # after an evaluation, which leaves weights gathered
+        "save": weights | state | (in_rollout if is_gathered_once else {}),
+        # a gathered tensor, and the parts that it is made from
+        "export": weights | state | {"one tensor": 2 * stored * trace.tensor if ranks > 1 else 0},
+        "resume": weights | max((moved, state | read), key=lambda parts: sum(parts.values())),
     }
-    return DeviceMemory(
-        lasting={name: round(size) for name, size in lasting.items()},
-        passing={name: round(size) for name, size in passing.items()},
-    )
 
 
 def host_memory(
@@ -137,6 +191,7 @@ def host_memory(
         "loading, above the buffer": max(0, loading - buffer),
         "simulators": recipe.environment.num_workers * _worker_bytes(recipe, chosen),
         "processes": (per_node + 1) * PROCESS_BYTES,
+        "export": _export_bytes(recipe, trace),
     }
     if recipe.optimizer.name == "deepspeed_cpu_adam":
         share = per_node / recipe.cluster.num_ranks
@@ -145,8 +200,14 @@ def host_memory(
             share * (_weight_bytes(recipe, trace) + 3 * FLOAT32 * trace.trained)
         )
     if recipe.cluster.device == "cpu":
-        parts["learning"] = per_node * device_memory(recipe, trace, shape).peak
+        parts["learning"] = per_node * device_memory(recipe, trace).peak
     return parts
+
+
+def _export_bytes(recipe: Recipe, trace: Trace) -> int:
+    """Return what one file of weights takes, and a tensor that adapters are merged into."""
+    written = min(WEIGHTS_FILE_BYTES, _weight_bytes(recipe, trace, loaded=True))
+    return round(written + 2 * FLOAT32 * trace.tensor)
 
 
 def _worker_bytes(recipe: Recipe, chosen: Suite) -> int:

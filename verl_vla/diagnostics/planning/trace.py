@@ -25,8 +25,9 @@ from verl_vla.config.choices import LoraTargets
 from verl_vla.policies.action_distribution import log_prob
 from verl_vla.policies.base import ModelConfig
 
-PROMPT_TOKENS = 32
-"""Length of a typical prompt; LIBERO's have 20 to 38 tokens with the published tokenizer."""
+PROMPT_TOKENS = 38
+"""Length of the longest prompt, to which a batch is padded; LIBERO's have 20 to 38 tokens with the
+published tokenizer."""
 TRACED_POLICY_STEPS = 4
 """Policy steps in the traced pass. Memory is proportional to them, within 3% from 4 to 16 for the
 published policy."""
@@ -58,6 +59,8 @@ class Trace:
     """Weights of the largest layer that is a separate FSDP unit."""
     root: int
     """Weights outside such layers, which are gathered for the complete pass."""
+    tensor: int
+    """Weights of the largest tensor."""
     batch: int
     """Policy steps in the pass."""
     training_bytes: int
@@ -177,6 +180,7 @@ def count_weights(model: Any) -> dict[str, int]:
         "under_adapters": sum(cast(Any, part).get_base_layer().weight.numel() for part in adapted),
         "layer": max(layers),
         "root": _size(model) - sum(layers),
+        "tensor": max(weight.numel() for weight in model.parameters()),
     }
 
 

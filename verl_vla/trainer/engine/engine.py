@@ -216,6 +216,19 @@ class VLAEngine(FSDPEngine):
         self._hold_shards_alone()
         return super().train_mode(**kwargs)
 
+    def forward_backward_batch(
+        self, data: TensorDict, loss_function: Callable[..., Any], forward_only: bool = False
+    ) -> Any:
+        """Run a mini-batch in micro-batches of at most ``max_token_len_per_gpu`` rows.
+
+        veRL counts the ids of ``input_ids``. A row costs its images and action tokens, whatever
+        its prompt's length, so every row is given one id.
+        """
+        one_each = torch.ones(len(data), 1, dtype=torch.long)
+        by_rows = data.copy()
+        by_rows["input_ids"] = by_rows["attention_mask"] = one_each
+        return super().forward_backward_batch(by_rows, loss_function, forward_only)  # pyright: ignore[reportArgumentType]
+
     def forward_step(
         self,
         micro_batch: TensorDict,
@@ -329,6 +342,8 @@ class VLAEngine(FSDPEngine):
 
         Adapters are merged into the weights that they were trained on, 4-bit ones included.
         """
+        # gathered copies are of the forward's dtype
+        self._hold_shards_alone()
         write_policy(self.module, self.processor, folder, is_quantized=self.is_quantized)
 
 

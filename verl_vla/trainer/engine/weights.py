@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,12 +12,12 @@ import torch
 import torch.distributed
 from numpy._core.multiarray import _reconstruct
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import AutoModel
 
 from verl_vla.policies.base import Processor
-from verl_vla.policies.lora import merge_adapters, nf4
+from verl_vla.policies.checkpoint import WeightWriter
+from verl_vla.policies.lora import MakeWeight, merge_adapters, nf4
 
 
 def write_policy(
@@ -29,6 +30,8 @@ def write_policy(
 ) -> None:
     """Write the weights, merged and whole, and everything else; every rank takes part.
 
+    No more than one weight is whole on a device at a time, and on the host what one file holds.
+
     Args:
         module: of this rank.
         processor: of the policy.
@@ -36,23 +39,51 @@ def write_policy(
         is_quantized: whether weights under adapters are held in 4 bits.
         dtype: of the weights that are written; None leaves each in its own.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: dict[str, Any] = (
-        nf4().plain_state(module) if is_quantized else get_model_state_dict(module, options=options)
+    is_first = torch.distributed.get_rank() == 0
+    makes: dict[str, MakeWeight] = (
+        nf4().plain_weights(module)
+        if is_quantized
+        else {name: partial(_same, weight) for name, weight in module.state_dict().items()}
     )
-    # every rank gathered, and with cpu_offload the first alone has the result
-    if torch.distributed.get_rank() == 0:
+    merged = merge_adapters(module, {n: partial(_whole, make) for n, make in makes.items()})
+    writer = None
+    if is_first:
         folder.mkdir(parents=True, exist_ok=True)
-        whole: dict[str, Tensor] = merge_adapters(module, state)
-        # wanted for its config and the names of its weights; "meta" allocates none
-        with torch.device("meta"):
-            plain = AutoModel.from_config(cast("Any", module).merged_config())
-        plain.save_pretrained(
-            str(folder),
-            state_dict={name: w if dtype is None else w.to(dtype) for name, w in whole.items()},
-        )
+        plain = _plain_model(module)
+        plain.config.save_pretrained(folder)
+        # weights that are others' under a second name are stored once
+        tied = set(plain.all_tied_weights_keys)
+        writer = WeightWriter(folder, tied)
+    # one at a time, on every rank in this order: each is gathered from all of them
+    for name, make in merged.items():
+        weight = make()
+        if writer is not None:
+            writer.add(name, weight if dtype is None else weight.to(dtype))
+    if writer is not None:
+        writer.close()
         processor.save_pretrained(folder)
     torch.distributed.barrier()
+
+
+def _same(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _whole(make: MakeWeight) -> Tensor:
+    """Gather one weight, on the host of the first rank; the others have no more than its shape."""
+    weight = make()
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor()
+    return weight.to("cpu" if torch.distributed.get_rank() == 0 else "meta")
+
+
+def _plain_model(module: nn.Module) -> Any:
+    """Return the model without adapters and without data, its configuration as it is saved."""
+    with torch.device("meta"):
+        plain: Any = AutoModel.from_config(cast("Any", module).merged_config())
+    plain.config.dtype = str(plain.dtype).removeprefix("torch.")
+    plain.config.architectures = [type(plain).__name__]
+    return plain
 
 
 SWITCH = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"

@@ -25,6 +25,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
 from verl_vla.config.grpo import GRPOClusterConfig
+from verl_vla.core.allocator import allocator_variables
 from verl_vla.core.errors import ConfigError, DivergedError, LearnerLostError
 from verl_vla.core.signals import stop_requests
 from verl_vla.envs.libero.assets import ASSETS_VARIABLE
@@ -117,6 +118,8 @@ def _ray_cluster(run: Run, config: DictConfig) -> Generator[None]:
         "VERL_PLATFORM": os.environ["VERL_PLATFORM"],
         "OMP_NUM_THREADS": "1",
     }
+    if choose_device(cluster.device) == "cuda":
+        variables |= allocator_variables()
     if ASSETS_VARIABLE in os.environ:  # for nodes that simulate
         variables[ASSETS_VARIABLE] = os.environ[ASSETS_VARIABLE]
     environment["env_vars"] = {**environment["env_vars"], **variables}

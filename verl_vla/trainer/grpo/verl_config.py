@@ -11,7 +11,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.rl.setup import micro_batch_tokens
 from verl_vla.trainer.checkpoint import UNFINISHED
 from verl_vla.trainer.engine.weights import checkpoint_contents
 from verl_vla.trainer.grpo.run import Run
@@ -101,7 +100,8 @@ def _model(run: Run) -> Options:
 
 def _actor(run: Run) -> Options:
     recipe, actor = run.recipe, "actor_rollout_ref.actor"
-    budget = micro_batch_tokens(recipe.optimizer.micro_batch_size, run.processor.shape)
+    # tokens for veRL, and rows for `VLAEngine.forward_backward_batch`
+    budget = recipe.optimizer.micro_batch_size
     optim = f"{actor}.optim"
     has_adapters = recipe.policy.lora_rank is not None
     return {
@@ -109,7 +109,7 @@ def _actor(run: Run) -> Options:
         # Of veRL's KL machinery only the reference worker is used; the term is in our loss.
         f"{actor}.use_kl_loss": recipe.loss.kl.is_on,
         f"{actor}.use_torch_compile": False,
-        # Micro-batches by token budget: rows need not divide, ranks run equally many.
+        # Micro-batches by a budget: rows need not divide, ranks run equally many.
         f"{actor}.use_dynamic_bsz": True,
         f"{actor}.ppo_max_token_len_per_gpu": budget,
         # veRL checks it against the batch size; `update` says how many mini-batches there are

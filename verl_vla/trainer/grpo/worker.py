@@ -109,6 +109,7 @@ class VLAWorker(ActorRolloutRefWorker):
         self, global_steps: int | None = None, mode: str = "auto"
     ) -> dict[str, Any]:
         """Rollout and learner share their weights, so there is nothing to send."""
+        # veRL's turns expandable segments off to send weights, and on again; here they stay on
         return {}
 
     @register(dispatch_mode=EVERY_RANK)

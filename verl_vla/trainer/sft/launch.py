@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
@@ -12,6 +13,7 @@ import torch
 import torch.distributed
 
 from verl_vla.config.sft import SFTClusterConfig
+from verl_vla.core.allocator import allocator_variables
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.signals import end_with_parent, leave_signals_to_parent, stop_requests
 from verl_vla.trainer.sft.engine import SFTEngine
@@ -74,6 +76,8 @@ def _other_ranks(
 @contextmanager
 def _process_group(rank: int, num_ranks: int, device: str, address: str) -> Generator[None]:
     if device == "cuda":
+        # read at the first allocation
+        os.environ.update(allocator_variables())
         torch.cuda.set_device(rank)
     else:
         # ranks on a CPU share its cores

@@ -1,0 +1,1 @@
+"""The training step of a recipe at its full size, run without a GPU."""
