@@ -176,6 +176,11 @@ def test_fewer_gpus_than_ranks_are_a_fault(gpus, tmp_path, plan):
     assert "cluster.ranks_per_node=4" in (cuda.fix or "")
 
 
+WEIGHTS_OF_30_GB = DeviceMemory(
+    phases={"update": {"weights": int(30e9)}}, outside={}, allocator="", fragmented_share=0.0
+)
+
+
 def test_memory_that_another_process_holds_is_measured(gpus, tmp_path, plan):
     gpus(8, "580.65.06", free=20e9)
     checks = by_subject(tmp_path)
@@ -183,7 +188,7 @@ def test_memory_that_another_process_holds_is_measured(gpus, tmp_path, plan):
     held = checks["memory, GPU 7"]
     assert not held.finding.is_fault
     assert "20.0 of 85.0 GB free; other processes hold the rest" in held.finding.says
-    large = replace(plan, device=DeviceMemory(lasting={"weights": int(30e9)}, passing={"x": 0}))
+    large = replace(plan, device=WEIGHTS_OF_30_GB)
     short = by_subject(tmp_path, plan=large)["memory, GPU 7"]
     assert short.finding.is_fault
     assert "20.0 of 85.0 GB free, and a rank needs 30.0 GB" in short.finding.says
@@ -192,7 +197,7 @@ def test_memory_that_another_process_holds_is_measured(gpus, tmp_path, plan):
 
 def test_a_gpu_that_is_too_small_is_no_other_processs_fault(gpus, tmp_path, plan):
     gpus(8, "580.65.06", free=23e9, total=24e9)
-    large = replace(plan, device=DeviceMemory(lasting={"weights": int(30e9)}, passing={"x": 0}))
+    large = replace(plan, device=WEIGHTS_OF_30_GB)
     short = by_subject(tmp_path, plan=large)["memory, GPU 7"]
     assert short.finding.is_fault
     assert "verl-vla plan" in (short.fix or "")
