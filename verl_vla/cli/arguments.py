@@ -75,6 +75,7 @@ def _plan(parser: Parser) -> None:
     _add_overrides(parser)
     parser.add_argument("--gpu", choices=list(GPUS), help="kind of GPU of every rank")
     parser.add_argument("--num-nodes", type=int, help="number of nodes, as cluster.num_nodes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object of the sums")
 
 
 def _recipes(parser: Parser) -> None:
