@@ -79,11 +79,13 @@ def _plan(parser: Parser) -> None:
     _add_overrides(parser)
     parser.add_argument("--gpu", choices=list(GPUS), help="kind of GPU of every rank")
     parser.add_argument("--num-nodes", type=int, help="number of nodes, as cluster.num_nodes")
-    parser.add_argument(
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument(
         "--replay",
         action="store_true",
         help="also run a training step of one rank at its full size, without a GPU (minutes)",
     )
+    output.add_argument("--json", action="store_true", help="print one JSON object of the sums")
 
 
 def _recipes(parser: Parser) -> None:

@@ -6,6 +6,7 @@ Nothing is started; the policy's weights and a GPU are not needed.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +17,7 @@ from verl_vla.config.grpo import Recipe
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.text import format_seconds
 from verl_vla.diagnostics.planning.gpus import GPUS
+from verl_vla.diagnostics.planning.host import as_json, host_cores
 from verl_vla.diagnostics.planning.memory import micro_batch_rows, rollout_batch
 from verl_vla.diagnostics.planning.plan import Plan, make_plan
 from verl_vla.diagnostics.planning.remedies import find_remedy
@@ -44,6 +46,9 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"which GPU? Say --gpu and one of {', '.join(GPUS)}")
     config, source = policy_config(recipe)
     plan = make_plan(recipe, config, None if options.gpu is None else GPUS[options.gpu])
+    if options.json:
+        print(json.dumps(as_json(plan)))
+        return 0 if plan.fits else EXIT_TOO_LARGE
     print(f"policy: {source}")
     show(plan)
     if options.replay:
@@ -99,6 +104,7 @@ def show(plan: Plan) -> None:
     print("\n")
     _table("memory of a node's host, GB", plan.host)
     print(f"together {sum(plan.host.values()) / GB:.1f} GB\n")
+    print(f"cores of a node's host: {host_cores(plan.recipe)}\n")
     _table("disk of the run's folder, GB", plan.disk)
     print(f"together {sum(plan.disk.values()) / GB:.1f} GB\n")
     if plan.gpu is None:

@@ -15,6 +15,7 @@ import yaml
 from verl_vla.cli.arguments import COMMANDS
 from verl_vla.config.compose import group_options, load_recipe
 from verl_vla.core.errors import ConfigError
+from verl_vla.diagnostics.planning.host import host_cores
 from verl_vla.trainer.grpo import launch
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -102,6 +103,8 @@ def test_the_skypilot_task_has_its_fields():
     assert task.keys() <= SKYPILOT_FIELDS
     assert task["resources"].keys() <= SKYPILOT_RESOURCES
     assert re.fullmatch(r"[\w-]+:\d+", task["resources"]["accelerators"])
+    small = load_recipe(["recipe=libero", "profile=qlora_24gb"])
+    assert task["resources"]["cpus"] == f"{host_cores(small)}+"
     for part in ("setup", "run"):
         subprocess.run(["bash", "-n"], input=task[part], text=True, check=True)
     load_recipe(["recipe=libero", *task["envs"]["WORDS"].split()])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -233,6 +234,37 @@ def test_the_gpu_benchmark_runs_in_small_on_a_cpu(capsys: pytest.CaptureFixture[
     assert found["policy_steps_per_s_2"] > 0
     assert found["lora_update_rows_per_s"] > 0
     assert found["full_update_memory_gib"] is None
+
+
+def test_rows_that_do_not_fit_are_named_and_the_others_are_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on 24 GB: a large batch and the gradients of all weights need more."""
+    real_steps, real_update = gpu.policy_steps, gpu.update
+
+    def steps(clock: Any, model: Any, batch: int, peak: float) -> dict[str, Any]:
+        if batch == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real_steps(clock, model, batch, peak)
+
+    def update(clock: Any, model: Any, rows: int, name: str) -> dict[str, Any]:
+        found = real_update(clock, model, rows, name)
+        if name == "full_update":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        # the failed row's gradients would leave no room for this one
+        assert all(w.grad is None for w in model.parameters() if not w.requires_grad)
+        return found
+
+    monkeypatch.setattr(gpu, "policy_steps", steps)
+    monkeypatch.setattr(gpu, "update", update)
+    words = "gpu --size tiny --device cpu --batch 1 2 4 --update-batch 1 --matmul 64 --repeats 1"
+    assert bench.run(parse("bench", words.split())) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["did_not_fit"] == ["policy_steps_2", "full_update"]
+    assert found["policy_steps_per_s_1"] > 0
+    assert found["policy_steps_per_s_4"] > 0
+    assert "policy_steps_per_s_2" not in found
+    assert found["lora_update_rows_per_s"] > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

@@ -7,6 +7,7 @@ same code on a CPU in seconds.
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,8 @@ from verl_vla.diagnostics.benchmarks.measuring import Record, record, require_po
 from verl_vla.policies.base import ActionSampler
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig, OpenVLAOFTModel
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tokenizer, tiny_config
+
+logger = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 32
 """Length of the prompt; LIBERO's have 20 to 38 tokens with the published tokenizer."""
@@ -54,16 +57,41 @@ def measure(options: argparse.Namespace) -> Record:
         "matmul_peak_tflops": round(peak / 1e12, 3),
         "tflop_per_policy_step": round(flops(model) / 1e12, 6),
     }
-    results |= policy_steps(clock, model, options.batch, peak)
+    rows = _Rows(model)
+    for batch in options.batch:
+        rows.add(
+            f"policy_steps_{batch}",
+            lambda batch=batch: policy_steps(clock, model, batch, peak),
+        )
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     # the whole model first: adapters freeze it
-    results |= update(clock, model, options.update_batch, "full_update")
-    # else the gradients of all weights would count as the adapters' memory
-    model.zero_grad(set_to_none=True)
+    rows.add("full_update", lambda: update(clock, model, options.update_batch, "full_update"))
     model.add_adapters(rank=LORA_RANK, alpha=LORA_ALPHA, targets="all-linear")
-    results |= update(clock, model, options.update_batch, "lora_update")
-    return record("gpu", options, results)
+    rows.add("lora_update", lambda: update(clock, model, options.update_batch, "lora_update"))
+    return record("gpu", options, results | rows.measured | {"did_not_fit": rows.did_not_fit})
+
+
+class _Rows:
+    """The rows of the table; what needs more memory than the device has is left out and named."""
+
+    def __init__(self, model: OpenVLAOFTModel) -> None:
+        self.measured: dict[str, Any] = {}
+        self.did_not_fit: list[str] = []
+        self._model = model
+
+    def add(self, name: str, row: Callable[[], dict[str, Any]]) -> None:
+        """Measure a row."""
+        try:
+            self.measured |= row()
+        except torch.OutOfMemoryError as error:
+            self.did_not_fit.append(name)
+            logger.warning("%s does not fit: %s", name, str(error).split(". ")[0])
+        # after the error is gone, which holds what the pass had allocated; and the gradients of
+        # all weights would count as the adapters' memory
+        self._model.zero_grad(set_to_none=True)
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def build(size: str, device: str) -> OpenVLAOFTModel:
@@ -93,19 +121,15 @@ def flops(model: OpenVLAOFTModel) -> int:
     return counter.get_total_flops()
 
 
-def policy_steps(
-    clock: _Clock, model: OpenVLAOFTModel, batches: list[int], peak: float
-) -> dict[str, Any]:
-    """Time policy steps at several batch sizes."""
-    work = flops(model)
-    found: dict[str, Any] = {}
-    for batch in batches:
-        with torch.no_grad():
-            seconds = clock.seconds(lambda batch=batch: _choose(model, batch))
-        found[f"policy_steps_per_s_{batch}"] = round(batch / seconds, 2)
-        found[f"share_of_peak_{batch}"] = round(batch * work / seconds / peak, 3)
-        found[f"memory_gib_{batch}"] = clock.peak_gib()
-    return found
+def policy_steps(clock: _Clock, model: OpenVLAOFTModel, batch: int, peak: float) -> dict[str, Any]:
+    """Time policy steps at one batch size."""
+    with torch.no_grad():
+        seconds = clock.seconds(lambda: _choose(model, batch))
+    return {
+        f"policy_steps_per_s_{batch}": round(batch / seconds, 2),
+        f"share_of_peak_{batch}": round(batch * flops(model) / seconds / peak, 3),
+        f"memory_gib_{batch}": clock.peak_gib(),
+    }
 
 
 def update(clock: _Clock, model: OpenVLAOFTModel, rows: int, name: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.provenance import provenance
 from verl_vla.envs.base import EnvConfig, EnvFactory
+from verl_vla.envs.libero.egl_devices import render_devices
 from verl_vla.envs.libero.suite import make_libero_env
 from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.policies.base import PolicyShape
@@ -48,6 +49,7 @@ def open_pool(
         image_shape=shape.image_shape,
         timeout_s=START_LIMIT_S,
         worker_env={},
+        render_devices=render_devices(),
     )
 
 
