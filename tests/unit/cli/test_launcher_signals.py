@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,8 @@ class Checkout:
             env=environment,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            # a shell cannot trap what was ignored when it began, as SIGINT is after ``nohup cmd &``
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         self._started.append(process)
         self.await_line("train ")
