@@ -102,7 +102,7 @@ SHARE_OF_PEAK = 0.5
 """Share of the peak that is reached: assumed; `bench gpu` measures it on a GPU."""
 CORES = 96
 """Number of cores that simulate, on a node of eight GPUs: assumed."""
-CHUNK_CORE_S = 0.133
+CHUNK_CORE_S = 0.324
 """Core seconds per chunk. Measured: ``chunk_ours_processor_ms`` in
 docs/benchmarks/env_libero_spatial.json, software GL."""
 TRANSFER_BYTES_PER_S = 225e6
