@@ -190,8 +190,12 @@ class WeightWriter:
             return
         # the number of files, a part of their names, is known at the end
         file = self._folder / f"model-{len(self._files) + 1:05d}.safetensors"
+        # safetensors makes files that only their owner can read; this one gets the usual mode
+        file.touch()
+        mode = file.stat().st_mode
         # as transformers marks its own
         save_file(self._waiting, file, metadata={"format": "pt"})
+        file.chmod(mode)
         self._files.append((file, list(self._waiting)))
         self._bytes_written += self._bytes_waiting
         self._waiting, self._bytes_waiting = {}, 0

@@ -38,6 +38,14 @@ def test_a_small_model_is_one_file(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], WEIGHTS[name]) for name in found)
 
 
+def test_weights_can_be_read_by_whom_the_other_files_can_be_read(tmp_path: Path) -> None:
+    """Safetensors writes files for the owner alone; colleagues share a disk."""
+    (tmp_path / "config.json").write_text("{}")
+    write(tmp_path, WEIGHTS)
+    modes = {file.name: file.stat().st_mode for file in tmp_path.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_a_large_model_is_several_files_and_an_index(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(checkpoint, "WEIGHTS_FILE_BYTES", 2 * BYTES)
     write(tmp_path, WEIGHTS)
