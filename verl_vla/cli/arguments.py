@@ -40,6 +40,7 @@ BENCHMARKS = {
     "pool": "speed with more and more simulator processes",
     "rollout": "a rollout with and without overlap of policy and simulators",
     "update": "forward and backward passes over rows, and their memory",
+    "driver": "what the driver does in a training step while no GPU works",
     "step": "complete training steps against those of another commit",
     "gpu": "a 7.5 B policy with random weights on one device, without the hub and Ray",
     "page": "write the tables of docs/benchmarks.md from the records in docs/benchmarks",

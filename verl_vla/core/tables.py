@@ -16,7 +16,7 @@ Dimensions, used in every shape in this package:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import compress
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from verl_vla.core.episode import GoalReadings, Outcome
 from verl_vla.core.errors import ContractError
 
 Table = TypeVar("Table")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,24 +172,31 @@ class Trajectories:
         )
 
     @staticmethod
-    def concat(parts: Sequence[Trajectories]) -> Trajectories:
-        """Stack batches, shifting ``PolicySteps.episode``; group ids must already differ."""
+    def concat(parts: Iterable[Trajectories]) -> Trajectories:
+        """Stack batches, shifting ``PolicySteps.episode``; group ids must already differ.
+
+        Parts that nobody else holds are freed while they are copied, so that the images of a round
+        are held once.
+        """
+        parts = list(parts)
         offsets = np.cumsum([0] + [len(p.episodes) for p in parts])[:-1]
         moved = [
             replace(p.policy_steps, episode=p.policy_steps.episode + int(offset))
             for p, offset in zip(parts, offsets, strict=True)
         ]
         # a part whose episodes all crashed at their start does not know the columns' widths
-        with_rows = [policy_steps for policy_steps in moved if len(policy_steps)]
-        return Trajectories(
-            episodes=concat_tables([p.episodes for p in parts]),
-            policy_steps=concat_tables(with_rows or moved[:1]),
-            prompt_ids=tuple(prompt for p in parts for prompt in p.prompt_ids),
-            goals=tuple(readings for p in parts for readings in p.goals),
-            crashes={key: why for p in parts for key, why in p.crashes.items()},
-            final_images=tuple(final_image for p in parts for final_image in p.final_images),
-            videos=tuple(video for p in parts for video in p.videos),
-        )
+        with_rows = [policy_steps for policy_steps in moved if len(policy_steps)] or moved[:1]
+        rest: dict[str, Any] = {
+            "episodes": concat_tables([p.episodes for p in parts]),
+            "prompt_ids": tuple(prompt for p in parts for prompt in p.prompt_ids),
+            "goals": tuple(readings for p in parts for readings in p.goals),
+            "crashes": {key: why for p in parts for key, why in p.crashes.items()},
+            "final_images": tuple(image for p in parts for image in p.final_images),
+            "videos": tuple(video for p in parts for video in p.videos),
+        }
+        parts.clear()
+        moved.clear()
+        return Trajectories(policy_steps=concat_tables(_drain(with_rows)), **rest)
 
 
 def check_table(table: Any) -> dict[str, int]:
@@ -223,13 +231,42 @@ def map_columns(table: Table, change: Callable[[Tensor], Tensor]) -> Table:
     )
 
 
-def concat_tables(tables: Sequence[Table]) -> Table:
-    """Stack the rows of tables of one type."""
-    names = [f.name for f in fields(tables[0])]  # pyright: ignore[reportArgumentType]
-    return replace(
-        tables[0],  # pyright: ignore[reportArgumentType]
-        **{name: torch.cat([getattr(t, name) for t in tables]) for name in names},
-    )
+def concat_tables(tables: Iterable[Table]) -> Table:
+    """Stack the rows of tables of one type; a table that nobody else holds is freed meanwhile.
+
+    Raises:
+        ContractError: rows of a column differ in shape.
+    """
+    tables = list(tables)
+    kind = type(tables[0])
+    columns: dict[str, list[Tensor]] = {
+        f.name: [getattr(table, f.name) for table in tables]
+        for f in fields(kind)  # pyright: ignore[reportArgumentType]
+    }
+    tables.clear()
+    return kind(**{name: _stack(name, columns.pop(name)) for name in list(columns)})
+
+
+def _stack(name: str, parts: list[Tensor]) -> Tensor:
+    """Stack the rows of ``parts``, which is emptied meanwhile; `torch.cat` would hold both."""
+    whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+    row = 0
+    for part in _drain(parts):
+        # an assignment would broadcast instead
+        if part.shape[1:] != whole.shape[1:]:
+            raise ContractError(
+                f"rows of {name} are {list(part.shape[1:])} and {list(whole.shape[1:])}"
+            )
+        whole[row : row + len(part)] = part
+        row += len(part)
+    return whole
+
+
+def _drain(items: list[Item]) -> Iterator[Item]:
+    """Give up the items of a list, from the first on."""
+    items.reverse()
+    while items:
+        yield items.pop()
 
 
 def pick_by_time(num_frames: int, wanted: int) -> npt.NDArray[np.int64]:

@@ -13,27 +13,23 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from verl_vla.core.episode import EpisodeSpec, GoalReadings, Observation, Outcome, Reading
-from verl_vla.core.errors import EpisodeCrashed
-from verl_vla.core.tables import ActionChunk, Episodes, PolicySteps, Trajectories, pick_by_time
-from verl_vla.envs.base import ChunkResult
+from verl_vla.core.episode import EpisodeSpec, Observation
+from verl_vla.core.tables import ActionChunk, Trajectories
 from verl_vla.policies.base import AsyncPolicy, PendingChunk, Policy
+from verl_vla.rl.episode_record import Answer, EpisodeRecord, no_episodes
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.005
 """Longest wait for the policy between two looks at the simulators. A look costs some 0.2 ms of the
 driver; a policy step takes 20 to 1,000 times as long as this."""
-
-Answer = Observation | ChunkResult | EpisodeCrashed
 
 
 class Simulators(Protocol):
@@ -121,7 +117,9 @@ def rollout(
             0 no videos.
     """
     started = time.perf_counter()
-    records = [_Record(spec) for spec in specs]
+    if not specs:
+        return no_episodes(policy.shape)
+    records = [EpisodeRecord(spec) for spec in specs]
     queue = deque(records)
     num_slots = min(simulators.num_slots, len(records))
     # rounded up: with one part, the second group has no slots
@@ -148,25 +146,7 @@ def rollout(
     for record in records:
         if record.crash is not None:
             logger.warning("episode %d lost: %s", record.spec.episode_id, record.crash)
-    return _tabulate(records, policy, has_videos=max_video_frames != 0)
-
-
-@dataclass(slots=True)
-class _Record:
-    """Everything recorded about one episode, in order."""
-
-    spec: EpisodeSpec
-    observations: list[Observation] = field(default_factory=list[Observation])
-    action_tokens: list[Tensor] = field(default_factory=list[Tensor])
-    log_probs: list[Tensor] = field(default_factory=list[Tensor])
-    prompt_ids: list[Tensor] = field(default_factory=list[Tensor])
-    executed: list[int] = field(default_factory=list[int])
-    goals: list[GoalReadings] = field(default_factory=list[GoalReadings])
-    final_image: npt.NDArray[np.uint8] | None = None
-    video: list[npt.NDArray[np.uint8]] = field(default_factory=list[npt.NDArray[np.uint8]])
-    """One array [F, H, W, 3] a policy step; a single one once the episode has ended."""
-    outcome: Outcome | None = None
-    crash: EpisodeCrashed | None = None
+    return Trajectories.concat(record.take_tables() for record in records)
 
 
 class _SlotGroup:
@@ -174,7 +154,7 @@ class _SlotGroup:
 
     def __init__(self, slots: range) -> None:
         self.slots = slots
-        self.active: dict[int, _Record] = {}
+        self.active: dict[int, EpisodeRecord] = {}
         self.asked: _Asked | None = None
         """What the policy was asked for these slots and has not delivered yet."""
 
@@ -193,7 +173,7 @@ class _RolloutLoop:
     simulators: Simulators
     temperature: float
     noise: NoiseSource
-    queue: deque[_Record]
+    queue: deque[EpisodeRecord]
     times: RolloutTimes
     ended: Callable[[Trajectories], None] | None
     max_video_frames: int | None
@@ -228,11 +208,12 @@ class _RolloutLoop:
         seen: dict[int, Observation] = {}
         # in the order of slots, not of arrival: the rows of a batch must not depend on timing
         for slot in sorted(answers):
-            observation = _note_answer(group.active[slot], answers[slot], self.max_video_frames)
+            observation = group.active[slot].note_answer(answers[slot], self.max_video_frames)
             if observation is None:
                 record = group.active.pop(slot)
+                tables = record.tabulate(self.policy.shape, has_video=self.max_video_frames != 0)
                 if self.ended is not None:
-                    self.ended(_tabulate([record], self.policy))
+                    self.ended(tables)
             else:
                 seen[slot] = observation
         # before the policy is asked, so that the resets run while it computes
@@ -270,104 +251,5 @@ class _RolloutLoop:
 
     def _send(self, group: _SlotGroup, seen: dict[int, Observation], chunk: ActionChunk) -> None:
         for row, (slot, observation) in enumerate(seen.items()):
-            _note_policy_step(group.active[slot], observation, chunk, row)
+            group.active[slot].note_policy_step(observation, chunk, row)
         self.simulators.step({slot: chunk.actions[row] for row, slot in enumerate(seen)})
-
-
-def _note_policy_step(record: _Record, seen: Observation, chunk: ActionChunk, row: int) -> None:
-    record.observations.append(seen)
-    record.action_tokens.append(chunk.action_tokens[row])
-    record.log_probs.append(chunk.log_probs[row])
-    record.prompt_ids.append(chunk.prompt_ids[row])
-
-
-def _note_answer(
-    record: _Record, answer: Answer, max_video_frames: int | None
-) -> Observation | None:
-    """Write the answer down; return what the policy sees next, None when the episode is over."""
-    if isinstance(answer, EpisodeCrashed):
-        record.outcome, record.crash = Outcome.CRASH, answer
-        return None
-    # the answer to a reset: nothing was executed yet
-    if isinstance(answer, Observation):
-        return answer
-    record.executed.append(answer.executed)
-    record.goals.append(answer.goals)
-    record.final_image = answer.final_image
-    record.outcome = answer.outcome
-    if max_video_frames != 0 and answer.video is not None:
-        record.video.append(answer.video)
-        # now, so that only episodes under way take the memory of all their frames
-        if answer.outcome is not None:
-            record.video = [thin_video(np.concatenate(record.video), max_video_frames)]
-    return answer.observation
-
-
-def thin_video(video: npt.NDArray[np.uint8], max_frames: int | None) -> npt.NDArray[np.uint8]:
-    """Keep frames of [F, H, W, 3] at equal steps of time, the first and the last included."""
-    if max_frames is None or len(video) <= max_frames:
-        return video
-    return video[pick_by_time(len(video), max_frames)]
-
-
-def _tabulate(records: list[_Record], policy: Policy, has_videos: bool = False) -> Trajectories:
-    """Make the two tables. The policy step a simulator died on has no outcome and is left out."""
-    rows = [(b, i) for b, record in enumerate(records) for i in range(len(record.executed))]
-    outcomes = [record.outcome for record in records]
-    assert None not in outcomes, "an episode was left unfinished"
-    return Trajectories(
-        episodes=Episodes(
-            task_id=torch.tensor([r.spec.task_id for r in records], dtype=torch.int64),
-            init_state_id=torch.tensor([r.spec.init_state_id for r in records], dtype=torch.int64),
-            group_id=torch.tensor([r.spec.group_id for r in records], dtype=torch.int64),
-            episode_id=torch.tensor([r.spec.episode_id for r in records], dtype=torch.int64),
-            outcome=torch.tensor([int(o) for o in outcomes if o is not None], dtype=torch.int64),
-            num_steps=torch.tensor([sum(r.executed) for r in records], dtype=torch.int64),
-        ),
-        policy_steps=_policy_steps(records, rows, policy),
-        prompt_ids=tuple(records[b].prompt_ids[i] for b, i in rows),
-        goals=tuple(_goals(record) for record in records),
-        final_images=tuple(record.final_image for record in records),
-        videos=tuple(_video(record) for record in records) if has_videos else (),
-        crashes={r.spec.episode_id: str(r.crash) for r in records if r.crash is not None},
-    )
-
-
-def _video(record: _Record) -> npt.NDArray[np.uint8]:
-    """Return the frames of an episode; none where it crashed, or where nothing was rendered."""
-    if record.crash is not None or not record.video:
-        return np.zeros((0, 0, 0, 3), dtype=np.uint8)
-    return record.video[0]
-
-
-def _goals(record: _Record) -> GoalReadings:
-    """[policy steps + 1, G, 3]; what holds after one chunk holds before the next."""
-    if not record.goals:  # its simulator was lost before it answered
-        return np.zeros((0, 0, len(Reading)), dtype=np.float32)
-    return np.concatenate([record.goals[0][:1], *(after[1:] for after in record.goals)])
-
-
-def _policy_steps(
-    records: list[_Record], rows: list[tuple[int, int]], policy: Policy
-) -> PolicySteps:
-    shape = policy.shape
-    # every simulator was lost before its first answer; stack() needs at least one array
-    if not rows:
-        size = shape.image_size
-        return PolicySteps(
-            episode=torch.zeros(0, dtype=torch.int64),
-            image=torch.zeros(0, shape.num_views, size, size, 3, dtype=torch.uint8),
-            proprio=torch.zeros(0, 0),
-            action_tokens=torch.zeros(0, shape.num_tokens, dtype=torch.int64),
-            log_probs=torch.zeros(0, shape.num_tokens),
-            executed=torch.zeros(0, dtype=torch.int64),
-        )
-    seen = [records[b].observations[i] for b, i in rows]
-    return PolicySteps(
-        episode=torch.tensor([b for b, _ in rows], dtype=torch.int64),
-        image=torch.from_numpy(np.stack([o.image for o in seen])),
-        proprio=torch.from_numpy(np.stack([o.proprio for o in seen])),
-        action_tokens=torch.stack([records[b].action_tokens[i] for b, i in rows]),
-        log_probs=torch.stack([records[b].log_probs[i] for b, i in rows]),
-        executed=torch.tensor([records[b].executed[i] for b, i in rows], dtype=torch.int64),
-    )

@@ -81,21 +81,19 @@ class Progress:
 
 
 @contextmanager
-def episodes_bar(what: str, total: int) -> Generator[Callable[[Trajectories], None] | None]:
+def episodes_bar(what: str, total: int) -> Generator[Callable[[Trajectories], None]]:
     """Show a bar of episodes; yield the ``ended`` of `verl_vla.rl.rollout.rollout` that moves it.
 
-    It is None where no bar is drawn, so that a rollout makes no table of each episode for it.
+    Where no bar is drawn, ``ended`` does nothing.
     """
     solved = 0
     with bar(what, total) as advance:
-        if advance is None:
-            yield None
-            return
 
         def count(ended: Trajectories) -> None:
             nonlocal solved
             solved += int(ended.episodes.success.sum())
-            advance(f"{solved} solved")
+            if advance is not None:
+                advance(f"{solved} solved")
 
         yield count
 

@@ -36,7 +36,8 @@ from verl_vla.rewards.benchmark.entries import Entry
 from verl_vla.rewards.benchmark.episodes import round_file
 from verl_vla.rewards.benchmark.samples import frame_steps
 from verl_vla.rewards.benchmark.videos import film, film_missing, folder_name
-from verl_vla.rl.rollout import Answer, NoiseSource, rollout
+from verl_vla.rl.episode_record import Answer
+from verl_vla.rl.rollout import NoiseSource, rollout
 
 CODEC = ActionCodec(
     num_bins=16,

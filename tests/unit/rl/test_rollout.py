@@ -16,7 +16,8 @@ from verl_vla.core.errors import EpisodeCrashed
 from verl_vla.core.tables import ActionChunk, Trajectories
 from verl_vla.envs.base import ChunkResult
 from verl_vla.policies.base import PolicyShape
-from verl_vla.rl.rollout import Answer, NoiseSource, RolloutTimes, rollout
+from verl_vla.rl.episode_record import Answer
+from verl_vla.rl.rollout import NoiseSource, RolloutTimes, rollout
 
 SHAPE = PolicyShape(num_views=1, image_size=2, chunk_length=4, action_dim=2, num_bins=16)
 NOISE = NoiseSource(seed=7, stream=0)

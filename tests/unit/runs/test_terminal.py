@@ -16,12 +16,15 @@ from typing import TextIO
 
 import numpy as np
 import pytest
+from one_chunk_world import STARTS, NotingPolicy, OneChunkSimulators
 
 from verl_vla.cli.main import main
-from verl_vla.core.episode import Outcome
+from verl_vla.core.episode import EpisodeSpec, Outcome
+from verl_vla.core.tables import Trajectories
 from verl_vla.core.text import TextTable
 from verl_vla.rewards.encoders.base import BatchedEncoder, track_batches
 from verl_vla.rewards.encoders.pixels import PixelEncoder
+from verl_vla.rl.rollout import NoiseSource, rollout
 from verl_vla.runs.console import EvaluationProgress, episodes_bar
 from verl_vla.runs.screen import REFRESHES_PER_SECOND
 from verl_vla.runs.terminal import Console, bar, can_draw, track, track_encoding
@@ -95,11 +98,23 @@ def test_the_user_can_ask_for_plain_lines(
     assert not can_draw(terminal[0])
 
 
+def one_episode() -> Trajectories:
+    start = STARTS[0]
+    return rollout(
+        [EpisodeSpec(task_id=start.task_id, init_state_id=0, group_id=0, episode_id=0)],
+        NotingPolicy(),
+        OneChunkSimulators(),
+        temperature=0.0,
+        noise=NoiseSource(seed=0, stream=0),
+    )
+
+
 def test_a_file_gets_lines_and_no_bar(attach: Callable[[TextIO], logging.Logger]) -> None:
     stream = io.StringIO()
     logger = attach(stream)
     with bar("episodes", 2) as advance, episodes_bar("episodes", 2) as ended:
-        assert advance is ended is None
+        assert advance is None
+        ended(one_episode())
     assert list(track(iter("ab"), "letters", 2)) == ["a", "b"]
     logger.info("\n%s\n", TABLE)
     logger.info("%d of %s", 1, "[red]two[/red]")

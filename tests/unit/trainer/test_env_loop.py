@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transfer_queue as tq
 from one_chunk_world import CRASH, SUCCESS, TIMEOUT, NotingPolicy, OneChunkSimulators, starts_of
 from row_store import RowStore
 from tensordict import TensorDict
@@ -16,8 +18,8 @@ from verl_vla.core.errors import RewardError
 from verl_vla.rewards import RewardResult, StatelessReward, TrajectoryBatch
 from verl_vla.rewards.loading import load_reward
 from verl_vla.rl.group_sampling import StartSampler
-from verl_vla.trainer.grpo import env_loop
 from verl_vla.trainer.grpo.env_loop import EpisodeLoop, StepStats
+from verl_vla.trainer.grpo.rows import RowKey, group_of
 from verl_vla.trainer.grpo.unscored_episodes import UnscoredEpisodes
 
 ONE_OF_EACH = starts_of({4: [SUCCESS], 0: [TIMEOUT]})
@@ -62,6 +64,15 @@ def asked_for(uids: list[str], step: int = 1) -> TensorDict:
     return batch
 
 
+def row_keys(uids: list[str]) -> list[str]:
+    """Keys of the only row of each episode of these groups."""
+    return [
+        str(RowKey(group, GROUP_SIZE * group + member, 0))
+        for group in map(group_of, uids)
+        for member in range(GROUP_SIZE)
+    ]
+
+
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> RowStore:
     store = RowStore()
@@ -75,37 +86,59 @@ def test_each_policy_step_is_a_row_and_each_group_a_tag_that_comes_last(
     loop = make_loop(tmp_path)
     uids = loop.next_groups(2)
     loop.generate_sequences(asked_for(uids))
-    rows = [f"{uid}_{member}_0" for uid in uids for member in range(GROUP_SIZE)]
-    assert store.puts == [rows, uids]
+    rows = row_keys(uids)
+    # rows while episodes play, then scores, then what lets the groups be taken
+    *stored, scores, tags = store.puts
+    assert sorted(key for put in stored for key in put) == rows
+    assert (scores, tags) == (rows, uids)
     solved = [store.tags[uid]["num_solved"] for uid in uids]
     assert sorted(solved) == [0, GROUP_SIZE]
     for uid, num_solved in zip(uids, solved, strict=True):
         tag = store.tags[uid]
         assert tag["is_prompt"] and tag["status"] == "finished"
         assert (tag["num_failed"], tag["num_crashed"]) == (GROUP_SIZE - num_solved, 0)
-        earned = [float(store.rows[f"{uid}_{m}_0"]["rm_scores"].sum()) for m in range(GROUP_SIZE)]
+        earned = [float(store.rows[key]["rm_scores"].sum()) for key in row_keys([uid])]
         assert earned == [num_solved / GROUP_SIZE] * GROUP_SIZE
     assert (loop.stats.episodes, loop.stats.solved, loop.stats.policy_steps) == (6, 3, 6)
 
 
-@pytest.mark.parametrize("rows_a_put", [1, 4, 6, 100])
-def test_rows_are_the_same_in_parts(
-    tmp_path: Path, store: RowStore, monkeypatch: pytest.MonkeyPatch, rows_a_put: int
+def test_rows_are_stored_while_other_episodes_play(
+    tmp_path: Path, store: RowStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A round of the published recipe has gigabytes of images, which each part copies."""
-    monkeypatch.setattr(env_loop, "ROWS_A_PUT", rows_a_put)
+    """A round of the published recipe takes longer to store than the ranks should wait."""
     loop = make_loop(tmp_path)
-    uids = loop.next_groups(2)
-    loop.generate_sequences(asked_for(uids))
-    *parts, tags = store.puts
-    assert tags == uids
-    assert [len(part) for part in parts] == [rows_a_put] * (6 // rows_a_put) + [6 % rows_a_put] * (
-        6 % rows_a_put > 0
-    )
-    assert [key for part in parts for key in part] == [
-        f"{uid}_{member}_0" for uid in uids for member in range(GROUP_SIZE)
-    ]
-    assert all(store.rows[key]["images"].shape == (1, 2, 2, 3) for part in parts for key in part)
+    first_is_stored = threading.Event()
+    put = store.kv_batch_put
+
+    def put_and_tell(*args: Any, **kwargs: Any) -> Any:
+        done = put(*args, **kwargs)
+        first_is_stored.set()
+        return done
+
+    monkeypatch.setattr(tq, "kv_batch_put", put_and_tell)
+    step = loop._simulators.step
+
+    def step_once_a_row_is_there(chunks: Any) -> None:
+        # the second slot group's episodes wait for rows of the first one's
+        if len(loop._simulators.specs) > OneChunkSimulators.num_slots:
+            assert first_is_stored.wait(timeout=30)
+        step(chunks)
+
+    monkeypatch.setattr(loop._simulators, "step", step_once_a_row_is_there)
+    loop.generate_sequences(asked_for(loop.next_groups(2)))
+    assert len(store.rows) == 6 + 2
+
+
+def test_a_put_that_fails_ends_the_step(
+    tmp_path: Path, store: RowStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("the storage is gone")
+
+    monkeypatch.setattr(tq, "kv_batch_put", fail)
+    loop = make_loop(tmp_path)
+    with pytest.raises(OSError, match="the storage is gone"):
+        loop.generate_sequences(asked_for(loop.next_groups(2)))
 
 
 def test_crashed_episodes_leave_no_rows_and_no_score(tmp_path: Path, store: RowStore) -> None:
@@ -152,7 +185,8 @@ def test_episodes_that_the_reward_refuses_are_kept_and_scored_without_being_play
     uids = refused.next_groups(2)
     with pytest.raises(RewardError, match="no scores today"):
         refused.generate_sequences(asked_for(uids))
-    assert not store.puts
+    # a group is taken only once its tag is there
+    assert store.rows.keys() == set(row_keys(uids))
     corrected = make_loop(tmp_path)
     assert corrected.next_groups(2) == uids
     corrected.generate_sequences(asked_for(uids))

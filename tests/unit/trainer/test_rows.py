@@ -75,10 +75,9 @@ def test_a_group_is_found_again_from_all_keys_that_veRL_makes_of_it(group):  # n
     assert group_of(key) == RowKey.parse(f"{key}_3_0").group == group
 
 
-def test_keys_say_group_member_and_place():
-    """Members are counted inside their group, wherever its episodes stand in the table."""
+def test_keys_say_group_episode_and_policy_step():
     keys, _, _ = rows_of(make_trajectories([12, 3, 12, 3], [2, 1, 1, 3]))
-    assert keys == ["g12_0_0", "g12_0_1", "g3_0_0", "g12_1_0", "g3_1_0", "g3_1_1", "g3_1_2"]
+    assert keys == ["g12_0_0", "g12_0_1", "g3_1_0", "g12_2_0", "g3_3_0", "g3_3_1", "g3_3_2"]
 
 
 def test_a_row_is_a_prompt_and_the_bins_of_one_policy_step():

@@ -154,7 +154,8 @@ def played(groups: list[list[float]]) -> Trajectories:
 
 
 def rows_of(group: int, member: int) -> list[str]:
-    return [f"g{group}_{member}_{place}" for place in range(PLACES)]
+    episode = len(MIXED) * group + member  # groups are of this size, or there is one alone
+    return [str(RowKey(group, episode, place)) for place in range(PLACES)]
 
 
 SMALL = ("recipe=libero_spatial_tiny",)

@@ -42,7 +42,7 @@ class Machine:
     num_gpus: int
     policy_steps_per_gpu_s: float
     rows_per_gpu_s: float
-    """Rows per second of forward, backward and recomputation."""
+    """Rows per second of forward and backward."""
     num_cores: int
     """Number of cores that simulate."""
     chunk_core_s: float
@@ -96,8 +96,9 @@ def step_time(load: Load, machine: Machine) -> StepTime:
 TFLOP_PER_POLICY_STEP = 4.94
 """Cost of a forward pass of OpenVLA-OFT 7.5 B, one 224 px view, 32 prompt tokens; counted by
 torch's FlopCounterMode on the published sizes."""
-TFLOP_PER_ROW = 4 * TFLOP_PER_POLICY_STEP
-"""Cost of forward, backward (twice a forward) and a second forward for checkpointed activations."""
+TFLOP_PER_ROW = 3 * TFLOP_PER_POLICY_STEP
+"""Cost of forward and backward, which is twice a forward: 8 GPUs hold the activations
+(``recipes/profile/8gpu.yaml``), so none is computed again."""
 SHARE_OF_PEAK = 0.5
 """Share of the peak that is reached: assumed; `bench gpu` measures it on a GPU."""
 CORES = 96

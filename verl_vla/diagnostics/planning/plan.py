@@ -78,4 +78,6 @@ def trace_policy(policy: GRPOPolicyConfig, config: ModelConfig) -> Trace:
         dtype=DTYPES[policy.dtype],
         adapters=adapters or None,
         checkpointing=policy.gradient_checkpointing,
+        # 4-bit weights are not sharded
+        autocast=policy.quantization == "nf4",
     )

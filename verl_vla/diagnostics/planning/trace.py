@@ -84,6 +84,7 @@ def trace_model(
     dtype: torch.dtype,
     adapters: Adapters | None = None,
     checkpointing: bool = False,
+    autocast: bool = False,
     batch: int = TRACED_POLICY_STEPS,
 ) -> Trace:
     """Run one forward and backward pass through the model of ``config``.
@@ -93,9 +94,10 @@ def trace_model(
         dtype: dtype of the computation.
         adapters: adapters to add, see `TokenModel.add_adapters`; None to train all weights.
         checkpointing: recompute activations.
+        autocast: hold trained weights in float32 and cast them in the pass, as where FSDP does not.
         batch: policy steps in the pass.
     """
-    return _trace(_Same(config), dtype, batch, adapters, checkpointing)
+    return _trace(_Same(config), dtype, batch, adapters, checkpointing, autocast)
 
 
 class _Same:
@@ -115,10 +117,18 @@ class _Same:
 
 @lru_cache
 def _trace(
-    same: _Same, dtype: torch.dtype, batch: int, adapters: Adapters | None, checkpointing: bool
+    same: _Same,
+    dtype: torch.dtype,
+    batch: int,
+    adapters: Adapters | None,
+    checkpointing: bool,
+    autocast: bool,
 ) -> Trace:
     config = same.config
     model = build_model(config, dtype, adapters)
+    if autocast:
+        for weight in model.parameters():
+            weight.data = weight.data.float() if weight.requires_grad else weight.data
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -131,9 +141,10 @@ def _trace(
             if weight.requires_grad:
                 weight.grad = torch.zeros_like(weight)
                 weights.append(weight.grad)
-        with torch.no_grad(), _Living(weights) as forward:
+        cast = torch.autocast("cpu", dtype, enabled=autocast)
+        with torch.no_grad(), cast, _Living(weights) as forward:
             model(**inputs)
-        with _Living(weights) as training:
+        with cast, _Living(weights) as training:
             logits = model(**inputs).logits
             log_prob(logits, inputs["action_tokens"], TEMPERATURE).sum().backward()
     counts = count_weights(model)

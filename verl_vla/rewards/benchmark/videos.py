@@ -25,7 +25,8 @@ from verl_vla.envs.base import ChunkResult
 from verl_vla.policies.action_codec import ActionCodec
 from verl_vla.rewards import TrajectoryReward, VideoNeed, video_need
 from verl_vla.rewards.benchmark.episodes import num_rounds, round_file
-from verl_vla.rl.rollout import Answer, Simulators, thin_video
+from verl_vla.rl.episode_record import Answer, thin_video
+from verl_vla.rl.rollout import Simulators
 
 logger = logging.getLogger(__name__)
 

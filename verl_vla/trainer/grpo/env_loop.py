@@ -13,9 +13,10 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import transfer_queue as tq
 from tensordict import TensorDict
-from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_vla.core.episode import EpisodeSpec
 from verl_vla.core.errors import RewardError
@@ -26,14 +27,12 @@ from verl_vla.rl.rollout import NoiseSource, RolloutTimes, Simulators, rollout
 from verl_vla.runs.console import episodes_bar
 from verl_vla.runs.run_recorder import RunRecorder
 from verl_vla.trainer.grpo.cluster_policy import ClusterPolicy
-from verl_vla.trainer.grpo.rows import group_key, group_of, make_rows
+from verl_vla.trainer.grpo.row_writer import RowWriter
+from verl_vla.trainer.grpo.rows import group_key, group_of, score_rows
 from verl_vla.trainer.grpo.unscored_episodes import UnscoredEpisodes
 
 TRAINING_STREAM = 0
 """Stream of the noise source; evaluation plays from stream 1."""
-ROWS_A_PUT = 1024
-"""Most rows that are stored by one call, 0.15 GB with one view of 224 px; a round of the published
-recipe has 32,768."""
 
 
 @dataclass(slots=True)
@@ -155,16 +154,29 @@ class EpisodeLoop:
         global_step = int(prompts["global_steps"])
         groups = [group_of(str(uid)) for uid in prompts["uid"]]
         specs = [spec for group in groups for spec in self._specs[group]]
-        played = self._unscored.take(specs, global_step) or self._play(specs)
-        self._count(played)
-        # a crashed episode has no outcome, so it gives no rows
-        alive = played.select(~played.episodes.crashed)
-        try:
-            # every simulator may have crashed
-            scores = self._score_and_store(alive, global_step) if len(alive.episodes) else {}
-        except RewardError:
-            self._unscored.keep(played, global_step)
-            raise
+        chunk_length = self._policy.shape.chunk_length
+        with RowWriter(chunk_length=chunk_length, global_step=global_step) as writer:
+            kept = self._unscored.take(specs, global_step)
+            if kept is not None:
+                writer.add(kept)
+            played = kept or self._play(specs, writer)
+            self._count(played)
+            # a crashed episode has no outcome
+            alive = played.select(~played.episodes.crashed)
+            try:
+                earned = self._score(alive)
+            except RewardError:
+                self._unscored.keep(played, global_step)
+                raise
+            # until the last rows are stored, on leaving the block
+            began = time.perf_counter()
+        keys, values = score_rows(alive, earned, chunk_length=chunk_length)
+        # every simulator may have crashed
+        if keys:
+            fields = TensorDict({"rm_scores": values}, batch_size=len(keys))
+            tq.kv_batch_put(keys=keys, partition_id="train", fields=fields)
+        self.stats.transfer_s += time.perf_counter() - began
+        scores = dict(zip(alive.episodes.episode_id.tolist(), earned.tolist(), strict=True))
         self._unscored.forget(global_step)
         self._recorder.add_episodes(global_step, played, scores)
         spread = _spread(played, scores)
@@ -180,8 +192,14 @@ class EpisodeLoop:
         )
         self.stats.transfer_s += time.perf_counter() - began
 
-    def _play(self, specs: list[EpisodeSpec]) -> Trajectories:
-        with episodes_bar("rollout", len(specs)) as ended:
+    def _play(self, specs: list[EpisodeSpec], writer: RowWriter) -> Trajectories:
+        """Play the episodes, and store the rows of each as it ends."""
+        with episodes_bar("rollout", len(specs)) as show:
+
+            def ended(episode: Trajectories) -> None:
+                show(episode)
+                writer.add(episode)
+
             return rollout(
                 specs,
                 self._policy,
@@ -193,8 +211,10 @@ class EpisodeLoop:
                 max_video_frames=self._max_video_frames,
             )
 
-    def _score_and_store(self, alive: Trajectories, global_step: int) -> dict[int, float]:
-        """Return the score of each episode, by its id."""
+    def _score(self, alive: Trajectories) -> npt.NDArray[np.float32]:
+        """Score the episodes, and let the reward learn from them; there may be none."""
+        if not len(alive.episodes):
+            return np.zeros(0, dtype=np.float32)
         began = time.perf_counter()
         batch, result = score(
             self._reward, alive, suite=self._suite, split="train", mirrored=self._mirrored
@@ -203,24 +223,8 @@ class EpisodeLoop:
         learned = learn(self._reward, batch)
         self.stats.reward_metrics = dict(result.metrics) | dict(learned)
         self.stats.score_sum += float(result.score.sum())
-        scored = time.perf_counter()
-        self.stats.reward_s += scored - began
-        keys, fields, tags = make_rows(
-            alive,
-            result.score,
-            chunk_length=self._policy.shape.chunk_length,
-            global_step=global_step,
-        )
-        # in parts, so that their images are not copied all at once
-        for part in (slice(i, i + ROWS_A_PUT) for i in range(0, len(keys), ROWS_A_PUT)):
-            tq.kv_batch_put(
-                keys=keys[part],
-                fields=list_of_dict_to_tensordict(fields[part]),
-                tags=tags[part],
-                partition_id="train",
-            )
-        self.stats.transfer_s += time.perf_counter() - scored
-        return dict(zip(alive.episodes.episode_id.tolist(), result.score.tolist(), strict=True))
+        self.stats.reward_s += time.perf_counter() - began
+        return result.score
 
     def _count(self, played: Trajectories) -> None:
         episodes = played.episodes

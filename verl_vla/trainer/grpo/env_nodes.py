@@ -22,7 +22,7 @@ from verl_vla.core.episode import EpisodeSpec
 from verl_vla.core.errors import ConfigError, EpisodeCrashed
 from verl_vla.envs.base import EnvConfig
 from verl_vla.policies.base import PolicyShape
-from verl_vla.rl.rollout import Answer
+from verl_vla.rl.episode_record import Answer
 from verl_vla.rl.setup import open_simulators
 from verl_vla.trainer.grpo.run import Run
 

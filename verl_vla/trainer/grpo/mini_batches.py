@@ -43,9 +43,9 @@ def cut(keys: Sequence[str], idle: Collection[str], num_mini_batches: int) -> li
         num_mini_batches: the number wanted.
     """
     learned: dict[int, list[str]] = {}
-    members: dict[int, set[int]] = {}
+    episodes: dict[int, set[int]] = {}
     for row in sorted(map(RowKey.parse, keys)):
-        members.setdefault(row.group, set()).add(row.member)
+        episodes.setdefault(row.group, set()).add(row.episode)
         rows = learned.setdefault(row.group, [])
         if (key := str(row)) not in idle:
             rows.append(key)
@@ -56,7 +56,7 @@ def cut(keys: Sequence[str], idle: Collection[str], num_mini_batches: int) -> li
     return [
         MiniBatch(
             keys=[key for i in part for key in learned[groups[i]]],
-            num_trajectories=sum(len(members[groups[i]]) for i in part),
+            num_trajectories=sum(len(episodes[groups[i]]) for i in part),
         )
         for part in assign_groups(num_rows, possible)
     ]

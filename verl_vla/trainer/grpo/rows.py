@@ -23,28 +23,28 @@ class RowKey(NamedTuple):
     """Key of one row in TransferQueue; keys sort by group, episode and policy step."""
 
     group: int
-    member: int
-    """Index of the episode in its group."""
+    episode: int
+    """Its ``episode_id``, unique in the run."""
     step: int
     """Index of the policy step in its episode."""
 
     def __str__(self) -> str:
         """Spell the key: veRL's ``uid`` of the group, an underscore and the rest.
 
-        >>> str(RowKey(12, 3, 0))
-        'g12_3_0'
+        >>> str(RowKey(12, 99, 0))
+        'g12_99_0'
         """
-        return f"{group_key(self.group)}_{self.member}_{self.step}"
+        return f"{group_key(self.group)}_{self.episode}_{self.step}"
 
     @classmethod
     def parse(cls, key: str) -> RowKey:
         """Read a key back.
 
-        >>> RowKey.parse("g12_3_0")
-        RowKey(group=12, member=3, step=0)
+        >>> RowKey.parse("g12_99_0")
+        RowKey(group=12, episode=99, step=0)
         """
-        uid, member, step = key.split("_")
-        return cls(group_of(uid), int(member), int(step))
+        uid, episode, step = key.split("_")
+        return cls(group_of(uid), int(episode), int(step))
 
 
 def group_key(group_id: int) -> str:
@@ -81,24 +81,24 @@ def make_rows(
 
     Args:
         trajectories: without crashed episodes.
-        score: [B], stands on the last executed token of each trajectory.
+        score: [B], stands on the last executed token of each trajectory; zeros where it is not
+            known yet, see `score_rows`.
         chunk_length: K.
         global_step: the training step that plays.
     """
     keys: list[str] = []
     fields: list[Row] = []
     tags: list[Row] = []
-    members: dict[int, int] = {}
     episodes, policy_steps = trajectories.episodes, trajectories.policy_steps
     num_tokens = policy_steps.action_tokens.shape[1]
     mask = executed_mask(
         policy_steps.executed, chunk_length=chunk_length, action_dim=num_tokens // chunk_length
     ).long()
-    for b, group in enumerate(episodes.group_id.tolist()):
-        member = members[group] = members[group] + 1 if group in members else 0
+    numbers = zip(episodes.group_id.tolist(), episodes.episode_id.tolist(), strict=True)
+    for b, (group, episode) in enumerate(numbers):
         rows = torch.nonzero(policy_steps.episode == b).flatten().tolist()
         for index, row in enumerate(rows):
-            keys.append(str(RowKey(group, member, index)))
+            keys.append(str(RowKey(group, episode, index)))
             is_last = index == len(rows) - 1
             earned = float(score[b]) if is_last else 0.0
             prompt = trajectories.prompt_ids[row]
@@ -134,6 +134,36 @@ def make_rows(
                 }
             )
     return keys, fields, tags
+
+
+def score_rows(
+    trajectories: Trajectories, score: npt.NDArray[np.float32], *, chunk_length: int
+) -> tuple[list[str], Tensor]:
+    """Place scores that were not known when the rows were made.
+
+    Args:
+        trajectories: without crashed episodes.
+        score: [B].
+        chunk_length: K.
+
+    Returns:
+        Keys of the last row of each episode that has rows, and ``rm_scores`` of these rows, [b, T].
+    """
+    episodes, policy_steps = trajectories.episodes, trajectories.policy_steps
+    counts = torch.bincount(policy_steps.episode, minlength=len(episodes))
+    rows = torch.arange(len(policy_steps))
+    last = torch.zeros_like(counts).scatter_reduce(0, policy_steps.episode, rows, "amax")
+    keys: list[str] = []
+    values: list[Tensor] = []
+    num_tokens = policy_steps.action_tokens.shape[1]
+    mask = executed_mask(
+        policy_steps.executed, chunk_length=chunk_length, action_dim=num_tokens // chunk_length
+    ).long()
+    for b in counts.nonzero().flatten().tolist():
+        group, episode = int(episodes.group_id[b]), int(episodes.episode_id[b])
+        keys.append(str(RowKey(group, episode, int(counts[b]) - 1)))
+        values.append(_on_last_token(float(score[b]), mask[int(last[b])]))
+    return keys, torch.stack(values) if values else torch.zeros(0, num_tokens)
 
 
 def dense(nested: Tensor, width: int) -> Tensor:

@@ -8,8 +8,8 @@ The loop is veRL's ``PPOTrainer.fit``; `VLATrainer` answers its hooks. One train
                           rl.rollout.rollout                G episodes of every init state
                             Policy.act                        images -> action tokens, all ranks
                             EnvPool.step                      action chunks -> images
+                            RowWriter.add                     a row a policy step, TransferQueue
                           rewards.scoring.score             a score for every episode
-                          rows.make_rows                    a row a policy step, TransferQueue
     sample              GroupReplayBuffer.sample          drop groups that agree, ask for as many
                                                           more, for sampling.max_rounds rounds
     advantage           rl.advantage.group_advantage      score less the group's mean, over std
