@@ -173,6 +173,7 @@ def _run(job: Job, processor: Processor, folder: Path) -> Run:
         evaluation_starts=(),
         evaluation_kinds=(),
         task_names={},
+        disk={},
     )
 
 
