@@ -21,7 +21,7 @@ from verl_vla.config.grpo import Recipe
 from verl_vla.config.schema import parse
 from verl_vla.core.errors import ConfigError
 from verl_vla.diagnostics.planning.gpus import GPUS
-from verl_vla.diagnostics.planning.memory import ENCODER_BYTES, FRAGMENTED_SHARE
+from verl_vla.diagnostics.planning.memory import CUDA_BYTES, ENCODER_BYTES, FRAGMENTED_SHARE
 from verl_vla.diagnostics.planning.plan import make_plan, trace_policy
 from verl_vla.diagnostics.planning.remedies import _candidates, find_remedy
 from verl_vla.diagnostics.planning.trace import Adapters, build_model, count_weights, trace_model
@@ -106,7 +106,32 @@ def test_a_24_gb_profile_stays_below_its_budget(lora_trace, profile, limit):
     assert plan.trace is lora_trace, "one trace serves both: 4 bits change no operation"
     assert recipe.optimizer.micro_batch_size >= 4
     assert plan.device.peak < limit
+    assert plan.device.peak < 0.95 * GPUS["a10g"].memory_bytes
     assert plan.fits
+
+
+RENDERER = 440_000_000
+"""docs/benchmarks.md, Simulator memory."""
+
+
+@pytest.mark.parametrize(
+    ("words", "renderers"),
+    [
+        (["profile=8gpu"], 8 * RENDERER),
+        (["profile=lora_24gb"], 4 * RENDERER),
+        (["profile=8gpu", "environment.num_workers=9"], 2 * RENDERER),
+        (["profile=8gpu", "suite=mini", "policy.path=bases/mini"], 8 * 100_000_000),
+        (["profile=8gpu", "cluster.address=auto", "cluster.env_nodes=2"], 0),
+    ],
+)
+def test_the_renderers_of_simulators_take_memory_of_their_gpu(words, renderers):
+    recipe = load_recipe(["recipe=libero", *words])
+    plan = make_plan(recipe, TINY, GPUS["a10g"])
+    assert plan.device.outside["renderers of simulators"] == renderers
+    tensors = plan.device.allocated(plan.device.largest) + plan.device.fragmented
+    assert plan.device.peak == tensors + CUDA_BYTES + renderers
+    # they decide whether it fits
+    assert not replace(plan, gpu=replace(GPUS["a10g"], memory_bytes=plan.device.peak - 1)).fits
 
 
 def test_a_plan_is_within_15_percent_of_what_a_small_policy_takes(tmp_path):
@@ -222,8 +247,8 @@ def test_ranks_that_gather_once_hold_all_weights_while_they_play():
     whole = 8 * once.device.phases["rollout"]["weights"] / 2
     assert 0 < more < whole
     assert once.device.phases["update"] == each.device.phases["update"]
-    one_rank = load_recipe(["recipe=libero", "profile=lora_24gb"])
-    assert {"cluster.gather_once": False} in list(_candidates(once.recipe))
+    one_rank = make_plan(load_recipe(["recipe=libero", "profile=lora_24gb"]), TINY, GPUS["a10g"])
+    assert {"cluster.gather_once": False} in list(_candidates(once))
     assert {"cluster.gather_once": False} not in list(_candidates(one_rank))
 
 
@@ -262,6 +287,18 @@ def test_a_remedy_is_the_first_that_fits():
     assert find_remedy(replace(plan, gpu=hopeless), config) is None
 
 
+def test_fewer_simulators_are_a_remedy_where_they_keep_up_with_the_policy(lora_trace):
+    words = ["recipe=libero", "profile=lora_24gb", "environment.num_workers=16"]
+    plan = make_plan(load_recipe(words), PUBLISHED, GPUS["a10g"])
+    assert not plan.fits
+    changes, changed = find_remedy(plan, PUBLISHED)
+    assert changes == {"environment.num_workers": 8}
+    assert changed.total_seconds == plan.total_seconds
+    # a policy this small waits for its simulators
+    small = make_plan(load_recipe(words), TINY, GPUS["a10g"])
+    assert not [changes for changes in _candidates(small) if "environment.num_workers" in changes]
+
+
 def test_every_encoder_has_its_bytes():
     assert set(ENCODER_BYTES) == set(ENCODERS)
 
@@ -273,7 +310,7 @@ def test_step_limits_decide_how_long_a_round_can_be():
 
 
 def test_the_command_says_whether_it_fits_and_what_to_change(capsys, monkeypatch):
-    monkeypatch.setitem(GPUS, "a10g", replace(GPUS["a10g"], memory_bytes=int(1.1 * GB)))
+    monkeypatch.setitem(GPUS, "a10g", replace(GPUS["a10g"], memory_bytes=int(1.98 * GB)))
     words = ["recipe=libero", "policy.path=bases/mini", "profile=two_cores"]
     assert cli.run(arguments.parse("plan", [*words, "--gpu", "a100-80", "--num-nodes", "2"])) == 0
     said = capsys.readouterr().out
@@ -297,6 +334,7 @@ def test_fragments_are_counted_with_the_setting_that_is_assumed(capsys, monkeypa
         device = make_plan(load_recipe(words), TINY, GPUS["a10g"]).device
         shares[is_expandable] = device.fragmented / device.allocated(device.largest)
         assert device.peak > device.allocated(device.largest) + device.fragmented
+        assert "renderers of simulators" in device.outside
         cli.run(arguments.parse("plan", [*words, "--gpu", "a10g"]))
         said = capsys.readouterr().out
         assert f"assumed of PyTorch's allocator: {own or 'expandable_segments:True'}\n" in said

@@ -44,6 +44,11 @@ ENCODER_BYTES = {
 """Bytes of a reward's encoder with its activations. V-JEPA 2 ViT-g: siglip-grpo's blog, "~5 GB".
 The others: ViT-L, so400m and both, at 2 bytes per weight, with the same amount for 32 images:
 assumed."""
+RENDERER_BYTES, LIBERO_RENDERER_BYTES = 100_000_000, 440_000_000
+"""GPU memory of a simulator process, which keeps the renderer of one task there
+(`verl_vla.envs.libero.egl_devices.RENDERERS_ON_GPU`). LIBERO's: as measured in software, nearly all
+textures (docs/benchmarks.md, Simulator memory); not measured on a GPU. Mini's: at most its whole
+simulator. User-defined suites are assumed to be like LIBERO's."""
 WORKER_BYTES = 500_000_000
 """Private memory of a simulator process before its first simulator: docs/benchmarks.md, Simulator
 memory."""
@@ -106,13 +111,17 @@ def rollout_batch(recipe: Recipe) -> int:
     return -(-half // recipe.cluster.num_ranks)
 
 
-def device_memory(recipe: Recipe, trace: Trace) -> DeviceMemory:
+def device_memory(recipe: Recipe, trace: Trace, chosen: Suite) -> DeviceMemory:
     """Estimate the memory on the device of a rank."""
     is_on_gpu = recipe.cluster.device != "cpu"
     outside: dict[str, int] = {}
     settings = ""
     if is_on_gpu:
-        outside = {"CUDA": CUDA_BYTES, "reward's encoder": _encoder_bytes(recipe.reward_args)}
+        outside = {
+            "CUDA": CUDA_BYTES,
+            "renderers of simulators": _renderer_bytes(recipe, chosen),
+            "reward's encoder": _encoder_bytes(recipe.reward_args),
+        }
         settings = " ".join(allocator_variables().values())
     return DeviceMemory(
         phases={
@@ -200,7 +209,7 @@ def host_memory(
             share * (_weight_bytes(recipe, trace) + 3 * FLOAT32 * trace.trained)
         )
     if recipe.cluster.device == "cpu":
-        parts["learning"] = per_node * device_memory(recipe, trace).peak
+        parts["learning"] = per_node * device_memory(recipe, trace, chosen).peak
     return parts
 
 
@@ -237,6 +246,15 @@ def _gathered(recipe: Recipe, trace: Trace, per_weight: int) -> float:
         # unpacked for the layer that computes, and dropped after it
         return per_weight * trace.layer
     return per_weight * (trace.root + GATHERED_LAYERS * trace.layer)
+
+
+def _renderer_bytes(recipe: Recipe, chosen: Suite) -> int:
+    """Return what the simulator processes hold of one GPU; they take the node's GPUs in turn."""
+    # other nodes simulate
+    if recipe.cluster.env_nodes:
+        return 0
+    on_each = -(-recipe.environment.num_workers // recipe.cluster.ranks_per_node)
+    return on_each * (RENDERER_BYTES if chosen.name == "mini" else LIBERO_RENDERER_BYTES)
 
 
 def _encoder_bytes(reward_args: Mapping[str, Any]) -> int:
