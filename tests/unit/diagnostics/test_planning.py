@@ -252,6 +252,24 @@ def test_ranks_that_gather_once_hold_all_weights_while_they_play():
     assert {"cluster.gather_once": False} not in list(_candidates(one_rank))
 
 
+def test_a_reference_policy_takes_memory_in_every_phase_and_a_forward_pass():
+    kl = "loss.kl.coefficient=0.01"
+    for words, is_held in ((["profile=8gpu"], True), (["profile=lora_24gb"], False)):
+        plain, plan = (
+            make_plan(load_recipe(["recipe=libero", *words, *more]), TINY, GPUS["h100"])
+            for more in ([], [kl])
+        )
+        weights = plan.device.phases["build"]["weights"]
+        for phase in plain.device.phases:
+            more = plan.device.allocated(phase) - plain.device.allocated(phase)
+            assert more == pytest.approx(weights if is_held else 0, abs=1), phase
+        assert set(plan.device.phases) - set(plain.device.phases) == {"log-probs"}
+        assert plain.seconds["log-probs of the reference"] == 0
+        assert plan.seconds["log-probs of the reference"] == plan.seconds["rollout: policy"]
+        added = plan.total_seconds - plain.total_seconds
+        assert added == pytest.approx(plan.seconds["log-probs of the reference"])
+
+
 @pytest.mark.parametrize(
     ("name", "per_weight"), [("adamw", 8), ("adamw_8bit", 2.03), ("deepspeed_cpu_adam", 0)]
 )

@@ -157,14 +157,26 @@ def _phases(recipe: Recipe, trace: Trace) -> dict[str, dict[str, float]]:
     roots = 0 if is_on_cpu or "8bit" in recipe.optimizer.name else FLOAT32 * trained
     # traced for a few policy steps, and proportional to them
     forward, training = trace.forward_bytes / trace.batch, trace.training_bytes / trace.batch
+    # a separate reference policy is built first, and stays; adapters are switched off instead
+    has_reference = recipe.loss.kl.is_on and is_full
+    reference = {"reference weights": weights["weights"] if has_reference else 0}
     # FSDP2 moves the weights outside of layers last, and keeps its share of them beside
     moved = {"moved weights": on_device * stored * trace.root if is_sharded else 0}
     # a checkpoint of all weights is read to where it was written
     read = {"read weights": weights["weights"] if is_full else 0}
-    return {
-        "build": weights | moved,
-        "rollout": weights | state | in_rollout | {"activations": forward * rollout_batch(recipe)},
-        "update": weights
+    resident = weights | reference
+    phases = {
+        "build": resident | moved,
+        "rollout": resident | state | in_rollout | {"activations": forward * rollout_batch(recipe)},
+        "log-probs": resident
+        | state
+        # before the update, so the weights of the rollout are still gathered
+        | in_rollout
+        | {
+            "gathered reference": gathered if has_reference else 0,
+            "activations": forward * recipe.optimizer.micro_batch_size,
+        },
+        "update": resident
         | state
         | gradients
         | {
@@ -172,13 +184,16 @@ def _phases(recipe: Recipe, trace: Trace) -> dict[str, dict[str, float]]:
             "gradients of a layer": in_backward,
             "activations": training * recipe.optimizer.micro_batch_size,
         },
-        "optimizer step": weights | state | gradients | {"square roots": roots},
+        "optimizer step": resident | state | gradients | {"square roots": roots},
         # after an evaluation, which leaves weights gathered
-        "save": weights | state | (in_rollout if is_gathered_once else {}),
+        "save": resident | state | (in_rollout if is_gathered_once else {}),
         # a gathered tensor, and the parts that it is made from
-        "export": weights | state | {"one tensor": 2 * stored * trace.tensor if ranks > 1 else 0},
-        "resume": weights | max((moved, state | read), key=lambda parts: sum(parts.values())),
+        "export": resident | state | {"one tensor": 2 * stored * trace.tensor if ranks > 1 else 0},
+        "resume": resident | max((moved, state | read), key=lambda parts: sum(parts.values())),
     }
+    if not (recipe.loss.kl.is_on or recipe.loss.recompute_log_probs):
+        del phases["log-probs"]
+    return phases
 
 
 def host_memory(
@@ -204,9 +219,10 @@ def host_memory(
     }
     if recipe.optimizer.name == "deepspeed_cpu_adam":
         share = per_node / recipe.cluster.num_ranks
+        reference = recipe.loss.kl.is_on and recipe.policy.lora_rank is None
         parts["weights, gradients, state"] = round(
             # of a trained weight, the gradient and both moments
-            share * (_weight_bytes(recipe, trace) + 3 * FLOAT32 * trace.trained)
+            share * ((1 + reference) * _weight_bytes(recipe, trace) + 3 * FLOAT32 * trace.trained)
         )
     if recipe.cluster.device == "cpu":
         parts["learning"] = per_node * device_memory(recipe, trace, chosen).peak
