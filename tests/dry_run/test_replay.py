@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -11,10 +12,11 @@ from verl_vla.cli import plan as cli
 from verl_vla.config.compose import load_recipe
 from verl_vla.core.errors import ConfigError
 from verl_vla.diagnostics.planning.gpus import GPUS
-from verl_vla.diagnostics.planning.memory import CUDA_BYTES
+from verl_vla.diagnostics.planning.memory import CUDA_BYTES, RENDERER_BYTES
+from verl_vla.diagnostics.planning.plan import make_plan
 from verl_vla.envs.registry import suite
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig
-from verl_vla.policies.registry import load_processor
+from verl_vla.policies.registry import load_config, load_processor
 from verl_vla.rl.setup import find_policy
 from verl_vla.trainer.dry_run.job import Job, replay, weightless_checkpoint
 from verl_vla.trainer.dry_run.phases import Phase, Replay
@@ -44,10 +46,16 @@ def job(*words: str) -> Job:
     )
 
 
+@cache
+def replayed(*words: str) -> Replay:
+    """Replay a recipe that several tests look at."""
+    return replay(job(*words), 1000 * MB)
+
+
 @needs_shim
 @pytest.mark.parametrize("profile", ["8gpu", "qlora_24gb"])
 def test_every_phase_of_a_rank_runs(profile: str) -> None:
-    result = replay(job(f"profile={profile}"), 1000 * MB)
+    result = replayed(f"profile={profile}")
     assert result.fits
     twice = ["update", "optimizer step"]
     assert kinds(result) == [*KINDS[:2], *twice, *twice, *KINDS[4:]]
@@ -65,12 +73,42 @@ def test_every_phase_of_a_rank_runs(profile: str) -> None:
 
 
 @needs_shim
+def test_the_reference_policy_of_a_kl_term_is_counted() -> None:
+    wanted = job("profile=8gpu", "loss.kl.coefficient=0.1")
+    without, result = replayed("profile=8gpu"), replay(wanted, 1000 * MB)
+    assert result.fits
+    assert kinds(result)[-5:] == ["rollout", "log-probs", *KINDS[5:]]
+    planned = make_plan(wanted.recipe, load_config(wanted.policy_folder), GPUS["a100-80"]).device
+    for kind in ("build", "rollout", "optimizer step", "save", "export", "resume"):
+        more = result.worst(kind).allocated - without.worst(kind).allocated
+        # shards of a policy this small are padded
+        assert more == pytest.approx(planned.phases[kind]["reference weights"], rel=0.1), kind
+    scored = result.worst("log-probs")
+    # a forward pass of 3 rows; that of a rollout has 4
+    assert scored.flops == pytest.approx(0.75 * result.worst("rollout").flops, rel=0.05)
+    assert scored.allocated < planned.allocated("log-probs") * 1.05
+
+
+@needs_shim
+def test_adapters_are_their_own_reference_and_log_probs_are_a_phase() -> None:
+    words = ("profile=lora_24gb", "loss.kl.coefficient=0.1", "loss.recompute_log_probs=true")
+    wanted = job(*words)
+    result = replay(wanted, 1000 * MB)
+    assert kinds(result)[-5:] == ["rollout", "log-probs", *KINDS[5:]]
+    scored = [phase for phase in result.phases if phase.name.startswith("log-probs")]
+    assert len(scored) == 4, "two micro-batches, by the policy and by what it began as"
+    planned = make_plan(wanted.recipe, load_config(wanted.policy_folder), GPUS["a10g"]).device
+    assert not [parts for parts in planned.phases.values() if "reference weights" in parts]
+    assert result.worst("save").allocated < 1.05 * planned.allocated("save")
+
+
+@needs_shim
 def test_a_device_that_is_too_small_ends_in_the_phase_that_does_not_fit(
     capsys, monkeypatch
 ) -> None:
-    small = replace(GPUS["a10g"], memory_bytes=CUDA_BYTES + 24 * MB)
+    small = replace(GPUS["a10g"], memory_bytes=CUDA_BYTES + RENDERER_BYTES + 24 * MB)
     monkeypatch.setitem(GPUS, "a10g", small)
-    words = [*WORDS, "profile=8gpu", "environment.num_slots=2"]
+    words = [*WORDS, "profile=8gpu", "environment.num_slots=2", "environment.num_workers=8"]
     assert cli.run(arguments.parse("plan", [*words, "--gpu", "a10g", "--replay"])) == 1
     said = capsys.readouterr().out
     assert "  update, step 1, " in said

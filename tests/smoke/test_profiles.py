@@ -51,9 +51,14 @@ NO_BITSANDBYTES = pytest.mark.skipif(
         pytest.param("qlora_24gb", [], marks=NO_BITSANDBYTES),
     ],
 )
-def test_a_profile_trains(profile: str, words: list[str], tmp_path: Path) -> None:
+def test_a_profile_trains(
+    profile: str, words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     assert main(["train", *SMALL, f"profile={profile}", *words, f"out='{out}'"]) == 0
+    assert "checkpoint check: " in capfd.readouterr().out
+    names = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert names == ["global_step_1", "latest"], "nothing is left of the one before the first step"
     (line,) = read_metrics(out / "metrics.jsonl")
     assert line["actor/grad_norm"] > 0
     assert line["actor/skipped_steps"] == 0

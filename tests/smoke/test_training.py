@@ -15,12 +15,20 @@ import numpy as np
 import pytest
 import ray
 import torch
+import yaml
 from documented_reward import write_documented_reward
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
+from small_disk import small_disk
 from training_runs import PROJECT, RATIO_TOLERANCE, SECRET, TrainingRun
 
-from verl_vla.cli.main import EXIT_COLD_START, EXIT_LEARNER_LOST, EXIT_REWARD, EXIT_STARVED
+from verl_vla.cli.main import (
+    EXIT_COLD_START,
+    EXIT_LEARNER_LOST,
+    EXIT_REWARD,
+    EXIT_STARVED,
+    EXIT_USAGE,
+)
 from verl_vla.config.compose import load_recipe
 from verl_vla.core.episode import EpisodeSpec, Observation
 from verl_vla.core.errors import EXIT_SIGNAL, ConfigError, ContractError, EpisodeCrashed
@@ -175,7 +183,9 @@ def test_a_run_that_ends_in_many_ways_goes_on_as_if_nothing_had_happened(
 ) -> None:
     """Stopped after its first step; then, saving nothing by itself, refused in its third."""
     reward = write_documented_reward(tmp_path)
-    run = TrainingRun(tmp_path / "run", [*small_words, f"reward='{reward}'"])
+    # with a checkpoint before the first step, of which nothing may be left
+    words = [*small_words, "trainer.check_save=true"]
+    run = TrainingRun(tmp_path / "run", [*words, f"reward='{reward}'"])
     checkpoints = run.folder / "checkpoints"
     # somebody asks for the end while the first step is played
     process = run.start_until((run.folder / "cold_start.json").exists)
@@ -183,7 +193,8 @@ def test_a_run_that_ends_in_many_ways_goes_on_as_if_nothing_had_happened(
     said = run.await_end(process, EXIT_SIGNAL + signal.SIGTERM)
     assert "stopped: SIGTERM after step 1; the same command goes on from there" in said
     assert "Traceback" not in said
-    assert complete_steps(checkpoints) == [1]
+    assert "checkpoint check: 0.01 GB, planned at most 0.01, were written in " in said
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["global_step_1", "latest"]
 
     # the reward is refused
     lines = read_metrics(complete_run.folder / "metrics.jsonl")
@@ -192,8 +203,9 @@ def test_a_run_that_ends_in_many_ways_goes_on_as_if_nothing_had_happened(
     file = tmp_path / "brisk.py"
     right = file.read_text()
     file.write_text(right.replace("return RewardResult", BROKEN.format(episode=episode)))
-    rare = TrainingRun(run.folder, [*small_words, f"reward='{reward}'", "trainer.save_every=99"])
+    rare = TrainingRun(run.folder, [*words, f"reward='{reward}'", "trainer.save_every=99"])
     said = rare.finish(exit_code=EXIT_REWARD)
+    assert "checkpoint check" not in said, "it has saved before"
     assert f"BriskReward returned nan for episode {episode} (1 of " in said
     assert "Training step 2 was saved; the episodes of step 3 are kept." in said
     file.write_text(right)
@@ -212,6 +224,25 @@ def test_a_run_that_ends_in_many_ways_goes_on_as_if_nothing_had_happened(
     assert reproducible(run.folder) == reproducible(complete_run.folder)
     assert largest_difference(weights(run, 4), weights(complete_run, 4)) == 0
     assert read_episodes(run.folder) == read_episodes(complete_run.folder)
+
+
+def test_a_run_that_could_not_save_ends_before_it_plays(
+    small_words: list[str], tmp_path: Path
+) -> None:
+    run = TrainingRun(tmp_path / "run", [*small_words, "trainer.check_save=true"])
+    checkpoints = run.folder / "checkpoints"
+    # a quota does not show in the free space of the run's folder
+    with small_disk(checkpoints, mib=4):
+        # as a run leaves its folder that was killed before its first step
+        recipe = json.loads(json.dumps(load_recipe(run.words[1:]).as_dict()))
+        (run.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        said = run.finish(EXIT_USAGE)
+        fault = f"error: trainer.check_save: a checkpoint could not be written to {checkpoints}"
+        assert fault in said
+        assert "choose out=FOLDER on another disk" in said
+        assert "Traceback" not in said
+        assert list(checkpoints.iterdir()) == []
+    assert not (run.folder / "cold_start.json").exists()
 
 
 def test_a_run_writes_down_no_secret(complete_run: TrainingRun) -> None:

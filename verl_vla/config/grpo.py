@@ -207,6 +207,10 @@ class GRPOTrainerConfig(TrainerConfig):
             "keep at least 1, or set trainer.save_every=0 to save only the last"
         ),
     )
+    check_save: StrictBool = False
+    """Before the first training step, write a checkpoint of the run's size, read it back and remove
+    it, so that a disk or a memory that is too small stops the run within minutes. It takes as long
+    as saving and resuming do; the profiles with GPUs switch it on."""
     eval_every: StrictInt = Field(default=10, ge=0, json_schema_extra=NEVER)
     eval_before: StrictBool = True
     """Evaluate the policy before the first training step."""

@@ -18,7 +18,7 @@ EXIT_SIGNAL = 128
 
 
 class ConfigError(ValueError):
-    """A request that cannot be met; raised before any worker starts."""
+    """A request that cannot be met; raised before anything is trained."""
 
 
 class ContractError(TypeError):

@@ -54,32 +54,42 @@ def count_stored(
     return WeightCount(every + adapters, adapters)
 
 
+def checkpoint_bytes(recipe: Recipe, weights: WeightCount) -> int:
+    """Return the most bytes of a checkpoint: trained weights, their moments, exported policy."""
+    policy = recipe.policy
+    # all weights are trained in float32 and exported so; others have the policy's dtype
+    exported = FLOAT32 if policy.lora_rank is None else DTYPES[policy.dtype].itemsize
+    return weights.trained * (1 + MOMENTS) * FLOAT32 + weights.every * exported
+
+
+def most_checkpoints(recipe: Recipe) -> int:
+    """Return the number of checkpoints that a run's folder holds at one time.
+
+    The oldest one is removed after the newest is complete, so there is one more than are kept.
+    """
+    trainer = recipe.trainer
+    steps = trainer.total_training_steps
+    saved = -(-steps // trainer.save_every) if trainer.save_every else 1
+    return min(trainer.keep_checkpoints + 1, saved)
+
+
 def disk_bytes(
     recipe: Recipe, weights: WeightCount, shape: PolicyShape, chosen: Suite
 ) -> dict[str, int]:
-    """Return the most bytes that a run's folder holds at one time, part by part.
-
-    A checkpoint is the trained weights, their moments, and the exported policy. The oldest one is
-    removed after the newest is complete, so there is one more than are kept.
-    """
-    trainer, policy = recipe.trainer, recipe.policy
-    # all weights are trained in float32 and exported so; others have the policy's dtype
-    exported = FLOAT32 if policy.lora_rank is None else DTYPES[policy.dtype].itemsize
-    checkpoint = weights.trained * (1 + MOMENTS) * FLOAT32 + weights.every * exported
-    steps = trainer.total_training_steps
-    saved = -(-steps // trainer.save_every) if trainer.save_every else 1
+    """Return the most bytes that a run's folder holds at one time, part by part."""
+    steps = recipe.trainer.total_training_steps
     tasks = recipe.environment.tasks
     tasks = range(len(chosen.tasks)) if tasks is None else tasks
     limit = max(chosen.step_limit(recipe.environment.step_limit, task) for task in tasks)
     policy_steps = -(-limit // shape.chunk_length)
     group = recipe.sampling.group_size
-    kept = steps * trainer.keep_groups * group
+    kept = steps * recipe.trainer.keep_groups * group
     groups = recipe.sampling.groups_per_step
     rounds = recipe.sampling.max_rounds if recipe.sampling.dynamic else 1
     played = steps * rounds * groups * group
     actions = round(policy_steps * shape.num_tokens * FLOAT32 * BASE64)
     return {
-        "checkpoints": min(trainer.keep_checkpoints + 1, saved) * checkpoint,
+        "checkpoints": most_checkpoints(recipe) * checkpoint_bytes(recipe, weights),
         "episode log": played * (LINE_BYTES + READING_BYTES * policy_steps)
         + kept * (actions + READING_BYTES * policy_steps),
         "videos": kept * policy_steps * FRAME_BYTES,
@@ -111,8 +121,12 @@ def written_bytes(folder: Path) -> int:
     checkpoints = folder / "checkpoints"
     # not what was quarantined or renamed: that stays, beside all that the run writes
     ours = [*checkpoints.glob("global_step_*[0-9]"), checkpoints / "unfinished"]
-    files = [file for each in ours for file in each.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)
+    return sum(map(tree_bytes, ours))
+
+
+def tree_bytes(folder: Path) -> int:
+    """Return the bytes of all files below a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def free_bytes(folder: Path) -> int:

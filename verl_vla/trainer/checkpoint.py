@@ -2,7 +2,8 @@
 
 ``global_step_4/``          complete: its manifest has the size and SHA-256 of every file
 ``latest``                  a link to the newest, moved last
-``unfinished/``             being written; a killed process leaves it, the next one removes it
+``unfinished/``             being written, or tried before the first step; a killed process leaves
+                            it, the next one removes it
 ``global_step_6_corrupt/``  differs from its manifest; quarantined and never read
 """
 
@@ -30,6 +31,8 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 UNFINISHED = "unfinished"
 RUN_STATE = "run_state.pt"
+BEFORE_TRAINING = 0
+"""Step of the checkpoint that is tried before the first one."""
 
 HASH_BLOCK = 2**20
 """Bytes read at a time; hashing them lets other threads run."""
@@ -76,7 +79,7 @@ def writing(checkpoints: Path, step: int) -> Generator[Path]:
         folder.mkdir(parents=True)
         yield folder
         # manifest, rename, link: a crash between any two leaves the older checkpoints complete
-        _vouch(folder, step)
+        seal(folder, step)
         folder.rename(step_folder(checkpoints, step))
         # a rename outlives a power cut once the folder that holds the name is synced
         _flush(checkpoints)
@@ -89,6 +92,38 @@ def writing(checkpoints: Path, step: int) -> Generator[Path]:
         message = _why_not_written(checkpoints, step, error)
         shutil.rmtree(unfinished, ignore_errors=True)  # its bytes may be those that are missing
         raise CheckpointError(message) from error
+
+
+def seal(folder: Path, step: int) -> None:
+    """Write the manifest, once everything it names is on disk."""
+    names = _files(folder)
+    # folders too: the name of a new file is in its folder
+    for path in folder.rglob("*"):
+        _flush(path)
+    hashes = _hash_all(folder, names)
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": hashes[name]} for name in names
+    }
+    (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
+    _flush(folder / MANIFEST)
+    _flush(folder)
+
+
+@contextmanager
+def trying(checkpoints: Path) -> Generator[Path]:
+    """Yield an empty folder for a checkpoint of no training step, and remove it afterwards.
+
+    It lies where an unfinished checkpoint does, so nothing takes it for one of a step, and the next
+    start removes what a killed process leaves of it.
+    """
+    unfinished = checkpoints / UNFINISHED
+    _discard(unfinished)
+    folder = unfinished_folder(checkpoints, BEFORE_TRAINING)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def newest_valid(checkpoints: Path) -> int | None:
@@ -170,21 +205,6 @@ def save_run_state(folder: Path, state: dict[str, Any]) -> None:
 def load_run_state(folder: Path) -> dict[str, Any]:
     """Read `save_run_state` without executing anything."""
     return torch.load(folder / RUN_STATE, weights_only=True)
-
-
-def _vouch(folder: Path, step: int) -> None:
-    """Write the manifest, once everything it names is on disk."""
-    names = _files(folder)
-    # folders too: the name of a new file is in its folder
-    for path in folder.rglob("*"):
-        _flush(path)
-    hashes = _hash_all(folder, names)
-    files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": hashes[name]} for name in names
-    }
-    (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
-    _flush(folder / MANIFEST)
-    _flush(folder)
 
 
 def _files(folder: Path) -> list[str]:

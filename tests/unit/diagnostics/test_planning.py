@@ -22,7 +22,7 @@ from verl_vla.config.schema import parse
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import PROJECT_FOLDER
 from verl_vla.diagnostics.planning.gpus import GPUS
-from verl_vla.diagnostics.planning.memory import ENCODER_BYTES, FRAGMENTED_SHARE
+from verl_vla.diagnostics.planning.memory import CUDA_BYTES, ENCODER_BYTES, FRAGMENTED_SHARE
 from verl_vla.diagnostics.planning.plan import make_plan, trace_policy
 from verl_vla.diagnostics.planning.remedies import _candidates, find_remedy
 from verl_vla.diagnostics.planning.trace import Adapters, build_model, count_weights, trace_model
@@ -109,6 +109,7 @@ def test_a_profile_stays_below_its_budget_of_memory_and_operations(profile, limi
     plan = make_plan(recipe, PUBLISHED, GPUS["a100-80" if profile == "8gpu" else "a10g"])
     assert recipe.optimizer.micro_batch_size >= 4
     assert plan.device.peak < limit
+    assert plan.device.peak < 0.95 * GPUS["a10g"].memory_bytes
     assert plan.fits
     # below 2 with adapters: frozen towers run once, and nothing is computed backward in them
     assert plan.trace.training_flops / plan.trace.forward_flops < passes
@@ -119,6 +120,30 @@ def test_a_profile_stays_below_its_budget_of_memory_and_operations(profile, limi
     assert tflop == pytest.approx(plan.trace.training_flops / 1e12, abs=0.06)
     assert printed == pytest.approx(plan.trace.training_flops / plan.trace.forward_flops, abs=0.06)
     assert gigabytes == pytest.approx(plan.trace.training_bytes / plan.trace.batch / GB, abs=0.006)
+
+
+RENDERER = 440_000_000
+"""docs/benchmarks.md, Simulator memory."""
+
+
+@pytest.mark.parametrize(
+    ("words", "renderers"),
+    [
+        (["profile=8gpu"], 8 * RENDERER),
+        (["profile=lora_24gb"], 4 * RENDERER),
+        (["profile=8gpu", "environment.num_workers=9"], 2 * RENDERER),
+        (["profile=8gpu", "suite=mini", "policy.path=bases/mini"], 8 * 100_000_000),
+        (["profile=8gpu", "cluster.address=auto", "cluster.env_nodes=2"], 0),
+    ],
+)
+def test_the_renderers_of_simulators_take_memory_of_their_gpu(words, renderers):
+    recipe = load_recipe(["recipe=libero", *words])
+    plan = make_plan(recipe, TINY, GPUS["a10g"])
+    assert plan.device.outside["renderers of simulators"] == renderers
+    tensors = plan.device.allocated(plan.device.largest) + plan.device.fragmented
+    assert plan.device.peak == tensors + CUDA_BYTES + renderers
+    # they decide whether it fits
+    assert not replace(plan, gpu=replace(GPUS["a10g"], memory_bytes=plan.device.peak - 1)).fits
 
 
 def test_a_plan_is_within_15_percent_of_what_a_small_policy_takes(tmp_path):
@@ -234,9 +259,27 @@ def test_ranks_that_gather_once_hold_all_weights_while_they_play():
     whole = 8 * once.device.phases["rollout"]["weights"] / 2
     assert 0 < more < whole
     assert once.device.phases["update"] == each.device.phases["update"]
-    one_rank = load_recipe(["recipe=libero", "profile=lora_24gb"])
-    assert {"cluster.gather_once": False} in list(_candidates(once.recipe))
+    one_rank = make_plan(load_recipe(["recipe=libero", "profile=lora_24gb"]), TINY, GPUS["a10g"])
+    assert {"cluster.gather_once": False} in list(_candidates(once))
     assert {"cluster.gather_once": False} not in list(_candidates(one_rank))
+
+
+def test_a_reference_policy_takes_memory_in_every_phase_and_a_forward_pass():
+    kl = "loss.kl.coefficient=0.01"
+    for words, is_held in ((["profile=8gpu"], True), (["profile=lora_24gb"], False)):
+        plain, plan = (
+            make_plan(load_recipe(["recipe=libero", *words, *more]), TINY, GPUS["h100"])
+            for more in ([], [kl])
+        )
+        weights = plan.device.phases["build"]["weights"]
+        for phase in plain.device.phases:
+            more = plan.device.allocated(phase) - plain.device.allocated(phase)
+            assert more == pytest.approx(weights if is_held else 0, abs=1), phase
+        assert set(plan.device.phases) - set(plain.device.phases) == {"log-probs"}
+        assert plain.seconds["log-probs of the reference"] == 0
+        assert plan.seconds["log-probs of the reference"] == plan.seconds["rollout: policy"]
+        added = plan.total_seconds - plain.total_seconds
+        assert added == pytest.approx(plan.seconds["log-probs of the reference"])
 
 
 @pytest.mark.parametrize(
@@ -274,6 +317,18 @@ def test_a_remedy_is_the_first_that_fits():
     assert find_remedy(replace(plan, gpu=hopeless), config) is None
 
 
+def test_fewer_simulators_are_a_remedy_where_they_keep_up_with_the_policy(lora_trace):
+    words = ["recipe=libero", "profile=lora_24gb", "environment.num_workers=16"]
+    plan = make_plan(load_recipe(words), PUBLISHED, GPUS["a10g"])
+    assert not plan.fits
+    changes, changed = find_remedy(plan, PUBLISHED)
+    assert changes == {"environment.num_workers": 8}
+    assert changed.total_seconds == plan.total_seconds
+    # a policy this small waits for its simulators
+    small = make_plan(load_recipe(words), TINY, GPUS["a10g"])
+    assert not [changes for changes in _candidates(small) if "environment.num_workers" in changes]
+
+
 def test_every_encoder_has_its_bytes():
     assert set(ENCODER_BYTES) == set(ENCODERS)
 
@@ -285,7 +340,7 @@ def test_step_limits_decide_how_long_a_round_can_be():
 
 
 def test_the_command_says_whether_it_fits_and_what_to_change(capsys, monkeypatch):
-    monkeypatch.setitem(GPUS, "a10g", replace(GPUS["a10g"], memory_bytes=int(1.1 * GB)))
+    monkeypatch.setitem(GPUS, "a10g", replace(GPUS["a10g"], memory_bytes=int(1.98 * GB)))
     words = ["recipe=libero", "policy.path=bases/mini", "profile=two_cores"]
     assert cli.run(arguments.parse("plan", [*words, "--gpu", "a100-80", "--num-nodes", "2"])) == 0
     said = capsys.readouterr().out
@@ -309,6 +364,7 @@ def test_fragments_are_counted_with_the_setting_that_is_assumed(capsys, monkeypa
         device = make_plan(load_recipe(words), TINY, GPUS["a10g"]).device
         shares[is_expandable] = device.fragmented / device.allocated(device.largest)
         assert device.peak > device.allocated(device.largest) + device.fragmented
+        assert "renderers of simulators" in device.outside
         cli.run(arguments.parse("plan", [*words, "--gpu", "a10g"]))
         said = capsys.readouterr().out
         assert f"assumed of PyTorch's allocator: {own or 'expandable_segments:True'}\n" in said

@@ -8,15 +8,14 @@ import logging
 import os
 import resource
 import signal
-import subprocess
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import pytest
 import torch
+from small_disk import small_disk
+from sudden_end import die, in_a_process_of_its_own
 
 from verl_vla.cli.main import EXIT_CHECKPOINT, main
 from verl_vla.core.errors import CheckpointError, ContractError
@@ -97,21 +96,6 @@ def test_nothing_is_seen_of_a_checkpoint_before_it_is_whole(tmp_path):
     assert (tmp_path / "latest").readlink() == Path("global_step_2")
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["global_step_1", "global_step_2", "latest"]
-
-
-def in_a_process_of_its_own(work: Callable[[], int]) -> int:
-    """The exit code of ``work`` in a fork of this process, or minus the signal that killed it."""
-    if pid := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    try:
-        os._exit(work())
-    finally:
-        os._exit(99)
-
-
-def die(*_: object) -> NoReturn:
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("nobody survives that")
 
 
 @pytest.mark.parametrize(
@@ -200,18 +184,6 @@ def test_a_removal_that_is_cut_short_leaves_no_whole_looking_folder(tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         remove_old(tmp_path, keep=1)
     assert complete_steps(tmp_path) == [2]
-
-
-@contextmanager
-def small_disk(folder: Path, mib: int):
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", folder]
-    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("a small disk needs the right to mount one")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def save_floats(checkpoints: Path, step: int, mib: int) -> None:

@@ -321,6 +321,39 @@ def test_a_checkpoint_before_the_first_update_is_gone_on_from(make: Make, tmp_pa
     assert 0 < lr < engine.lr_scheduler_step() == again.lr_scheduler_step()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [(), (*LORA, "optimizer.name=paged_adamw_8bit"), ("optimizer.name=adamw_8bit",)],
+    ids=["all weights", "adapters, paged", "8 bits"],
+)
+def test_a_checkpoint_that_is_tried_before_the_first_step_changes_nothing(
+    make: Make, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """And its files are as large as those after a step."""
+    words = (*words, "optimizer.weight_decay=0.1", "optimizer.warmup_steps=1")
+    plain, engine = make(*words), make(*words)
+    before, rng = weights(engine), torch.get_rng_state()
+    engine.make_optimizer_state()
+    assert moved(before, weights(engine)) == set()
+    engine.save_checkpoint(str(tmp_path / "tried"), global_step=0)
+    engine.drop_optimizer_state()
+    engine.load_checkpoint(str(tmp_path / "tried"), del_local_after_load=False)
+    assert engine.optimizer.state, "it was read"
+    engine.drop_optimizer_state()
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert moved(before, weights(engine)) == set()
+    action_tokens, log_probs = choose(engine)
+    assert torch.equal(choose(plain)[1], log_probs)
+    for _ in range(2):
+        for one in (plain, engine):
+            update(one, action_tokens)
+        assert moved(weights(plain), weights(engine)) == set()
+    assert engine.lr_scheduler_step() == plain.lr_scheduler_step()
+    engine.save_checkpoint(str(tmp_path / "saved"), global_step=1)
+    (tried,), (saved,) = ((tmp_path / n).glob("optim_*") for n in ("tried", "saved"))
+    assert tried.stat().st_size == pytest.approx(saved.stat().st_size, rel=0.01)
+
+
 def test_the_first_training_step_of_a_warm_up_learns(make: Make) -> None:
     """veRL's own schedule begins at a rate of 0."""
     engine = make("optimizer.warmup_steps=4", "optimizer.lr=0.001")

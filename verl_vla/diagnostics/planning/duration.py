@@ -54,11 +54,13 @@ def step_seconds(
         "rollout: simulators": policy_steps * per_policy_step / recipe.environment.num_workers,
         "rollout: policy": forward,
         "log-probs again": forward if recipe.loss.recompute_log_probs else 0.0,
+        "log-probs of the reference": forward if recipe.loss.kl.is_on else 0.0,
         "update": policy_steps * trace.training_flops / (speed * UPDATE_EFFICIENCY),
     }
 
 
 def total_seconds(parts: dict[str, float]) -> float:
     """Return the seconds of a training step."""
-    rollout = max(parts["rollout: simulators"], parts["rollout: policy"])
-    return rollout + parts["log-probs again"] + parts["update"]
+    side_by_side = ("rollout: simulators", "rollout: policy")
+    one_by_one = sum(seconds for name, seconds in parts.items() if name not in side_by_side)
+    return max(parts[name] for name in side_by_side) + one_by_one

@@ -44,6 +44,11 @@ ENCODER_BYTES = {
 """Bytes of a reward's encoder with its activations. V-JEPA 2 ViT-g: siglip-grpo's blog, "~5 GB".
 The others: ViT-L, so400m and both, at 2 bytes per weight, with the same amount for 32 images:
 assumed."""
+RENDERER_BYTES, LIBERO_RENDERER_BYTES = 100_000_000, 440_000_000
+"""GPU memory of a simulator process, which keeps the renderer of one task there
+(`verl_vla.envs.libero.egl_devices.RENDERERS_ON_GPU`). LIBERO's: as measured in software, nearly all
+textures (docs/benchmarks.md, Simulator memory); not measured on a GPU. Mini's: at most its whole
+simulator. User-defined suites are assumed to be like LIBERO's."""
 WORKER_BYTES = 500_000_000
 """Private memory of a simulator process before its first simulator: docs/benchmarks.md, Simulator
 memory."""
@@ -106,13 +111,17 @@ def rollout_batch(recipe: Recipe) -> int:
     return -(-half // recipe.cluster.num_ranks)
 
 
-def device_memory(recipe: Recipe, trace: Trace) -> DeviceMemory:
+def device_memory(recipe: Recipe, trace: Trace, chosen: Suite) -> DeviceMemory:
     """Estimate the memory on the device of a rank."""
     is_on_gpu = recipe.cluster.device != "cpu"
     outside: dict[str, int] = {}
     settings = ""
     if is_on_gpu:
-        outside = {"CUDA": CUDA_BYTES, "reward's encoder": _encoder_bytes(recipe.reward_args)}
+        outside = {
+            "CUDA": CUDA_BYTES,
+            "renderers of simulators": _renderer_bytes(recipe, chosen),
+            "reward's encoder": _encoder_bytes(recipe.reward_args),
+        }
         settings = " ".join(allocator_variables().values())
     return DeviceMemory(
         phases={
@@ -148,14 +157,26 @@ def _phases(recipe: Recipe, trace: Trace) -> dict[str, dict[str, float]]:
     roots = 0 if is_on_cpu or "8bit" in recipe.optimizer.name else FLOAT32 * trained
     # traced for a few policy steps, and proportional to them
     forward, training = trace.forward_bytes / trace.batch, trace.training_bytes / trace.batch
+    # a separate reference policy is built first, and stays; adapters are switched off instead
+    has_reference = recipe.loss.kl.is_on and is_full
+    reference = {"reference weights": weights["weights"] if has_reference else 0}
     # FSDP2 moves the weights outside of layers last, and keeps its share of them beside
     moved = {"moved weights": on_device * stored * trace.root if is_sharded else 0}
     # a checkpoint of all weights is read to where it was written
     read = {"read weights": weights["weights"] if is_full else 0}
-    return {
-        "build": weights | moved,
-        "rollout": weights | state | in_rollout | {"activations": forward * rollout_batch(recipe)},
-        "update": weights
+    resident = weights | reference
+    phases = {
+        "build": resident | moved,
+        "rollout": resident | state | in_rollout | {"activations": forward * rollout_batch(recipe)},
+        "log-probs": resident
+        | state
+        # before the update, so the weights of the rollout are still gathered
+        | in_rollout
+        | {
+            "gathered reference": gathered if has_reference else 0,
+            "activations": forward * recipe.optimizer.micro_batch_size,
+        },
+        "update": resident
         | state
         | gradients
         | {
@@ -163,13 +184,16 @@ def _phases(recipe: Recipe, trace: Trace) -> dict[str, dict[str, float]]:
             "gradients of a layer": in_backward,
             "activations": training * recipe.optimizer.micro_batch_size,
         },
-        "optimizer step": weights | state | gradients | {"square roots": roots},
+        "optimizer step": resident | state | gradients | {"square roots": roots},
         # after an evaluation, which leaves weights gathered
-        "save": weights | state | (in_rollout if is_gathered_once else {}),
+        "save": resident | state | (in_rollout if is_gathered_once else {}),
         # a gathered tensor, and the parts that it is made from
-        "export": weights | state | {"one tensor": 2 * stored * trace.tensor if ranks > 1 else 0},
-        "resume": weights | max((moved, state | read), key=lambda parts: sum(parts.values())),
+        "export": resident | state | {"one tensor": 2 * stored * trace.tensor if ranks > 1 else 0},
+        "resume": resident | max((moved, state | read), key=lambda parts: sum(parts.values())),
     }
+    if not (recipe.loss.kl.is_on or recipe.loss.recompute_log_probs):
+        del phases["log-probs"]
+    return phases
 
 
 def host_memory(
@@ -195,12 +219,13 @@ def host_memory(
     }
     if recipe.optimizer.name == "deepspeed_cpu_adam":
         share = per_node / recipe.cluster.num_ranks
+        reference = recipe.loss.kl.is_on and recipe.policy.lora_rank is None
         parts["weights, gradients, state"] = round(
             # of a trained weight, the gradient and both moments
-            share * (_weight_bytes(recipe, trace) + 3 * FLOAT32 * trace.trained)
+            share * ((1 + reference) * _weight_bytes(recipe, trace) + 3 * FLOAT32 * trace.trained)
         )
     if recipe.cluster.device == "cpu":
-        parts["learning"] = per_node * device_memory(recipe, trace).peak
+        parts["learning"] = per_node * device_memory(recipe, trace, chosen).peak
     return parts
 
 
@@ -237,6 +262,15 @@ def _gathered(recipe: Recipe, trace: Trace, per_weight: int) -> float:
         # unpacked for the layer that computes, and dropped after it
         return per_weight * trace.layer
     return per_weight * (trace.root + GATHERED_LAYERS * trace.layer)
+
+
+def _renderer_bytes(recipe: Recipe, chosen: Suite) -> int:
+    """Return what the simulator processes hold of one GPU; they take the node's GPUs in turn."""
+    # other nodes simulate
+    if recipe.cluster.env_nodes:
+        return 0
+    on_each = -(-recipe.environment.num_workers // recipe.cluster.ranks_per_node)
+    return on_each * (RENDERER_BYTES if chosen.name == "mini" else LIBERO_RENDERER_BYTES)
 
 
 def _encoder_bytes(reward_args: Mapping[str, Any]) -> int:

@@ -61,7 +61,7 @@ def make_plan(recipe: Recipe, config: ModelConfig, gpu: Gpu | None) -> Plan:
         gpu=gpu,
         trace=trace,
         policy_steps=policy_steps,
-        device=device_memory(recipe, trace),
+        device=device_memory(recipe, trace, chosen),
         host=host_memory(recipe, trace, shape, chosen, policy_steps),
         disk=disk_bytes(recipe, WeightCount(trace.weights, trace.trained), shape, chosen),
         seconds={} if gpu is None else step_seconds(recipe, trace, shape, chosen, gpu),

@@ -23,10 +23,10 @@ Changes = Mapping[str, Any]
 def find_remedy(plan: Plan, config: ModelConfig) -> tuple[Changes, Plan] | None:
     """Return the first known change with which ``plan`` fits, or None.
 
-    The order is: gather weights for every policy step, recompute activations, smaller
-    micro-batches, more nodes, adapters, 4 bits.
+    The order is: gather weights for every policy step, fewer simulator processes, recompute
+    activations, smaller micro-batches, more nodes, adapters, 4 bits.
     """
-    for changes in _candidates(plan.recipe):
+    for changes in _candidates(plan):
         try:
             changed = make_plan(_apply(plan.recipe, changes), config, plan.gpu)
         except ConfigError:
@@ -36,9 +36,12 @@ def find_remedy(plan: Plan, config: ModelConfig) -> tuple[Changes, Plan] | None:
     return None
 
 
-def _candidates(recipe: Recipe) -> Iterator[Changes]:
+def _candidates(plan: Plan) -> Iterator[Changes]:
+    recipe = plan.recipe
     if recipe.cluster.gather_once and recipe.cluster.num_ranks > 1:
         yield {"cluster.gather_once": False}
+    for num_workers in _enough_simulators(plan):
+        yield {"environment.num_workers": num_workers}
     # from here on every change comes on top of those before
     changes: dict[str, Any] = {}
     if not recipe.policy.gradient_checkpointing:
@@ -58,6 +61,16 @@ def _candidates(recipe: Recipe) -> Iterator[Changes]:
     one_rank = {"cluster.num_nodes": 1, "cluster.ranks_per_node": 1}
     changes |= {"policy.quantization": "nf4", "optimizer.micro_batch_size": 1} | one_rank
     yield dict(changes)
+
+
+def _enough_simulators(plan: Plan) -> Iterator[int]:
+    """Yield fewer simulator processes, half as many each time, that the policy still waits for."""
+    num_workers, least = plan.recipe.environment.num_workers, plan.recipe.cluster.ranks_per_node
+    seconds = plan.seconds["rollout: simulators"] * num_workers
+    # fewer than one for each GPU spare nothing
+    while (num_workers := num_workers // 2) >= least:
+        if seconds / num_workers <= plan.seconds["rollout: policy"]:
+            yield num_workers
 
 
 def _apply(recipe: Recipe, changes: Changes) -> Recipe:

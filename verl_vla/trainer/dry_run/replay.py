@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import gc
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -20,7 +21,6 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine.fsdp import transformer_impl
 
-from verl_vla.config.grpo import LossConfig
 from verl_vla.envs.base import EnvConfig
 from verl_vla.policies.base import Processor
 from verl_vla.policies.registry import load_processor
@@ -46,8 +46,8 @@ class ReplayedEngine(VLAEngine):
 
     def forward_step(self, micro_batch: Any, loss_function: Any, forward_only: bool) -> Any:
         """Run one micro-batch; its phase lasts until the next one, and holds its backward pass."""
-        step = self.num_optimizer_steps + 1
-        self.ledger.begin(f"update, step {step}, {len(micro_batch)} rows")
+        step, rows = self.num_optimizer_steps + 1, f"{len(micro_batch)} rows"
+        self.ledger.begin(f"log-probs, {rows}" if forward_only else f"update, step {step}, {rows}")
         return super().forward_step(micro_batch, loss_function, forward_only)
 
     def optimizer_step(self) -> float:
@@ -71,7 +71,11 @@ class Rehearsal:
     def play(self) -> None:
         """Go through a training step, a checkpoint and a second start."""
         begin, folder = self._ledger.begin, str(self._scratch / "checkpoint")
+        loss = self._job.recipe.loss
         begin("build")
+        # veRL builds a reference policy first; with adapters it is the policy without them
+        has_reference = loss.kl.is_on and self._job.recipe.policy.lora_rank is None
+        reference = self._build("ref") if has_reference else None
         engine = self._build()
         begin("rollout, first")
         self._sample(engine)
@@ -81,26 +85,34 @@ class Rehearsal:
                 self._update(engine)
         begin("rollout, with the optimizer's state")
         self._sample(engine)
+        if loss.recompute_log_probs:
+            self._score(engine)
+        if loss.kl.is_on:
+            with nullcontext() if reference is not None else engine.disable_adapter():
+                self._score(reference or engine)
         begin("save")
         engine.save_checkpoint(folder)
         begin("export")
         engine.export(self._scratch / "policy")
         # another process: nothing is left of this one
         self._ledger.complete()
-        del engine
+        del engine, reference
         gc.collect()
         torch.cuda.empty_cache()
         begin("resume")
+        reference = self._build("ref") if has_reference else None
         self._build().load_checkpoint(folder)
+        del reference
 
-    def _build(self) -> ReplayedEngine:
+    def _build(self, role: Literal["actor", "ref"] = "actor") -> ReplayedEngine:
         model, actor = self._config.model, self._config.actor
         actor_config: Any = omega_conf_to_dataclass(actor)
+        of_reference: Any = omega_conf_to_dataclass(self._config.ref.fsdp_config)
         # the mesh of the ranks is made of numbers
         with unset_fake_temporarily():
             engine = ReplayedEngine(
                 model_config=omega_conf_to_dataclass(model),
-                engine_config=actor_config.engine,
+                engine_config=actor_config.engine if role == "actor" else of_reference,
                 optimizer_config=actor_config.optim,
                 checkpoint_config=actor_config.checkpoint,
             )
@@ -121,11 +133,17 @@ class Rehearsal:
             torch.empty(rows, shape.proprio_dim),
         )
 
+    def _score(self, engine: VLAEngine) -> None:
+        """Compute log-probs of rows, without gradients."""
+        with engine.eval_mode(), torch.no_grad():
+            for size in self._job.micro_batches:
+                engine.forward_step(self._rows(size), None, forward_only=True)
+
     def _update(self, engine: VLAEngine) -> None:
         micro_batches = [self._rows(size) for size in self._job.micro_batches]
         loss = partial(
             row_loss,
-            config=LossConfig(),
+            config=self._job.recipe.loss,
             action_dim=self._shape.action_dim,
             num_ranks=self._job.recipe.cluster.num_ranks,
         )
@@ -150,6 +168,8 @@ class Rehearsal:
                 "loss_mask": torch.empty(tokens, dtype=torch.long),
                 "advantages": torch.empty(tokens),
                 "old_log_probs": torch.empty(tokens),
+                # read with a KL term only
+                "ref_log_prob": torch.empty(tokens),
                 "images": torch.empty(rows, *shape.image_shape, dtype=torch.uint8),
                 "proprio": torch.empty(rows, shape.proprio_dim),
                 "trajectory_steps": torch.empty((rows, 1), dtype=torch.long),
@@ -173,6 +193,7 @@ def _run(job: Job, processor: Processor, folder: Path) -> Run:
         evaluation_starts=(),
         evaluation_kinds=(),
         task_names={},
+        disk={},
     )
 
 

@@ -100,6 +100,7 @@ def _replaced() -> list[tuple[Any, str, Any]]:
         *((module, "dense", lambda rows, width: rows) for module in (engine, worker)),
         *((module, "stacked", lambda rows: rows) for module in (engine, worker)),
         (engine, "right_padded", lambda ids: (ids, torch.ones_like(ids))),
+        (engine, "pack_like_language_model", lambda values, *_: values),
         # nothing is on disk
         (torch, "save", save),
         (torch, "load", load),

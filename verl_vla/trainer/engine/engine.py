@@ -18,7 +18,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_id, get_device_name
+from verl.utils.device import get_device_id, get_device_name, get_torch_device
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
@@ -30,7 +30,7 @@ from verl_vla.policies.lora import nf4, without_adapters
 from verl_vla.policies.registry import load_model, load_processor
 from verl_vla.trainer.engine.divergence_guard import FiniteGuard, all_finite, plain_rows
 from verl_vla.trainer.engine.fsdp import keep_gathered, shard, shed_gathered
-from verl_vla.trainer.engine.optimizers import build_optimizer
+from verl_vla.trainer.engine.optimizers import build_optimizer, make_state
 from verl_vla.trainer.engine.weights import (
     load_trained,
     refuse_code,
@@ -332,6 +332,19 @@ class VLAEngine(FSDPEngine):
         # "model" is not among the contents of such a checkpoint, see `checkpoint_contents`
         if self._is_lora:
             load_trained(self.module, local_path)
+
+    def make_optimizer_state(self) -> None:
+        """Give the optimizer the state that its first step would make; see `make_state`."""
+        self._hold_shards_alone()
+        assert self.optimizer is not None, "only a reference policy has none"
+        make_state(self.optimizer, trained(self.module))
+
+    def drop_optimizer_state(self) -> None:
+        """Forget the optimizer's state, as before the first step, and free its memory."""
+        assert self.optimizer is not None, "only a reference policy has none"
+        self.optimizer.state.clear()
+        if get_device_name() != "cpu":
+            get_torch_device().empty_cache()
 
     def disable_adapter(self) -> AbstractContextManager[None]:
         """Answer as the reference policy, which the KL term asks for."""

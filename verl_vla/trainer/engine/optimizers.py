@@ -53,3 +53,27 @@ def build_optimizer(
     optimizer.register_step_pre_hook(lend_gradients)
     optimizer.register_step_post_hook(drop_gradients)
     return optimizer
+
+
+def make_state(optimizer: torch.optim.Optimizer, weights: Sequence[Parameter]) -> None:
+    """Give a new optimizer the state that its first step would make, and change no weight.
+
+    It takes a step on gradients of 0 at a rate of 0.
+    """
+    settings, groups = vars(optimizer), optimizer.param_groups
+    rates = [group["lr"] for group in groups]
+    # bitsandbytes never gives up paged memory, and this state is dropped soon
+    is_paged = "is_paged" in settings and settings["is_paged"]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    for group in groups:
+        group["lr"] = 0.0
+    if is_paged:
+        settings["is_paged"] = False
+    optimizer.step()
+    if is_paged:
+        settings["is_paged"] = True
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    for weight in weights:
+        weight.grad = None

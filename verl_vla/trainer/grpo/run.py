@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,6 +60,8 @@ class Run:
     """Starts of every evaluation."""
     evaluation_kinds: tuple[EvaluationKind, ...]
     task_names: dict[int, str]
+    disk: Mapping[str, int]
+    """Most bytes of the run's folder, part by part."""
 
     @property
     def checkpoints(self) -> Path:
@@ -135,7 +137,8 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     )
     folder = Path(recipe.out).expanduser().resolve()
     weights = count_stored(read_weight_layout(policy_folder), recipe.policy)
-    require_disk_space(folder, disk_bytes(recipe, weights, processor.shape, chosen))
+    disk = disk_bytes(recipe, weights, processor.shape, chosen)
+    require_disk_space(folder, disk)
     # where nodes of the cluster simulate, no simulator runs on this machine
     is_elsewhere = recipe.cluster.env_nodes > 0
     here = nullcontext() if is_elsewhere else open_simulators(env, config, processor.shape)
@@ -153,4 +156,5 @@ def open_run(recipe: Recipe) -> Generator[Run]:
             evaluation_starts=evaluated,
             evaluation_kinds=evaluation_kinds(recipe, len(evaluated)),
             task_names={task: chosen.tasks[task].name for task in tasks},
+            disk=disk,
         )

@@ -2,6 +2,7 @@
 
 The loop is veRL's ``PPOTrainer.fit``; `VLATrainer` answers its hooks. One training step:
 
+    train               save_check, once              can this run save, and resume?
     on_step_begin       forget the groups of the last step
     _next_train_batch   EpisodeLoop.next_groups           choose n init states, one a group
     generate_sequences  EpisodeLoop.generate_sequences    play, score and store the groups:
@@ -24,9 +25,11 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
@@ -44,6 +47,7 @@ from verl_vla.rewards.encoders.base import track_batches
 from verl_vla.rl.group_sampling import StartSampler
 from verl_vla.rl.rollout import Simulators
 from verl_vla.runs.console import episodes_bar
+from verl_vla.runs.disk_space import most_checkpoints
 from verl_vla.runs.run_dir import keep_solved
 from verl_vla.runs.terminal import track_encoding
 from verl_vla.trainer import checkpoint
@@ -51,6 +55,7 @@ from verl_vla.trainer.grpo.advantage import write_advantages
 from verl_vla.trainer.grpo.cluster_policy import ClusterPolicy
 from verl_vla.trainer.grpo.env_loop import EpisodeLoop
 from verl_vla.trainer.grpo.run import Run
+from verl_vla.trainer.grpo.save_check import check_save
 from verl_vla.trainer.grpo.unscored_episodes import UnscoredEpisodes
 from verl_vla.trainer.grpo.update import update
 from verl_vla.trainer.grpo.worker import VLAWorker, memory_metrics
@@ -122,7 +127,11 @@ class VLATrainer(PPOTrainerSync):
             SolvedError: nothing failed in the very first step, so nothing was learned.
             RewardError: the reward was refused. The steps before are saved and the episodes of
                 this one are kept, so that the same command resumes with a corrected reward.
+            ConfigError: `trainer.check_save` found that this run cannot save, or resume.
         """
+        # a run that is resumed has saved before
+        if self.recipe.trainer.check_save and self.global_steps == 0:
+            self._check_save()
         try:
             self.fit(self.loop)  # pyright: ignore[reportArgumentType] -- needs generate_sequences only
         except SolvedError:
@@ -314,12 +323,42 @@ class VLATrainer(PPOTrainerSync):
     def _write_checkpoint(self, state: dict[str, Any]) -> None:
         began = time.perf_counter()
         with checkpoint.writing(self.run.checkpoints, self.global_steps) as folder:
-            super()._save_checkpoint()  # to that folder, see `to_verl`
-            self.actor_rollout_wg.export_policy(str(folder / "policy"))
-            checkpoint.save_run_state(folder, state)
+            self._fill_checkpoint(folder, state)
         checkpoint.remove_old(self.run.checkpoints, self.recipe.trainer.keep_checkpoints)
         self._save_is_due, self._last_saved = False, self.global_steps
         self._checkpoint_s = time.perf_counter() - began
+
+    def _fill_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
+        super()._save_checkpoint()  # to that folder, see `to_verl`
+        self.actor_rollout_wg.export_policy(str(folder / "policy"))
+        checkpoint.save_run_state(folder, state)
+
+    def _check_save(self) -> None:
+        """Write, read and remove a checkpoint as large as those of this run; nothing changes."""
+        ranks = self.actor_rollout_wg
+
+        def save(folder: Path) -> None:
+            # the optimizer has no state yet, which is the larger part of a rank's files
+            ranks.make_optimizer_state()
+            self._fill_checkpoint(folder, self.loop.state_dict())
+            # a rank that resumes has none either before it reads it
+            ranks.drop_optimizer_state()
+
+        def load(folder: Path) -> None:
+            self.loop.load_state_dict(self._read_checkpoint(folder))
+            ranks.drop_optimizer_state()
+
+        # veRL's data loader draws a number when it is asked for its state
+        with torch.random.fork_rng(devices=[]):
+            check_save(
+                self.run.checkpoints,
+                save=save,
+                load=load,
+                disk=self.run.disk,
+                most_checkpoints=most_checkpoints(self.recipe),
+            )
+        # a peak counts from the last time that it was asked for
+        ranks.peak_memory()
 
     def _load_checkpoint(self) -> None:
         step = checkpoint.newest_valid(self.run.checkpoints)
@@ -329,10 +368,14 @@ class VLATrainer(PPOTrainerSync):
             super()._load_checkpoint()
             return
         folder = checkpoint.step_folder(self.run.checkpoints, step)
+        self._resumed_state = self._read_checkpoint(folder)
+        self._last_saved = step
+        logger.info("resumed after training step %d", self.global_steps)
+
+    def _read_checkpoint(self, folder: Path) -> dict[str, Any]:
+        """Load what `_fill_checkpoint` wrote; return the state of the run."""
         # veRL reads the step from the folder's name
         self.config.trainer.resume_mode = "resume_path"
         self.config.trainer.resume_from_path = str(folder)
         super()._load_checkpoint()
-        self._resumed_state = checkpoint.load_run_state(folder)
-        self._last_saved = step
-        logger.info("resumed after training step %d", self.global_steps)
+        return checkpoint.load_run_state(folder)

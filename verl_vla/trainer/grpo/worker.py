@@ -118,6 +118,16 @@ class VLAWorker(ActorRolloutRefWorker):
         self.engine.export(Path(folder))
 
     @register(dispatch_mode=EVERY_RANK)
+    def make_optimizer_state(self) -> None:
+        """Give the optimizer a state of its later size; no weight changes."""
+        self.engine.make_optimizer_state()
+
+    @register(dispatch_mode=EVERY_RANK)
+    def drop_optimizer_state(self) -> None:
+        """Forget the optimizer's state, as before the first training step."""
+        self.engine.drop_optimizer_state()
+
+    @register(dispatch_mode=EVERY_RANK)
     def peak_memory(self) -> tuple[int, int, int]:
         """Measure peaks, in bytes.
 
