@@ -8,7 +8,7 @@ are the memory that the pass needs. Seven billion weights take some seconds.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -95,13 +95,13 @@ def trace_model(
         checkpointing: recompute activations.
         batch: policy steps in the pass.
     """
-    return _trace(_Same(config), dtype, batch, adapters, checkpointing)
+    return _trace(SameConfig(config), dtype, batch, adapters, checkpointing)
 
 
-class _Same:
+class SameConfig:
     """A hashable configuration, equal to another one with the same content: a key of the cache."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Any) -> None:
         # configurations are compared and hashed by content
         self.config = config
         self._text = config.to_json_string()
@@ -110,12 +110,12 @@ class _Same:
         return hash(self._text)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self._text == other._text
+        return isinstance(other, SameConfig) and self._text == other._text
 
 
 @lru_cache
 def _trace(
-    same: _Same, dtype: torch.dtype, batch: int, adapters: Adapters | None, checkpointing: bool
+    same: SameConfig, dtype: torch.dtype, batch: int, adapters: Adapters | None, checkpointing: bool
 ) -> Trace:
     config = same.config
     model = build_model(config, dtype, adapters)
@@ -131,9 +131,9 @@ def _trace(
             if weight.requires_grad:
                 weight.grad = torch.zeros_like(weight)
                 weights.append(weight.grad)
-        with torch.no_grad(), _Living(weights) as forward:
+        with torch.no_grad(), LivingBytes(weights) as forward:
             model(**inputs)
-        with _Living(weights) as training:
+        with LivingBytes(weights) as training:
             logits = model(**inputs).logits
             log_prob(logits, inputs["action_tokens"], TEMPERATURE).sum().backward()
     counts = count_weights(model)
@@ -188,11 +188,20 @@ def _size(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
-class _Living(TorchDispatchMode):
+class LivingBytes(TorchDispatchMode):
     """A dispatch mode that tracks the bytes of new tensors that are still alive, and FLOPs."""
 
-    def __init__(self, before: Iterable[Tensor]) -> None:
+    def __init__(
+        self, before: Iterable[Tensor], counts: Mapping[Any, Callable[..., int]] = flop_registry
+    ) -> None:
+        """Begin to count.
+
+        Args:
+            before: tensors that are not the pass's memory.
+            counts: function that counts the FLOPs of an operator.
+        """
         super().__init__()
+        self._counts = counts
         # what was there before the pass is not the pass's memory
         self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in before)
         self._bytes = 0
@@ -203,7 +212,7 @@ class _Living(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        count: Callable[..., int] | None = flop_registry.get(func.overloadpacket)
+        count: Callable[..., int] | None = self._counts.get(func.overloadpacket)
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=result)
         for part in result if isinstance(result, (tuple, list)) else (result,):
