@@ -13,7 +13,7 @@ from documented_reward import documented_encoder
 from encoder_folders import save_dinov2, save_siglip, save_vjepa2
 from encoding_ranks import EncodingRanks
 from planted_world import make_batch
-from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from safetensors.torch import save_file
 
 from verl_vla.core.errors import ConfigError, RewardError
@@ -195,12 +195,19 @@ def test_ranks_with_other_weights_are_refused(
         complete(reward, round_of())
 
 
-def test_a_folder_that_a_rank_lacks_is_reported_when_the_run_starts(tmp_path: Path) -> None:
+def test_a_folder_that_a_rank_lacks_is_reported_when_the_run_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     reward = reward_of("siglip", {"path": save_siglip(tmp_path / "siglip")})
     (tmp_path / "siglip").rename(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="siglip holds no config"):
-        place_encoders(reward, EncodingRanks(2), num_ranks=2)
+    ranks = EncodingRanks(2)
+    ranks.stand_in(monkeypatch)
+    with pytest.raises(RayTaskError) as caught:
+        place_encoders(reward, ranks, num_ranks=2)
+    # `launch` tells the user the cause
+    assert isinstance(caught.value.cause, ConfigError)
+    assert "siglip holds no config" in str(caught.value.cause)
 
 
 def test_a_resumed_run_compares_with_what_one_process_encoded(
@@ -293,7 +300,8 @@ def test_a_rank_computes_on_its_own_device_unless_the_recipe_says_cpu(
     given = {} if asked is None else {"device": asked}
     reward = reward_of("siglip", {**arguments["siglip"], **given})
     monkeypatch.setattr("verl_vla.rewards.encoders.network.find_device", torch.device)
-    ranks = EncodingRanks(2, device="meta")
+    ranks = EncodingRanks(2)
+    ranks.stand_in(monkeypatch, device="meta")
     place_encoders(reward, ranks, num_ranks=2)
     assert {str(cast("Any", r._encoders[0].network).device) for r in ranks.ranks} == {there}
 
