@@ -31,8 +31,6 @@ OWN_PROCESS = "own_process"
 """Name of an argument that every encoder takes; true runs the encoder in a separate process."""
 PLUGIN = ".py:"
 """Part of the name of an encoder that is a class in a file."""
-
-
 DEVICE = "device"
 """Name of the argument of encoders with a network that says where it is computed."""
 
@@ -86,11 +84,11 @@ def _find_encoder(name: str) -> Callable[..., FeatureExtractor]:
 def _anywhere(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Make paths absolute, since other processes may work in other folders."""
     if PLUGIN in name:
-        name = str(Path(name).expanduser().resolve())
+        name = str(Path(name).expanduser().absolute())
     given = dict(arguments)
     # otherwise a name on the hub, or a mistake that the encoder reports as it was written
     if "path" in given and Path(given["path"]).expanduser().exists():
-        given["path"] = str(Path(given["path"]).expanduser().resolve())
+        given["path"] = str(Path(given["path"]).expanduser().absolute())
     return name, given
 
 
