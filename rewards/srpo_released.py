@@ -71,7 +71,7 @@ class SrpoReleasedReward(StatelessReward):
         self.video = optional_video(video_every, max_frames=max_frames)
         if aliasing not in ("group", "pair", "none"):
             raise ConfigError(f"aliasing is {aliasing!r}; choose 'group', 'pair' or 'none'")
-        self._encoder = make_encoder(encoder, encoder_args or {})
+        self.encoder = make_encoder(encoder, encoder_args or {})
         self._aliasing: Aliasing = aliasing
         self.requires: frozenset[Need] = frozenset({"video" if self.video else "frames"})
 
@@ -103,7 +103,7 @@ class SrpoReleasedReward(StatelessReward):
             parts = zip_longest(*(episodes[row] for row in rows))
             frames = [frame for moment in parts for frame in moment if frame is not None]
             videos.append(sample_frames(np.stack(frames)))
-        made = [f.astype(np.float64).mean(axis=0) for f in self._encoder.encode(videos)]
+        made = [f.astype(np.float64).mean(axis=0) for f in self.encoder.encode(videos)]
         embeddings = np.zeros((len(batch), len(made[0]) if made else 0))
         for rows, embedding in zip(shared, made, strict=True):
             # one row for all episodes of the video: the bug that is reproduced here

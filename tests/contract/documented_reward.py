@@ -9,9 +9,18 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "add-a-reward.md"
 
 
 def documented_code() -> str:
-    """The one Python block of the page."""
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    return code
+    """The reward of the page."""
+    return _blocks()[0]
+
+
+def documented_encoder() -> str:
+    """The encoder of the page."""
+    return _blocks()[1]
+
+
+def _blocks() -> tuple[str, str]:
+    reward, encoder = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    return reward, encoder
 
 
 def write_documented_reward(folder: Path) -> str:

@@ -193,3 +193,20 @@ class HasEncoder(Protocol):
     def encoder(self) -> FeatureExtractor:
         """Encoder that computes the features."""
         ...
+
+
+@runtime_checkable
+class HasEncoders(Protocol):
+    """A reward with several encoders, for one that combines or compares features itself."""
+
+    @property
+    def encoders(self) -> Sequence[FeatureExtractor]:
+        """All encoders, in any order."""
+        ...
+
+
+def encoders_of(reward: TrajectoryReward) -> tuple[FeatureExtractor, ...]:
+    """Return the encoders that a reward uses: those that it lists, or its one."""
+    if isinstance(reward, HasEncoders):
+        return tuple(reward.encoders)
+    return (reward.encoder,) if isinstance(reward, HasEncoder) else ()

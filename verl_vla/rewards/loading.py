@@ -61,10 +61,10 @@ def load_reward(
 def _find_class(name: str) -> type[Any]:
     if ".py:" in name:
         file, class_name = name.rsplit(":", 1)
-        return _pick_class(import_file(Path(file)), Path(file), class_name)
+        return pick_class(import_file(Path(file)), Path(file), class_name)
     files = {p.stem: p for p in REWARDS_FOLDER.glob("*.py") if not p.stem.startswith("_")}
     if name in files:
-        return _pick_class(import_file(files[name]), files[name], None)
+        return pick_class(import_file(files[name]), files[name], None)
     offered = {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}
     if name in offered:
         return _load_entry_point(offered[name])
@@ -88,7 +88,17 @@ def _load_entry_point(point: metadata.EntryPoint) -> type[Any]:
     return cls
 
 
-def _pick_class(module: ModuleType, path: Path, class_name: str | None) -> type[Any]:
+def pick_class(module: ModuleType, path: Path, class_name: str | None) -> type[Any]:
+    """Return a class that a plug-in file defines.
+
+    Args:
+        module: the imported file.
+        path: the file, for error messages.
+        class_name: name of the class; None takes the only public one.
+
+    Raises:
+        ConfigError: no such class, or several public ones and no name.
+    """
     own = {
         name: cls
         for name, cls in inspect.getmembers(module, inspect.isclass)

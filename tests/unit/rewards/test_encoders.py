@@ -17,6 +17,7 @@ from encoder_folders import (
     save_vjepa2,
     smooth_images,
 )
+from safetensors.torch import load_file, save_file
 from transformers import Dinov2WithRegistersModel, SiglipVisionModel
 
 from verl_vla.core.errors import ConfigError, ContractError
@@ -216,8 +217,8 @@ def test_scrambled_towers_have_the_same_numbers_in_another_order(arguments):
     (features,), (repeated,) = one.encode([clip(2)]), same.encode([clip(2)])
     assert np.array_equal(features, repeated)
     assert not np.allclose(features, plain.encode([clip(2)])[0])
-    for name, weight in plain._backbone.state_dict().items():
-        mixed = one._backbone.state_dict()[name]
+    for name, weight in plain.network.module.state_dict().items():
+        mixed = one.network.module.state_dict()[name]
         assert torch.equal(weight.flatten().sort().values, mixed.flatten().sort().values)
 
 
@@ -295,3 +296,60 @@ def test_an_encoder_that_cannot_be_made_is_refused(name, change, message):
 def test_another_model_or_setting_is_refused(name, of, change, message, arguments):
     with pytest.raises(ConfigError, match=message):
         make_encoder(name, {"path": arguments[of]["path"], **change})
+
+
+@pytest.mark.parametrize("name", ["dinov2", "siglip", "vjepa2", "policy_towers"])
+def test_an_encoder_is_checked_at_once_and_read_when_it_is_used(name, arguments):
+    encoder: Any = make_encoder(name, arguments[name])
+    assert not encoder.network.is_read
+    encoder.encode([clip(2)])
+    assert encoder.network.is_read
+
+
+def cut_off(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+def without_one(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file(dict(list(weights.items())[:-1]), folder / "model.safetensors", {"format": "pt"})
+
+
+def with_another_shape(folder):
+    weights = load_file(folder / "model.safetensors")
+    longer = {name: weight.repeat(2) for name, weight in weights.items() if weight.ndim == 1}
+    save_file(weights | longer, folder / "model.safetensors", {"format": "pt"})
+
+
+def without_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("name", ["dinov2", "siglip", "vjepa2", "policy_towers"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (cut_off, "is cut off or no safetensors file"),
+        (without_one, "1 missing keys of|is absent in the files"),
+        (with_another_shape, "mismatched keys of|do not fit its config"),
+        (without_weights, r"holds neither model\.safetensors nor"),
+    ],
+)
+def test_bad_weights_are_refused_before_any_is_read(name, spoil, message, arguments, tmp_path):
+    folder = tmp_path / "folder"
+    shutil.copytree(arguments[name]["path"], folder)
+    before = torch.get_rng_state()
+    make_encoder(name, {**arguments[name], "path": str(folder)})
+    spoil(folder)
+    with pytest.raises(ConfigError, match=message):
+        make_encoder(name, {**arguments[name], "path": str(folder)})
+    assert torch.equal(torch.get_rng_state(), before), "nothing was filled with random numbers"
+
+
+def test_a_device_that_this_machine_lacks_is_refused(arguments):
+    with pytest.raises(ConfigError, match="torch finds 0 of 'cuda' here; set auto or cpu"):
+        make_encoder("siglip", {**arguments["siglip"], "device": "cuda"})
+    for device in ("auto", "cpu"):
+        encoder: Any = make_encoder("siglip", {**arguments["siglip"], "device": device})
+        assert str(encoder.network.device) == "cpu"

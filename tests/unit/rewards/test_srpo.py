@@ -159,11 +159,11 @@ def test_the_release_sees_every_step_and_as_many_frames_of_each(aliasing, max_fr
     reward: Any = load_reward("srpo_released", {"encoder": "pixels", "aliasing": aliasing})
     assert reward.requires == {"video"}
     assert reward.video == VideoNeed(every=1, max_frames=max_frames)
-    reward._encoder = SeenEncoder()
+    reward.encoder = SeenEncoder()
     rng = np.random.default_rng(0)
     videos = tuple(rng.integers(0, 255, (n, 40, 40, 3), dtype=np.uint8) for n in (121, 521))
     reward(replace(make_batch([1, 0.5], group_size=2), features=None, videos=videos))
-    clips = reward._encoder.clips
+    clips = reward.encoder.clips
     assert [len(clip) for clip in clips] == [64] * (2 if aliasing == "none" else 1)
     if aliasing == "none":
         for clip, video in zip(clips, videos, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from verl_vla.config.grpo import Recipe
+from verl_vla.diagnostics.planning.encoding import EncoderLoad
 from verl_vla.diagnostics.planning.gpus import Gpu
 from verl_vla.diagnostics.planning.trace import Trace
 from verl_vla.envs.base import Suite
@@ -17,6 +18,9 @@ UPDATE_EFFICIENCY = 0.4
 model of this size under FSDP on A100 (PyTorch's blog "Maximizing training throughput using PyTorch
 FSDP", 2024), 0.12 for a complete training step of SimpleVLA-RL (its issue 8: 45 minutes on 8 A800).
 Assumed, not measured."""
+ENCODING_EFFICIENCY = UPDATE_EFFICIENCY
+"""Share of a GPU's peak that the encoder of a reward reaches: assumed to be that of the update,
+whose batches are as large."""
 STEP_S, MINI_STEP_S = 0.0058, 0.0030
 VIEW_S, MINI_VIEW_S = 0.098, 0.0074
 """Seconds of a step and of a view, for LIBERO's suites and for mini, on one core with software
@@ -36,7 +40,12 @@ def num_policy_steps(recipe: Recipe, shape: PolicyShape, chosen: Suite) -> int:
 
 
 def step_seconds(
-    recipe: Recipe, trace: Trace, shape: PolicyShape, chosen: Suite, gpu: Gpu
+    recipe: Recipe,
+    trace: Trace,
+    shape: PolicyShape,
+    chosen: Suite,
+    gpu: Gpu,
+    encoder: EncoderLoad | None,
 ) -> dict[str, float]:
     """Estimate the seconds of each part of a training step with one rollout round.
 
@@ -53,6 +62,7 @@ def step_seconds(
     return {
         "rollout: simulators": policy_steps * per_policy_step / recipe.environment.num_workers,
         "rollout: policy": forward,
+        "reward: encoder": 0.0 if encoder is None else _encoding_seconds(recipe, gpu, encoder),
         "log-probs again": forward if recipe.loss.recompute_log_probs else 0.0,
         "log-probs of the reference": forward if recipe.loss.kl.is_on else 0.0,
         "update": policy_steps * trace.training_flops / (speed * UPDATE_EFFICIENCY),
@@ -64,3 +74,10 @@ def total_seconds(parts: dict[str, float]) -> float:
     side_by_side = ("rollout: simulators", "rollout: policy")
     one_by_one = sum(seconds for name, seconds in parts.items() if name not in side_by_side)
     return max(parts[name] for name in side_by_side) + one_by_one
+
+
+def _encoding_seconds(recipe: Recipe, gpu: Gpu, encoder: EncoderLoad) -> float:
+    """Return the seconds of a round's features; 0 on cores, whose speed is not planned."""
+    num_gpus = recipe.cluster.num_ranks if encoder.on_ranks else 1
+    reached = num_gpus * gpu.bf16_flops * ENCODING_EFFICIENCY
+    return encoder.flops / reached if encoder.on_device else 0.0

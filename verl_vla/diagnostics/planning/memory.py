@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from verl_vla.config.grpo import Recipe
 from verl_vla.core.allocator import EXPANDABLE, allocator_variables
+from verl_vla.diagnostics.planning.encoding import EncoderLoad
 from verl_vla.diagnostics.planning.trace import PROMPT_TOKENS, RGB, Trace
 from verl_vla.envs.base import Suite, simulators_per_process
 from verl_vla.policies.base import PolicyShape
 from verl_vla.policies.checkpoint import WEIGHTS_FILE_BYTES
+from verl_vla.rewards.encoders.base import BATCHES_A_RANK
 
 FLOAT32 = 4
 BYTES = {"float32": FLOAT32, "bfloat16": 2}
@@ -34,16 +35,6 @@ CUDA_BYTES = 1_000_000_000
 FRAGMENTED_SHARE = {True: 0.025, False: 0.17}
 """Bytes that the allocator holds and cannot use, as a share of those in tensors at the peak, with
 and without expandable segments: as replayed, docs/dry-run.md."""
-ENCODER_BYTES = {
-    "pixels": 0,
-    "dinov2": 1_000_000_000,
-    "siglip": 1_500_000_000,
-    "policy_towers": 2_000_000_000,
-    "vjepa2": 5_000_000_000,
-}
-"""Bytes of a reward's encoder with its activations. V-JEPA 2 ViT-g: siglip-grpo's blog, "~5 GB".
-The others: ViT-L, so400m and both, at 2 bytes per weight, with the same amount for 32 images:
-assumed."""
 RENDERER_BYTES, LIBERO_RENDERER_BYTES = 100_000_000, 440_000_000
 """GPU memory of a simulator process, which keeps the renderer of one task there
 (`verl_vla.envs.libero.egl_devices.RENDERERS_ON_GPU`). LIBERO's: as measured in software, nearly all
@@ -111,7 +102,9 @@ def rollout_batch(recipe: Recipe) -> int:
     return -(-half // recipe.cluster.num_ranks)
 
 
-def device_memory(recipe: Recipe, trace: Trace, chosen: Suite) -> DeviceMemory:
+def device_memory(
+    recipe: Recipe, trace: Trace, chosen: Suite, encoder: EncoderLoad | None
+) -> DeviceMemory:
     """Estimate the memory on the device of a rank."""
     is_on_gpu = recipe.cluster.device != "cpu"
     outside: dict[str, int] = {}
@@ -120,13 +113,21 @@ def device_memory(recipe: Recipe, trace: Trace, chosen: Suite) -> DeviceMemory:
         outside = {
             "CUDA": CUDA_BYTES,
             "renderers of simulators": _renderer_bytes(recipe, chosen),
-            "reward's encoder": _encoder_bytes(recipe.reward_args),
         }
+        if encoder is not None and encoder.on_device and not encoder.on_ranks:
+            outside["reward's encoder"] = CUDA_BYTES + encoder.weight_bytes + encoder.batch_bytes
         settings = " ".join(allocator_variables().values())
+    phases = _phases(recipe, trace)
+    if encoder is not None and encoder.on_device and encoder.on_ranks:
+        # after a rollout: what it gathered is held, and its activations are gone
+        phases["encoding"] = phases["save"] | {
+            "encoder": encoder.weight_bytes,
+            "encoder's batch": encoder.batch_bytes,
+        }
     return DeviceMemory(
         phases={
             phase: {name: round(size) for name, size in parts.items() if size}
-            for phase, parts in _phases(recipe, trace).items()
+            for phase, parts in phases.items()
         },
         outside=outside,
         allocator=settings,
@@ -197,7 +198,12 @@ def _phases(recipe: Recipe, trace: Trace) -> dict[str, dict[str, float]]:
 
 
 def host_memory(
-    recipe: Recipe, trace: Trace, shape: PolicyShape, chosen: Suite, num_policy_steps: int
+    recipe: Recipe,
+    trace: Trace,
+    shape: PolicyShape,
+    chosen: Suite,
+    num_policy_steps: int,
+    encoder: EncoderLoad | None,
 ) -> dict[str, int]:
     """Estimate the memory of the node that simulates and holds ranks.
 
@@ -225,8 +231,20 @@ def host_memory(
             share * ((1 + reference) * _weight_bytes(recipe, trace) + 3 * FLOAT32 * trace.trained)
         )
     if recipe.cluster.device == "cpu":
-        parts["learning"] = per_node * device_memory(recipe, trace, chosen).peak
+        parts["learning"] = per_node * device_memory(recipe, trace, chosen, encoder).peak
+    if encoder is not None:
+        parts["reward's encoder"] = _encoder_bytes(encoder, per_node)
     return parts
+
+
+def _encoder_bytes(encoder: EncoderLoad, num_ranks: int) -> int:
+    """Return what the encoder of a reward takes of a node's host."""
+    here = 0 if encoder.on_device else encoder.batch_bytes
+    if not encoder.on_ranks:
+        return PROCESS_BYTES + here + (0 if encoder.on_device else encoder.weight_bytes)
+    # images of the batches that wait for a rank, or that it computes
+    waiting = BATCHES_A_RANK * encoder.image_bytes
+    return num_ranks * (encoder.weight_bytes + here + waiting)
 
 
 def _export_bytes(recipe: Recipe, trace: Trace) -> int:
@@ -271,7 +289,3 @@ def _renderer_bytes(recipe: Recipe, chosen: Suite) -> int:
         return 0
     on_each = -(-recipe.environment.num_workers // recipe.cluster.ranks_per_node)
     return on_each * (RENDERER_BYTES if chosen.name == "mini" else LIBERO_RENDERER_BYTES)
-
-
-def _encoder_bytes(reward_args: Mapping[str, Any]) -> int:
-    return ENCODER_BYTES[reward_args["encoder"]] if "encoder" in reward_args else 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from verl_vla.config.grpo import GRPOPolicyConfig, Recipe
 from verl_vla.diagnostics.planning.duration import num_policy_steps, step_seconds, total_seconds
+from verl_vla.diagnostics.planning.encoding import encoder_load
 from verl_vla.diagnostics.planning.gpus import Gpu
 from verl_vla.diagnostics.planning.memory import DeviceMemory, device_memory, host_memory
 from verl_vla.diagnostics.planning.trace import Adapters, ModelConfig, Trace, trace_model
@@ -56,15 +57,16 @@ def make_plan(recipe: Recipe, config: ModelConfig, gpu: Gpu | None) -> Plan:
     chosen, shape = suite(recipe.environment.suite), config.shape
     trace = trace_policy(recipe.policy, config)
     policy_steps = num_policy_steps(recipe, shape, chosen)
+    encoder = encoder_load(recipe, config, policy_steps)
     return Plan(
         recipe=recipe,
         gpu=gpu,
         trace=trace,
         policy_steps=policy_steps,
-        device=device_memory(recipe, trace, chosen),
-        host=host_memory(recipe, trace, shape, chosen, policy_steps),
+        device=device_memory(recipe, trace, chosen, encoder),
+        host=host_memory(recipe, trace, shape, chosen, policy_steps, encoder),
         disk=disk_bytes(recipe, WeightCount(trace.weights, trace.trained), shape, chosen),
-        seconds={} if gpu is None else step_seconds(recipe, trace, shape, chosen, gpu),
+        seconds={} if gpu is None else step_seconds(recipe, trace, shape, chosen, gpu, encoder),
     )
 
 

@@ -8,7 +8,7 @@ are the memory that the pass needs. Seven billion weights take some seconds.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -94,16 +94,17 @@ def trace_model(
         dtype: dtype of the computation.
         adapters: adapters to add, see `TokenModel.add_adapters`; None to train all weights.
         checkpointing: recompute activations.
-        autocast: hold trained weights in float32 and cast them in the pass, as where FSDP does not.
+        autocast: hold trained weights in float32 and cast them in the training pass, as where FSDP
+            does not. A pass without gradients keeps none of what is cast.
         batch: policy steps in the pass.
     """
-    return _trace(_Same(config), dtype, batch, adapters, checkpointing, autocast)
+    return _trace(SameConfig(config), dtype, batch, adapters, checkpointing, autocast)
 
 
-class _Same:
+class SameConfig:
     """A hashable configuration, equal to another one with the same content: a key of the cache."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Any) -> None:
         # configurations are compared and hashed by content
         self.config = config
         self._text = config.to_json_string()
@@ -112,12 +113,12 @@ class _Same:
         return hash(self._text)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self._text == other._text
+        return isinstance(other, SameConfig) and self._text == other._text
 
 
 @lru_cache
 def _trace(
-    same: _Same,
+    same: SameConfig,
     dtype: torch.dtype,
     batch: int,
     adapters: Adapters | None,
@@ -126,25 +127,21 @@ def _trace(
 ) -> Trace:
     config = same.config
     model = build_model(config, dtype, adapters)
-    if autocast:
-        for weight in model.parameters():
-            weight.data = weight.data.float() if weight.requires_grad else weight.data
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     with FakeTensorMode(allow_non_fake_inputs=True):
         # from "meta" to fake tensors of a CPU, whose memory is counted
         model.to_empty(device="cpu").train()
         inputs = _inputs(config, dtype, batch)
-        weights = [*model.parameters(), *model.buffers(), *inputs.values()]
-        # gradients count with the weights, not as a part of the pass
+        with torch.no_grad(), LivingBytes(_held(model, inputs)) as forward:
+            model(**inputs)
         for weight in model.parameters():
             if weight.requires_grad:
+                weight.data = weight.data.float() if autocast else weight.data
+                # gradients count with the weights, not as a part of the pass
                 weight.grad = torch.zeros_like(weight)
-                weights.append(weight.grad)
         cast = torch.autocast("cpu", dtype, enabled=autocast)
-        with torch.no_grad(), cast, _Living(weights) as forward:
-            model(**inputs)
-        with cast, _Living(weights) as training:
+        with cast, LivingBytes(_held(model, inputs)) as training:
             logits = model(**inputs).logits
             log_prob(logits, inputs["action_tokens"], TEMPERATURE).sum().backward()
     counts = count_weights(model)
@@ -156,6 +153,12 @@ def _trace(
         forward_flops=forward.flops // batch,
         training_flops=training.flops // batch,
     )
+
+
+def _held(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """What is there before a pass: weights, their gradients, buffers and inputs."""
+    gradients = [w.grad for w in model.parameters() if w.grad is not None]
+    return [*model.parameters(), *gradients, *model.buffers(), *inputs.values()]
 
 
 def build_model(config: ModelConfig, dtype: torch.dtype, adapters: Adapters | None) -> Any:
@@ -199,11 +202,20 @@ def _size(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
-class _Living(TorchDispatchMode):
+class LivingBytes(TorchDispatchMode):
     """A dispatch mode that tracks the bytes of new tensors that are still alive, and FLOPs."""
 
-    def __init__(self, before: Iterable[Tensor]) -> None:
+    def __init__(
+        self, before: Iterable[Tensor], counts: Mapping[Any, Callable[..., int]] = flop_registry
+    ) -> None:
+        """Begin to count.
+
+        Args:
+            before: tensors that are not the pass's memory.
+            counts: function that counts the FLOPs of an operator.
+        """
         super().__init__()
+        self._counts = counts
         # what was there before the pass is not the pass's memory
         self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in before)
         self._bytes = 0
@@ -214,7 +226,7 @@ class _Living(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        count: Callable[..., int] | None = flop_registry.get(func.overloadpacket)
+        count: Callable[..., int] | None = self._counts.get(func.overloadpacket)
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=result)
         for part in result if isinstance(result, (tuple, list)) else (result,):

@@ -5,13 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from verl_vla.core.errors import ContractError
-from verl_vla.rewards.encoders.base import (
-    Features,
-    ImageEncoder,
-    Images,
-    check_positive,
-    name_space,
-)
+from verl_vla.rewards.encoders.base import Features, ImageEncoder, Images, check_positive
 
 FULL_SCALE = 255.0
 
@@ -30,8 +24,8 @@ class PixelEncoder(ImageEncoder):
         check_positive(grid=grid)
         self._grid = grid
         self._colour = colour
-        space = name_space("pixels", {"grid": grid, "colour": colour})
-        super().__init__(batch_size=batch_size, feature_space=space)
+        description = {"grid": grid, "colour": colour}
+        super().__init__("pixels", description, None, batch_size=batch_size)
 
     def embed(self, images: Images) -> Features:
         """Map [n, H, W, 3] to [n, grid x grid (x 3)], 0 to 1.

@@ -1,8 +1,7 @@
-"""An encoder in a separate process.
+"""An encoder in a separate process, instead of in the ranks or in the process that scores.
 
-The trainer process then does not hold the encoder's weights and device context, and survives its
-death: a lost encoder stops one training step, whose episodes are kept for the next start of the
-run.
+Neither of them then holds the encoder's weights, and both survive its death: a lost encoder stops
+one training step, whose episodes are kept for the next start of the run.
 """
 
 from __future__ import annotations

@@ -14,19 +14,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import Dinov2Model, Dinov2WithRegistersModel, SiglipVisionModel
+from torch import Tensor
+from transformers import (
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.rewards.encoders.base import (
-    Features,
+from verl_vla.rewards.encoders.base import Features, ImageEncoder, Images
+from verl_vla.rewards.encoders.network import (
+    AUTO,
     FrozenNetwork,
-    ImageEncoder,
-    Images,
     describe_processor,
-    name_space,
+    pretrained_network,
     read_processor,
     require_folder,
 )
@@ -53,33 +57,31 @@ class ProcessedImageEncoder(ImageEncoder):
     def __init__(
         self,
         kind: str,
-        model: nn.Module,
+        network: FrozenNetwork,
         processor: Any,
         *,
         layer: str | int,
         dtype: str,
-        device: str,
         batch_size: int,
     ) -> None:
-        """Freeze the model and name the feature space.
+        """Make the encoder.
 
         Args:
             kind: name of the encoder.
-            model: network of the encoder.
+            network: network of the encoder.
             processor: image processor of transformers.
             layer: layer whose features are read, a part of the feature space's name.
-            dtype: dtype of the computation.
-            device: name of a torch device.
+            dtype: dtype of the computation, a part of the name too.
             batch_size: images per forward pass.
         """
-        self._network = FrozenNetwork(model, dtype=dtype, device=device)
+        self._network = network
         self._processor = processor
         description = {
             "preprocessing": describe_processor(processor),
             "dtype": dtype,
             "layer": layer,
         }
-        super().__init__(batch_size=batch_size, feature_space=name_space(kind, description, model))
+        super().__init__(kind, description, network, batch_size=batch_size)
 
     def pixels(self, images: Images) -> Tensor:
         """Resize, crop and normalise [n, H, W, 3]; return [n, 3, height, width]."""
@@ -103,15 +105,15 @@ class Dinov2Encoder(ProcessedImageEncoder):
         path: str,
         *,
         dtype: str = "bfloat16",
-        device: str = "cpu",
+        device: str = AUTO,
         batch_size: int = 32,
     ) -> None:
-        """Load the weights.
+        """Check the folder; the weights are read when they are first needed.
 
         Args:
             path: a local folder, or a name on the hub such as ``facebook/dinov2-large``.
             dtype: dtype of the computation.
-            device: name of a torch device.
+            device: name of a torch device, or ``auto``.
             batch_size: images per forward pass.
 
         Raises:
@@ -133,14 +135,13 @@ class Dinov2Encoder(ProcessedImageEncoder):
                 f"{PROCESSOR_FILE} in {path} makes images of {height} x {width} px; both sides "
                 f"must be a multiple of {self._patch_size}, the patch size: change its crop_size"
             )
-        model: Any = DINO_MODELS[config.model_type].from_pretrained(folder, local_files_only=True)
+        model = DINO_MODELS[config.model_type]
         super().__init__(
             "dinov2",
-            model,
+            pretrained_network(folder, model, config, "DINOv2", dtype=dtype, device=device),
             processor,
             layer="last, patch mean",
             dtype=dtype,
-            device=device,
             batch_size=batch_size,
         )
 
@@ -166,15 +167,15 @@ class SiglipEncoder(ProcessedImageEncoder):
         path: str,
         *,
         dtype: str = "bfloat16",
-        device: str = "cpu",
+        device: str = AUTO,
         batch_size: int = 32,
     ) -> None:
-        """Load the weights.
+        """Check the folder; the weights are read when they are first needed.
 
         Args:
             path: a local folder, or a name on the hub such as ``google/siglip-so400m-patch14-224``.
             dtype: dtype of the computation.
-            device: name of a torch device.
+            device: name of a torch device, or ``auto``.
             batch_size: images per forward pass.
 
         Raises:
@@ -187,8 +188,9 @@ class SiglipEncoder(ProcessedImageEncoder):
         )
         if found.model_type not in SIGLIP_TYPES:
             raise ConfigError(f"{path} holds a {found.model_type}; encoder siglip needs SigLIP")
-        model: Any = SiglipVisionModel.from_pretrained(folder, local_files_only=True)
-        size: int = model.config.image_size
+        # of a folder with both halves of SigLIP, the half of images
+        config: Any = SiglipVisionConfig.from_pretrained(folder, local_files_only=True)
+        size: int = config.image_size
         processor = _image_processor(folder, "SigLIP")
         height, width = _size_of_input(processor)
         if (height, width) != (size, size):
@@ -196,13 +198,13 @@ class SiglipEncoder(ProcessedImageEncoder):
                 f"{PROCESSOR_FILE} in {path} makes images of {height} x {width} px; the model "
                 f"takes {size} x {size}: fetch the file of this model"
             )
+        model = SiglipVisionModel
         super().__init__(
             "siglip",
-            model,
+            pretrained_network(folder, model, config, "SigLIP", dtype=dtype, device=device),
             processor,
             layer=SIGLIP_LAYER,
             dtype=dtype,
-            device=device,
             batch_size=batch_size,
         )
 

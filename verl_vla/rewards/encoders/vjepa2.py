@@ -24,14 +24,16 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.core.tables import pick_by_time
 from verl_vla.rewards.encoders.base import (
+    Batch,
     BatchedEncoder,
     Features,
-    FrozenNetwork,
     Images,
-    check_images,
     check_positive,
+)
+from verl_vla.rewards.encoders.network import (
+    AUTO,
     describe_processor,
-    name_space,
+    pretrained_network,
     read_processor,
     require_folder,
 )
@@ -53,10 +55,10 @@ class Vjepa2Encoder(BatchedEncoder):
         max_frames: int = 64,
         thin_by: ThinBy = "time",
         dtype: str = "bfloat16",
-        device: str = "cpu",
+        device: str = AUTO,
         batch_size: int = 4,
     ) -> None:
-        """Load the encoder; the predictor is never run.
+        """Check the folder; the weights are read when first needed. The predictor is never run.
 
         Args:
             path: a local folder, or a name on the hub such as ``facebook/vjepa2-vitl-fpc64-256``.
@@ -64,17 +66,16 @@ class Vjepa2Encoder(BatchedEncoder):
             thin_by: ``time``: at equal steps of time, as the model was trained; ``content``: by
                 `pick_by_content`.
             dtype: dtype of the computation.
-            device: name of a torch device.
+            device: name of a torch device, or ``auto``.
             batch_size: clips per forward pass.
 
         Raises:
             ConfigError: no such weights, another kind of model, no video processor for its size, or
                 an unknown way to thin.
         """
-        super().__init__()
         if thin_by not in ("time", "content"):
             raise ConfigError(f"thin_by is {thin_by!r}; choose 'time' or 'content'")
-        check_positive(batch_size=batch_size, max_frames=max_frames)
+        check_positive(max_frames=max_frames)
         folder = require_folder(path, "V-JEPA 2")
         config: Any = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -83,74 +84,69 @@ class Vjepa2Encoder(BatchedEncoder):
             raise ConfigError(f"{path} holds a {config.model_type}; encoder vjepa2 needs V-JEPA 2")
         read = partial(VJEPA2VideoProcessor.from_pretrained, folder, local_files_only=True)
         self._processor = read_processor(folder, PROCESSOR_FILES, "V-JEPA 2", read)
-        model: Any = VJEPA2Model.from_pretrained(folder, local_files_only=True)
         self._size = int(config.crop_size)
         self._tubelet = int(config.tubelet_size)
         self._patches = (self._size // int(config.patch_size)) ** 2
         self._width = int(config.hidden_size)
         self._max_frames = max_frames
         self._thin_by: ThinBy = thin_by
-        self._batch_size = batch_size
+        probe = self._pixels(torch.zeros(1, 3, self._size, self._size, dtype=torch.uint8))
+        height, width = probe.shape[-2:]
+        if (height, width) != (self._size, self._size):
+            raise ConfigError(
+                f"the video processor in {path} makes images of {height} x {width} px; the model "
+                f"takes {self._size} x {self._size}: fetch the file of this model"
+            )
+        self._network = pretrained_network(
+            folder, VJEPA2Model, config, "V-JEPA 2", dtype=dtype, device=device
+        )
         description = {
             "preprocessing": describe_processor(self._processor),
             "dtype": dtype,
             "max_frames": max_frames,
             "thin_by": thin_by,
         }
-        self._network = FrozenNetwork(model, dtype=dtype, device=device)
-        height, width = self._pixels(np.zeros((1, self._size, self._size, 3), np.uint8)).shape[-2:]
-        if (height, width) != (self._size, self._size):
-            raise ConfigError(
-                f"the video processor in {path} makes images of {height} x {width} px; the model "
-                f"takes {self._size} x {self._size}: fetch the file of this model"
-            )
-        self._feature_space = name_space("vjepa2", description, model)
+        super().__init__("vjepa2", description, self._network, batch_size=batch_size)
 
-    @property
-    def feature_space(self) -> str:
-        """Name of weights, layer and preprocessing; features of two spaces are never compared."""
-        return self._feature_space
-
-    def encode(self, frames: Sequence[Images]) -> list[Features]:
-        """Map episodes [T, H, W, 3], ragged in T, to [ceil(T / tubelet), D]."""
-        check_images(frames)
-        clips = [self._clip(episode) for episode in frames]
-        rows = [np.zeros((0, self._width), dtype=np.float32) for _ in frames]
-        by_length: dict[int, list[int]] = {}
-        for index, clip in enumerate(clips):
-            if len(clip):
-                by_length.setdefault(len(clip), []).append(index)
-        batches = [
-            indices[start : start + self._batch_size]
-            for indices in by_length.values()
-            for start in range(0, len(indices), self._batch_size)
+    def split(self, frames: Sequence[Images]) -> list[Batch]:
+        """Put clips of equal length together, the longest first."""
+        by_length: dict[int, list[tuple[int, npt.NDArray[np.int64]]]] = {}
+        for index, episode in enumerate(frames):
+            rows = self._choose(episode)
+            if len(rows):
+                by_length.setdefault(len(rows), []).append((index, rows))
+        # processes that share the batches then end at about the same time
+        return [
+            by_length[length][start : start + self.batch_size]
+            for length in sorted(by_length, reverse=True)
+            for start in range(0, len(by_length[length]), self.batch_size)
         ]
-        for together in self.track(batches):
-            made = self._embed(np.stack([clips[index] for index in together]))
-            for index, features in zip(together, made, strict=True):
-                rows[index] = features
-        return rows
 
-    def _clip(self, episode: Images) -> Images:
+    def compute(self, images: Sequence[Images]) -> list[Features]:
+        """Map clips [T, H, W, 3] of equal length to [T / tubelet, D]."""
+        return list(self._embed(np.stack(images)))
+
+    def _choose(self, episode: Images) -> npt.NDArray[np.int64]:
         """Thin a long episode, and fill the last tubelet by repeating the last frame."""
         if self._thin_by == "time":
-            kept = episode[pick_by_time(len(episode), self._max_frames)]
+            kept = pick_by_time(len(episode), self._max_frames)
         else:
-            kept = episode[pick_by_content(episode, self._max_frames)]
+            kept = pick_by_content(episode, self._max_frames)
         # transformers would drop a last frame without a partner
-        missing = -len(kept) % self._tubelet
-        return np.concatenate([kept, np.repeat(kept[-1:], missing, axis=0)]) if missing else kept
+        return np.append(kept, np.repeat(kept[-1:], -len(kept) % self._tubelet))
 
-    def _pixels(self, frames: Images) -> Tensor:
-        """Resize, crop and normalise [n, H, W, 3]; return [n, 3, size, size]."""
-        channels_first = torch.from_numpy(frames).to(self._network.device).movedim(-1, 1)
+    def _pixels(self, channels_first: Tensor) -> Tensor:
+        """Resize, crop and normalise [n, 3, H, W]; return [n, 3, size, size] float32."""
         made: Any = self._processor(channels_first, return_tensors="pt")
-        return made["pixel_values_videos"][0].to(self._network.dtype)
+        return made["pixel_values_videos"][0]
 
     @torch.inference_mode()
     def _embed(self, clips: npt.NDArray[np.uint8]) -> Features:
         num, length = clips.shape[:2]
-        pixels = self._pixels(clips.reshape(num * length, *clips.shape[2:]))
+        frames = torch.from_numpy(clips.reshape(num * length, *clips.shape[2:]))
+        channels_first = frames.to(self._network.device).movedim(-1, 1)
+        # only the pixels of the computation's dtype live on beside the activations
+        pixels = self._pixels(channels_first).to(self._network.dtype)
         video = pixels.view(num, length, *pixels.shape[1:])
         # without the predictor, which a plain forward pass would run too
         tokens = self._network.module.get_vision_features(video)  # pyright: ignore[reportCallIssue]

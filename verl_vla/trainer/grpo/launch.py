@@ -29,6 +29,8 @@ from verl_vla.core.allocator import allocator_variables
 from verl_vla.core.errors import ConfigError, DivergedError, LearnerLostError
 from verl_vla.core.signals import stop_requests
 from verl_vla.envs.libero.assets import ASSETS_VARIABLE
+from verl_vla.rewards import TrajectoryReward
+from verl_vla.rewards.encoders.base import BATCHES_A_RANK, movable_encoders
 from verl_vla.trainer.checkpoint import complete_steps
 from verl_vla.trainer.grpo.env_nodes import open_env_nodes
 from verl_vla.trainer.grpo.run import Run
@@ -41,6 +43,9 @@ logger = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 256 * 1024**2
 """Ray's shared memory on one machine. Only actor calls pass through it, a few MB each;
 images travel through TransferQueue."""
+ENCODER_BATCH_BYTES = 64 * 1024**2
+"""Bytes of the images of one batch for an encoder, which do pass through it: 4 clips of 64 frames
+of 256 px have 50 MB. Ray writes to disk what does not fit."""
 
 RAY_ATTEMPTS = 3
 RAY_IS_LATE = "timed out during startup"
@@ -128,14 +133,21 @@ def _ray_cluster(run: Run, config: DictConfig) -> Generator[None]:
         wait_for_nodes(cluster.num_nodes)
         require_room(cluster, use_gpu=choose_device(cluster.device) == "cuda")
     else:
-        _start_ray(cluster, environment)
+        _start_ray(cluster, environment, object_store_bytes(run.reward, cluster.ranks_per_node))
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _start_ray(cluster: GRPOClusterConfig, environment: dict[Any, Any]) -> None:
+def object_store_bytes(reward: TrajectoryReward, num_ranks: int) -> int:
+    """Return the shared memory of a Ray of our own, with the batches that wait for ranks."""
+    if not movable_encoders(reward):
+        return OBJECT_STORE_BYTES
+    return OBJECT_STORE_BYTES + num_ranks * BATCHES_A_RANK * ENCODER_BATCH_BYTES
+
+
+def _start_ray(cluster: GRPOClusterConfig, environment: dict[Any, Any], store_bytes: int) -> None:
     """Start Ray; try again where a busy machine took longer than Ray waits."""
     for attempt in range(RAY_ATTEMPTS):
         try:
@@ -144,7 +156,7 @@ def _start_ray(cluster: GRPOClusterConfig, environment: dict[Any, Any]) -> None:
                 address="local",
                 logging_level=logging.WARNING,
                 num_cpus=logical_cpus(cluster),
-                object_store_memory=OBJECT_STORE_BYTES,
+                object_store_memory=store_bytes,
                 include_dashboard=False,
                 log_to_driver=False,
                 runtime_env=environment,

@@ -11,6 +11,7 @@ The loop is veRL's ``PPOTrainer.fit``; `VLATrainer` answers its hooks. One train
                             EnvPool.step                      action chunks -> images
                             RowWriter.add                     a row a policy step, TransferQueue
                           rewards.scoring.score             a score for every episode
+                            ClusterEncoder                    images -> features, all ranks
     sample              GroupReplayBuffer.sample          drop groups that agree, ask for as many
                                                           more, for sampling.max_rounds rounds
     advantage           rl.advantage.group_advantage      score less the group's mean, over std
@@ -30,6 +31,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import OutOfMemoryError, RayActorError
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
@@ -52,6 +54,7 @@ from verl_vla.runs.run_dir import keep_solved
 from verl_vla.runs.terminal import track_encoding
 from verl_vla.trainer import checkpoint
 from verl_vla.trainer.grpo.advantage import write_advantages
+from verl_vla.trainer.grpo.cluster_encoder import place_encoders
 from verl_vla.trainer.grpo.cluster_policy import ClusterPolicy
 from verl_vla.trainer.grpo.env_loop import EpisodeLoop
 from verl_vla.trainer.grpo.run import Run
@@ -88,6 +91,7 @@ class VLATrainer(PPOTrainerSync):
         super().init()
         recipe, cluster = self.recipe, self.recipe.cluster
         track_batches(self.run.reward, track_encoding)
+        place_encoders(self.run.reward, self.actor_rollout_wg, num_ranks=cluster.num_ranks)
         self.policy = ClusterPolicy(
             self.actor_rollout_wg,
             self.run.processor,
@@ -128,6 +132,7 @@ class VLATrainer(PPOTrainerSync):
             RewardError: the reward was refused. The steps before are saved and the episodes of
                 this one are kept, so that the same command resumes with a corrected reward.
             ConfigError: `trainer.check_save` found that this run cannot save, or resume.
+            RayActorError: a rank died.
         """
         # a run that is resumed has saved before
         if self.recipe.trainer.check_save and self.global_steps == 0:
@@ -139,6 +144,9 @@ class VLATrainer(PPOTrainerSync):
                 raise
             self._end_solved()
         except RewardError as error:
+            # a rank that died while it encoded, which no other reward would mend
+            if isinstance(error.__cause__, RayActorError | OutOfMemoryError):
+                raise error.__cause__ from None
             step = self.global_steps
             saved = self._save_steps_before(step)
             raise RewardError(

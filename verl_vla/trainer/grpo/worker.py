@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from verl.workers.rollout import base as rollout_base
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from verl_vla.config.grpo import LossConfig
+from verl_vla.rewards.encoders.base import BatchedEncoder, Features, Images
 from verl_vla.rl.loss import divergence, policy_loss, trajectory_weight
 from verl_vla.trainer.engine.divergence_guard import FiniteGuard
+from verl_vla.trainer.grpo.cluster_encoder import RankEncoders
 from verl_vla.trainer.grpo.rows import dense, stacked
 from verl_vla.trainer.verl_compat.platform import peak_process_bytes
 from verl_vla.trainer.verl_compat.process import ROLLOUT_NAME
@@ -34,6 +36,8 @@ BYTES_PER_GIB = 1024**3
 
 EVERY_RANK: Any = vars(Dispatch)["ONE_TO_ALL"]
 """veRL's enumeration makes its members at run time."""
+EACH_ITS_OWN: Any = vars(Dispatch)["ALL_TO_ALL"]
+"""Arguments are lists with one element a rank, and so is the answer."""
 
 
 class VLAWorker(ActorRolloutRefWorker):
@@ -41,6 +45,7 @@ class VLAWorker(ActorRolloutRefWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._encoders = RankEncoders()
         if get_device_name() == "cpu":
             torch.set_num_threads(1)
             if not torch.distributed.is_initialized():
@@ -98,6 +103,26 @@ class VLAWorker(ActorRolloutRefWorker):
         inputs = [data[name] for name in ("input_ids", "attention_mask", "images", "noise")]
         action_tokens, log_probs = self.engine.sample_actions(*inputs, temperature, data["proprio"])
         return tu.get_tensordict({"action_tokens": action_tokens, "log_probs": log_probs})
+
+    @register(dispatch_mode=EVERY_RANK)
+    def make_encoders(self, remakes: list[Callable[[str], BatchedEncoder]]) -> None:
+        """See `RankEncoders.make`."""
+        self._encoders.make(remakes, get_device_name())
+
+    @register(dispatch_mode=EACH_ITS_OWN, blocking=False)
+    def compute_features(self, index: int, images: list[Images] | None) -> list[Features] | None:
+        """See `RankEncoders.compute`."""
+        return self._encoders.compute(index, images)
+
+    @register(dispatch_mode=EVERY_RANK)
+    def name_feature_space(self, index: int) -> str:
+        """See `RankEncoders.name_space`."""
+        return self._encoders.name_space(index)
+
+    @register(dispatch_mode=EVERY_RANK)
+    def free_encoders(self) -> None:
+        """See `RankEncoders.free`."""
+        self._encoders.free()
 
     @register(dispatch_mode=EVERY_RANK)
     def go_without_update(self) -> float:
