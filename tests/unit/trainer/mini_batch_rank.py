@@ -8,13 +8,10 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.distributed
-from mini_engine import make_engine
-from verl.workers.engine_workers import TrainingWorker
+from mini_engine import make_engine, training_worker
 
 from verl_vla.config.grpo import LossConfig
 from verl_vla.core.files import PROJECT_FOLDER
@@ -48,28 +45,6 @@ class Recorder:
         return 1.0
 
 
-def training_worker(engine: VLAEngine, num_ranks: int) -> TrainingWorker:
-    """veRL's worker around an engine, without the process group that Ray would give it."""
-    worker: Any = TrainingWorker.__new__(TrainingWorker)
-    worker.engine, worker.device_name, worker.flops_counter = engine, "cpu", None
-    worker.profiler = SimpleNamespace(
-        step=lambda: None, rank=engine.get_data_parallel_rank(), check_enable=lambda: False
-    )
-    worker.model_config = {}
-    worker.engine_config = SimpleNamespace(
-        forward_only=False,
-        use_dynamic_bsz=True,
-        max_token_len_per_gpu=MICRO_BATCH_SIZE,
-        micro_batch_size_per_gpu=None,
-        use_fused_kernels=False,
-    )
-    action_dim = engine.processor.shape.action_dim
-    worker.loss_fn = partial(
-        row_loss, config=LossConfig(), action_dim=action_dim, num_ranks=num_ranks
-    )
-    return worker
-
-
 def main(folder: Path, rank: int, num_ranks: int) -> None:
     torch.set_num_threads(1)
     prepare_verl("cpu", option="cluster.device")
@@ -79,7 +54,12 @@ def main(folder: Path, rank: int, num_ranks: int) -> None:
     engine = make_engine(PROJECT_FOLDER / "bases" / "mini", folder / "diverged")
     recorder = Recorder(engine)
     engine.optimizer_step = recorder.optimizer_step
-    training_worker(engine, num_ranks).train_mini_batch(load_rows(folder / f"rows_{rank}.pt"))
+    worker = training_worker(engine, micro_batch_size=MICRO_BATCH_SIZE)
+    action_dim = engine.processor.shape.action_dim
+    worker.loss_fn = partial(
+        row_loss, config=LossConfig(), action_dim=action_dim, num_ranks=num_ranks
+    )
+    worker.train_mini_batch(load_rows(folder / f"rows_{rank}.pt"))
     found = {"gradients": recorder.steps, "micro_batches": recorder.micro_batches}
     torch.save(found, folder / f"found_{rank}.pt")
     torch.distributed.barrier()  # gloo aborts a rank whose partner is gone
