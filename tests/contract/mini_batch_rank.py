@@ -1,11 +1,7 @@
-"""One of the ranks of an update: learns from its rows as veRL hands them out; no weight moves.
-
-mini_batch_rank.py FOLDER RANK NUM_RANKS
-"""
+"""One of the ranks of an update: learns from its rows as veRL hands them out; no weight moves."""
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +14,6 @@ from verl_vla.core.files import PROJECT_FOLDER
 from verl_vla.trainer.engine.divergence_guard import load_rows
 from verl_vla.trainer.engine.engine import VLAEngine
 from verl_vla.trainer.grpo.worker import row_loss
-from verl_vla.trainer.verl_compat.process import prepare_verl
 
 MICRO_BATCH_SIZE = 3
 
@@ -47,7 +42,6 @@ class Recorder:
 
 def main(folder: Path, rank: int, num_ranks: int) -> None:
     torch.set_num_threads(1)
-    prepare_verl("cpu", option="cluster.device")
     torch.distributed.init_process_group(
         "gloo", f"file://{folder / 'store'}", rank=rank, world_size=num_ranks
     )
@@ -64,7 +58,3 @@ def main(folder: Path, rank: int, num_ranks: int) -> None:
     torch.save(found, folder / f"found_{rank}.pt")
     torch.distributed.barrier()  # gloo aborts a rank whose partner is gone
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
