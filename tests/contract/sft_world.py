@@ -141,6 +141,7 @@ class NotingEngine:
         folder = Path(local_path)
         folder.mkdir(exist_ok=True)
         (folder / f"rank_{rank}").write_text(f"{self.num_steps} {global_step}")
+        torch.distributed.barrier()  # as the engine does
 
     def load_checkpoint(self, local_path: str, *, del_local_after_load: bool) -> None:
         assert not del_local_after_load
@@ -150,6 +151,7 @@ class NotingEngine:
 
     def export(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
+        torch.distributed.barrier()  # as the engine does
 
 
 def levels(episodes: Sequence[int]) -> Iterator[int]:

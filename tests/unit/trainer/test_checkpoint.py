@@ -374,3 +374,12 @@ def test_files_of_any_size_are_hashed_whole(tmp_path, monkeypatch):
     manifest = json.loads((write(tmp_path, 3) / MANIFEST).read_text())
     weights = manifest["files"]["actor/model.pt"]
     assert weights["sha256"].startswith("9a129038d9a00aed")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with (
+        pytest.raises(CheckpointError, match="step 1 could not be written .*Not a directory"),
+        writing(tmp_path / "checkpoints", 1),
+    ):
+        pass

@@ -203,3 +203,30 @@ def test_a_step_can_be_resumed(make: Make, tmp_path: Path) -> None:
     assert values[0] == values[1]
     theirs = weights(again)
     assert all(torch.equal(w, theirs[n]) for n, w in weights(engine).items())
+
+
+def test_sums_are_added_up_in_double_precision(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single precision loses a whole nat beside 2^24 of them."""
+    engine, run = make("run", "optimizer.micro_batch_size=1")
+    batch = batch_of(run, engine, [0, 1, 2, 3])
+    forward = SFTEngine._sft_forward
+    large = iter([2.0**24, 1.0, 1.0, 1.0] * 2)
+
+    def scaled(self: SFTEngine, given: SampleBatch, rows: slice) -> SFTOutput:
+        output = forward(self, given, rows)
+        return replace(output, nll=torch.full_like(output.nll, next(large)))
+
+    monkeypatch.setattr(SFTEngine, "_sft_forward", scaled)
+    assert engine.train_step(batch)["train/loss"] == (2**24 + 3) / 4
+    ones = [(batch_of(run, engine, [row]), torch.ones(1)) for row in range(4)]
+    assert engine.test(ones, 4)[0] == (2**24 + 3) / 4
+
+
+def test_new_adapters_are_those_of_the_recipes_seed(make: Make) -> None:
+    first, again, other = (
+        weights(make(name, "policy.lora_rank=2", f"seed={seed}")[0])
+        for name, seed in (("first", 3), ("again", 3), ("other", 4))
+    )
+    drawn = [name for name in first if "lora_A" in name]
+    assert drawn and all(torch.equal(first[name], again[name]) for name in drawn)
+    assert not any(torch.equal(first[name], other[name]) for name in drawn)

@@ -221,6 +221,14 @@ def test_images_that_a_view_lacks_are_refused(
         open_run()
 
 
+def test_a_sample_has_an_image_of_every_view(open_run: Any) -> None:
+    run = open_run()
+    one = run.load_processor()
+    two: Any = SimpleNamespace(shape=replace(one.shape, num_views=2), codec=one.codec)
+    assert run.samples(one)._cameras == CAMERAS[:1]
+    assert run.samples(two)._cameras == run.held_out_samples(two)._cameras == CAMERAS
+
+
 def test_demonstrations_are_rendered_again_and_read_from_there(
     tmp_path: Path, demos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

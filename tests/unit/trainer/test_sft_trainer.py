@@ -26,6 +26,8 @@ from verl_vla.trainer.sft.trainer import SFTTrainer
 from verl_vla.trainer.verl_compat.process import prepare_verl
 
 BATCH = 4
+RANKS = [(1, 0), (2, 0), (2, 1)]
+"""Number of ranks, and the one that moves first between two collectives."""
 
 
 class Simulators(OneChunkSimulators):
@@ -65,10 +67,11 @@ def train(
     def run_it(
         num_ranks: int,
         *words: str,
+        first: int = 0,
         stop: StopRequest | None = None,
         act: Callable[[NotingEngine], None] = lambda _: None,
     ) -> tuple[SFTRun, list[NotingEngine]]:
-        group = ThreadRanks(num_ranks)
+        group = ThreadRanks(num_ranks, first)
         group.stand_in(monkeypatch)
         folder = tmp_path / f"run_{num_ranks}"
         recipe = sft_recipe(folder, demos, f"cluster.num_ranks={num_ranks}", *words)
@@ -99,12 +102,12 @@ def lines_of(run: SFTRun) -> list[dict[str, float]]:
     return read_metrics(run.folder / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize(("num_ranks", "first"), RANKS)
 def test_every_step_is_written_down_and_some_are_saved_tested_and_played(
-    train, num_ranks: int, caplog: pytest.LogCaptureFixture
+    train, num_ranks: int, first: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    run, engines = train(num_ranks)
+    run, engines = train(num_ranks, first=first)
     lines = lines_of(run)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [engine.num_steps for engine in engines] == [6] * num_ranks
@@ -181,8 +184,10 @@ def test_an_evaluation_plays_the_held_out_starts_on_all_ranks(train, num_ranks: 
     assert all(engine.tested == [] for engine in engines)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_signal_ends_every_rank_after_the_same_saved_step(train, num_ranks: int) -> None:
+@pytest.mark.parametrize(("num_ranks", "first"), RANKS)
+def test_a_signal_ends_every_rank_after_the_same_saved_step(
+    train, num_ranks: int, first: int
+) -> None:
     stop = StopRequest()
 
     def ask(engine: NotingEngine) -> None:
@@ -190,8 +195,8 @@ def test_a_signal_ends_every_rank_after_the_same_saved_step(train, num_ranks: in
             stop.signal_number = signal.SIGTERM
 
     with pytest.raises(Interrupted, match="SIGTERM after step 2"):
-        train(num_ranks, stop=stop, act=ask)
-    run, engines = train(num_ranks)
+        train(num_ranks, first=first, stop=stop, act=ask)
+    run, engines = train(num_ranks, first=first)
     assert [len(engine.learned) for engine in engines] == [4] * num_ranks
     assert [line["step"] for line in lines_of(run)] == [1, 2, 3, 4, 5, 6]
 
@@ -227,9 +232,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
         }
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize(("num_ranks", "first"), RANKS)
 def test_a_step_that_was_saved_and_not_finished_is_finished_by_the_next_process(
-    train, num_ranks: int, monkeypatch: pytest.MonkeyPatch
+    train, num_ranks: int, first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault in an evaluation cannot cost the step that it follows."""
     finish = SFTTrainer._finish
@@ -242,14 +247,14 @@ def test_a_step_that_was_saved_and_not_finished_is_finished_by_the_next_process(
     with monkeypatch.context() as patch:
         patch.setattr(SFTTrainer, "_finish", die)
         with pytest.raises(Killed):
-            train(num_ranks)
-    run, engines = train(num_ranks)
+            train(num_ranks, first=first)
+    run, engines = train(num_ranks, first=first)
     assert [engine.learned for engine in engines] == [[]] * num_ranks, "nothing is left to learn"
     last = lines_of(run)[-1]
     assert last["step"] == 6
     assert last["train/loss"] == 1 / 6, "as it was when it was saved"
     assert {"val/loss", "val/success_rate", "timing_s/step"} <= last.keys()
-    again, _ = train(num_ranks)
+    again, _ = train(num_ranks, first=first)
     assert len(lines_of(again)) == 6, "a finished one is not finished twice"
 
 
