@@ -143,6 +143,20 @@ def test_the_image_after_the_last_step_is_rendered_for_a_reward_that_looks(recip
         assert run.env_config.cameras == CAMERAS[:1]
 
 
+def test_what_a_recipe_needs_besides_is_looked_for_before_anything_starts(
+    recipe, no_simulators, monkeypatch
+):
+    asked: list[dict[str, str]] = []
+    monkeypatch.setattr("verl_vla.trainer.grpo.run.require_extras", asked.append)
+    loggers = GRPOTrainerConfig(loggers=("tensorboard", "mlflow"))
+    open_and_close(replace(recipe, trainer=loggers))
+    assert asked == [
+        {"policy.quantization": "none", "optimizer.name": "adamw"},
+        {"trainer.loggers": "tensorboard"},
+        {"trainer.loggers": "mlflow"},
+    ]
+
+
 def test_where_other_nodes_simulate_no_simulator_is_opened_here(recipe, monkeypatch):
     monkeypatch.setattr(
         "verl_vla.trainer.grpo.run.open_simulators", lambda *_: pytest.fail("a pool was opened")

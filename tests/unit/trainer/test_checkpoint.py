@@ -383,3 +383,11 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         writing(tmp_path / "checkpoints", 1),
     ):
         pass
+
+
+def test_files_are_closed_again(tmp_path):
+    write(tmp_path, 1)
+    before = os.listdir("/proc/self/fd")
+    write(tmp_path, 2)
+    assert newest_valid(tmp_path) == 2
+    assert len(os.listdir("/proc/self/fd")) == len(before)

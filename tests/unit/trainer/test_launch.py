@@ -316,3 +316,19 @@ def test_a_queue_that_cannot_start_ends_the_run_before_its_first_step(
         launch.train(run)
     assert "init" in events and "train" not in events
     assert events[-3:] == ["end queue", "end ray", "end output"]
+
+
+def test_a_rank_that_dies_while_training_is_named(
+    events: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(_: Trainer) -> None:
+        raise RayActorError
+
+    monkeypatch.setattr(Trainer, "train", die)
+    recipe = load_recipe(["recipe=quickstart", "cluster.device=cpu"])
+    run: Any = SimpleNamespace(
+        recipe=recipe, folder=tmp_path, simulators="a pool", checkpoints=tmp_path
+    )
+    with pytest.raises(LearnerLostError, match="a learner process died"):
+        launch.train(run)
+    assert events[-3:] == ["end queue", "end ray", "end output"]

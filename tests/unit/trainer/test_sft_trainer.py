@@ -201,6 +201,20 @@ def test_a_signal_ends_every_rank_after_the_same_saved_step(
     assert [line["step"] for line in lines_of(run)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_no_rank_learns_on_before_a_checkpoint_is_complete(
+    train, tmp_path: Path, first: int
+) -> None:
+    found: list[list[int]] = []
+
+    def look(engine: NotingEngine) -> None:
+        if engine.num_steps == 1:
+            found.append(complete_steps(tmp_path / "run_2" / "checkpoints"))
+
+    train(2, "trainer.total_training_steps=2", "trainer.eval_every=0", first=first, act=look)
+    assert found == [[1], [1]]
+
+
 class Killed(BaseException):
     """Stands for the end of the process."""
 
