@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from verl.trainer.config import CheckpointConfig
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+from verl.workers.engine_workers import TrainingWorker
 
 from verl_vla.trainer.engine.divergence_guard import FiniteGuard
 from verl_vla.trainer.engine.engine import VLAEngine
@@ -44,3 +47,23 @@ def make_engine(
     engine.initialize()
     engine.guard = FiniteGuard(folder=diverged, max_in_a_row=2)
     return engine
+
+
+def training_worker(engine: VLAEngine, *, micro_batch_size: int) -> TrainingWorker:
+    """veRL's worker around an engine, without the process group that Ray would give it."""
+    worker: Any = TrainingWorker.__new__(TrainingWorker)
+    worker.engine, worker.device_name, worker.flops_counter = engine, "cpu", None
+    worker.profiler = SimpleNamespace(
+        step=lambda: None, rank=engine.get_data_parallel_rank(), check_enable=lambda: False
+    )
+    worker.model_config = {}
+    worker.engine_config = SimpleNamespace(
+        forward_only=False,
+        use_dynamic_bsz=True,
+        max_token_len_per_gpu=micro_batch_size,
+        infer_max_token_len_per_gpu=micro_batch_size,
+        micro_batch_size_per_gpu=None,
+        infer_micro_batch_size_per_gpu=None,
+        use_fused_kernels=False,
+    )
+    return worker

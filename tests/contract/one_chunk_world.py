@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,12 +18,17 @@ SHAPE = PolicyShape(num_views=1, image_size=2, chunk_length=2, action_dim=1, num
 TASK_NAMES = {0: "lift", 4: "push"}
 
 
+def by_init_state(spec: EpisodeSpec) -> Outcome:
+    return Outcome(spec.init_state_id % 3)
+
+
 class OneChunkSimulators:
-    """Every episode is over after one chunk; the init state says how."""
+    """Every episode is over after one chunk; ``outcome_of`` says how."""
 
     num_slots = 3
 
-    def __init__(self) -> None:
+    def __init__(self, outcome_of: Callable[[EpisodeSpec], Outcome] = by_init_state) -> None:
+        self._outcome_of = outcome_of
         self._specs: dict[int, EpisodeSpec] = {}
         self._has_moved: set[int] = set()
         self.specs: list[EpisodeSpec] = []
@@ -50,7 +55,7 @@ class OneChunkSimulators:
                 instruction=TASK_NAMES[spec.task_id],
             )
         self._has_moved.remove(slot)
-        outcome = Outcome(spec.init_state_id % 3)
+        outcome = self._outcome_of(spec)
         if outcome == Outcome.CRASH:
             return EpisodeCrashed("lost")
         goals = np.zeros((2, 1, 3), dtype=np.float32)

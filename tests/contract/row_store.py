@@ -29,7 +29,7 @@ class RowStore:
         self.rows[key], self.tags[key] = row | more, tag
 
     def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("kv_batch_get", "kv_batch_put", "kv_clear"):
+        for name in ("kv_batch_get", "kv_batch_put", "kv_clear", "kv_list"):
             monkeypatch.setattr(tq, name, getattr(self, name))
 
     def kv_batch_get(self, keys, partition_id, select_fields=None) -> TensorDict:
@@ -54,7 +54,10 @@ class RowStore:
     def kv_clear(self, keys, partition_id) -> None:
         assert keys, "as TransferQueue has it"
         for key in keys:
-            del self.rows[key]
+            del self.rows[key], self.tags[key]
+
+    def kv_list(self, partition_id: str | None = None) -> dict[str, dict[str, dict[str, Any]]]:
+        return {"train": dict(self.tags)}
 
 
 def jagged(column: list[Any]) -> Any:

@@ -15,11 +15,14 @@ from verl_vla.core.tables import Episodes, PolicySteps, Trajectories
 from verl_vla.rewards import (
     REWARDS_FOLDER,
     RewardResult,
+    VideoNeed,
     learn,
     load_reward,
     looks_at_images,
     score,
+    video_need,
 )
+from verl_vla.rewards.scoring import complete
 
 HEADER = """
 from __future__ import annotations
@@ -308,6 +311,95 @@ def test_features_are_made_of_the_images_by_the_rewards_own_encoder():
     assert batch.frames is None
     assert batch.feature_space == "mean colour"
     assert [f[:, 0].tolist() for f in batch.features] == [[0, 1], [10], [20]]
+
+
+def filmed() -> Trajectories:
+    videos = tuple(np.full((n, 2, 2, 3), n, dtype=np.uint8) for n in (3, 1, 2))
+    return replace(make_trajectories(), videos=videos)
+
+
+def test_a_video_comes_only_where_it_is_required_and_then_of_every_episode():
+    batch, _ = judge(Stub(), filmed())
+    assert batch.videos is None
+    stub = Stub(requires=frozenset({"video"}))
+    batch, _ = judge(stub, filmed())
+    assert [len(video) for video in batch.videos] == [3, 1, 2]
+    one_lacks = replace(filmed(), videos=(*filmed().videos[:2], filmed().videos[2][:0]))
+    for lacking in (make_trajectories(), one_lacks):
+        with pytest.raises(ContractError, match="Stub requires a video of every episode"):
+            judge(stub, lacking)
+
+
+def test_features_are_made_of_the_video_where_there_is_one():
+    needs = frozenset({"video", "features"})
+    batch, _ = judge(Stub(requires=needs, encoder=MeanColour()), filmed())
+    assert [f[:, 0].tolist() for f in batch.features] == [[3, 3, 3], [1], [2, 2]]
+
+
+def test_features_that_are_there_are_not_made_again():
+    needs = frozenset({"features"})
+    batch, _ = judge(Stub(requires=needs, encoder=MeanColour()))
+    assert complete(Stub(requires=needs), batch).features is batch.features
+    without = complete(Stub(), batch)
+    assert (without.features, without.feature_space) == (None, None)
+    with pytest.raises(ContractError, match="holds neither features nor frames"):
+        complete(Stub(requires=needs), without)
+
+
+def test_goal_readings_and_proprio_come_only_when_asked_for():
+    batch, _ = judge(Stub(requires=frozenset({"goals"})))
+    assert [len(readings) for readings in batch.goals] == [3, 2, 2]
+    assert (batch.proprio, batch.frames, batch.videos) == (None, None, None)
+    batch, _ = judge(Stub())
+    assert batch.goals is None
+    assert batch.mirrored
+
+
+@pytest.mark.parametrize(("every", "is_refused"), [(0, True), (1, False), (3, False)])
+def test_frames_of_a_video_are_at_least_a_step_apart(every, is_refused):
+    stub = Stub(requires=frozenset({"video"}))
+    stub.video = VideoNeed(every=every, max_frames=4)
+    if is_refused:
+        with pytest.raises(ConfigError, match="Stub wants a frame every 0 steps; set at least 1"):
+            video_need(stub)
+        return
+    assert video_need(stub) == stub.video
+    assert video_need(Stub()) is None
+
+
+def test_references_are_given_for_every_episode_or_for_none():
+    class Referring(Stub):
+        def __call__(self, batch):
+            self.seen = batch
+            return replace(super().__call__(batch), **self.references)
+
+    stub = Referring()
+    stub.references = {"num_references": np.array([1, 2, 3]), "reference_source": ("a",) * 3}
+    judge(stub)
+    for wrong in ({"num_references": np.array([1, 2])}, {"reference_source": ("a",) * 4}):
+        stub.references = wrong
+        with pytest.raises(RewardError, match="one number and one source of references for each"):
+            judge(stub)
+
+
+def test_a_rewards_own_metric_takes_the_place_of_a_count():
+    class Counting(Stub):
+        def __call__(self, batch):
+            own = {"groups_all_failed": 9.0, "own": 1.0}
+            return replace(super().__call__(batch), metrics=own)
+
+    _, result = judge(Counting())
+    assert (result.metrics["groups_all_failed"], result.metrics["own"]) == (9.0, 1.0)
+    assert result.metrics["groups_one_failure"] == 2.0
+
+
+def test_what_a_reward_says_of_its_learning_is_handed_on():
+    class Learning(Stub):
+        def update(self, batch):
+            return {"loss": float(len(batch))}
+
+    batch, _ = judge(Learning())
+    assert learn(Learning(), batch) == {"loss": 3.0}
 
 
 def test_one_embedding_for_a_whole_group_is_refused():

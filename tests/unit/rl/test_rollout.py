@@ -16,8 +16,9 @@ from verl_vla.core.errors import EpisodeCrashed
 from verl_vla.core.tables import ActionChunk, Trajectories
 from verl_vla.envs.base import ChunkResult
 from verl_vla.policies.base import PolicyShape
-from verl_vla.rl.episode_record import Answer
-from verl_vla.rl.rollout import NoiseSource, RolloutTimes, rollout
+from verl_vla.rl import rollout as rollout_module
+from verl_vla.rl.episode_record import Answer, thin_video
+from verl_vla.rl.rollout import POLL_S, NoiseSource, RolloutTimes, rollout
 
 SHAPE = PolicyShape(num_views=1, image_size=2, chunk_length=4, action_dim=2, num_bins=16)
 NOISE = NoiseSource(seed=7, stream=0)
@@ -576,3 +577,139 @@ def test_times_add_up_over_rollouts():
         totals.append(times.total_s)
         assert 0 < times.policy_s + times.wait_s <= times.total_s
     assert totals[1] > totals[0]
+
+
+class Clock:
+    """Seconds that pass only where a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+POLICY_S, SIMULATOR_S = 2.0, 0.25
+
+
+class TimedSimulators(ScriptedSimulators):
+    """Whoever waits for them waits a while."""
+
+    clock: Clock
+
+    def wait(self, slots: Collection[int]) -> dict[int, Answer]:
+        self.clock.now += SIMULATOR_S
+        return super().wait(slots)
+
+
+class TimedPolicy(ScriptedPolicy):
+    clock: Clock
+
+    def act(
+        self, observations: Sequence[Observation], noise: torch.Tensor, *, temperature: float
+    ) -> ActionChunk:
+        self.clock.now += POLICY_S
+        return super().act(observations, noise, temperature=temperature)
+
+
+class TimedChunk(RemoteChunk):
+    clock: Clock
+
+    def is_ready(self, timeout_s: float) -> bool:
+        assert timeout_s == POLL_S
+        self.clock.now += timeout_s
+        return super().is_ready(timeout_s)
+
+
+def test_seconds_are_those_of_the_policy_and_of_the_simulators(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(rollout_module, "time", clock)
+    specs, times = make_specs(2), RolloutTimes()
+    simulators = TimedSimulators({s.episode_id: Script(policy_steps=3) for s in specs}, 2)
+    policy = TimedPolicy()
+    simulators.clock = policy.clock = clock
+    rollout(specs, policy, simulators, temperature=1.0, noise=NOISE, times=times)
+    # two slots take turns: three policy steps and a reset each
+    assert times.policy_s == 6 * POLICY_S
+    assert times.wait_s == 8 * SIMULATOR_S
+    assert times.total_s == clock.now - 100 == times.policy_s + times.wait_s
+    assert times.policy_steps_for_ended == 0
+
+
+def test_waiting_for_a_remote_policy_is_the_policys_time(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(rollout_module, "time", clock)
+
+    class Remote(RemotePolicy):
+        def request(
+            self, observations: Sequence[Observation], noise: torch.Tensor, *, temperature: float
+        ) -> RemoteChunk:
+            chunk = super().request(observations, noise, temperature=temperature)
+            timed = TimedChunk(chunk.chunk, chunk.collected, self.polls_until_ready)
+            timed.clock = clock
+            return timed
+
+    specs, times = make_specs(2), RolloutTimes()
+    simulators = ScriptedSimulators({s.episode_id: Script(policy_steps=1) for s in specs}, 2)
+    simulators.are_fast = False
+    policy = Remote(simulators=simulators, polls_until_ready=3)
+    rollout(specs, policy, simulators, temperature=1.0, noise=NOISE, times=times)
+    # each of the two requests is polled four times
+    assert times.policy_s == pytest.approx(8 * POLL_S)
+    assert times.total_s == pytest.approx(times.policy_s + times.wait_s)
+
+
+def test_nothing_is_timed_before_it_is_played():
+    assert RolloutTimes() == RolloutTimes(
+        policy_s=0.0, wait_s=0.0, total_s=0.0, policy_steps_for_ended=0
+    )
+
+
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_each_episode_is_told_as_it_ends(num_slots):
+    specs, told = make_specs(4), []
+    scripts = [Script(policy_steps=2, outcome=Outcome.SUCCESS), Script(), Script(crash_at=-1)]
+    by_id = {s.episode_id: script for s, script in zip(specs, [*scripts, Script()], strict=True)}
+    rollout(
+        specs,
+        ScriptedPolicy(),
+        ScriptedSimulators(by_id, num_slots),
+        temperature=1.0,
+        noise=NOISE,
+        ended=told.append,
+    )
+    assert sorted(table.episodes.episode_id.tolist() for table in told) == [[10], [11], [12], [13]]
+    for table in told:
+        episode = int(table.episodes.episode_id)
+        outcome = Outcome.CRASH if episode == 12 else by_id[episode].outcome
+        assert table.episodes.outcome.tolist() == [outcome]
+        assert len(table.policy_steps) == (0 if episode == 12 else by_id[episode].policy_steps)
+        assert table.videos == ()
+
+
+def test_what_never_was_is_empty_in_every_dimension_but_the_fixed_ones():
+    specs = make_specs(1)
+    simulators = FilmedSimulators({10: Script(crash_at=-1)}, 1)
+    played = rollout(
+        specs, ScriptedPolicy(), simulators, temperature=1.0, noise=NOISE, max_video_frames=None
+    )
+    assert played.goals[0].shape == (0, 0, 3)
+    assert played.videos[0].shape == (0, 0, 0, 3)
+    steps = played.policy_steps
+    assert steps.image.shape == (0, 1, 2, 2, 3)
+    assert steps.proprio.shape == (0, 0)
+    assert steps.log_probs.shape == steps.action_tokens.shape == (0, SHAPE.num_tokens)
+    assert steps.executed.shape == steps.episode.shape == (0,)
+
+
+def test_a_video_that_is_short_enough_is_kept_as_it_is():
+    video = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
+    for most in (None, 5, 6):
+        assert thin_video(video, most) is video
+    assert thin_video(video, 4)[:, 0, 0, 0].tolist() in ([0, 1, 3, 4], [0, 1, 2, 4], [0, 2, 3, 4])
+    assert len(thin_video(video, 1)) == 1
+
+
+def test_an_odd_number_of_slots_gives_the_first_group_one_more():
+    _, _, policy = play_scripts([Script()] * 5, num_slots=5)
+    assert [len(batch) for batch in policy.batches] == [3, 2]

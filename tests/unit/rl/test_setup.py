@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,14 +29,14 @@ from verl_vla.config.shared import EnvironmentConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError, ContractError
 from verl_vla.envs.pool.env_pool import EnvPool
-from verl_vla.envs.registry import suite
+from verl_vla.envs.registry import make_env, suite
 from verl_vla.policies.base import PolicyShape
 from verl_vla.policies.normalization import ActionStatistics
 from verl_vla.policies.openvla_oft import OpenVLAOFTPolicy
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
 from verl_vla.policies.registry import load_processor
 from verl_vla.policies.scratch_vla import tiny as tiny_scratch_vla
-from verl_vla.rl.setup import env_config, find_policy, starts, task_ids
+from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, task_ids
 from verl_vla.trainer.grpo.run import open_run
 
 MINI = suite("mini")
@@ -130,6 +132,49 @@ def test_videos_are_rendered_for_a_reward_that_requires_them(
     shaped = replace(recipe, reward="srpo", reward_args={"encoder": "pixels", **reward_args})
     with open_run(shaped) as run:
         assert run.env_config.video_every == every
+
+
+def test_the_image_after_the_last_step_is_rendered_for_a_reward_that_looks(recipe, no_simulators):
+    with open_run(recipe) as run:
+        assert not run.env_config.render_final
+    shaped = replace(recipe, reward="srpo", reward_args={"encoder": "pixels"}, out=recipe.out + "2")
+    with open_run(shaped) as run:
+        assert run.env_config.render_final
+        assert run.env_config.cameras == CAMERAS[:1]
+
+
+def test_what_a_recipe_needs_besides_is_looked_for_before_anything_starts(
+    recipe, no_simulators, monkeypatch
+):
+    asked: list[dict[str, str]] = []
+    monkeypatch.setattr("verl_vla.trainer.grpo.run.require_extras", asked.append)
+    loggers = GRPOTrainerConfig(loggers=("tensorboard", "mlflow"))
+    open_and_close(replace(recipe, trainer=loggers))
+    assert asked == [
+        {"policy.quantization": "none", "optimizer.name": "adamw"},
+        {"trainer.loggers": "tensorboard"},
+        {"trainer.loggers": "mlflow"},
+    ]
+
+
+def test_where_other_nodes_simulate_no_simulator_is_opened_here(recipe, monkeypatch):
+    monkeypatch.setattr(
+        "verl_vla.trainer.grpo.run.open_simulators", lambda *_: pytest.fail("a pool was opened")
+    )
+    cluster = GRPOClusterConfig(env_nodes=1, address="auto")
+    with open_run(replace(recipe, cluster=cluster)) as run:
+        assert run.simulators is None
+
+
+def test_a_run_knows_its_starts_and_how_it_is_evaluated(recipe, no_simulators):
+    several = replace(
+        recipe, evaluation=GRPOEvaluationConfig(episodes_per_task=2, also_sampled="always")
+    )
+    with open_run(several) as run:
+        assert run.evaluation_starts == starts(MINI, (0, 2), "held_out", per_task=2)
+        assert run.training_starts == starts(MINI, (0, 2), "train")
+        assert [kind.temperature for kind in run.evaluation_kinds] == [0.0, 1.6]
+        assert run.recipe is several
 
 
 def _is_running(pid: int) -> bool:
@@ -354,3 +399,141 @@ def test_the_embedded_suite_needs_no_assets(monkeypatch):
         "verl_vla.envs.libero.suite.find_assets", lambda: pytest.fail("assets were looked for")
     )
     MINI.require_simulator()
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A policy's sizes and statistics, without the policy."""
+
+    shape: PolicyShape = SHAPE
+    gripper_dims: tuple[int, ...] = (6,)
+    render_size: int | None = None
+
+    @property
+    def codec(self) -> Any:
+        return SimpleNamespace(statistics=SimpleNamespace(gripper_dims=self.gripper_dims, key="x"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_views": 3}, "takes 3 images, but the environments have 2 cameras"),
+        ({"action_dim": 6}, "an action of the policy has 6 values, and one of suite 'mini' has 7"),
+        ({"proprio_dim": 7}, "reads 7 proprio values, and suite 'mini' has 8"),
+        ({"proprio_dim": 8}, None),
+        ({"proprio_dim": 0}, None),
+        ({"num_views": 2}, None),
+    ],
+)
+def test_a_policy_must_suit_the_robot(change, message):
+    given: Any = Processor(shape=replace(SHAPE, **change))
+    if message is None:
+        env_config(EnvironmentConfig(suite="mini"), given)
+        return
+    with pytest.raises(ConfigError, match=message):
+        env_config(EnvironmentConfig(suite="mini"), given)
+
+
+@pytest.mark.parametrize("dims", [(), (5,), (5, 6)])
+def test_the_gripper_is_where_the_suite_has_it(dims):
+    given: Any = Processor(gripper_dims=dims)
+    with pytest.raises(ConfigError, match="'x' leave the values .* are at .6.: the mask must be"):
+        env_config(EnvironmentConfig(suite="mini"), given)
+
+
+@pytest.mark.parametrize(
+    ("known", "asked", "rendered", "is_warned"),
+    [
+        (None, None, 256, False),
+        (64, None, 64, False),
+        (None, 32, 32, False),
+        (64, 64, 64, False),
+        (64, 28, 28, True),
+    ],
+)
+def test_the_recipe_decides_how_large_images_are_rendered(
+    known, asked, rendered, is_warned, caplog
+):
+    given: Any = Processor(render_size=known)
+    config = env_config(EnvironmentConfig(suite="mini", render_size=asked), given)
+    assert config.render_size == rendered
+    assert bool(caplog.messages) == is_warned
+
+
+@pytest.mark.parametrize(
+    ("tasks", "workers", "number"), [(None, 1, 10), ((0,), 1, 2), ((0, 1, 2), 1, 6), (None, 2, 7)]
+)
+def test_a_process_keeps_simulators_for_its_share_of_the_tasks(tasks, workers, number):
+    given: Any = Processor()
+    env = EnvironmentConfig(suite="mini", tasks=tasks, num_workers=workers)
+    assert env_config(env, given).max_simulators == number
+
+
+def test_a_step_limit_that_is_none_is_refused_before_anything_starts():
+    given: Any = Processor()
+    with pytest.raises(ConfigError, match="step_limit is 0"):
+        env_config(EnvironmentConfig(suite="mini", step_limit=0), given)
+
+
+def test_tasks_that_cannot_be_built_are_left_out_and_named(caplog):
+    some: Any = SimpleNamespace(
+        name="some", tasks="abcd", refusals={1: "no mesh", 2: "no mesh", 3: "no texture"}
+    )
+    assert task_ids(some, None) == (0,)
+    assert caplog.messages == [
+        "2 of 4 tasks of some are left out: no mesh",
+        "1 of 4 tasks of some are left out: no texture",
+    ]
+    assert task_ids(some, (0,)) == (0,)
+    with pytest.raises(ConfigError, match="has 2, which cannot be built: no mesh"):
+        task_ids(some, (0, 2))
+    some.refusals[0] = "no mesh"
+    with pytest.raises(ConfigError, match="no task of suite 'some' can be built here"):
+        task_ids(some, None)
+
+
+@pytest.mark.parametrize(("split", "number"), [("train", 1), ("held_out", 1), ("sampled", 9)])
+def test_a_task_with_fewer_recorded_starts_gives_all_that_it_has(split, number):
+    """LIBERO-Plus records one for each of its tasks."""
+    first = replace(MINI.tasks[0], num_init_states=1)
+    fewer = replace(MINI, tasks=(first, *MINI.tasks[1:]))
+    found = starts(fewer, (0, 1), split, per_task=9)
+    by_task = [sum(start.task_id == task for start in found) for task in (0, 1)]
+    assert by_task == [number if split != "train" else len(fewer.init_state_ids(0, split)[:9]), 9]
+
+
+def test_simulators_are_opened_as_the_recipe_says_and_closed_after_an_error(monkeypatch):
+    asked: list[Any] = []
+
+    class Pool:
+        def __init__(self, make: Any, **options: Any) -> None:
+            asked.append((make.func, make.args, options))
+
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            asked.append("closed")
+
+    monkeypatch.setattr("verl_vla.rl.setup.EnvPool", Pool)
+    monkeypatch.setattr("verl_vla.rl.setup.render_devices", lambda: ["3"])
+    env = EnvironmentConfig(suite="mini", num_workers=3, num_slots=5, timeout_s=7.0)
+    config: Any = "a configuration"
+    with pytest.raises(KeyError), open_simulators(env, config, SHAPE) as pool:
+        assert isinstance(pool, Pool)
+        raise KeyError
+    assert asked == [
+        (
+            make_env,
+            (config,),
+            {
+                "num_workers": 3,
+                "num_slots": 5,
+                "image_shape": SHAPE.image_shape,
+                "timeout_s": 7.0,
+                "worker_env": {},
+                "render_devices": ["3"],
+            },
+        ),
+        "closed",
+    ]

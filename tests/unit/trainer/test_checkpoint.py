@@ -254,3 +254,112 @@ def test_a_state_that_could_not_be_read_back_is_refused_when_it_is_written(tmp_p
     ):
         save_run_state(folder, {"num_groups_sampled": 1, "reward": {"x": value}})
     assert complete_steps(tmp_path) == []
+
+
+def test_all_of_a_checkpoint_is_on_disk_before_its_name_is(tmp_path, monkeypatch):
+    """A power cut at any moment leaves a manifest with all that it names, or none."""
+    events: list[tuple[str, str]] = []
+    sync, rename, replace = os.fsync, Path.rename, Path.replace
+
+    def place(path: str | Path) -> str:
+        return str(Path(path).relative_to(tmp_path.parent)).replace(tmp_path.name, "top", 1)
+
+    def noting_sync(descriptor: int) -> None:
+        events.append(("sync", place(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        sync(descriptor)
+
+    def noting_rename(path: Path, target: Path) -> Path:
+        events.append(("rename", place(target)))
+        return rename(path, target)
+
+    def noting_replace(path: Path, target: Path) -> Path:
+        events.append(("link", place(target)))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", noting_sync)
+    monkeypatch.setattr(Path, "rename", noting_rename)
+    monkeypatch.setattr(Path, "replace", noting_replace)
+    write(tmp_path, 7)
+    unfinished = "top/unfinished/global_step_7"
+    content = ["actor", "actor/model.pt", "state.json"]
+    assert sorted(events[:3]) == [("sync", f"{unfinished}/{name}") for name in content]
+    assert events[3:] == [
+        ("sync", f"{unfinished}/{MANIFEST}"),
+        ("sync", unfinished),
+        ("rename", "top/global_step_7"),
+        ("sync", "top"),
+        ("link", "top/latest"),
+        ("sync", "top"),
+    ]
+    assert not (tmp_path / "unfinished").exists()
+
+
+def test_what_a_killed_process_left_is_removed_before_anything_is_written(tmp_path):
+    left = tmp_path / "unfinished" / "global_step_1"
+    left.mkdir(parents=True)
+    (left / "half.pt").write_bytes(b"half")
+    with writing(tmp_path, 1) as folder:
+        assert folder == left
+        assert list(folder.iterdir()) == []
+    (tmp_path / "unfinished" / "global_step_2").mkdir(parents=True)
+    assert newest_valid(tmp_path) == 1
+    assert not (tmp_path / "unfinished").exists()
+
+
+def test_a_link_that_was_cut_short_is_made_again(tmp_path):
+    (tmp_path / "latest.tmp").symlink_to("nowhere")
+    write(tmp_path, 1)
+    assert (tmp_path / "latest").readlink() == Path("global_step_1")
+    assert not (tmp_path / "latest.tmp").is_symlink()
+
+
+def test_a_fault_of_the_reward_is_not_said_to_be_one_of_the_disk(tmp_path):
+    with pytest.raises(ContractError, match="the reward's fault"), writing(tmp_path, 1):
+        raise ContractError("the reward's fault")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError("no room"), r"of step 1 .*\(no room; \d+ MiB were left there"),
+        (OSError("a\nlast line\n"), r"\(last line; "),
+        (OSError(), r"\(OSError\(\); .*There is no other"),
+    ],
+)
+def test_why_nothing_was_written_is_said_in_a_line(tmp_path, error, says):
+    with pytest.raises(CheckpointError, match=says), writing(tmp_path, 1):
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_quarantine_takes_the_place_of_the_first(tmp_path):
+    write(tmp_path, 1)
+    for content in (b"first", b"again"):
+        flip_a_bit(write(tmp_path, 2, content))
+        assert newest_valid(tmp_path) == 1
+    kept = (tmp_path / "global_step_2_corrupt" / "actor" / "model.pt").read_bytes()
+    assert kept[:3] == b"aga"
+
+
+def test_files_of_any_size_are_hashed_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "HASH_BLOCK", 3)
+    manifest = json.loads((write(tmp_path, 3) / MANIFEST).read_text())
+    weights = manifest["files"]["actor/model.pt"]
+    assert weights["sha256"].startswith("9a129038d9a00aed")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with (
+        pytest.raises(CheckpointError, match="step 1 could not be written .*Not a directory"),
+        writing(tmp_path / "checkpoints", 1),
+    ):
+        pass
+
+
+def test_files_are_closed_again(tmp_path):
+    write(tmp_path, 1)
+    before = os.listdir("/proc/self/fd")
+    write(tmp_path, 2)
+    assert newest_valid(tmp_path) == 2
+    assert len(os.listdir("/proc/self/fd")) == len(before)

@@ -13,12 +13,19 @@ import torch
 import torch.distributed
 from mini_engine import make_engine
 from safetensors.torch import load_file
+from thread_ranks import ThreadRanks
+from verl.utils import tensordict_utils as tu
 
 from verl_vla.config.grpo import LossConfig
 from verl_vla.core.errors import DivergedError
 from verl_vla.core.files import PROJECT_FOLDER
 from verl_vla.envs.registry import suite
-from verl_vla.trainer.engine.divergence_guard import load_rows
+from verl_vla.trainer.engine.divergence_guard import (
+    FiniteGuard,
+    all_finite,
+    load_rows,
+    plain_rows,
+)
 from verl_vla.trainer.engine.engine import VLAEngine
 from verl_vla.trainer.grpo.worker import row_loss
 from verl_vla.trainer.verl_compat.process import prepare_verl
@@ -142,3 +149,68 @@ def test_too_many_in_a_row_end_the_run_and_can_be_replayed(
     assert all(torch.equal(now[name], value) for name, value in kept.items())
     again = make_engine(folder / "policy", tmp_path / "again")
     assert not math.isfinite(learn(again, load_rows(folder / "batch_rank_0.pt")))
+
+
+@pytest.mark.parametrize(
+    ("losses", "answers"),
+    [
+        ([[1.0, -2.0], [0.0]], [True, True]),
+        ([[1.0], [2.0, math.nan]], [False, False]),
+        ([[math.inf], [math.nan]], [False, False]),
+        ([[], []], [True, True]),
+    ],
+)
+def test_every_rank_leaves_out_a_step_that_one_of_them_spoils(
+    monkeypatch: pytest.MonkeyPatch, losses: list[list[float]], answers: list[bool]
+) -> None:
+    prepare_verl("cpu", option="cluster.device")
+    group = ThreadRanks(2)
+    group.stand_in(monkeypatch)
+    assert group.run(*(partial(all_finite, of_rank) for of_rank in losses)) == answers
+
+
+def test_a_guard_ends_at_its_number_and_counts_again_after_a_step(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    guard = FiniteGuard(folder=tmp_path / "deep" / "diverged", max_in_a_row=2)
+    exported: list[Path] = []
+    copies: list[int] = []
+
+    def batch() -> dict[str, Any]:
+        copies.append(1)
+        return {"temperature": 1.0}
+
+    def enter(*norms: float) -> None:
+        for norm in norms:
+            guard.count(norm, batch, exported.append)
+
+    enter(math.nan, 1.0, math.inf, 0.0, math.nan)
+    assert (guard.num_in_a_row, exported, copies) == (1, [], [])
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
+    for _ in range(2):  # a rank may come after another has made the folder
+        with pytest.raises(DivergedError):
+            enter(math.nan)
+    assert exported == [guard.folder / "policy"] * 2
+    assert torch.load(guard.folder / "batch_rank_3.pt", weights_only=True) == {"temperature": 1.0}
+
+
+def test_the_rows_of_a_batch_are_kept_as_copies_with_its_plain_values() -> None:
+    whole = torch.arange(6.0).view(3, 2)
+    nested = torch.nested.as_nested_tensor([torch.zeros(1), torch.ones(2)], layout=torch.jagged)
+    data = tu.get_tensordict({"prompts": nested}, {"name": "a", "count": 2, "share": 0.5})
+    kept = plain_rows(data)
+    assert [row.tolist() for row in kept["prompts"]] == [[0.0], [1.0, 1.0]]
+    assert (kept["name"], kept["count"], kept["share"]) == ("a", 2, 0.5)
+    dense = plain_rows(tu.get_tensordict({"images": whole}))
+    assert [row.tolist() for row in dense["images"]] == whole.tolist()
+    assert {row.untyped_storage().nbytes() for row in dense["images"]} == {8}, "not of the whole"
+
+
+def test_rows_come_back_as_the_engine_takes_them(tmp_path: Path) -> None:
+    rows = (torch.arange(2), torch.arange(3))
+    torch.save({"prompts": rows, "temperature": 0.5, "note": None}, tmp_path / "rows.pt")
+    data = load_rows(tmp_path / "rows.pt")
+    assert data["prompts"].is_nested
+    assert [row.tolist() for row in data["prompts"].unbind()] == [[0, 1], [0, 1, 2]]
+    assert float(tu.get(data, "temperature")) == 0.5
+    assert len(data) == 2

@@ -16,6 +16,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
+from verl_yaml import read_once
 
 from verl_vla.config.compose import load_recipe
 from verl_vla.config.grpo import LossConfig
@@ -77,6 +78,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """An engine for ``key=value`` words, as `ActorRolloutRefWorker` makes it."""
+    read_once(monkeypatch)
     monkeypatch.setattr("verl_vla.trainer.grpo.run.open_simulators", lambda *_: nullcontext())
 
     def build(*words: str) -> VLAEngine:

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import transfer_queue as tq
 from one_chunk_world import CRASH, SUCCESS, TIMEOUT, NotingPolicy, OneChunkSimulators, starts_of
@@ -15,9 +16,10 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
 from verl_vla.core.errors import RewardError
-from verl_vla.rewards import RewardResult, StatelessReward, TrajectoryBatch
+from verl_vla.rewards import RewardResult, StatelessReward, TrajectoryBatch, video_need
 from verl_vla.rewards.loading import load_reward
 from verl_vla.rl.group_sampling import StartSampler
+from verl_vla.rl.rollout import NoiseSource, RolloutTimes
 from verl_vla.trainer.grpo.env_loop import EpisodeLoop, StepStats
 from verl_vla.trainer.grpo.rows import RowKey, group_of
 from verl_vla.trainer.grpo.unscored_episodes import UnscoredEpisodes
@@ -208,3 +210,110 @@ def test_a_step_in_which_every_simulator_crashed_has_no_success_rate() -> None:
     assert math.isnan(values["env/success_rate"])
     assert math.isnan(values["critic/score/mean"])
     assert values["env/crashes"] == 3
+
+
+def test_a_step_begins_with_nothing_counted() -> None:
+    values = StepStats().as_metrics()
+    unknown = {"env/success_rate", "critic/score/mean", "perf/policy_steps_per_s"}
+    unknown |= {"perf/env_wait_share", "perf/policy_share"}
+    assert {name for name, value in values.items() if math.isnan(value)} == unknown
+    assert {value for name, value in values.items() if name not in unknown} == {0.0}
+
+
+def test_rates_are_of_the_seconds_of_the_rollout() -> None:
+    times = RolloutTimes(policy_s=2.0, wait_s=1.0, total_s=4.0, policy_steps_for_ended=3)
+    stats = StepStats(
+        times=times, reward_s=5.0, transfer_s=6.0, policy_steps=8, reward_metrics={"spread": 7.0}
+    )
+    values = stats.as_metrics()
+    assert values["perf/policy_steps_per_s"] == 2
+    assert values["perf/policy_share"] == 0.5
+    assert values["perf/env_wait_share"] == 0.25
+    assert values["env/policy_steps_after_end"] == 3
+    seconds = [values[f"timing_s/{part}"] for part in ("gen", "reward", "transfer")]
+    assert seconds == [4, 5, 6]
+    assert values["reward/spread"] == 7
+
+
+class Grading(StatelessReward):
+    """Scores by the number of the episode, and says what it has counted and learned."""
+
+    requires = frozenset({"frames"})
+
+    def __init__(self) -> None:
+        self.seen: list[TrajectoryBatch] = []
+        self.learned: list[TrajectoryBatch] = []
+
+    def __call__(self, batch: TrajectoryBatch) -> RewardResult:
+        self.seen.append(batch)
+        score = (batch.episode_id / 10).astype(np.float32)
+        return RewardResult(
+            score=score, progress=score, status=("ok",) * len(batch), metrics={"seen": 1.0}
+        )
+
+    def update(self, batch: TrajectoryBatch) -> dict[str, float]:
+        assert len(self.seen) == len(self.learned) + 1, "scored before it is learned from"
+        self.learned.append(batch)
+        return {"learned": float(len(self.learned))}
+
+
+def test_a_round_is_scored_then_learned_from_and_its_spread_is_known(
+    tmp_path: Path, store: RowStore
+) -> None:
+    reward = Grading()
+    loop = make_loop(tmp_path, starts_of({4: [SUCCESS, CRASH], 0: [TIMEOUT]}), reward)
+    uids = loop.next_groups(3)
+    loop.generate_sequences(asked_for(uids, step=5))
+    (batch,) = reward.seen
+    assert reward.learned == [batch]
+    assert (batch.split, batch.mirrored) == ("train", False)
+    assert set(batch.task_key) == {"mini/4", "mini/0"}
+    assert batch.frames is not None
+    (lost,) = (uid for uid in uids if store.tags[uid]["num_crashed"])
+    for uid in uids:
+        tag = store.tags[uid]
+        assert tag["global_steps"] == 5
+        assert tag["score_spread"] == pytest.approx(0.0 if uid == lost else 0.2)
+        start = next(s for s in loop._simulators.specs if f"g{s.group_id}" == uid)
+        assert tag["task_id"] == start.task_id
+    alive = [key for key in store.rows if key.endswith("_0")]
+    assert {store.tags[key]["global_steps"] for key in alive} == {5}
+    earned = {key: float(store.rows[key]["rm_scores"].sum()) for key in alive}
+    numbers = {f"g{s.group_id}_{s.episode_id}_0": s.episode_id for s in loop._simulators.specs}
+    assert earned == pytest.approx({key: numbers[key] / 10 for key in alive})
+    values = loop.stats.as_metrics()
+    assert (values["reward/seen"], values["reward/learned"]) == (1, 1)
+    assert values["critic/score/mean"] == pytest.approx(sum(earned.values()) / 6)
+    assert loop._recorder.scores == pytest.approx({numbers[key]: earned[key] for key in alive})
+
+
+def test_two_rounds_of_a_step_add_up(tmp_path: Path, store: RowStore) -> None:
+    loop = make_loop(tmp_path, starts_of({4: [SUCCESS], 0: [CRASH]}))
+    for _ in range(2):
+        loop.generate_sequences(asked_for(loop.next_groups(2)))
+    stats = loop.stats
+    assert (stats.episodes, stats.crashes, stats.solved) == (12, 6, 6)
+    assert (stats.policy_steps, stats.steps, stats.score_sum) == (6, 12, 6.0)
+    loop.begin_step()
+    assert loop.stats == StepStats()
+
+
+def test_training_noise_is_that_of_the_seed_and_the_temperature_is_handed_on(
+    tmp_path: Path, store: RowStore
+) -> None:
+    loop = make_loop(tmp_path, starts_of({4: [SUCCESS]}))
+    loop.generate_sequences(asked_for(loop.next_groups(1)))
+    policy = loop._policy
+    assert policy.temperatures == {1.0}
+    right = NoiseSource(seed=0, stream=0)
+    assert [row.tolist() for row in policy.noises] == [
+        right.uniform(episode, 0, 2).tolist() for episode in range(GROUP_SIZE)
+    ]
+
+
+def test_videos_are_kept_where_the_reward_needs_them(tmp_path: Path) -> None:
+    assert make_loop(tmp_path)._max_video_frames == 0
+    filmed = load_reward("srpo", {"encoder": "pixels", "video_every": 2})
+    need = video_need(filmed)
+    assert need is not None
+    assert make_loop(tmp_path, reward=filmed)._max_video_frames == need.max_frames

@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import gathered_save_rank
+import gathering_rank
 import pytest
+from rank_processes import run_ranks
 
 from verl_vla.config.compose import load_recipe
 
-SCRIPT = Path(__file__).with_name("gathering_rank.py")
 NUM_LAYERS, POLICY_STEPS = 3, 4
 
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list[float]]]:
     """Gathers and answers of one rank, under each way to play."""
-    store = tmp_path_factory.mktemp("store") / "file"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(store)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[3])},
-        )
-        for rank in range(2)
-    ]
-    said = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    first, second = map(json.loads, said)
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks(gathering_rank.main, (folder, 0), (folder, 1))
+    first, second = (json.loads((folder / f"counted_{r}.json").read_text()) for r in range(2))
     assert first == second
     return first
 
@@ -55,19 +44,7 @@ def test_what_was_learned_is_gathered_anew(counted) -> None:
 
 @pytest.mark.parametrize("lora_rank", [0, 4], ids=["all weights", "adapters"])
 def test_a_checkpoint_after_an_evaluation_can_be_loaded(lora_rank: int, tmp_path: Path) -> None:
-    script = SCRIPT.with_name("gathered_save_rank.py")
-    path = os.pathsep.join(map(str, (SCRIPT.parents[3], SCRIPT.parents[2] / "contract")))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path), str(rank), str(lora_rank)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-        for rank in range(2)
-    ]
-    said = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
+    run_ranks(gathered_save_rank.main, (tmp_path, 0, lora_rank), (tmp_path, 1, lora_rank))
 
 
 def test_a_recipe_may_refuse() -> None:

@@ -5,14 +5,13 @@ Only the store is a stand-in: rows go from `update` through veRL's slices to the
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import mini_batch_rank
 import pytest
 import torch
+from rank_processes import run_ranks
 from row_store import RowStore
 from step_tables import episode_column, step_tables
 from tensordict import TensorDict
@@ -31,7 +30,6 @@ from verl_vla.trainer.engine.divergence_guard import plain_rows
 from verl_vla.trainer.grpo.rows import RowKey, is_padding, make_rows
 from verl_vla.trainer.grpo.update import update
 
-SCRIPT = Path(__file__).with_name("mini_batch_rank.py")
 TEMPERATURE = 1.0
 GROUPS = [[5, 2, 1], [3, 3], [1, 2, 2], [2, 2, 1]]
 """Policy steps of the episodes of each group."""
@@ -60,23 +58,12 @@ class Workers(RowStore):
             data = self.kv_batch_get(keys, batch.partition_id, batch.fields)
             tu.assign_non_tensor(data, **batch.extra_info)
             torch.save(plain_rows(data), self.folder / f"rows_{rank}.pt")
-        self._learn()
+        ranks = range(self.num_ranks)
+        run_ranks(mini_batch_rank.main, *((self.folder, rank, self.num_ranks) for rank in ranks))
         names = ("num_tokens", "ratio_sum", "ratio_deviation", "loss_sum", "entropy_sum")
         counts = ("num_rows", "num_rows_idle", "num_clipped_low", "num_clipped_high")
         unread = dict.fromkeys((*names, *counts, "grad_norm", "lr", "optimizer_step"), [0.0])
         return tu.get_tensordict({}, {"metrics": unread})
-
-    def _learn(self) -> None:
-        paths = (PROJECT_FOLDER, PROJECT_FOLDER / "tests" / "contract")
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, str(SCRIPT), str(self.folder), str(rank), str(self.num_ranks)],
-                env=environment,
-            )
-            for rank in range(self.num_ranks)
-        ]
-        assert [rank.wait(timeout=300) for rank in ranks] == [0] * self.num_ranks
 
     def step_of(self, key: str) -> int:
         """Which optimizer step learns from a row."""

@@ -145,7 +145,7 @@ def padding_shares(
     """What padding is of all rows of training steps with 4 mini-batches."""
     rng = np.random.default_rng(0)
     shares = []
-    for _ in range(40):
+    for _ in range(12):
         step = [lengths(rng) for _ in range(num_groups)]
         parts = cut(keys_of(step), set(), 4)
         assert {part.num_trajectories for part in parts} == {8 * num_groups // 4}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from bench_world import NUM_GROUPS, SIZE, make_trajectories
+from row_store import RowStore
 from verl.utils import tensordict_utils as tu
 
 from verl_vla.core.episode import EpisodeSpec, Start
 from verl_vla.core.errors import RewardError
+from verl_vla.policies.base import PolicyShape
 from verl_vla.rewards import RewardResult, StatelessReward, TrajectoryBatch
 from verl_vla.rl.group_sampling import StartSampler
 from verl_vla.trainer.grpo.env_loop import EpisodeLoop
@@ -64,12 +67,17 @@ class Unsure(StatelessReward):
         return RewardResult(score=score, progress=score, status=("ok",) * len(batch))
 
 
-def test_a_refused_round_leaves_its_episodes_behind(tmp_path: Path) -> None:
+def test_a_refused_round_leaves_its_episodes_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RowStore().stand_in(monkeypatch)
     kept = UnscoredEpisodes(tmp_path, first_step=STEP)
     kept.keep(PLAYED, STEP)
-    nobody: Any = None  # neither a policy nor a simulator is asked, and nothing is shown
+    nobody: Any = None  # no simulator is asked, and nothing is shown
+    tokens = PLAYED.policy_steps.action_tokens.shape[1]
+    sizes = {"num_views": 1, "image_size": 2, "chunk_length": tokens, "action_dim": 1}
     loop = EpisodeLoop(
-        nobody,
+        cast("Any", SimpleNamespace(shape=PolicyShape(**sizes, num_bins=4))),
         nobody,
         Unsure(),
         StartSampler([Start(task_id=0, init_state_id=0)], seed=0, group_size=SIZE),

@@ -7,80 +7,25 @@ import math
 import numpy as np
 import pytest
 import torch
-from row_store import RowStore
+from ranks import LR, Ranks
 from step_tables import episode_column, step_tables
-from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl import DataProto
 from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
-from verl.utils import tensordict_utils as tu
 
 from verl_vla.config.compose import group_options, load_recipe, recipe_names
-from verl_vla.config.grpo import Recipe
 from verl_vla.core.tables import Trajectories
 from verl_vla.rl.group_sampling import GroupFilter, GroupResult
 from verl_vla.runs.metrics import check_declared
 from verl_vla.trainer.grpo.rows import RowKey, group_key, is_padding, make_rows
 from verl_vla.trainer.grpo.update import update
-from verl_vla.trainer.grpo.worker import row_loss
 
 CHUNK, DIM, PLACES = 2, 1, 3
 TOKENS = CHUNK * DIM
-LR = 1e-4
 FORMER_MULTIPLE = 4
 """What the batch was padded to when log-probs were computed."""
 UNIFORM, MIXED = [0.0] * 2, [0.0, 1.0]
-
-
-class Ranks(RowStore):
-    """Have the rows of a training step in ``rows``; note which of them reach the loss."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__()
-        self.recipe = recipe
-        self.steps: list[list[str]] = []
-        """Rows of every optimizer step, over all ranks."""
-        self.num_trajectories: list[int] = []
-        """Denominator of every optimizer step."""
-        self.steps_of_schedule = 0
-
-    @property
-    def seen(self) -> list[str]:
-        return [key for step in self.steps for key in step]
-
-    def go_without_update(self) -> list[float]:
-        self.steps_of_schedule += 1
-        return [LR]
-
-    def update_actor(self, batch: KVBatchMeta) -> TensorDict:
-        assert batch.extra_info is not None
-        parts, found = batch.extra_info["num_mini_batch"], []
-        runs = [run.keys for run in batch.chunk(self.recipe.cluster.num_ranks)]
-        (size,) = {len(keys) for keys in runs}
-        assert size % parts == 0
-        for part in range(parts):
-            mine = slice(part * size // parts, (part + 1) * size // parts)
-            self.steps.append([key for keys in runs for key in keys[mine]])
-            found.append(self._learn(batch, part))
-        reported = {name: [one[name] for one in found] for name in found[0]}
-        return tu.get_tensordict({}, {"metrics": reported})
-
-    def _learn(self, batch: KVBatchMeta, part: int) -> dict[str, float]:
-        keys = self.steps[part]
-        data = self.kv_batch_get(keys, batch.partition_id, batch.fields)
-        (number,) = {int(self.rows[key]["num_trajectories"]) for key in keys if not is_padding(key)}
-        self.num_trajectories.append(number)
-        log_probs = torch.full((len(keys), TOKENS), -1.0)
-        _, sums = row_loss(
-            log_probs=log_probs,
-            entropy=log_probs,
-            data=data,
-            config=self.recipe.loss,
-            action_dim=DIM,
-            num_ranks=1,
-        )
-        return sums | {"optimizer_step": part, "grad_norm": 1.0, "lr": LR}
 
 
 @pytest.fixture
@@ -90,7 +35,8 @@ def play(monkeypatch: pytest.MonkeyPatch):
     def play_step(
         groups: list[list[float]], *words: str
     ) -> tuple[Ranks, KVBatchMeta, dict[str, float]]:
-        rank = Ranks(load_recipe(["out=runs/test", *words]))
+        recipe = load_recipe(["out=runs/test", *words])
+        rank = Ranks(recipe, num_tokens=TOKENS, action_dim=DIM)
         rank.stand_in(monkeypatch)
         batch = sampled(rank, groups)
         batch = upsample_batch_to_divisible_size(batch, FORMER_MULTIPLE, eos_token_id=0)

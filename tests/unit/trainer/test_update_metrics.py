@@ -138,3 +138,11 @@ def test_an_update_without_a_token_is_zero_and_not_an_error():
 def test_a_missing_report_is_not_hidden():
     with pytest.raises(KeyError, match="entropy_sum"):
         summarise({k: v for k, v in REPORTED.items() if k != "entropy_sum"})
+
+
+def test_an_update_of_a_single_token_is_divided_by_one():
+    single = {name: [0.0] for name in REPORTED}
+    single |= {"num_tokens": [1], "entropy_sum": [3.0], "ratio_sum": [1.5], "num_clipped_low": [1]}
+    values = summarise(single)
+    assert (values["actor/entropy"], values["actor/ratio_first"]) == (3.0, 1.5)
+    assert values["actor/pg_clipfrac_low"] == 1.0

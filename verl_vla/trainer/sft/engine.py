@@ -127,8 +127,8 @@ class SFTEngine(VLAEngine):
         """
         size = self._run.recipe.optimizer.micro_batch_size
         sums = torch.zeros(2, dtype=torch.float64)
+        # which forgets the gradients when it ends
         with self.train_mode():
-            self.optimizer_zero_grad()
             # FSDP2 shares out every micro-batch's gradients. To wait for the last one, as veRL can,
             # keeps whole gradients, which FSDP2 cannot add up in another dtype than the weights'.
             for start in range(0, len(batch.action_tokens), size):

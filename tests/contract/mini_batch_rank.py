@@ -1,27 +1,19 @@
-"""One of the ranks of an update: learns from its rows as veRL hands them out; no weight moves.
-
-mini_batch_rank.py FOLDER RANK NUM_RANKS
-"""
+"""One of the ranks of an update: learns from its rows as veRL hands them out; no weight moves."""
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.distributed
-from mini_engine import make_engine
-from verl.workers.engine_workers import TrainingWorker
+from mini_engine import make_engine, training_worker
 
 from verl_vla.config.grpo import LossConfig
 from verl_vla.core.files import PROJECT_FOLDER
 from verl_vla.trainer.engine.divergence_guard import load_rows
 from verl_vla.trainer.engine.engine import VLAEngine
 from verl_vla.trainer.grpo.worker import row_loss
-from verl_vla.trainer.verl_compat.process import prepare_verl
 
 MICRO_BATCH_SIZE = 3
 
@@ -48,43 +40,21 @@ class Recorder:
         return 1.0
 
 
-def training_worker(engine: VLAEngine, num_ranks: int) -> TrainingWorker:
-    """veRL's worker around an engine, without the process group that Ray would give it."""
-    worker: Any = TrainingWorker.__new__(TrainingWorker)
-    worker.engine, worker.device_name, worker.flops_counter = engine, "cpu", None
-    worker.profiler = SimpleNamespace(
-        step=lambda: None, rank=engine.get_data_parallel_rank(), check_enable=lambda: False
-    )
-    worker.model_config = {}
-    worker.engine_config = SimpleNamespace(
-        forward_only=False,
-        use_dynamic_bsz=True,
-        max_token_len_per_gpu=MICRO_BATCH_SIZE,
-        micro_batch_size_per_gpu=None,
-        use_fused_kernels=False,
-    )
-    action_dim = engine.processor.shape.action_dim
-    worker.loss_fn = partial(
-        row_loss, config=LossConfig(), action_dim=action_dim, num_ranks=num_ranks
-    )
-    return worker
-
-
 def main(folder: Path, rank: int, num_ranks: int) -> None:
     torch.set_num_threads(1)
-    prepare_verl("cpu", option="cluster.device")
     torch.distributed.init_process_group(
         "gloo", f"file://{folder / 'store'}", rank=rank, world_size=num_ranks
     )
     engine = make_engine(PROJECT_FOLDER / "bases" / "mini", folder / "diverged")
     recorder = Recorder(engine)
     engine.optimizer_step = recorder.optimizer_step
-    training_worker(engine, num_ranks).train_mini_batch(load_rows(folder / f"rows_{rank}.pt"))
+    worker = training_worker(engine, micro_batch_size=MICRO_BATCH_SIZE)
+    action_dim = engine.processor.shape.action_dim
+    worker.loss_fn = partial(
+        row_loss, config=LossConfig(), action_dim=action_dim, num_ranks=num_ranks
+    )
+    worker.train_mini_batch(load_rows(folder / f"rows_{rank}.pt"))
     found = {"gradients": recorder.steps, "micro_batches": recorder.micro_batches}
     torch.save(found, folder / f"found_{rank}.pt")
     torch.distributed.barrier()  # gloo aborts a rank whose partner is gone
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,12 +1,9 @@
-"""One of two ranks that play and learn with weights gathered once; prints what it counted.
-
-gathering_rank.py RANK STORE
-"""
+"""One of two ranks that play and learn with weights gathered once; writes what it counted."""
 
 from __future__ import annotations
 
 import json
-import sys
+from pathlib import Path
 
 import torch
 import torch.distributed
@@ -56,9 +53,9 @@ class Rank:
         return [weight.to_local() for weight in self.model.parameters()]
 
 
-def main(rank: int, store: str) -> None:
+def main(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     one = Rank()
     found = {"each": one.play()}
     keep_gathered(one.model)
@@ -76,8 +73,4 @@ def main(rank: int, store: str) -> None:
     found["kept_after_export"] = one.play()
     torch.distributed.barrier()  # gloo aborts a rank whose partner is gone
     torch.distributed.destroy_process_group()
-    sys.stdout.write(json.dumps(found) + "\n")
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    (folder / f"counted_{rank}.json").write_text(json.dumps(found))

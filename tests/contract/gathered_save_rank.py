@@ -1,11 +1,7 @@
-"""One of two ranks that save and load while they hold all weights, as after an evaluation.
-
-gathered_save_rank.py FOLDER RANK LORA_RANK
-"""
+"""One of two ranks that save and load while they hold all weights, as after an evaluation."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -15,7 +11,6 @@ from mini_engine import make_engine
 from verl_vla.core.files import PROJECT_FOLDER
 from verl_vla.trainer.engine.engine import VLAEngine
 from verl_vla.trainer.engine.weights import trained
-from verl_vla.trainer.verl_compat.process import prepare_verl
 
 
 def evaluate(engine: VLAEngine) -> torch.Tensor:
@@ -49,8 +44,3 @@ def main(folder: Path, rank: int, lora_rank: int) -> None:
     assert torch.equal(evaluate(engine), answer), "no gathered copy is left of other weights"
     torch.distributed.barrier()  # gloo aborts a rank whose partner is gone
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    prepare_verl("cpu", option="cluster.device")
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
