@@ -3,6 +3,7 @@
 # on a machine without a renderer, the system's GL libraries. What stands is used again.
 #   set_up_packages run|dev   dev adds the gates' and the tests' tools
 #   set_up_renderer           MuJoCo can draw without a display, and a simulator is compiled
+#   share_ray_token           all nodes that see this checkout have one token for Ray
 #   pass_signals_on PID       waits for a child, which gets this script's SIGINT and SIGTERM
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -40,6 +41,20 @@ set_up_packages() { # run | dev
 
 set_up_renderer() {
     alone use_renderer
+}
+
+# without a token, Ray runs the code of everybody who reaches its port. One that Ray makes for a run
+# on one machine is in the user's home: `ray start` asks for it, and training does not send it
+share_ray_token() {
+    export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
+    export RAY_AUTH_TOKEN_PATH=${RAY_AUTH_TOKEN_PATH:-$venv/ray_token}
+    alone make_ray_token
+}
+
+make_ray_token() {
+    if [ -s "$RAY_AUTH_TOKEN_PATH" ]; then return; fi
+    (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH.partial")
+    mv "$RAY_AUTH_TOKEN_PATH.partial" "$RAY_AUTH_TOKEN_PATH"
 }
 
 pass_signals_on() { # <process id of a child>: ends with its exit code

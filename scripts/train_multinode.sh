@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains on several nodes. On the first:   train_multinode.sh head NODES suite=spatial ...
 # On every other one, before or after it:  train_multinode.sh join ADDRESS
-# The folders of the policy and of the run must be the same on all nodes.
+# On one that only simulates:              train_multinode.sh simulate ADDRESS
+# The folders of the checkout, the policy and the run must be the same on all nodes.
 # SIGINT or SIGTERM to the first ends training after its step, with a checkpoint; then Ray ends.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
@@ -9,10 +10,15 @@ cd "$root"
 set_up_packages run
 set_up_renderer
 port=${RAY_PORT:-6379}
+share_ray_token
 case ${1:-} in
     join) exec "$venv/bin/ray" start --address "${2:?name the first node}:$port" --block ;;
+    simulate)
+        exec "$venv/bin/ray" start --address "${2:?name the first node}:$port" --block \
+            --num-cpus=0 --resources '{"env_node": 1}'
+        ;;
     head) ;;
-    *) stop "say head NODES or join ADDRESS" ;;
+    *) stop "say head NODES, join ADDRESS or simulate ADDRESS" ;;
 esac
 nodes=${2:?say how many nodes}
 shift 2

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -28,6 +29,8 @@ import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from verl_vla.core.signals import stop_requests
 log = open(os.environ["LOG"], "a", buffering=1)
+token = open(os.environ["RAY_AUTH_TOKEN_PATH"]).read()
+print(os.environ["RAY_AUTH_MODE"], token, file=open(os.environ["LOG"] + ".tokens", "a"))
 with stop_requests() as stop:
     log.write("train " + " ".join(sys.argv[4:]) + "\\n")
     for _ in range(100):
@@ -39,6 +42,7 @@ with stop_requests() as stop:
 """
 RAY = """#!/usr/bin/env bash
 echo "ray $*" >>"$LOG"
+echo "$RAY_AUTH_MODE $(cat "$RAY_AUTH_TOKEN_PATH")" >>"$LOG.tokens"
 if [[ $* != *--block* ]]; then exit; fi
 trap 'echo "node lost" >>"$LOG"; exit 143' TERM
 for _ in {1..100}; do sleep 0.1; done
@@ -171,6 +175,31 @@ def test_every_task_has_the_cores_that_the_job_asked_for(checkout: Checkout) -> 
     assert train == (
         "train recipe=libero profile=8gpu cluster.num_nodes=2 "
         "cluster.address=127.0.0.1:20007 suite=spatial"
+    )
+
+
+def test_training_and_all_nodes_have_one_token_that_nobody_else_can_read(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else `ray start` asks for the one in the user's home, if there is one, and training not."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    checkout.start(*BATCH)
+    checkout.await_line("ray start --address node1:20007")
+    file = checkout.folder / ".venv" / "ray_token"
+    told = (checkout.folder / "log.tokens").read_text().splitlines()
+    assert told == [f"token {file.read_text()}"] * 3
+    assert re.fullmatch("[0-9a-f]{64}", file.read_text())
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_a_node_that_only_simulates_gives_ray_no_slot(checkout: Checkout) -> None:
+    checkout.start(*HEAD)
+    script = "scripts/train_multinode.sh"
+    checkout.start(script, "simulate", "node1")
+    checkout.await_line("ray start --address node1")
+    assert checkout.log()[-1] == (
+        'ray start --address node1:6379 --block --num-cpus=0 --resources {"env_node": 1}'
     )
 
 

@@ -70,16 +70,15 @@ def test_a_node_that_is_told_nothing_says_what_it_needs(words, tmp_path):
     scripts = tmp_path / "scripts"
     scripts.mkdir()
     setup = 'root=$PWD; venv=$root; python=true\nstop() { echo "error: $*" >&2; exit 1; }\n'
-    (scripts / "_setup.sh").write_text(
-        f"{setup}set_up_packages() {{ :; }}; set_up_renderer() {{ :; }}\n"
-    )
+    steps = ("set_up_packages", "set_up_renderer", "share_ray_token")
+    (scripts / "_setup.sh").write_text(setup + "".join(f"{step}() {{ :; }}\n" for step in steps))
     script = scripts / "train_multinode.sh"
     script.write_text((ROOT / "scripts" / "train_multinode.sh").read_text())
     done = subprocess.run(
         ["bash", str(script), *words], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
-    assert re.search("say head NODES or join|name the first node|say how many nodes", done.stderr)
+    assert re.search("say head NODES, join|name the first node|say how many nodes", done.stderr)
 
 
 def test_training_waits_for_the_nodes_and_not_for_ever(monkeypatch):

@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import (
+    AuthenticationError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+)
 
 from verl_vla.config.compose import load_recipe
 from verl_vla.core.allocator import VARIABLES
@@ -347,3 +352,15 @@ def test_a_rank_that_dies_while_training_is_named(
     with pytest.raises(LearnerLostError, match="a learner process died"):
         launch.train(run)
     assert events[-3:] == ["end queue", "end ray", "end output"]
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no"), AuthenticationError("no token")])
+def test_a_cluster_that_lets_nobody_in_is_named_with_what_it_may_ask_for(
+    monkeypatch, error: Exception
+) -> None:
+    def init(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(launch.ray, "init", init)
+    with pytest.raises(ConfigError, match="cluster.address is 'node1:6379'.*RAY_AUTH_MODE=token"):
+        launch._join_ray("node1:6379", {})

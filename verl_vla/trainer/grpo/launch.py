@@ -21,7 +21,7 @@ from typing import Any
 import ray
 import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import AuthenticationError, OutOfMemoryError, RayActorError, RayTaskError
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
 from verl_vla.config.grpo import GRPOClusterConfig
@@ -46,6 +46,11 @@ images travel through TransferQueue."""
 ENCODER_BATCH_BYTES = 64 * 1024**2
 """Bytes of the images of one batch for an encoder, which do pass through it: 4 clips of 64 frames
 of 256 px have 50 MB. Ray writes to disk what does not fit."""
+
+MODE_VARIABLE, TOKEN_VARIABLE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"
+"""Variables that say whether Ray asks for a token, and in which file it is. ``ray start`` asks for
+one where the user's home has one, which each run on one machine makes; who connects to an address
+is not asked unless the variable says so (``worker.py``, ``init``)."""
 
 RAY_ATTEMPTS = 3
 RAY_IS_LATE = "timed out during startup"
@@ -129,7 +134,7 @@ def _ray_cluster(run: Run, config: DictConfig) -> Generator[None]:
         variables[ASSETS_VARIABLE] = os.environ[ASSETS_VARIABLE]
     environment["env_vars"] = {**environment["env_vars"], **variables}
     if cluster.address is not None:
-        ray.init(address=cluster.address, runtime_env=environment, log_to_driver=False)
+        _join_ray(cluster.address, environment)
         wait_for_nodes(cluster.num_nodes)
         require_room(cluster, use_gpu=choose_device(cluster.device) == "cuda")
     else:
@@ -145,6 +150,23 @@ def object_store_bytes(reward: TrajectoryReward, num_ranks: int) -> int:
     if not movable_encoders(reward):
         return OBJECT_STORE_BYTES
     return OBJECT_STORE_BYTES + num_ranks * BATCHES_A_RANK * ENCODER_BATCH_BYTES
+
+
+def _join_ray(address: str, environment: dict[Any, Any]) -> None:
+    """Join a cluster that runs.
+
+    Raises:
+        ConfigError: nothing answers, or what answers asks for another token.
+    """
+    try:
+        ray.init(address=address, runtime_env=environment, log_to_driver=False)
+    except (ConnectionError, AuthenticationError) as error:
+        token = f"{MODE_VARIABLE}=token and {TOKEN_VARIABLE}"
+        raise ConfigError(
+            f"cluster.address is {address!r}, and no Ray cluster lets this process in there "
+            f"({error}); start one with scripts/train_multinode.sh. One that was started by hand "
+            f"may ask for a token: set {token} as it has them"
+        ) from error
 
 
 def _start_ray(cluster: GRPOClusterConfig, environment: dict[Any, Any], store_bytes: int) -> None:
