@@ -16,6 +16,7 @@ from planted_world import make_batch
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from safetensors.torch import save_file
 
+from verl_vla.config.compose import load_recipe
 from verl_vla.core.errors import ConfigError, RewardError
 from verl_vla.rewards import Rows, TrajectoryBatch, complete, load_reward
 from verl_vla.rewards.encoders import make_encoder
@@ -316,6 +317,7 @@ def test_a_rank_that_dies_while_it_encodes_is_no_fault_of_the_reward(died: Any) 
         except died as error:
             raise RewardError("the encoder raised") from error
 
-    vars(trainer).update(fit=fit, loop=None, global_steps=2)
+    recipe = load_recipe(["recipe=quickstart"])
+    vars(trainer).update(fit=fit, loop=None, global_steps=2, recipe=recipe)
     with pytest.raises(died):
         trainer.train()

@@ -43,9 +43,9 @@ logger = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 256 * 1024**2
 """Ray's shared memory on one machine. Only actor calls pass through it, a few MB each;
 images travel through TransferQueue."""
-ENCODER_BATCH_BYTES = 64 * 1024**2
-"""Bytes of the images of one batch for an encoder, which do pass through it: 4 clips of 64 frames
-of 256 px have 50 MB. Ray writes to disk what does not fit."""
+ENCODER_BATCH_BYTES = 16 * 1024**2
+"""Bytes of the images of one batch for an encoder, which do pass through it: a clip of 64 frames of
+256 px has 13 MB. Ray writes to disk what does not fit."""
 
 RAY_ATTEMPTS = 3
 RAY_IS_LATE = "timed out during startup"
