@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from encoder_folders import save_vjepa2
 from transformers import LlamaConfig
 
 from verl_vla.cli import arguments
@@ -22,8 +21,6 @@ from verl_vla.config.grpo import Recipe
 from verl_vla.config.schema import parse
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import PROJECT_FOLDER
-from verl_vla.diagnostics.planning.encoding import PUBLISHED as PUBLISHED_ENCODERS
-from verl_vla.diagnostics.planning.encoding import encoder_load
 from verl_vla.diagnostics.planning.gpus import GPUS
 from verl_vla.diagnostics.planning.memory import CUDA_BYTES, FRAGMENTED_SHARE
 from verl_vla.diagnostics.planning.plan import make_plan, trace_policy
@@ -32,12 +29,10 @@ from verl_vla.diagnostics.planning.trace import Adapters, build_model, count_wei
 from verl_vla.envs.registry import suite
 from verl_vla.envs.robotwin import RoboTwin
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig
-from verl_vla.rewards.encoders import ENCODERS
 
 SUITES, REWARDS = ("spatial", "object", "goal", "10", "90"), ("binary", "srpo", "siglip_t")
 PROFILES = {"8gpu": "a100-80", "lora_24gb": "a10g", "qlora_24gb": "a10g"}
 PUBLISHED = OpenVLAOFTConfig()
-PERFORMANCE = (Path(__file__).resolve().parents[3] / "docs" / "performance.md").read_text()
 NO_HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """Makes glibc give freed memory back, so that what is measured is what lives."""
 BATCH = 4
@@ -331,123 +326,6 @@ def test_fewer_simulators_are_a_remedy_where_they_keep_up_with_the_policy(lora_t
     # a policy this small waits for its simulators
     small = make_plan(load_recipe(words), TINY, GPUS["a10g"])
     assert not [changes for changes in _candidates(small) if "environment.num_workers" in changes]
-
-
-def srpo_plan(*words: str, config=TINY):
-    return make_plan(load_recipe(["recipe=libero", "reward=srpo", *words]), config, GPUS["a100-80"])
-
-
-def test_a_clip_takes_the_operations_that_were_counted_by_hand():
-    """V-JEPA 2 ViT-g at 384 px: 64 frames in tubelets of 2, patches of 16."""
-    plan = srpo_plan()
-    recipe = plan.recipe
-    load = encoder_load(recipe, TINY, plan.policy_steps)
-    assert load is not None
-    tokens, width, depth, mlp = 32 * 24 * 24, 1408, 40, 6144
-    patches = 2 * tokens * width * (3 * 2 * 16 * 16)
-    linear = 2 * tokens * depth * (4 * width**2 + 2 * width * mlp)
-    attention = 4 * tokens**2 * width * depth
-    assert load.flops / 512 == pytest.approx(patches + linear + attention, rel=0.01)
-    assert load.flops / 512 == pytest.approx(114.5e12, rel=0.01)
-    # the encoder and the predictor, which is never run
-    assert load.weight_bytes / 2 == pytest.approx(1012e6 + 22e6, rel=0.01)
-    # four clips: queries, keys and values beside the residual, or the wide layer of the MLP
-    assert 4 * tokens * (width + mlp) * 2 < load.batch_bytes < 4 * tokens * (width + 4 * mlp) * 2
-
-
-def test_an_encoder_is_on_the_device_between_rollout_and_update_and_shared_by_ranks():
-    plan, plain = srpo_plan(), make_plan(load_recipe(["recipe=libero"]), TINY, GPUS["a100-80"])
-    load = encoder_load(plan.recipe, TINY, plan.policy_steps)
-    assert load is not None
-    phases = plan.device.phases
-    assert phases["encoding"] == phases["save"] | {
-        "encoder": load.weight_bytes,
-        "encoder's batch": load.batch_bytes,
-    }
-    assert {name: parts for name, parts in phases.items() if name != "encoding"} == dict(
-        plain.device.phases
-    )
-    assert plan.device.outside == plain.device.outside
-    # the images of two batches of four clips wait for each rank
-    waiting = 2 * 4 * 64 * 112 * 112 * 3
-    assert plan.host["reward's encoder"] == 8 * (load.weight_bytes + waiting)
-    assert "reward's encoder" not in plain.host
-    seconds = plan.seconds["reward: encoder"]
-    assert seconds == pytest.approx(512 * 114.5e12 / (8 * 312e12 * 0.4), rel=0.01)
-    assert plan.total_seconds == pytest.approx(plain.total_seconds + seconds)
-    assert plain.seconds["reward: encoder"] == 0
-    two = srpo_plan("cluster.num_nodes=2")
-    assert two.seconds["reward: encoder"] == pytest.approx(seconds / 2)
-    assert two.host["reward's encoder"] == plan.host["reward's encoder"]
-
-
-def test_an_encoder_in_a_process_of_its_own_stays_on_the_first_gpu():
-    shared = srpo_plan()
-    alone = srpo_plan("reward_args.encoder_args.own_process=true")
-    assert "encoding" not in alone.device.phases
-    held = sum(shared.device.phases["encoding"][name] for name in ("encoder", "encoder's batch"))
-    assert alone.device.outside["reward's encoder"] == held + alone.device.outside["CUDA"]
-    assert alone.seconds["reward: encoder"] == 8 * shared.seconds["reward: encoder"]
-
-
-@pytest.mark.parametrize(
-    "words", [["reward_args.encoder_args.device=cpu"], ["profile=two_cores"]], ids=" ".join
-)
-def test_an_encoder_on_cores_takes_memory_of_the_host_alone(words):
-    plan = srpo_plan(*words)
-    load = encoder_load(plan.recipe, TINY, plan.policy_steps)
-    assert load is not None
-    assert "encoding" not in plan.device.phases
-    assert plan.seconds["reward: encoder"] == 0
-    assert plan.host["reward's encoder"] > load.weight_bytes + load.batch_bytes
-
-
-@pytest.mark.parametrize(
-    ("words", "weights", "per_episode"),
-    [
-        ([], 1012e6 + 22e6, 1),
-        # both towers run, whichever is read
-        (["reward=siglip_t"], 304e6 + 428e6, 65),
-        # SigLIP so400m with its pooling head
-        (["reward=siglip_t", "reward_args.encoder=siglip"], 428e6, 65),
-        # ViT-L/14
-        (["reward=siglip_t", "reward_args.encoder=dinov2"], 304e6, 65),
-    ],
-    ids=["V-JEPA 2 ViT-g, 384 px", "towers of the policy", "SigLIP so400m", "DINOv2 ViT-L"],
-)
-def test_the_page_has_what_an_encoder_takes(words, weights, per_episode, request):
-    plan = srpo_plan(*words, config=PUBLISHED)
-    load = encoder_load(plan.recipe, PUBLISHED, plan.policy_steps)
-    assert load is not None
-    assert load.weight_bytes / 2 == pytest.approx(weights, rel=0.02)
-    assert plan.policy_steps // 512 + 1 == 65
-    tflop = load.flops / 512 / per_episode / 1e12
-    what = "a clip" if per_episode == 1 else "an image"
-    row = (
-        f"| {load.weight_bytes / GB:.2f} | {load.batch_bytes / GB:.2f} | {tflop:.4g} {what} | "
-        f"{plan.seconds['reward: encoder']:.0f} |"
-    )
-    label = request.node.callspec.id
-    (shown,) = (line for line in PERFORMANCE.splitlines() if line.startswith(f"| {label}"))
-    assert shown.endswith(row)
-
-
-def test_an_encoder_of_the_users_own_or_without_a_network_is_not_counted():
-    for encoder in ("pixels", "own.py:Encoder"):
-        words = ["recipe=libero", f"reward_args.encoder='{encoder}'"]
-        plan = make_plan(load_recipe(words), TINY, GPUS["h100"])
-        assert plan.seconds["reward: encoder"] == 0
-        assert "encoding" not in plan.device.phases
-
-
-def test_the_sizes_of_an_encoder_are_those_of_its_folder(tmp_path):
-    path = save_vjepa2(tmp_path / "vjepa")
-    plan = srpo_plan(f"reward_args.encoder_args.path='{path}'")
-    assert plan.device.phases["encoding"]["encoder"] < MB
-
-
-def test_every_encoder_with_a_network_is_counted():
-    assert set(ENCODERS) == {*PUBLISHED_ENCODERS, "policy_towers", "pixels"}
 
 
 def test_step_limits_decide_how_long_a_round_can_be():

@@ -56,7 +56,7 @@ class Vjepa2Encoder(BatchedEncoder):
         thin_by: ThinBy = "time",
         dtype: str = "bfloat16",
         device: str = AUTO,
-        batch_size: int = 4,
+        batch_size: int = 1,
     ) -> None:
         """Check the folder; the weights are read when first needed. The predictor is never run.
 
@@ -67,7 +67,8 @@ class Vjepa2Encoder(BatchedEncoder):
                 `pick_by_content`.
             dtype: dtype of the computation.
             device: name of a torch device, or ``auto``.
-            batch_size: clips per forward pass.
+            batch_size: clips per forward pass. One of 64 frames at 384 px has 18,432 tokens, which
+                occupy a GPU.
 
         Raises:
             ConfigError: no such weights, another kind of model, no video processor for its size, or

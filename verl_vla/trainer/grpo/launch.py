@@ -43,9 +43,9 @@ logger = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 256 * 1024**2
 """Ray's shared memory on one machine. Only actor calls pass through it, a few MB each;
 images travel through TransferQueue."""
-ENCODER_BATCH_BYTES = 64 * 1024**2
-"""Bytes of the images of one batch for an encoder, which do pass through it: 4 clips of 64 frames
-of 256 px have 50 MB. Ray writes to disk what does not fit."""
+ENCODER_BATCH_BYTES = 16 * 1024**2
+"""Bytes of the images of one batch for an encoder, which do pass through it: a clip of 64 frames of
+256 px has 13 MB. Ray writes to disk what does not fit."""
 
 MODE_VARIABLE, TOKEN_VARIABLE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"
 """Variables that say whether Ray asks for a token, and in which file it is. ``ray start`` asks for
