@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 from verl_vla.config.grpo import GRPOClusterConfig
 from verl_vla.core.errors import ConfigError
+from verl_vla.diagnostics.planning.host import host_cores
 from verl_vla.diagnostics.planning.plan import Plan
 from verl_vla.envs.libero.asset_files import describe_faults, remedy_for_assets
 from verl_vla.envs.libero.assets import assets_available, find_assets
@@ -27,6 +28,7 @@ from verl_vla.envs.libero.egl_devices import (
     render_devices,
 )
 from verl_vla.envs.libero.gl import REMEDY as GL_REMEDY
+from verl_vla.envs.libero.memory import available_bytes
 from verl_vla.envs.libero.mujoco_version import REMEDY as MUJOCO_REMEDY
 from verl_vla.envs.libero.mujoco_version import known_difference
 from verl_vla.policies.checks import Finding
@@ -83,6 +85,7 @@ def examine_machine(folder: Path, *, plan: Plan | None = None) -> list[Check]:
         *_rendering(),
         _assets(),
         _free_space(folder, plan),
+        *([] if plan is None else [_host(plan)]),
         _shared_memory(Path("/dev/shm")),
         *[_port(port, what) for port, what in RAY_PORTS.items()],
         _can_write(folder),
@@ -301,6 +304,23 @@ def _free_space(folder: Path, plan: Plan | None) -> Check:
     except ConfigError as error:
         return _check("disk", str(error), is_fault=True, fix="choose out=FOLDER on a larger disk")
     return _check("disk", f"{says}; the run writes up to {sum(plan.disk.values()) / GB:.1f} GB")
+
+
+def _host(plan: Plan) -> Check:
+    """Compare memory and processors with what the plan counts of a node."""
+    available, needed = available_bytes(), sum(plan.host.values())
+    cores, wanted = len(os.sched_getaffinity(0)), host_cores(plan.recipe)
+    says = (
+        f"{available / GB:.1f} GB of memory are available and {cores} processors; the plan counts "
+        f"up to {needed / GB:.1f} GB and {wanted}"
+    )
+    if available < needed:
+        fix = "take a larger machine, or fewer environment.num_workers and cluster.ranks_per_node"
+        return _check("host", says, is_fault=True, fix=fix)
+    # fewer processors only take longer
+    if cores < wanted:
+        return _advice("host", says, "set environment.num_workers to fewer, or wait longer")
+    return _check("host", says)
 
 
 def _shared_memory(folder: Path) -> Check:

@@ -101,6 +101,23 @@ def test_with_a_recipe_a_disk_without_room_for_its_run_is_a_fault(monkeypatch, t
     assert disk.fix == "choose out=FOLDER on a larger disk"
 
 
+@pytest.mark.parametrize(
+    ("share", "cores", "is_fault", "has_advice"),
+    [(0.99, 99, True, True), (1.01, 99, False, False), (1.01, 2, False, True)],
+)
+def test_with_a_recipe_the_hosts_memory_and_processors_are_compared(
+    monkeypatch, tmp_path, plan, share, cores, is_fault, has_advice
+):
+    assert "host" not in by_subject(tmp_path)
+    needed = sum(plan.host.values())
+    monkeypatch.setattr(machine, "available_bytes", lambda: share * needed)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(cores)))
+    host = by_subject(tmp_path, plan=plan)["host"]
+    assert host.finding.is_fault == is_fault
+    assert (host.fix is not None) == has_advice
+    assert f"the plan counts up to {needed / 1e9:.1f} GB and 74" in host.finding.says
+
+
 class Cuda:
     """The GPUs that torch sees, instead of this machine's."""
 
