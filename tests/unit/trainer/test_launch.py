@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -332,3 +333,20 @@ def test_a_rank_that_dies_while_training_is_named(
     with pytest.raises(LearnerLostError, match="a learner process died"):
         launch.train(run)
     assert events[-3:] == ["end queue", "end ray", "end output"]
+
+
+def test_the_queue_starts_while_the_trainer_is_imported(
+    events: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_starting = threading.Event()
+
+    def import_module(_: str) -> Any:
+        assert is_starting.wait(30), "the import holds the queue up"
+        return SimpleNamespace(VLATrainer=Trainer)
+
+    monkeypatch.setattr(launch, "importlib", SimpleNamespace(import_module=import_module))
+    monkeypatch.setattr(launch.tq, "init", lambda _: is_starting.set())
+    recipe = load_recipe(["recipe=quickstart", "cluster.device=cpu"])
+    run: Any = SimpleNamespace(recipe=recipe, folder=tmp_path, simulators="a pool")
+    launch.train(run)
+    assert "train" in events
