@@ -164,3 +164,6 @@ def test_what_is_free_is_handed_on(tmp_path):
     inside = os.path.join(tmp_path, "dumps")
     section = {"trainer": {"rollout_data_dir": inside, "log_val_generations": 1}}
     check_overrides(section, tmp_path, {"trainer.default_local_dir": "x"})
+    # no folder at all, and a text that names none
+    section = {"trainer": {"rollout_data_dir": None}, "data": {"prompt_key": "../else"}}
+    check_overrides(section, tmp_path, {})

@@ -181,6 +181,8 @@ def test_a_long_trajectory_weighs_as_much_as_a_short_one(batch):
         (math.log(0.81), -1.0, True, 0, 0),
         (math.log(0.79), -1.0, False, 1, 0),
         (math.log(0.79), 1.0, True, 0, 0),
+        (math.log(0.5), 0.0, False, 0, 0),
+        (math.log(2.0), 0.0, False, 0, 0),
         (3.0, -1.0, True, 0, 0),
     ],
 )

@@ -157,6 +157,17 @@ def test_what_a_recipe_needs_besides_is_looked_for_before_anything_starts(
     ]
 
 
+def test_a_policy_with_a_fault_is_refused_before_the_folder_is_made(
+    recipe, no_simulators, policy_folder, monkeypatch
+):
+    def refuse(folder: Path, unnorm_key: str | None) -> None:
+        raise ConfigError(f"{folder} has no weights for {unnorm_key}")
+
+    monkeypatch.setattr("verl_vla.trainer.grpo.run.require_valid", refuse)
+    assert f"{policy_folder} has no weights for None" in refusal(recipe)
+    assert not Path(recipe.out).exists()
+
+
 def test_where_other_nodes_simulate_no_simulator_is_opened_here(recipe, monkeypatch):
     monkeypatch.setattr(
         "verl_vla.trainer.grpo.run.open_simulators", lambda *_: pytest.fail("a pool was opened")

@@ -20,6 +20,7 @@ from verl_vla.config.grpo import LossConfig
 from verl_vla.core.errors import DivergedError
 from verl_vla.core.files import PROJECT_FOLDER
 from verl_vla.envs.registry import suite
+from verl_vla.trainer.engine import divergence_guard
 from verl_vla.trainer.engine.divergence_guard import (
     FiniteGuard,
     all_finite,
@@ -167,6 +168,20 @@ def test_every_rank_leaves_out_a_step_that_one_of_them_spoils(
     group = ThreadRanks(2)
     group.stand_in(monkeypatch)
     assert group.run(*(partial(all_finite, of_rank) for of_rank in losses)) == answers
+
+
+def test_ranks_compare_their_losses_on_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.device] = []
+
+    def stop(answer: torch.Tensor, **_: Any) -> None:
+        seen.append(answer.device)
+        raise KeyError
+
+    monkeypatch.setattr(divergence_guard, "get_device_id", lambda: "meta")
+    monkeypatch.setattr(torch.distributed, "all_reduce", stop)
+    with pytest.raises(KeyError):
+        all_finite([1.0])
+    assert seen == [torch.device("meta")]
 
 
 def test_a_guard_ends_at_its_number_and_counts_again_after_a_step(

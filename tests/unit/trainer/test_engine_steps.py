@@ -302,3 +302,30 @@ def test_without_a_warm_up_the_rate_is_whole_from_the_first_step(warmup: int | N
         schedule.step()
         rates.append(schedule.get_last_lr()[0])
     assert rates == [0.5] * 3
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_a_model_is_loaded_as_the_recipe_says(
+    monkeypatch: pytest.MonkeyPatch, checkpoints: bool
+) -> None:
+    calls: list[Any] = []
+    module = SimpleNamespace(gradient_checkpointing_enable=calls.append)
+
+    def load(folder: str, **options: Any) -> Any:
+        calls.append((folder, options))
+        return module
+
+    monkeypatch.setattr(engine_module, "load_model", load)
+    monkeypatch.setattr(engine_module, "load_processor", lambda *given: given)
+    one: Any = object.__new__(VLAEngine)
+    one.model_config = SimpleNamespace(
+        local_path="a/folder",
+        override_config={"unnorm_key": "a key"},
+        hf_config=SimpleNamespace(_attn_implementation="eager"),
+        enable_gradient_checkpointing=checkpoints,
+    )
+    one.engine_config = SimpleNamespace(model_dtype="bf16")
+    assert one._build_module() is module
+    assert one.processor == ("a/folder", "a key")
+    loaded = ("a/folder", {"dtype": torch.bfloat16, "attn_implementation": "eager"})
+    assert calls == [loaded, *([{"use_reentrant": False}] if checkpoints else [])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -364,3 +365,20 @@ def test_a_cluster_that_lets_nobody_in_is_named_with_what_it_may_ask_for(
     monkeypatch.setattr(launch.ray, "init", init)
     with pytest.raises(ConfigError, match="cluster.address is 'node1:6379'.*RAY_AUTH_MODE=token"):
         launch._join_ray("node1:6379", {})
+
+
+def test_the_queue_starts_while_the_trainer_is_imported(
+    events: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_starting = threading.Event()
+
+    def import_module(_: str) -> Any:
+        assert is_starting.wait(30), "the import holds the queue up"
+        return SimpleNamespace(VLATrainer=Trainer)
+
+    monkeypatch.setattr(launch, "importlib", SimpleNamespace(import_module=import_module))
+    monkeypatch.setattr(launch.tq, "init", lambda _: is_starting.set())
+    recipe = load_recipe(["recipe=quickstart", "cluster.device=cpu"])
+    run: Any = SimpleNamespace(recipe=recipe, folder=tmp_path, simulators="a pool")
+    launch.train(run)
+    assert "train" in events

@@ -69,6 +69,11 @@ def test_every_group_is_in_one_mini_batch_and_all_have_equally_many(num_rows, wa
     assert min(totals) >= min(largest), "the largest groups are apart"
 
 
+def test_a_place_without_a_group_weighs_less_than_any_group():
+    """Of 16 and 15 rows; a place that weighed more would leave 17 and 14."""
+    assert assign_groups([8, 8, 9, 5, 1], 2) == [[0, 1], [2, 3, 4]]
+
+
 @given(st.lists(st.integers(0, 600), min_size=4, max_size=20))
 def test_the_assignment_is_the_same_each_time(num_rows):
     assert assign_groups(num_rows, 4) == assign_groups(list(num_rows), 4)

@@ -96,5 +96,7 @@ def test_a_row_is_idle_where_no_term_of_the_loss_moves_it():
     held = LossConfig(kl=KLConfig(coefficient=0.5))
     _, with_kl, _ = loss_of(held, advantages=nothing, ref_log_prob=jagged(OLD))
     _, unseen, _ = loss_of(LossConfig(), response_mask=jagged(TOKENS * torch.tensor([[1], [0]])))
+    hidden = jagged(TOKENS * torch.tensor([[1], [0]]))
+    _, held_unseen, _ = loss_of(held, response_mask=hidden, ref_log_prob=jagged(OLD))
     assert (plain["num_rows_idle"], with_kl["num_rows_idle"]) == (2, 0)
-    assert unseen["num_rows_idle"] == 1
+    assert unseen["num_rows_idle"] == held_unseen["num_rows_idle"] == 1

@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from row_store import RowStore
 from step_tables import episode_column, step_tables
 from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
 from verl import DataProto
 from verl.trainer.ppo.padding_utils import construct_minimal_padding_template
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
@@ -20,7 +22,7 @@ from verl.workers.utils.padding import no_padding_2_padding, response_from_neste
 from verl_vla.core.tables import Trajectories
 from verl_vla.rl.advantage import group_advantage
 from verl_vla.rl.loss import executed_mask
-from verl_vla.trainer.grpo.advantage import row_advantages
+from verl_vla.trainer.grpo.advantage import row_advantages, write_advantages
 from verl_vla.trainer.grpo.rows import (
     RowKey,
     dense,
@@ -236,3 +238,27 @@ def test_right_padded_gives_ids_and_their_mask():
 def test_stacked_leaves_a_dense_tensor_alone():
     rows = torch.rand(2, 3)
     assert stacked(rows) is rows
+
+
+def test_an_advantage_is_written_to_the_tokens_that_ran_and_padding_has_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = RowStore()
+    store.stand_in(monkeypatch)
+    groups, lengths_ = [3, 3], [2, 1]
+    keys, fields, tags = rows_of(make_trajectories(groups, lengths_), [1.0, 0.0])
+    for key, row, tag in zip(keys, fields, tags, strict=True):
+        store.rows[key], store.tags[key] = dict(row), tag
+    # as veRL pads: one token that counts nowhere
+    store.rows["pad_0_0"] = {"response_mask": torch.zeros(1).long(), "rm_scores": torch.zeros(1)}
+    store.tags["pad_0_0"] = {}
+    batch = KVBatchMeta(keys=[*keys, "pad_0_0"], tags=[{}] * 4, partition_id="train")
+    write_advantages(batch, algorithm(ADV_ESTIMATOR))
+    score = group_advantage(torch.tensor([1.0, 0.0]), torch.tensor([3, 3]))
+    for key in keys:
+        episode = RowKey.parse(key).episode
+        wanted = (score[episode] * store.rows[key]["response_mask"]).tolist()
+        assert store.rows[key]["advantages"].tolist() == wanted
+        assert store.rows[key]["returns"].tolist() == wanted
+    assert 0.0 in store.rows[keys[-1]]["advantages"].tolist(), "its chunk was cut short"
+    assert store.rows["pad_0_0"]["advantages"].tolist() == [0.0]

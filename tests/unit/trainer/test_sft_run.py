@@ -221,6 +221,24 @@ def test_images_that_a_view_lacks_are_refused(
         open_run()
 
 
+@pytest.mark.parametrize("check", ["require_valid", "check_adapters"])
+def test_a_fault_of_the_policy_is_found_before_anything_is_rendered(
+    open_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str
+) -> None:
+    asked: list[Any] = []
+
+    def refuse(folder: Path, *given: Any, **more: Any) -> None:
+        asked.append((given, more))
+        raise ConfigError(f"{folder.name} has a fault")
+
+    monkeypatch.setattr(run_module, check, refuse)
+    monkeypatch.setattr(run_module, "rerender", lambda *_, **__: pytest.fail("it is rendered"))
+    with pytest.raises(ConfigError, match="policy has a fault"):
+        open_run("policy.lora_rank=2", "demos.images=rerendered", "trainer.eval_every=0")
+    assert asked == [((), {}) if check == "require_valid" else ((2,), {"has_kl": False})]
+    assert not (tmp_path / "run" / "first_policy").exists()
+
+
 def test_a_sample_has_an_image_of_every_view(open_run: Any) -> None:
     run = open_run()
     one = run.load_processor()

@@ -165,7 +165,10 @@ def test_a_test_weighs_every_held_out_sample_once(train, num_ranks: int) -> None
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_an_evaluation_plays_the_held_out_starts_on_all_ranks(train, num_ranks: int) -> None:
+def test_an_evaluation_plays_the_held_out_starts_on_all_ranks(
+    train, num_ranks: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     words = ("evaluation.temperature=0.5", "trainer.test_every=0")
     run, engines = train(num_ranks, *words)
     assert len(run.starts) == 4
@@ -177,6 +180,7 @@ def test_an_evaluation_plays_the_held_out_starts_on_all_ranks(train, num_ranks: 
     assert last["val/episodes"] == record["total"]["episodes"]
     assert last["val/success_rate"] == record["total"]["rate"]
     assert last["timing_s/testing"] > 0
+    assert sum(said.startswith("held-out after step 5: ") for said in caplog.messages) == 1
     assert {temperature for engine in engines for _, temperature in engine.asked} == {0.5}
     # three slots play four episodes of one policy step; rows fill up to the number of ranks
     shares = [sum(len(rows) for rows, _ in engine.asked) for engine in engines]

@@ -31,6 +31,8 @@ from verl_vla.trainer.verl_compat.process import prepare_verl
 
 MIXED, FAILED, SOLVED = (SUCCESS, TIMEOUT), (TIMEOUT, TIMEOUT), (SUCCESS, SUCCESS)
 HALF_LOST = (SUCCESS, CRASH)
+MINUTE_S = 60
+"""More than anything here takes."""
 GROUPS: Groups = {
     # step 1: one refill
     0: MIXED,
@@ -150,8 +152,7 @@ def test_the_start_of_a_run_is_evaluated_and_so_is_every_second_step_and_the_las
     rates = {line["step"]: line for line in metrics_of(trainer) if "val/success_rate" in line}
     assert list(rates) == [0, 2, 3] == evaluated_steps(trainer.run.folder)
     assert {line["val/success_rate"] for line in rates.values()} == {1.0}
-    assert all(line["timing_s/testing"] > 0 for line in rates.values())
-    assert all("timing_s/testing" in line for line in rates.values())
+    assert all(0 < line["timing_s/testing"] < MINUTE_S for line in rates.values())
     # greedy evaluations, sampled training
     asked = [float(request["temperature"]) for request in trainer.actor_rollout_wg.requests]
     assert set(asked) == {0.0, 1.0}
@@ -173,7 +174,7 @@ def test_a_checkpoint_of_a_step_is_written_after_its_metrics(tmp_path: Path, mon
         assert saved(trainer, step) == {"num_groups_sampled": num_groups, "reward": {}}
     _, first, second, third = metrics_of(trainer)
     assert first["timing_s/save_checkpoint"] == second["timing_s/save_checkpoint"] == 0
-    assert third["timing_s/save_checkpoint"] > 0, "the one before"
+    assert 0 < third["timing_s/save_checkpoint"] < MINUTE_S, "the one before"
 
 
 def test_the_oldest_checkpoints_are_removed(tmp_path: Path, monkeypatch) -> None:

@@ -15,6 +15,7 @@ from verl_vla.config.grpo import GRPOEvaluationConfig, GRPOPolicyConfig, Recipe
 from verl_vla.config.shared import EnvironmentConfig
 from verl_vla.core.episode import Observation
 from verl_vla.core.tables import ActionChunk
+from verl_vla.evaluation.cold_start import Rates
 from verl_vla.runs.episode_log import read_header
 from verl_vla.runs.metrics import MetricsFile, read_metrics
 from verl_vla.runs.run_dir import evaluated_steps
@@ -104,6 +105,17 @@ def test_the_cold_start_check_gets_the_greedy_rates(run: Run) -> None:
     assert {"val/success_rate", "val/success_rate_sampled", "timing_s/testing"} <= line.keys()
     assert trainer._greedy_before is not None
     assert trainer._greedy_before.total.rate == line["val/success_rate"]
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, ["held_out"]), (STEP, [])])
+def test_only_the_greedy_rates_before_training_are_kept_for_the_check(
+    run: Run, monkeypatch: pytest.MonkeyPatch, step: int, kept: list[str]
+) -> None:
+    MetricsFile(run.folder / "metrics.jsonl").append(STEP, {"env/success_rate": 0.5})
+    splits: list[str] = []
+    monkeypatch.setattr(Rates, "of", lambda result, split: splits.append(split))
+    trainer_of(run, NotingPolicy(), step)._validate()
+    assert splits == kept
 
 
 def test_what_a_kill_between_the_two_left_out_is_made_again(run: Run) -> None:
