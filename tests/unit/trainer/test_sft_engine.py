@@ -189,8 +189,9 @@ def test_a_policy_is_saved_in_the_type_of_the_recipe(make: Make, tmp_path: Path)
 
 
 def test_a_step_can_be_resumed(make: Make, tmp_path: Path) -> None:
-    words = ("policy.lora_rank=2", "policy.gradient_checkpointing=true")
+    words = ("policy.lora_rank=2", "policy.lora_alpha=3", "policy.gradient_checkpointing=true")
     engine, run = make("first", *words)
+    assert (engine.model_config.lora_rank, engine.model_config.lora_alpha) == (2, 3)
     batch = batch_of(run, engine, [0, 4])
     trained = [n for n, w in engine.module.named_parameters() if w.requires_grad]
     assert trained and all("lora" in name for name in trained)
