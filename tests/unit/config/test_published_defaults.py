@@ -28,6 +28,7 @@ SIMPLEVLA = {
 """SimpleVLA-RL, examples/run_openvla_oft_rl_libero.sh and its verl/ folder."""
 OVERRIDES_ANOTHER_FILE = {
     ("profile/lora_24gb.yaml", "optimizer.num_mini_batches"),  # libero's 4
+    ("profile/qlora_24gb.yaml", "policy.gradient_checkpointing"),  # lora_24gb's true
     ("reward/srpo.yaml", "optimizer.num_mini_batches"),  # the paper's, beside the script's
     ("reward/srpo.yaml", "optimizer.lr"),  # the paper's, in whatever recipe it is used
     ("reward/siglip_t.yaml", "optimizer.weight_decay"),
