@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from verl_vla.core.tables import Trajectories
+from verl_vla.core.tables import PolicySteps, Trajectories
 from verl_vla.rl.loss import executed_mask
 
 Row = dict[str, Any]
@@ -91,9 +91,7 @@ def make_rows(
     tags: list[Row] = []
     episodes, policy_steps = trajectories.episodes, trajectories.policy_steps
     num_tokens = policy_steps.action_tokens.shape[1]
-    mask = executed_mask(
-        policy_steps.executed, chunk_length=chunk_length, action_dim=num_tokens // chunk_length
-    ).long()
+    mask = _mask(policy_steps.executed, policy_steps, chunk_length)
     numbers = zip(episodes.group_id.tolist(), episodes.episode_id.tolist(), strict=True)
     for b, (group, episode) in enumerate(numbers):
         rows = torch.nonzero(policy_steps.episode == b).flatten().tolist()
@@ -153,17 +151,23 @@ def score_rows(
     counts = torch.bincount(policy_steps.episode, minlength=len(episodes))
     rows = torch.arange(len(policy_steps))
     last = torch.zeros_like(counts).scatter_reduce(0, policy_steps.episode, rows, "amax")
+    played = counts.nonzero().flatten()
+    mask = _mask(policy_steps.executed[last[played]], policy_steps, chunk_length)
     keys: list[str] = []
     values: list[Tensor] = []
-    num_tokens = policy_steps.action_tokens.shape[1]
-    mask = executed_mask(
-        policy_steps.executed, chunk_length=chunk_length, action_dim=num_tokens // chunk_length
-    ).long()
-    for b in counts.nonzero().flatten().tolist():
+    for b, row_mask in zip(played.tolist(), mask, strict=True):
         group, episode = int(episodes.group_id[b]), int(episodes.episode_id[b])
         keys.append(str(RowKey(group, episode, int(counts[b]) - 1)))
-        values.append(_on_last_token(float(score[b]), mask[int(last[b])]))
-    return keys, torch.stack(values) if values else torch.zeros(0, num_tokens)
+        values.append(_on_last_token(float(score[b]), row_mask))
+    return keys, torch.stack(values) if values else torch.zeros(mask.shape)
+
+
+def _mask(executed: Tensor, policy_steps: PolicySteps, chunk_length: int) -> Tensor:
+    """[n, T] int64, 1 on the tokens of the actions that ran."""
+    num_tokens = policy_steps.action_tokens.shape[1]
+    return executed_mask(
+        executed, chunk_length=chunk_length, action_dim=num_tokens // chunk_length
+    ).long()
 
 
 def dense(nested: Tensor, width: int) -> Tensor:
