@@ -21,13 +21,6 @@ class RowStore:
         self.puts: list[list[str]] = []
         """Keys of each call, in order."""
 
-    def put_scored(
-        self, key: str, row: dict[str, Any], tag: dict[str, Any], advantages: torch.Tensor
-    ) -> None:
-        """Add a row as the trainer has it before an update, without a recomputed log-prob."""
-        more = {"advantages": advantages, "old_log_probs": row["rollout_log_probs"]}
-        self.rows[key], self.tags[key] = row | more, tag
-
     def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("kv_batch_get", "kv_batch_put", "kv_clear", "kv_list"):
             monkeypatch.setattr(tq, name, getattr(self, name))
@@ -43,7 +36,8 @@ class RowStore:
             names = [] if fields is None else list(map(str, fields.keys()))
             self.rows.setdefault(key, {}).update({name: fields[name][i] for name in names})
             if tags is not None:
-                self.tags[key] = tags[i]
+                # entries are added to those that are there
+                self.tags[key] = self.tags.get(key, {}) | tags[i]
         return KVBatchMeta(
             keys=keys,
             tags=[self.tags[key] for key in keys],
@@ -58,6 +52,20 @@ class RowStore:
 
     def kv_list(self, partition_id: str | None = None) -> dict[str, dict[str, dict[str, Any]]]:
         return {"train": dict(self.tags)}
+
+
+def one_by_one(fields: TensorDict) -> list[dict[str, Any]]:
+    """The rows of columns."""
+    return [{str(n): column[i] for n, column in fields.items()} for i in range(len(fields))]
+
+
+def rewards_of(masks: torch.Tensor, tags: list[dict[str, Any]]) -> torch.Tensor:
+    """[N, T]: veRL's ``rm_scores`` of rows, each score on the last token of its row that ran."""
+    rewards = torch.zeros(masks.shape)
+    for row, (mask, tag) in enumerate(zip(masks, tags, strict=True)):
+        if "score" in tag:
+            rewards[row, int(mask.sum()) - 1] = tag["score"]
+    return rewards
 
 
 def jagged(column: list[Any]) -> Any:

@@ -225,8 +225,7 @@ def row_loss(
     """
     width = log_probs.shape[1]
     mask = dense(data["response_mask"], width).bool()
-    # the first token of a real row is always executed, so column 0 is never masked
-    advantage = dense(data["advantages"], width)[:, 0]
+    advantage = stacked(data["advantages"]).flatten()
     weight = trajectory_weight(
         stacked(data["trajectory_steps"]).flatten(),
         action_dim=action_dim,
