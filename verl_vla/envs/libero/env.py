@@ -69,6 +69,7 @@ class LiberoEnv:
     def __init__(self, suite: LiberoSuite, config: EnvConfig) -> None:
         """Check config, MuJoCo, GL and assets; simulators are built when their tasks are played."""
         self.suite = suite
+        # called for its check, at the start of a process
         self.suite.step_limit(config.step_limit, task_id=0)
         if not config.cameras:
             raise ConfigError(f"cameras is empty; choose from {', '.join(CAMERAS)}")

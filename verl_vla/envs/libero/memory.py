@@ -67,6 +67,7 @@ def _groups(of_process: Path, mount: Path, controller: str) -> Iterator[Path]:
     if not of_process.is_file():
         return
     for line in of_process.read_text().splitlines():
+        # hierarchy:controllers:path (cgroups(7))
         _, controllers, path = line.split(":", 2)
         if controller in controllers.split(","):
             group = Path(path.lstrip("/"))

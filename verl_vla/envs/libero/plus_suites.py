@@ -109,6 +109,7 @@ def _parts(variant: str) -> _Parts:
         move = CameraMove(
             around_deg=int(view["around"]),
             over_deg=int(view["over"]),
+            # percent in the name
             distance=int(view["distance"]) / 100,
             pan_deg=int(view["pan"]),
             tilt_deg=int(view["tilt"]),

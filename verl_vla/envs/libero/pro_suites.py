@@ -143,6 +143,7 @@ def _task(root: Path, name: str, axis: str, base: LiberoTask, origin: BaseTask) 
 
 def _in_another_scene(task: LiberoTask) -> LiberoTask:
     text = task.definition()
+    # with the dash of its declaration: regions have names that begin with a workspace's
     source = next(place for place in SCENES if f"{place} - " in text)
     target, problem, shift = SCENES[source]
     return replace(

@@ -110,6 +110,7 @@ class LiberoSuite(Suite):
             return
         assets = find_assets()
         if self.package == PRO:
+            # tasks that are refused anyway need no models
             buildable = [task for task in self.tasks if task.refused is None]
             require_models(assets, self.name, pro_objects(buildable))
 
@@ -175,6 +176,7 @@ class LiberoSuite(Suite):
             raise ConfigError(f"{file} holds {len(states)} states, not {number}")
         for i in range(task.num_objects):
             first = FIRST_OBJECT + POSE * i
+            # positions alone: the workspaces are apart by a shift, not by a turn
             states[:, first : first + 3] += task.state_shift_m
         return states
 

@@ -131,4 +131,5 @@ def _describe(thing: Any, category: str) -> None:
 def register_mini_problem() -> None:
     """Make the problem known to LIBERO's BDDL machinery; a second call changes nothing."""
     register_problem(Mini_Tabletop)
+    # LIBERO looks a problem's samplers up by its name
     REGION_SAMPLERS["mini_tabletop"] = {"table": TableRegionSampler}
