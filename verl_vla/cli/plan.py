@@ -136,6 +136,7 @@ def replay_plan(plan: Plan, config: ModelConfig) -> Replay:
             micro_batches=micro_batch_rows(recipe),
             prompt_tokens=PROMPT_TOKENS,
         )
+        # what others hold of the device is missing to the rank's allocator
         outside = sum(plan.device.outside.values())
         return replay(job, plan.gpu.memory_bytes - outside)
 

@@ -244,6 +244,7 @@ def concat_tables(tables: Iterable[Table]) -> Table:
         for f in fields(kind)  # pyright: ignore[reportArgumentType]
     }
     tables.clear()
+    # popped, so that a column's parts are freed while the next is stacked
     return kind(**{name: _stack(name, columns.pop(name)) for name in list(columns)})
 
 
