@@ -17,8 +17,7 @@ from packaging.requirements import Requirement
 
 from verl_vla.config.grpo import GRPOClusterConfig
 from verl_vla.core.errors import ConfigError
-from verl_vla.diagnostics.planning.host import host_cores
-from verl_vla.diagnostics.planning.plan import Plan
+from verl_vla.diagnostics.planning.plan import Plan, host_cores
 from verl_vla.envs.libero.asset_files import describe_faults, remedy_for_assets
 from verl_vla.envs.libero.assets import assets_available, find_assets
 from verl_vla.envs.libero.egl_devices import (

@@ -15,7 +15,7 @@ import yaml
 from verl_vla.cli.arguments import COMMANDS
 from verl_vla.config.compose import group_options, load_recipe
 from verl_vla.core.errors import ConfigError
-from verl_vla.diagnostics.planning.host import host_cores
+from verl_vla.diagnostics.planning.plan import host_cores
 from verl_vla.trainer.grpo import launch
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -14,11 +14,11 @@ import pytest
 from verl_vla.cli.arguments import parse
 from verl_vla.cli.doctor import EXIT_FAULT, run
 from verl_vla.cli.plan import policy_config
+from verl_vla.config.choices import GPUS
 from verl_vla.config.compose import load_recipe
 from verl_vla.core.errors import ConfigError
 from verl_vla.diagnostics import machine
 from verl_vla.diagnostics.machine import Check, examine_machine
-from verl_vla.diagnostics.planning.gpus import GPUS
 from verl_vla.diagnostics.planning.memory import DeviceMemory
 from verl_vla.diagnostics.planning.plan import Plan, make_plan
 from verl_vla.policies.checks import Finding

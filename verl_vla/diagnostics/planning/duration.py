@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from verl_vla.config.choices import Gpu
 from verl_vla.config.grpo import Recipe
 from verl_vla.diagnostics.planning.encoding import EncoderLoad
-from verl_vla.diagnostics.planning.gpus import Gpu
 from verl_vla.diagnostics.planning.trace import Trace
 from verl_vla.envs.base import Suite
 from verl_vla.policies.base import PolicyShape

@@ -23,8 +23,7 @@ from verl_vla.envs.libero import bddl_text
 from verl_vla.envs.libero.assets import known_assets
 from verl_vla.envs.libero.pro_suites import UNREADABLE, own_instruction
 from verl_vla.envs.libero.scene_change import UNCHANGED, CameraMove, SceneChange
-from verl_vla.envs.libero.task import BaseTask, LiberoTask
-from verl_vla.envs.libero.task_packages import PLUS, package_folder
+from verl_vla.envs.libero.task import PLUS, BaseTask, LiberoTask, package_folder
 
 PLUS_SUITES = {
     f"{name}{end}": (bases, axes)

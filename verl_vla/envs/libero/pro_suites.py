@@ -23,8 +23,7 @@ from verl_vla.config.choices import PERTURBED_BASES, PRO_AXES
 from verl_vla.core.errors import ConfigError
 from verl_vla.envs.libero import bddl_text
 from verl_vla.envs.libero.init_states import read_states
-from verl_vla.envs.libero.task import BaseTask, LiberoTask
-from verl_vla.envs.libero.task_packages import PRO, package_folder
+from verl_vla.envs.libero.task import PRO, BaseTask, LiberoTask, package_folder
 
 _FOLDER_ENDINGS = {
     "swap": "swap",

@@ -27,8 +27,15 @@ from verl_vla.envs.libero.init_states import read_states
 from verl_vla.envs.libero.mujoco_version import require_libero_physics
 from verl_vla.envs.libero.plus_suites import PLUS_SUITES, plus_tasks
 from verl_vla.envs.libero.pro_suites import PRO_SUITES, pro_objects, pro_tasks
-from verl_vla.envs.libero.task import ACTION_DIM, MAX_SAMPLED, PROPRIO_DIM, LiberoTask
-from verl_vla.envs.libero.task_packages import DISTRIBUTIONS, PLUS, PRO
+from verl_vla.envs.libero.task import (
+    ACTION_DIM,
+    DISTRIBUTIONS,
+    MAX_SAMPLED,
+    PLUS,
+    PRO,
+    PROPRIO_DIM,
+    LiberoTask,
+)
 
 SIMULATION = ("mujoco", "robosuite", "hf-libero")
 """Packages whose versions decide a simulator's results."""
@@ -82,7 +89,7 @@ class LiberoSuite(Suite):
     gripper_dims: tuple[int, ...] = (ACTION_DIM - 1,)
     images_are_mirrored: bool = True
     package: str | None = None
-    """Package of the perturbed tasks; see `verl_vla.envs.libero.task_packages`."""
+    """Package of the perturbed tasks; see `verl_vla.envs.libero.task`."""
 
     @property
     def needs_assets(self) -> bool:
