@@ -101,6 +101,7 @@ def test_with_a_recipe_a_disk_without_room_for_its_run_is_a_fault(monkeypatch, t
     assert disk.fix == "choose out=FOLDER on a larger disk"
 
 
+@pytest.mark.usefixtures("no_image")
 @pytest.mark.parametrize(
     ("share", "cores", "is_fault", "has_advice"),
     [(0.99, 99, True, True), (1.01, 99, False, False), (1.01, 2, False, True)],
