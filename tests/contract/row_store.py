@@ -32,9 +32,10 @@ class RowStore:
 
     def kv_batch_put(self, keys, partition_id, fields=None, tags=None) -> KVBatchMeta:
         self.puts.append(list(keys))
+        names = [] if fields is None else list(map(str, fields.keys()))
+        columns = {name: rows_of(fields[name]) for name in names}
         for i, key in enumerate(keys):
-            names = [] if fields is None else list(map(str, fields.keys()))
-            self.rows.setdefault(key, {}).update({name: fields[name][i] for name in names})
+            self.rows.setdefault(key, {}).update({name: columns[name][i] for name in names})
             if tags is not None:
                 # entries are added to those that are there
                 self.tags[key] = self.tags.get(key, {}) | tags[i]
@@ -72,3 +73,9 @@ def jagged(column: list[Any]) -> Any:
     """As TransferQueue hands out a field, whatever its rows' lengths."""
     is_text = isinstance(column[0], str | int)
     return column if is_text else torch.nested.as_nested_tensor(column, layout=torch.jagged)
+
+
+def rows_of(column: Any) -> Any:
+    """The rows of a field, to be taken by index."""
+    # at once: an index of a ragged tensor splits all of it each time
+    return column.unbind() if isinstance(column, torch.Tensor) else column

@@ -16,6 +16,7 @@ from verl_vla.config.choices import (
     CAMERAS,
     DECODINGS,
     DTYPES,
+    GPUS,
     PERTURBATIONS,
     PROTOCOLS,
     SUITES,
@@ -23,7 +24,6 @@ from verl_vla.config.choices import (
     Fixtures,
     Split,
 )
-from verl_vla.diagnostics.planning.gpus import GPUS
 
 Parser = argparse.ArgumentParser
 

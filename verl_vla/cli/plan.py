@@ -12,14 +12,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from verl_vla.config.choices import GPUS
 from verl_vla.config.compose import load_recipe
 from verl_vla.config.grpo import Recipe
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.text import format_seconds
-from verl_vla.diagnostics.planning.gpus import GPUS
-from verl_vla.diagnostics.planning.host import as_json, host_cores
 from verl_vla.diagnostics.planning.memory import micro_batch_rows, rollout_batch
-from verl_vla.diagnostics.planning.plan import Plan, make_plan
+from verl_vla.diagnostics.planning.plan import Plan, host_cores, make_plan
 from verl_vla.diagnostics.planning.remedies import find_remedy
 from verl_vla.diagnostics.planning.trace import PROMPT_TOKENS
 from verl_vla.envs.registry import suite
@@ -47,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     config, source = policy_config(recipe)
     plan = make_plan(recipe, config, None if options.gpu is None else GPUS[options.gpu])
     if options.json:
-        print(json.dumps(as_json(plan)))
+        print(json.dumps(plan.as_json()))
         return 0 if plan.fits else EXIT_TOO_LARGE
     print(f"policy: {source}")
     show(plan)
@@ -136,6 +135,7 @@ def replay_plan(plan: Plan, config: ModelConfig) -> Replay:
             micro_batches=micro_batch_rows(recipe),
             prompt_tokens=PROMPT_TOKENS,
         )
+        # what others hold of the device is missing to the rank's allocator
         outside = sum(plan.device.outside.values())
         return replay(job, plan.gpu.memory_bytes - outside)
 

@@ -249,6 +249,7 @@ def concat_tables(tables: Iterable[Table], **known: Tensor) -> Table:
         if f.name not in known
     }
     tables.clear()
+    # popped, so that a column's parts are freed while the next is stacked
     return kind(**known, **{name: _stack(name, columns.pop(name)) for name in list(columns)})
 
 

@@ -84,6 +84,7 @@ def disk_bytes(
     kept = steps * recipe.trainer.keep_groups * group
     groups = recipe.sampling.groups_per_step
     rounds = recipe.sampling.max_rounds if recipe.sampling.dynamic else 1
+    # a bound: a refill plays only the groups that are missing
     played = steps * rounds * groups * group
     actions = round(policy_steps * shape.num_tokens * FLOAT32 * BASE64)
     return {

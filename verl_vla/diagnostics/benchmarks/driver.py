@@ -31,7 +31,7 @@ OF_THE_ROUND = (
     "answers_per_s",
 )
 ANSWERS_PER_S = 1000
-"""More than any node answers: 8 A100 sample some 330 policy steps a second by ``plan``."""
+"""Nine times what 8 A100 sample: 32,768 policy steps in 4 min 55 s, by ``plan``."""
 SIZES = (*OF_THE_ROUND, "num_ranks", "num_mini_batches")
 
 

@@ -163,6 +163,7 @@ def _sizes(name: str, path: str, policy: ModelConfig) -> Any:
     return type(published).from_pretrained(folder) if folder.is_dir() else published
 
 
+# `find_remedy` plans many recipes with the same encoder
 @lru_cache
 def _count(name: str, same: SameConfig, dtype: torch.dtype, batch: int, frames: int) -> _Pass:
     """Run a forward pass of one batch."""

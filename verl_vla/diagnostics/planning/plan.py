@@ -1,19 +1,23 @@
-"""Plan of one recipe on one kind of GPU: memory, time, and whether it fits."""
+"""Plan of one recipe on one kind of GPU: memory, cores, time, and whether it fits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
+from verl_vla.config.choices import Gpu
 from verl_vla.config.grpo import GRPOPolicyConfig, Recipe
 from verl_vla.diagnostics.planning.duration import num_policy_steps, step_seconds, total_seconds
 from verl_vla.diagnostics.planning.encoding import encoder_load
-from verl_vla.diagnostics.planning.gpus import Gpu
 from verl_vla.diagnostics.planning.memory import DeviceMemory, device_memory, host_memory
 from verl_vla.diagnostics.planning.trace import Adapters, ModelConfig, Trace, trace_model
 from verl_vla.envs.registry import suite
 from verl_vla.policies.base import DTYPES
 from verl_vla.runs.disk_space import WeightCount, disk_bytes
+
+CORES_BESIDE = 2
+"""Cores of the trainer, which scores and fills the rollout buffer, and of TransferQueue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +47,17 @@ class Plan:
     def total_seconds(self) -> float:
         """Seconds of a training step."""
         return total_seconds(dict(self.seconds))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the sums, for programs: bytes, cores and seconds."""
+        return {
+            "fits": self.fits,
+            "device_bytes": self.device.peak,
+            "host_bytes": sum(self.host.values()),
+            "host_cores": host_cores(self.recipe),
+            "disk_bytes": sum(self.disk.values()),
+            "step_seconds": self.total_seconds if self.seconds else None,
+        }
 
 
 def make_plan(recipe: Recipe, config: ModelConfig, gpu: Gpu | None) -> Plan:
@@ -83,3 +98,9 @@ def trace_policy(policy: GRPOPolicyConfig, config: ModelConfig) -> Trace:
         # 4-bit weights are not sharded
         autocast=policy.quantization == "nf4",
     )
+
+
+def host_cores(recipe: Recipe) -> int:
+    """Return the cores that a node keeps busy: one for each simulator process and each rank."""
+    simulators = 0 if recipe.cluster.env_nodes else recipe.environment.num_workers
+    return simulators + recipe.cluster.ranks_per_node + CORES_BESIDE

@@ -186,6 +186,7 @@ def _inputs(config: ModelConfig, dtype: torch.dtype, batch: int) -> dict[str, Te
 def count_weights(model: Any) -> dict[str, int]:
     """Count weights by their use; the keys are fields of `Trace`."""
     names: set[str] = set(model._no_split_modules)
+    # by the names by which FSDP2 is given its parts (`shard`)
     layers = [_size(part) for part in model.modules() if type(part).__name__ in names]
     adapted = [part for part in model.decoder.modules() if isinstance(part, LoraLayer)]
     return {
