@@ -80,6 +80,11 @@ def _plan(parser: Parser) -> None:
     _add_overrides(parser)
     parser.add_argument("--gpu", choices=list(GPUS), help="kind of GPU of every rank")
     parser.add_argument("--num-nodes", type=int, help="number of nodes, as cluster.num_nodes")
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="also count the kernels of an update, class by class (half a minute)",
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument(
         "--replay",

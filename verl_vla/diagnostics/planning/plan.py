@@ -87,13 +87,10 @@ def make_plan(recipe: Recipe, config: ModelConfig, gpu: Gpu | None) -> Plan:
 
 def trace_policy(policy: GRPOPolicyConfig, config: ModelConfig) -> Trace:
     """Trace the model of ``config`` with the settings of ``policy``."""
-    adapters = policy.lora_rank and Adapters(
-        rank=policy.lora_rank, alpha=policy.lora_alpha, targets=policy.lora_targets
-    )
     return trace_model(
         config,
         dtype=DTYPES[policy.dtype],
-        adapters=adapters or None,
+        adapters=adapters_of(policy),
         checkpointing=policy.gradient_checkpointing,
         # 4-bit weights are not sharded
         autocast=policy.quantization == "nf4",
@@ -104,3 +101,10 @@ def host_cores(recipe: Recipe) -> int:
     """Return the cores that a node keeps busy: one for each simulator process and each rank."""
     simulators = 0 if recipe.cluster.env_nodes else recipe.environment.num_workers
     return simulators + recipe.cluster.ranks_per_node + CORES_BESIDE
+
+
+def adapters_of(policy: GRPOPolicyConfig) -> Adapters | None:
+    """Return the settings of the adapters of ``policy``, or None where all weights are trained."""
+    if policy.lora_rank is None:
+        return None
+    return Adapters(rank=policy.lora_rank, alpha=policy.lora_alpha, targets=policy.lora_targets)
