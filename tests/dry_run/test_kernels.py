@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,11 +29,11 @@ needs_shim = pytest.mark.skipif(
 )
 
 
-@needs_shim
-def test_pytorch_takes_the_flash_kernel_where_there_is_no_padding_and_no_other_where_there_is():
-    """The installed PyTorch decides, for the sizes of the published policy on an A100."""
+@pytest.fixture(scope="module")
+def layer() -> dict[str, Any]:
+    """One layer of the published policy on an A100 that is not there: the installed PyTorch."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("one_attention.py"))],
+        [sys.executable, str(Path(__file__).with_name("one_layer.py"))],
         env=os.environ
         | {
             "LD_PRELOAD": str(shim.build_shim()),
@@ -46,14 +47,25 @@ def test_pytorch_takes_the_flash_kernel_where_there_is_no_padding_and_no_other_w
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_shim
+def test_the_flash_kernel_takes_no_padding_and_the_memory_efficient_one_does(layer) -> None:
     towers = [[DINO_HEAD, FLASH, False], [SIGLIP_HEAD, FLASH, False]]
-    assert found == {
+    assert layer["attention"] == {
         "none": [*towers, [LANGUAGE_HEAD, FLASH, False]],
         # a mask that masks nothing is left out
         "all true": [*towers, [LANGUAGE_HEAD, FLASH, False]],
         "padded": [*towers, [LANGUAGE_HEAD, EFFICIENT, True]],
     }
+
+
+@needs_shim
+def test_the_operators_of_a_cpu_move_what_those_of_a_gpu_move(layer) -> None:
+    """What `kernels_of` counts on tensors of a CPU, against the same update on a GPU."""
+    # the mask is padded there, for the memory-efficient kernel
+    assert layer["moved"]["cpu"] == pytest.approx(layer["moved"]["cuda"], rel=0.01)
 
 
 PAGE = PROJECT_FOLDER / "docs" / "performance.md"
