@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,14 @@ GROUP_SIZE = 3
 
 
 class RefusingReward(StatelessReward):
-    """Cannot score anything."""
+    """Cannot score anything, and says so once rows are stored: an error cancels those that wait."""
+
+    def __init__(self, store: RowStore, num_rows: int) -> None:
+        self._store, self._num_rows = store, num_rows
 
     def __call__(self, batch: TrajectoryBatch) -> RewardResult:
+        while len(self._store.rows) < self._num_rows:
+            time.sleep(0.001)
         raise RewardError("no scores today")
 
 
@@ -184,7 +190,7 @@ def test_a_refill_takes_the_next_groups_and_a_new_step_forgets_them(
 def test_episodes_that_the_reward_refuses_are_kept_and_scored_without_being_played_again(
     tmp_path: Path, store: RowStore
 ) -> None:
-    refused = make_loop(tmp_path, reward=RefusingReward())
+    refused = make_loop(tmp_path, reward=RefusingReward(store, num_rows=6))
     uids = refused.next_groups(2)
     with pytest.raises(RewardError, match="no scores today"):
         refused.generate_sequences(asked_for(uids))
