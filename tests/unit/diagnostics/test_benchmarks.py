@@ -40,7 +40,10 @@ from verl_vla.diagnostics.benchmarks.step_model import (
     step_time,
     table_rows,
 )
+from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.fake import FakeEnv, FakeEnvConfig
+from verl_vla.envs.libero.memory import sizes_by_task
+from verl_vla.envs.libero.suite import make_libero_env
 from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.policies.base import PolicyShape
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tokenizer, tiny_config
@@ -119,6 +122,13 @@ def test_a_record_names_its_command_and_conditions(monkeypatch: pytest.MonkeyPat
     assert found["command"] == "python -m verl_vla bench env --suite 'a b'"
     assert found["conditions"]["OMP_NUM_THREADS"] == "3"
     assert {"commit", "machine", "mujoco"} <= found["conditions"].keys()
+
+
+@pytest.mark.sim
+def test_each_task_of_a_suite_adds_its_simulator() -> None:
+    config = EnvConfig(suite="mini", render_size=64, max_simulators=2)
+    first, second = sizes_by_task(partial(make_libero_env, config), 2)
+    assert 20 < second - first < 400
 
 
 def test_both_ways_of_a_simulator_get_the_samemoves_of_chunks() -> None:

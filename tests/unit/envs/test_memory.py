@@ -1,15 +1,12 @@
-"""The memory that a machine or its control group leaves, and that simulators take."""
+"""The memory that a machine or its control group leaves, and that a process takes."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from verl_vla.envs.base import EnvConfig
-from verl_vla.envs.libero.memory import available_bytes, sizes_by_task, unique_set_size
-from verl_vla.envs.libero.suite import make_libero_env
+from verl_vla.envs.libero.memory import available_bytes, unique_set_size
 
 GIB = 1 << 30
 
@@ -86,10 +83,3 @@ def test_the_unique_set_size_counts_private_pages_alone() -> None:
     rollup = "55d0-7ffe ---p 00000000 00:00 0 [rollup]\nRss: 900 kB\nShared_Clean: 500 kB\n"
     rollup += "Private_Clean: 100 kB\nPrivate_Dirty: 300 kB\nSwap: 7 kB\n"
     assert unique_set_size(rollup) == 400 * 1024
-
-
-@pytest.mark.sim
-def test_each_task_of_a_suite_adds_its_simulator() -> None:
-    config = EnvConfig(suite="mini", render_size=64, max_simulators=2)
-    first, second = sizes_by_task(partial(make_libero_env, config), 2)
-    assert 20 < second - first < 400
