@@ -1,11 +1,12 @@
 """Two micro-batches of a policy under FSDP2, by one rank of some; prints what FSDP2 moved.
 
-one_sharded_update.py RANKS ADAPTERS CONFIG
+one_sharded_update.py CONFIG RANKS,ADAPTERS ... prints a line for each pair, each of a new process.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 from typing import Any
 
@@ -67,9 +68,7 @@ class Moved(OperatorCounts):
         return result
 
 
-def main() -> None:
-    ranks, has_adapters = int(sys.argv[1]), bool(int(sys.argv[2]))
-    config = OpenVLAOFTConfig.from_dict(json.loads(sys.argv[3]))
+def measure(config: OpenVLAOFTConfig, ranks: int, has_adapters: bool) -> None:
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     mesh = torch.distributed.init_device_mesh("cpu", (ranks,))
     model = OpenVLAOFTModel(config).train()
@@ -97,6 +96,19 @@ def main() -> None:
             logits = model(torch.randn(ROWS, 6, size, size), ids, action_tokens=tokens).logits
             log_prob(logits, tokens, 1.0).sum().backward()
     sys.stdout.write(f"{json.dumps(moved.bytes)}\n")
+
+
+def main() -> None:
+    config = OpenVLAOFTConfig.from_dict(json.loads(sys.argv[1]))
+    # forked: what is imported above is there, and nothing has run that a fork could break
+    context = multiprocessing.get_context("fork")
+    for pair in sys.argv[2:]:
+        ranks, has_adapters = pair.split(",")
+        process = context.Process(target=measure, args=(config, int(ranks), has_adapters == "1"))
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(process.exitcode)
 
 
 if __name__ == "__main__":

@@ -265,16 +265,19 @@ def listed(*words: str, gpu: str = "a100-80") -> dict[str, Kernels]:
 def test_fsdp_moves_what_the_real_one_moves() -> None:
     """Two micro-batches of the real model under FSDP2, on one of two ranks and on one of one."""
     program = Path(__file__).with_name("one_sharded_update.py")
-    for ranks, adapters in ((2, False), (2, True), (1, True)):
-        done = subprocess.run(
-            [sys.executable, str(program), str(ranks), str(int(adapters)), TINY.to_json_string()],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        measured = json.loads(done.stdout.splitlines()[-1])
+    cases = ((2, False), (2, True), (1, True))
+    pairs = [f"{ranks},{int(adapters)}" for ranks, adapters in cases]
+    done = subprocess.run(
+        [sys.executable, str(program), TINY.to_json_string(), *pairs],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()[-len(cases) :]
+    for (ranks, adapters), line in zip(cases, lines, strict=True):
+        measured = json.loads(line)
         rank = ["policy.lora_rank=2", "policy.lora_alpha=4"] if adapters else []
         plan = make_plan(
             load_recipe(["recipe=libero", f"cluster.ranks_per_node={ranks}", *rank]),
