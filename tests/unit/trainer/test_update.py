@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 
 from verl_vla.config.compose import group_options, load_recipe, recipe_names
+from verl_vla.config.grpo import Recipe
 from verl_vla.core.tables import Trajectories
 from verl_vla.rl.group_sampling import GroupFilter, GroupResult
 from verl_vla.runs.metrics import check_declared
@@ -29,6 +31,12 @@ FORMER_MULTIPLE = 4
 UNIFORM, MIXED = [0.0] * 2, [0.0, 1.0]
 
 
+@cache
+def recipe_of(*words: str) -> Recipe:
+    """Composing takes longer than the rest of a test, and nothing changes a recipe."""
+    return load_recipe(["out=runs/test", *words])
+
+
 @pytest.fixture
 def play(monkeypatch: pytest.MonkeyPatch):
     """Let groups with these scores be sampled and learned from, as a recipe says."""
@@ -36,8 +44,7 @@ def play(monkeypatch: pytest.MonkeyPatch):
     def play_step(
         groups: list[list[float]], *words: str
     ) -> tuple[Ranks, KVBatchMeta, dict[str, float]]:
-        recipe = load_recipe(["out=runs/test", *words])
-        rank = Ranks(recipe, num_tokens=TOKENS, action_dim=DIM)
+        rank = Ranks(recipe_of(*words), num_tokens=TOKENS, action_dim=DIM)
         rank.stand_in(monkeypatch)
         batch = sampled(rank, groups)
         batch = upsample_batch_to_divisible_size(batch, FORMER_MULTIPLE, eos_token_id=0)
@@ -210,7 +217,7 @@ def shipped() -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("words", shipped(), ids=" ".join)
 def test_no_shipped_recipe_trains_on_rows_without_a_gradient(play, words):
     """Groups that agree at either end or at a shaped score, and groups that do not."""
-    size = load_recipe(["out=runs/test", *words]).sampling.group_size
+    size = recipe_of(*words).sampling.group_size
     groups = [
         *([score] * size for score in (0.0, 1.0, 0.25)),
         *([float(member < solved) for member in range(size)] for solved in range(1, size)),
