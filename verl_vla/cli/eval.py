@@ -38,13 +38,19 @@ from verl_vla.evaluation.perturbed import (
     write_table,
 )
 from verl_vla.evaluation.published import compare_with_published, complete, published_table
-from verl_vla.evaluation.resumable import last_of_each, play_remaining, unplayed
+from verl_vla.evaluation.resumable import (
+    last_of_each,
+    play_remaining,
+    read_played,
+    require_evaluation,
+    unplayed,
+)
 from verl_vla.policies.base import DTYPES, Processor, TrainablePolicy
 from verl_vla.policies.checkpoint import fingerprint
-from verl_vla.policies.registry import load_policy, load_processor
+from verl_vla.policies.registry import load_policy, load_processor, require_valid
 from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, task_ids
 from verl_vla.runs.console import EvaluationProgress
-from verl_vla.runs.episode_log import EpisodeLog, read_episodes
+from verl_vla.runs.episode_log import EpisodeLog
 from verl_vla.runs.run_dir import evaluation_record
 from verl_vla.runs.terminal import bar
 
@@ -162,6 +168,7 @@ def _prepare(
     chosen = suite(name)
     chosen.require_simulator()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    _require_valid(folder, options.unnorm_key)
     processor = load_processor(folder, options.unnorm_key)
     for task in names:  # a small tokenizer may lack words of a perturbed instruction
         processor.prompt(chosen.task(task).instruction)
@@ -198,14 +205,16 @@ def _evaluate(options: argparse.Namespace, part: _Part, out: Path) -> dict[str, 
     torch.set_num_threads(1)
     began = time.perf_counter()
     policy = partial(_load, part.folder, options.dtype, options.unnorm_key, part.device)
-    if unplayed(read_episodes(out), len(part.starts)):
+    header = {**part.given, "starts": [[s.task_id, s.init_state_id] for s in part.starts]}
+    # before the folder is locked, which leaves a file: it may be somebody else's
+    require_evaluation(out, header)
+    if unplayed(read_played(out, part.starts), len(part.starts)):
         policy()  # before the folder is created, so that a loading error leaves no folder behind
     with ExitStack() as stack:
         stack.enter_context(folder_lock(out))
-        played = [[s.task_id, s.init_state_id] for s in part.starts]
-        episode_log = EpisodeLog(out, {**part.given, "starts": played})
+        episode_log = EpisodeLog(out, header)
         # again under the lock: another process may have added some since
-        found = read_episodes(out)
+        found = read_played(out, part.starts)
         if found:
             logger.info("%d episodes are in %s already; the others follow", len(found), out)
         if remaining := unplayed(found, len(part.starts)):
@@ -241,6 +250,12 @@ def _evaluate(options: argparse.Namespace, part: _Part, out: Path) -> dict[str, 
             logger.info("\n%s\n", published_table(options.suite, record["published"]))
         _write(out / RESULT, record)
     return record
+
+
+@cache
+def _require_valid(folder: Path, unnorm_key: str | None) -> None:
+    """Check the policy once for all suites: its weights are read."""
+    require_valid(folder, unnorm_key)
 
 
 @cache

@@ -32,7 +32,7 @@ from verl_vla.diagnostics.planning.trace import PROMPT_TOKENS
 from verl_vla.envs.registry import suite
 from verl_vla.policies.base import ModelConfig
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig
-from verl_vla.policies.registry import load_config
+from verl_vla.policies.registry import load_config, require_valid
 from verl_vla.rl.setup import find_policy
 from verl_vla.runs.terminal import show_table
 from verl_vla.trainer.dry_run.job import Job, replay, weightless_checkpoint
@@ -96,7 +96,10 @@ def policy_config(recipe: Recipe) -> tuple[ModelConfig, str]:
         sizes = suite(recipe.environment.suite).policy_sizes
         source = f"{recipe.policy.path} is not here; OpenVLA-OFT as published"
         return OpenVLAOFTConfig(**sizes), source
-    return load_config(folder), str(folder)
+    config = load_config(folder)
+    # headers alone: a plan takes a second, and 15 GB of weights half a minute
+    require_valid(folder, recipe.policy.unnorm_key, reads_values=False)
+    return config, str(folder)
 
 
 def show(plan: Plan) -> None:

@@ -10,15 +10,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from verl_vla.core.episode import EpisodeSpec, Outcome, Start
+from verl_vla.core.errors import ConfigError
+from verl_vla.core.files import LOCK, writing_to
 from verl_vla.core.tables import Trajectories
 from verl_vla.evaluation.evaluate import EVALUATION_STREAM
 from verl_vla.policies.action_codec import ActionCodec
 from verl_vla.policies.base import Policy
 from verl_vla.rl.rollout import NoiseSource, Simulators, rollout
-from verl_vla.runs.episode_log import EpisodeLog, episode_lines
+from verl_vla.runs.episode_log import (
+    EPISODE_LOG_FILE,
+    REMEDY,
+    EpisodeLog,
+    episode_lines,
+    read_episodes,
+    require_own,
+)
 
 ATTEMPTS = 3
 """Number of attempts after which a start whose simulator is lost each time counts as a crash."""
@@ -26,6 +36,54 @@ ATTEMPTS = 3
 EPISODES_AT_ONCE = 256
 """Number of episodes per call of `rollout`, which keeps their images in memory until all have
 ended: 65 policy steps of 150 kB in LIBERO-10, so 2.5 GB."""
+
+
+def require_evaluation(folder: Path, header: Mapping[str, Any]) -> None:
+    """Refuse a folder that is not this evaluation's, before anything is written to it.
+
+    Raises:
+        ConfigError: it holds the episodes of something else, or other files.
+    """
+    if not folder.exists():
+        return
+    with writing_to(folder):
+        others = {path.name for path in folder.iterdir()} - {LOCK}
+    if others and EPISODE_LOG_FILE not in others:
+        raise ConfigError(
+            f"--out is {folder}, which holds {min(others)!r} and no evaluation; choose a new or an "
+            "empty folder"
+        )
+    require_own(folder, header)
+
+
+def read_played(folder: Path, starts: Sequence[Start]) -> list[dict[str, Any]]:
+    """Read the episodes of an evaluation that were rolled out already.
+
+    Raises:
+        ConfigError: a line is damaged, or is of another start than its episode, which would be
+            counted in place of the right one.
+    """
+    lines = read_episodes(folder)
+    ended: set[int] = set()
+    for index, line in enumerate(lines):
+        number = line["episode"]
+        start = starts[number] if number < len(starts) else None
+        if start != Start(task_id=line["task"], init_state_id=line["init_state"]):
+            raise ConfigError(
+                # the header is line 1
+                f"{folder / EPISODE_LOG_FILE}, line {index + 2}: episode {number} of task "
+                f"{line['task']} and init state {line['init_state']} is not among the "
+                f"{len(starts)} of this evaluation; {REMEDY}"
+            )
+        # a start is rolled out again after a crash only
+        if number in ended:
+            raise ConfigError(
+                f"{folder / EPISODE_LOG_FILE}, line {index + 2}: episode {number} ended before; "
+                f"{REMEDY}"
+            )
+        if line["outcome"] != Outcome.CRASH:
+            ended.add(number)
+    return lines
 
 
 def play_remaining(

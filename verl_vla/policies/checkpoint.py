@@ -13,16 +13,20 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from verl_vla.core.errors import ConfigError
+from verl_vla.core.json_files import Entries, read_json, require_regular
 from verl_vla.policies.preprocessing import ImageStatistics
 
+Config = TypeVar("Config", bound=PreTrainedConfig)
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 IMAGE_FILE = "preprocessor_config.json"
@@ -34,6 +38,47 @@ WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE_BYTES = 2_000_000_000
 """Bytes of weights after which a file is written: a small part of a host's memory."""
+PICKLED_WEIGHTS = "*.bin"
+ADAPTER_FILE = "adapter_config.json"
+"""PEFT's name for the configuration of adapters."""
+LFS_MARK = b"version https://git-lfs"
+"""Begin of the small file that Git leaves in place of one that Git LFS was to fetch."""
+READ_AGAIN = "fetch it again from where the weights came from"
+NUM_LAYERS = ("num_hidden_layers", "depth")
+MOST_LAYERS = 1000
+"""Layers of one part of a model; the deepest language models have some 130."""
+Positive = Annotated[float, Field(gt=0)]
+
+
+class ConfigHead(Entries):
+    """What decides who reads the rest of `CONFIG_FILE`."""
+
+    model_type: str
+
+
+class TowerStatistics(Entries):
+    """An entry of `ImageFile` for one vision tower."""
+
+    mean: tuple[float, float, float]
+    std: tuple[Positive, Positive, Positive]
+
+
+class ImageFile(Entries):
+    """The declared part of `IMAGE_FILE`."""
+
+    tvf_normalize_params: list[TowerStatistics]
+
+
+class RenderSize(Entries):
+    """The part of `IMAGE_FILE` that this project adds."""
+
+    render_size: Annotated[int, Field(ge=1)] | None = None
+
+
+class WeightsIndex(Entries):
+    """The declared part of `WEIGHTS_INDEX_FILE`: the file of every weight."""
+
+    weight_map: dict[str, str]
 
 
 def fingerprint(folder: str | Path) -> str:
@@ -58,10 +103,40 @@ def read_model_type(folder: str | Path) -> str:
         ConfigError: if the folder or its ``config.json`` is missing, or names no model.
     """
     path = require_file(folder, CONFIG_FILE, "the sizes of the model")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if "model_type" not in content:
-        raise ConfigError(f"{path} names no model_type; take the file that came with the weights")
-    return str(content["model_type"])
+    return read_json(path, ConfigHead, "take the file that came with the weights").model_type
+
+
+def read_config(kind: type[Config], folder: str | Path) -> Config:
+    """Read the configuration of a checkpoint.
+
+    Raises:
+        ConfigError: the folder or its ``config.json`` is missing, or it is none of ``kind``.
+    """
+    path = require_file(folder, CONFIG_FILE, "the sizes of the model")
+    content = read_json(path, dict[str, Any], "take the file that came with the weights")
+    _refuse_endless(path, content)
+    try:
+        return kind.from_dict(content)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    # transformers and huggingface_hub raise some ten kinds for values of a wrong type
+    except Exception as error:
+        raise ConfigError(
+            f"{path} is no configuration of {kind.model_type} ({first_line(error)}); take the "
+            "file that came with the weights"
+        ) from error
+
+
+def _refuse_endless(path: Path, content: Mapping[str, Any]) -> None:
+    """Refuse a number of layers that no model has: to build it would take for ever."""
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            _refuse_endless(path, value)
+        elif name in NUM_LAYERS and isinstance(value, int) and value > MOST_LAYERS:
+            raise ConfigError(
+                f"{path}: {name} is {value}, and no model has more than {MOST_LAYERS} layers; "
+                "take the file that came with the weights"
+            )
 
 
 def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
@@ -70,8 +145,15 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     Raises:
         ConfigError: if ``tokenizer.json`` is missing, or there is no padding token.
     """
-    require_file(folder, TOKENIZER_FILE, "the vocabulary")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    path = require_file(folder, TOKENIZER_FILE, "the vocabulary")
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    # the parser is a library in Rust, which raises bare Exceptions
+    except Exception as error:
+        raise ConfigError(
+            f"{path} or tokenizer_config.json beside it cannot be read ({first_line(error)}); "
+            f"{READ_AGAIN}"
+        ) from error
     if tokenizer.pad_token_id is None:
         raise ConfigError(
             f"the tokenizer in {folder} has no padding token; prompts of different lengths are "
@@ -82,10 +164,8 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 
 def read_tower_statistics(path: Path) -> tuple[ImageStatistics, ...]:
     """Read every vision tower's image statistics from a ``preprocessor_config.json``."""
-    towers = json.loads(path.read_text(encoding="utf-8"))["tvf_normalize_params"]
-    return tuple(
-        ImageStatistics(mean=tuple(tower["mean"]), std=tuple(tower["std"])) for tower in towers
-    )
+    towers = read_json(path, ImageFile, READ_AGAIN).tvf_normalize_params
+    return tuple(ImageStatistics(mean=tower.mean, std=tower.std) for tower in towers)
 
 
 def read_render_size(folder: str | Path) -> int | None:
@@ -95,8 +175,7 @@ def read_render_size(folder: str | Path) -> int | None:
         None where the folder does not say; published checkpoints do not.
     """
     path = Path(folder) / IMAGE_FILE
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return int(content[RENDER_SIZE]) if RENDER_SIZE in content else None
+    return read_json(path, RenderSize, READ_AGAIN).render_size if path.is_file() else None
 
 
 def write_image_statistics(
@@ -123,22 +202,60 @@ def weight_files(folder: str | Path) -> tuple[Path, ...]:
         ConfigError: if there are none, or one that the index names is missing.
     """
     root = Path(folder)
-    index = root / WEIGHTS_INDEX_FILE
-    if index.is_file():
+    whole, index = root / WEIGHTS_FILE, root / WEIGHTS_INDEX_FILE
+    if whole.exists() and index.exists():
+        raise ConfigError(
+            f"{folder} holds {WEIGHTS_FILE} and {WEIGHTS_INDEX_FILE}, of which one is of another "
+            "save; remove it"
+        )
+    # a link to nothing is to be named, so it counts as there
+    if index.exists() or index.is_symlink():
         # the index names the file of every weight, so each file comes many times
-        parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        missing = [part for part in parts if not (root / part).is_file()]
+        parts = sorted(set(read_json(index, WeightsIndex, READ_AGAIN).weight_map.values()))
+        missing = [part for part in parts if not (root / part).exists()]
         if missing:
             raise ConfigError(
                 f"{index} names {len(parts)} files, of which {missing} are missing; fetch them"
             )
-        return tuple(root / part for part in parts)
-    if not (root / WEIGHTS_FILE).is_file():
+        files = tuple(root / part for part in parts)
+    elif whole.exists() or whole.is_symlink():
+        files = (whole,)
+    else:
+        raise ConfigError(f"{folder} {_without_weights(root)}")
+    if (root / ADAPTER_FILE).exists():
         raise ConfigError(
-            f"{folder} holds neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX_FILE}; weights are read "
-            "from safetensors alone: convert other formats first"
+            f"{folder} holds {ADAPTER_FILE} beside whole weights, which transformers would replace "
+            "by the adapters' base; remove the file, or merge the adapters into their base"
         )
-    return (root / WEIGHTS_FILE,)
+    for file in files:
+        require_regular(file, READ_AGAIN)
+        _refuse_pointer(file)
+    return files
+
+
+def _without_weights(folder: Path) -> str:
+    """Say what a folder without weights holds instead, and what to do."""
+    if (folder / ADAPTER_FILE).is_file():
+        return (
+            "holds adapters alone; merge them into their base with peft: "
+            "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(out)"
+        )
+    others = sorted(file.name for file in folder.glob(PICKLED_WEIGHTS))
+    found = f", but {others[0]}" if others else ""
+    return (
+        f"holds neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX_FILE}{found}; weights are read from "
+        "safetensors alone: convert other formats first, by loading the folder with transformers "
+        "and save_pretrained"
+    )
+
+
+def _refuse_pointer(file: Path) -> None:
+    with file.open("rb") as opened:
+        if opened.read(len(LFS_MARK)) == LFS_MARK:
+            raise ConfigError(
+                f"{file} is a pointer of Git LFS in place of the weights; run git lfs pull in its "
+                "folder"
+            )
 
 
 class WeightWriter:
@@ -213,19 +330,55 @@ def read_weight_layout(folder: str | Path) -> dict[str, tuple[tuple[int, ...], s
         ConfigError: if a file is missing or truncated.
     """
     layout: dict[str, tuple[tuple[int, ...], str]] = {}
+    file_of: dict[str, str] = {}
     for file in weight_files(folder):
         try:
             # opened, not loaded: safetensors keeps shapes and dtypes in a header
             with safe_open(file, framework="pt") as stored:
                 for name in stored.keys():  # noqa: SIM118 -- not a mapping
+                    if name in layout:
+                        raise ConfigError(
+                            f"{folder}: weight {name} is in {file_of[name]} and in {file.name}; "
+                            "the files are of two saves: fetch them again"
+                        )
                     part = stored.get_slice(name)
                     layout[name] = (tuple(part.get_shape()), part.get_dtype())
-        except SafetensorError as error:
+                    file_of[name] = file.name
+        except (SafetensorError, OSError) as error:
             raise ConfigError(
                 f"{file} ({file.stat().st_size} bytes) is cut off or no safetensors file "
                 f"({error}); fetch it again"
             ) from error
+    _compare_with_index(Path(folder), file_of)
     return layout
+
+
+def _compare_with_index(folder: Path, file_of: Mapping[str, str]) -> None:
+    """Refuse an index that names another file for a weight than the one that holds it."""
+    index = folder / WEIGHTS_INDEX_FILE
+    if not index.exists():
+        return
+    named = read_json(index, WeightsIndex, READ_AGAIN).weight_map
+    wrong = sorted(named.items() ^ file_of.items())
+    if wrong:
+        name, file = wrong[0]
+        raise ConfigError(
+            f"{index} and the files beside it do not agree on {len(dict(wrong))} weights, first "
+            f"{name} in {file}; they are of two saves: fetch them again"
+        )
+
+
+def find_not_finite(folder: str | Path) -> str | None:
+    """Read all weights; return the name of the first one with a value that is no number, or None.
+
+    One weight is in memory at a time.
+    """
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 -- not a mapping
+                if not torch.isfinite(stored.get_tensor(name)).all():
+                    return name
+    return None
 
 
 def require_file(folder: str | Path, name: str, purpose: str) -> Path:
@@ -263,3 +416,9 @@ def require_all_weights(folder: str | Path, report: Mapping[str, Collection[Any]
                 f"{folder}: {len(names)} {problem.replace('_', ' ')}, first {names[:3]}; the "
                 "weights do not belong to this config.json: take both from one checkpoint"
             )
+
+
+def first_line(error: Exception) -> str:
+    """Return what a library's error says, without the paragraphs of advice that follow."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

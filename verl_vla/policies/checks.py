@@ -6,11 +6,25 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 from torch import nn
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.policies.checkpoint import read_weight_layout
+from verl_vla.policies.checkpoint import (
+    CONFIG_FILE,
+    find_not_finite,
+    first_line,
+    read_weight_layout,
+)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+FLOATING = ("F64", "F32", "F16", "BF16")
+"""Dtypes of weights that a model computes with, as safetensors spells them."""
+WRAPPERS = ("module.", "base_model.model.", "_orig_mod.")
+"""Prefixes that DistributedDataParallel, PEFT and torch.compile put before names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,17 +45,48 @@ def look(subject: str, describe: Callable[[], str]) -> Finding:
         return Finding(subject=subject, says=str(error), is_fault=True)
 
 
-def describe_weights(folder: str | Path, model: nn.Module) -> str:
-    """Compare the stored weights with an empty ``model``, by the files' headers only.
+def build_empty(folder: str | Path, build: Callable[[], Model]) -> Model:
+    """Build a model without memory for its weights.
+
+    Raises:
+        ConfigError: the sizes in ``config.json`` are those of no model.
+    """
+    try:
+        with torch.device("meta"):
+            return build()
+    except ConfigError:
+        raise
+    # sizes that do not fit raise what the layer that meets them first raises
+    except Exception as error:
+        raise ConfigError(
+            f"{Path(folder) / CONFIG_FILE} describes a model that cannot be built "
+            f"({first_line(error)}); take the file that came with the weights"
+        ) from error
+
+
+def describe_weights(folder: str | Path, model: nn.Module, *, reads_values: bool) -> str:
+    """Compare the stored weights with an empty ``model``.
+
+    Args:
+        folder: folder of the checkpoint.
+        model: the model that its configuration describes, on the meta device.
+        reads_values: whether to read the weights too; else only the files' headers are read.
 
     Returns:
         The number of tensors, in all and by dtype, for a message.
 
     Raises:
-        ConfigError: if a weight is missing, unknown or of another shape, or a file is truncated.
+        ConfigError: if a weight is missing, unknown, of another shape or not finite, or a file is
+            truncated.
     """
     stored = read_weight_layout(folder)
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for wrapper in WRAPPERS:
+        if stored and all(name.startswith(wrapper) for name in stored):
+            raise ConfigError(
+                f"{folder}: all names of weights begin with {wrapper!r}, which a wrapper of the "
+                "model adds; take it off and save the weights again"
+            )
     for problem, names in (
         ("missing", sorted(wanted.keys() - stored.keys())),
         ("unknown", sorted(stored.keys() - wanted.keys())),
@@ -59,4 +104,16 @@ def describe_weights(folder: str | Path, model: nn.Module) -> str:
             f"{name}, {stored[name][0]} for {wanted[name]}; take both from one checkpoint"
         )
     types = Counter(dtype for _, dtype in stored.values())
+    for name, (_, dtype) in stored.items():
+        if dtype not in FLOATING:
+            raise ConfigError(
+                f"{folder}: weight {name} is stored as {dtype}, and weights are read as one of "
+                f"{', '.join(FLOATING)} only; save them again without quantization"
+            )
+    name = find_not_finite(folder) if reads_values else None
+    if name is not None:
+        raise ConfigError(
+            f"{folder}: weight {name} holds values that are not finite, so no action of this "
+            "policy means anything; the training that wrote it diverged: take an earlier checkpoint"
+        )
     return f"{len(stored)} tensors, {', '.join(f'{n} {dtype}' for dtype, n in types.items())}"

@@ -7,7 +7,7 @@ data_utils.py`` and ``prismatic/vla/constants.py``.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from verl_vla.core.errors import ConfigError
+from verl_vla.core.json_files import Entries, read_json
 
 Array = npt.NDArray[np.float64]
 Normalization = Literal["bounds_q99", "bounds"]
@@ -33,6 +34,13 @@ COLUMNS: dict[Normalization, tuple[str, str]] = {
 }
 EXTREMES = ("min", "max")
 """Names of a value's smallest and largest number in the file."""
+CONFIG_FILE = "config.json"
+"""File of a checkpoint that holds the statistics where `STATISTICS_FILE` is absent, in the entry
+``norm_stats``: OpenVLA's own checkpoints (openvla, ``extern/hf/configuration_prismatic.py``).
+"""
+TAKE_THE_FILE = "take the file of the checkpoint that the weights came from"
+LIBERO_ACTION_DIM = 7
+"""Six values of the hand's motion and the gripper's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +127,29 @@ class NormalizationStats:
         return np.where(self.mask, scaled, given)
 
 
+class Columns(Entries):
+    """Statistics of A values in a file, each entry [A]."""
+
+    q01: list[float] | None = None
+    q99: list[float] | None = None
+    min: list[float] | None = None
+    max: list[float] | None = None
+    mask: list[bool] | None = None
+
+
+class Dataset(Entries):
+    """Statistics of one data set in a file."""
+
+    action: Columns
+    proprio: Columns | None = None
+
+
+class ConfigWithStatistics(Entries):
+    """The part of `CONFIG_FILE` that holds statistics."""
+
+    norm_stats: dict[str, Dataset] = {}
+
+
 class ActionStatistics(NormalizationStats):
     """Statistics of actions; values with ``mask`` false are grippers, which are not normalised."""
 
@@ -145,10 +176,9 @@ def load_statistics(
     Raises:
         ConfigError: the file or the dataset is missing, or there are several and none is named.
     """
-    key, dataset = _read_dataset(folder, unnorm_key)
-    action = dataset["action"]
-    low, high, mask = _columns(folder, key, action, (*COLUMNS[normalization], "mask"))
-    return ActionStatistics(low, high, mask, key, normalization, _extremes(action))
+    path, key, dataset = _read_dataset(folder, unnorm_key)
+    low, high, mask = _columns(path, key, dataset.action, (*COLUMNS[normalization], "mask"))
+    return ActionStatistics(low, high, mask, key, normalization, _extremes(dataset.action))
 
 
 def load_proprio_stats(
@@ -163,11 +193,35 @@ def load_proprio_stats(
     Raises:
         ConfigError: if the file, the dataset or its ``proprio`` is missing.
     """
-    key, dataset = _read_dataset(folder, unnorm_key)
-    (proprio,) = _columns(folder, key, dataset, ("proprio",))
-    low, high = _columns(folder, key, proprio, COLUMNS[normalization])
+    path, key, dataset = _read_dataset(folder, unnorm_key)
+    if dataset.proprio is None:
+        raise ConfigError(
+            f"{path}: '{key}' lacks ['proprio'], which this policy reads; {TAKE_THE_FILE}"
+        )
+    low, high = _columns(path, key, dataset.proprio, COLUMNS[normalization])
     mask = np.ones(len(low), dtype=np.bool_)
-    return NormalizationStats(low, high, mask, key, normalization, _extremes(proprio))
+    return NormalizationStats(low, high, mask, key, normalization, _extremes(dataset.proprio))
+
+
+def require_usual_mask(statistics: ActionStatistics) -> None:
+    """Refuse a mask with which the robot moves, and no task can succeed.
+
+    Raises:
+        ConfigError: no value is normalised, or the gripper's is.
+    """
+    mask = statistics.mask
+    if not mask.any():
+        raise ConfigError(
+            f"statistics '{statistics.key}': the mask says that no value is normalised, so the "
+            f"policy's -1..1 would be taken for metres; {TAKE_THE_FILE}"
+        )
+    # with "bounds" the grippers of ALOHA are normalised
+    if mask.all() and statistics.normalization == "bounds_q99" and len(mask) == LIBERO_ACTION_DIM:
+        raise ConfigError(
+            f"statistics '{statistics.key}': the mask says that all {len(mask)} values are "
+            "normalised, the gripper's among them, which then never closes; set the last entry of "
+            "the mask to false"
+        )
 
 
 def save_statistics(
@@ -190,35 +244,48 @@ def save_statistics(
     (Path(folder) / STATISTICS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _read_dataset(folder: str | Path, unnorm_key: str | None) -> tuple[str, dict[str, Any]]:
-    path = Path(folder) / STATISTICS_FILE
-    if not path.is_file():
-        raise ConfigError(
-            f"{folder} holds no {STATISTICS_FILE}; without the ranges of the fine-tuning data bins "
-            "cannot become motions: copy the file from the checkpoint that the weights came from"
-        )
-    by_dataset = json.loads(path.read_text(encoding="utf-8"))
+def read_datasets(folder: str | Path) -> tuple[Path, Mapping[str, Dataset]]:
+    """Read the statistics of all data sets that a checkpoint was fine-tuned on.
+
+    Returns:
+        The file that holds them, and the statistics by the data set's name.
+
+    Raises:
+        ConfigError: there is no file with statistics, or it is damaged.
+    """
+    path, config = Path(folder) / STATISTICS_FILE, Path(folder) / CONFIG_FILE
+    # also where it is a link to nothing, which is to be named
+    if path.exists() or path.is_symlink():
+        return path, read_json(path, dict[str, Dataset], TAKE_THE_FILE)
+    if config.is_file():
+        found = read_json(config, ConfigWithStatistics, TAKE_THE_FILE).norm_stats
+        if found:
+            return config, found
+    raise ConfigError(
+        f"{folder} holds no {STATISTICS_FILE}; without the ranges of the fine-tuning data bins "
+        "cannot become motions: copy the file from the checkpoint that the weights came from"
+    )
+
+
+def _read_dataset(folder: str | Path, unnorm_key: str | None) -> tuple[Path, str, Dataset]:
+    path, by_dataset = read_datasets(folder)
     key = _choose_key(list(by_dataset), unnorm_key, path)
-    return key, by_dataset[key]
+    return path, key, by_dataset[key]
 
 
-def _columns(
-    folder: str | Path, key: str, values: dict[str, Any], names: Sequence[str]
-) -> list[Any]:
-    missing = [name for name in names if name not in values]
+def _columns(path: Path, key: str, values: Columns, names: Sequence[str]) -> list[Any]:
+    found = values.model_dump()
+    missing = [name for name in names if found[name] is None]
     if missing:
-        raise ConfigError(
-            f"{Path(folder) / STATISTICS_FILE}: '{key}' lacks {missing}; they must come with the "
-            "fine-tuning"
-        )
-    return [values[name] for name in names]
+        raise ConfigError(f"{path}: '{key}' lacks {missing}; they must come with the fine-tuning")
+    return [found[name] for name in names]
 
 
-def _extremes(values: dict[str, Any]) -> Array | None:
+def _extremes(values: Columns) -> Array | None:
     """Return the smallest and largest values [2, A], which published files have."""
-    if not values.keys() >= {*EXTREMES}:
+    if values.min is None or values.max is None:
         return None
-    return np.array([values[name] for name in EXTREMES], dtype=np.float64)
+    return np.array([values.min, values.max], dtype=np.float64)
 
 
 def _choose_key(present: Sequence[str], wanted: str | None, path: Path) -> str:
@@ -230,8 +297,9 @@ def _choose_key(present: Sequence[str], wanted: str | None, path: Path) -> str:
             f"{path} holds statistics of {len(present)} datasets and none was chosen; set "
             f"unnorm_key to one of {sorted(present)}"
         )
-    # a suite's name stands for the dataset without idle steps that was made from it
-    for key in (wanted, wanted + NO_NOOPS_SUFFIX):
+    # a suite's name stands for the dataset without idle steps that was made from it, and the other
+    # way round: published checkpoints use either for the same data
+    for key in (wanted, wanted + NO_NOOPS_SUFFIX, wanted.removesuffix(NO_NOOPS_SUFFIX)):
         if key in present:
             return key
     raise ConfigError(

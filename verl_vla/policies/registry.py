@@ -24,6 +24,7 @@ from verl_vla.policies.openvla_oft import (
 )
 from verl_vla.policies.openvla_oft import checks as openvla_oft_checks
 from verl_vla.policies.openvla_oft import tiny as tiny_openvla_oft
+from verl_vla.policies.openvla_oft.checkpoint import read_config as read_openvla_oft_config
 from verl_vla.policies.scratch_vla import (
     ScratchVLAConfig,
     ScratchVLAModel,
@@ -32,6 +33,7 @@ from verl_vla.policies.scratch_vla import (
 )
 from verl_vla.policies.scratch_vla import checks as scratch_vla_checks
 from verl_vla.policies.scratch_vla import tiny as tiny_scratch_vla
+from verl_vla.policies.scratch_vla.checkpoint import read_config as read_scratch_vla_config
 
 
 class TinyBuilder(Protocol):
@@ -44,6 +46,16 @@ class TinyBuilder(Protocol):
         ...
 
 
+class Examine(Protocol):
+    """Checks everything that a checkpoint folder must hold."""
+
+    def __call__(
+        self, folder: str | Path, unnorm_key: str | None = None, *, reads_values: bool = True
+    ) -> list[Finding]:
+        """Return one finding per subject; ``reads_values`` also reads all weights."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """The loaders and checks of the checkpoints of one ``model_type``."""
@@ -51,7 +63,8 @@ class Architecture:
     load_policy: Callable[[str | Path, torch.dtype, str | None], TrainablePolicy]
     load_processor: Callable[[str | Path, str | None], Processor]
     model: type[PreTrainedModel]
-    examine: Callable[[str | Path, str | None], list[Finding]]
+    read_config: Callable[[str | Path], ModelConfig]
+    examine: Examine
     check_adapters: Callable[[str | Path, int, bool], None]
     """Refuses new adapters of a rank, with or without the reference policy; see `check_adapters`.
     """
@@ -63,6 +76,7 @@ ARCHITECTURES = {
         load_policy=OpenVLAOFTPolicy.from_pretrained,
         load_processor=OpenVLAOFTProcessor.from_pretrained,
         model=OpenVLAOFTModel,
+        read_config=read_openvla_oft_config,
         examine=openvla_oft_checks.examine,
         check_adapters=openvla_oft_checks.check_adapters,
         build_tiny=tiny_openvla_oft.build_tiny_policy,
@@ -71,6 +85,7 @@ ARCHITECTURES = {
         load_policy=ScratchVLAPolicy.from_pretrained,
         load_processor=ScratchVLAProcessor.from_pretrained,
         model=ScratchVLAModel,
+        read_config=read_scratch_vla_config,
         examine=scratch_vla_checks.examine,
         check_adapters=scratch_vla_checks.check_adapters,
         build_tiny=tiny_scratch_vla.build_tiny_policy,
@@ -104,8 +119,10 @@ def load_policy(
         unnorm_key: key of the action statistics to use; see `load_statistics`.
 
     Raises:
-        ConfigError: a file is missing or does not fit; names it.
+        ConfigError: a file is missing, damaged or does not fit; names it.
     """
+    # by the headers of the weights: transformers would make up what is missing, or raise its own
+    require_valid(folder, unnorm_key, reads_values=False)
     return _architecture(folder).load_policy(folder, dtype, unnorm_key)
 
 
@@ -115,9 +132,12 @@ def load_processor(folder: str | Path, unnorm_key: str | None = None) -> Process
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """Read the configuration of a checkpoint."""
-    config: Any = _architecture(folder).model.config_class
-    return config.from_pretrained(str(folder))
+    """Read the configuration of a checkpoint.
+
+    Raises:
+        ConfigError: the file is missing or damaged, or of no architecture that is known here.
+    """
+    return _architecture(folder).read_config(folder)
 
 
 def load_model(folder: str | Path, **options: Any) -> PreTrainedModel:
@@ -126,8 +146,15 @@ def load_model(folder: str | Path, **options: Any) -> PreTrainedModel:
     return model.from_pretrained(str(folder), local_files_only=True, **options)
 
 
-def examine(folder: str | Path, unnorm_key: str | None = None) -> list[Finding]:
-    """Check everything that a checkpoint folder must hold, without loading its weights.
+def examine(
+    folder: str | Path, unnorm_key: str | None = None, *, reads_values: bool = True
+) -> list[Finding]:
+    """Check everything that a checkpoint folder must hold, without loading a model.
+
+    Args:
+        folder: folder of the checkpoint.
+        unnorm_key: key of the action statistics to use; see `load_statistics`.
+        reads_values: whether to read all weights too, to see that they are finite.
 
     Returns:
         One finding per subject.
@@ -136,16 +163,18 @@ def examine(folder: str | Path, unnorm_key: str | None = None) -> list[Finding]:
         architecture = _architecture(folder)
     except ConfigError as error:
         return [Finding(subject="architecture", says=str(error), is_fault=True)]
-    return architecture.examine(folder, unnorm_key)
+    return architecture.examine(folder, unnorm_key, reads_values=reads_values)
 
 
-def require_valid(folder: str | Path, unnorm_key: str | None = None) -> None:
-    """Refuse a checkpoint with a fault.
+def require_valid(
+    folder: str | Path, unnorm_key: str | None = None, *, reads_values: bool = True
+) -> None:
+    """Refuse a checkpoint with a fault, as `examine` finds it.
 
     Raises:
         ConfigError: the folder has a fault; gives the first one with value, reason and remedy.
     """
-    for finding in examine(folder, unnorm_key):
+    for finding in examine(folder, unnorm_key, reads_values=reads_values):
         if finding.is_fault:
             raise ConfigError(finding.says)
 

@@ -11,13 +11,17 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from annotated_types import Len
+from pydantic import ConfigDict, NonNegativeInt
+from typing_extensions import TypedDict
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import atomic_write
+from verl_vla.core.json_files import read_json_lines
 from verl_vla.core.success_rate import episode_entries
 from verl_vla.core.tables import Trajectories
 from verl_vla.core.text import differences
@@ -25,6 +29,46 @@ from verl_vla.policies.action_codec import ActionCodec
 from verl_vla.rewards.goal_progress import goal_progress
 
 EPISODE_LOG_FILE = "episodes.jsonl"
+HEADER_START = b'{"header": {'
+REMEDY = "remove that line, or restore the file from a copy"
+
+
+class KeptActions(TypedDict):
+    """Actions of an episode, float32 as bytes."""
+
+    shape: Annotated[list[NonNegativeInt], Len(3, 3)]
+    base64: str
+
+
+class EpisodeLine(TypedDict):
+    """A line of the episode log; see `episode_lines`."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues] -- as pydantic documents it
+
+    episode: NonNegativeInt
+    task: NonNegativeInt
+    init_state: NonNegativeInt
+    outcome: Literal[0, 1, 2]
+    """An `Outcome`."""
+    steps: NonNegativeInt
+    crash: str | None
+    progress: list[float]
+    actions: KeptActions | None
+    executed: list[NonNegativeInt] | None
+
+
+class TrainingLine(EpisodeLine):
+    """A line of a training run's episode log; see `EpisodeRecorder`."""
+
+    step: NonNegativeInt
+    group: NonNegativeInt
+    score: float | None
+
+
+class HeaderLine(TypedDict):
+    """The first line of the episode log."""
+
+    header: dict[str, Any]
 
 
 class EpisodeLog:
@@ -39,18 +83,15 @@ class EpisodeLog:
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
+        require_own(folder, header)
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / EPISODE_LOG_FILE
-        # as it will be read back: JSON knows no tuples and no keys but strings
-        wanted = json.loads(json.dumps(header))
         # before the first append, which would go on in the torn line
         if self._path.exists():
             _drop_torn_line(self._path)
         # empty where the torn line was the header itself
-        if self._path.exists() and self._path.stat().st_size:
-            _check_same(self._path, read_header(folder), wanted)
-        else:
-            self._write([{"header": wanted}])
+        if not self._path.exists() or not self._path.stat().st_size:
+            self._write([{"header": header}])
 
     def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write lines and wait until they are on the disk."""
@@ -58,9 +99,13 @@ class EpisodeLog:
 
     def rewind(self, last_step: int) -> None:
         """Drop the episodes after a training step; a run that resumes repeats them."""
-        header, *lines = self._path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] <= last_step]
-        atomic_write(self._path, "".join([header, *kept]))
+        steps = [line["step"] for line in _read_lines(self._path, TrainingLine)]
+        # as bytes: what is torn may end inside a character
+        with self._path.open("rb") as file:
+            header, *lines = file
+        # without the torn line, which is not among the steps
+        kept = [line for step, line in zip(steps, lines, strict=False) if step <= last_step]
+        atomic_write(self._path, b"".join([header, *kept]).decode())
 
     def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
         with self._path.open("a") as file:
@@ -68,6 +113,27 @@ class EpisodeLog:
             # flush reaches the kernel and fsync the disk, so that a power cut loses no line
             file.flush()
             os.fsync(file.fileno())
+
+
+def require_own(folder: Path, header: Mapping[str, Any]) -> None:
+    """Refuse a folder with an episode log of something else; nothing is written.
+
+    Raises:
+        ConfigError: the log has another header, which the message compares, or none.
+    """
+    path = folder / EPISODE_LOG_FILE
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        first = file.readline()
+    if first.endswith(b"\n"):
+        # as it was read back: JSON knows no tuples and no keys but strings
+        _check_same(path, read_header(folder), json.loads(json.dumps(header)))
+    # a killed process may have left a part of the header, and nothing else
+    elif not (first.startswith(HEADER_START) or HEADER_START.startswith(first)):
+        raise ConfigError(
+            f"{path} was not written here: its first line is no header; choose another folder"
+        )
 
 
 def read_header(folder: Path) -> dict[str, Any]:
@@ -81,21 +147,31 @@ def read_header(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{folder} holds no {EPISODE_LOG_FILE}; name the folder of a run or of eval"
         )
-    with path.open() as file:
-        return json.loads(file.readline())["header"]
+    lines = read_json_lines(path, HeaderLine, REMEDY, last=1)
+    if not lines:
+        raise ConfigError(f"{path} is empty, without a header; {REMEDY}")
+    return lines[0]["header"]
 
 
-def read_episodes(folder: Path) -> list[dict[str, Any]]:
+def read_episodes(folder: Path, line: type[EpisodeLine] = EpisodeLine) -> list[dict[str, Any]]:
     """Read the complete lines of an episode log, in the order in which the episodes ended.
 
     A last line that is still being written is left out. The list is empty without an episode log.
+
+    Args:
+        folder: folder of the log.
+        line: what each line must be; those of a training run are a `TrainingLine`.
+
+    Raises:
+        ConfigError: a line is damaged or no ``line``; gives its number.
     """
     path = folder / EPISODE_LOG_FILE
-    if not path.exists():
-        return []
+    return _read_lines(path, line) if path.exists() else []
+
+
+def _read_lines(path: Path, line: type[EpisodeLine]) -> list[dict[str, Any]]:
     # the first line is the header
-    lines = path.read_text().splitlines(keepends=True)[1:]
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return read_json_lines(path, line, REMEDY, first=1)
 
 
 def episode_lines(

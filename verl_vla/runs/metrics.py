@@ -11,9 +11,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 from verl_vla.core.errors import ContractError
 from verl_vla.core.files import atomic_write
+from verl_vla.core.json_files import read_json_lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +181,19 @@ def is_reproducible(name: str) -> bool:
     return not name.startswith(TIMING_FAMILY)
 
 
+def _check_line(line: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(line.get("step"), int):
+        raise ValueError("it has no step")
+    for name in line.keys() - {"step"}:
+        if not (name in METRICS or name in SFT_METRICS or name.startswith(OPEN_FAMILIES)):
+            raise ValueError(f"{name!r} is no metric")
+    return line
+
+
+MetricsLine = Annotated[dict[str, int | float | None], AfterValidator(_check_line)]
+"""A line of ``metrics.jsonl``: ``step`` and metrics."""
+
+
 class MetricsFile:
     """``metrics.jsonl``: one JSON object per line, in the order of the steps.
 
@@ -192,10 +209,12 @@ class MetricsFile:
         """Drop the lines after ``last_step``, and a half-written last line."""
         if not self._path.exists():
             return
-        lines = self._path.read_text().splitlines(keepends=True)
-        # a process killed while it wrote leaves a line without its end
-        kept = [line for line in lines if line.endswith("\n") and _step(line) <= last_step]
-        atomic_write(self._path, "".join(kept))
+        steps = [line["step"] for line in read_metrics(self._path)]
+        # as bytes: a process killed while it wrote may have left a part of a character, in a line
+        # that is not among the steps
+        with self._path.open("rb") as file:
+            kept = [line for step, line in zip(steps, file, strict=False) if step <= last_step]
+        atomic_write(self._path, b"".join(kept).decode())
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line.
@@ -234,9 +253,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """Read the lines of a ``metrics.jsonl``, each a mapping that also holds ``step``.
 
     A last line that is still being written is left out.
+
+    Raises:
+        ConfigError: a line is damaged; gives its number.
     """
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    lines = [json.loads(line) for line in whole]
+    lines = read_json_lines(path, MetricsLine, "remove that line, or restore the file from a copy")
     return [
         # null stands for a number that was not finite; see `_plain`
         {name: math.nan if value is None else value for name, value in line.items()}
@@ -248,7 +269,3 @@ def _plain(value: float) -> float | None:
     """Return None for NaN or infinity, since JSON has neither."""
     number = float(value)
     return number if math.isfinite(number) else None
-
-
-def _step(line: str) -> int:
-    return int(json.loads(line)["step"])

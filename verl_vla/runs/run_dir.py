@@ -6,16 +6,62 @@ import json
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, cast
 
 import yaml
+from annotated_types import Len
+from pydantic import ConfigDict, NonNegativeInt
+from typing_extensions import TypedDict
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import LOCK, atomic_write, folder_lock, partial_file, writing_to
+from verl_vla.core.json_files import Entries, read_json, read_yaml
 from verl_vla.core.success_rate import count_entries
 from verl_vla.core.text import differences
 
+RECIPE_FILE = "recipe.yaml"
 SOLVED_FILE = "solved.json"
+
+
+class RateEntry(TypedDict):
+    """A success rate in an evaluation's record; see `SuccessRate.as_json`."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues] -- as pydantic documents it
+
+    rate: float | None
+    successes: NonNegativeInt
+    episodes: NonNegativeInt
+    crashes: NonNegativeInt
+    ci95: Annotated[list[float], Len(2, 2)]
+
+
+class PlayedEpisode(TypedDict):
+    """An episode in an evaluation's record."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues] -- as pydantic documents it
+
+    episode: NonNegativeInt
+    task: NonNegativeInt
+    init_state: NonNegativeInt
+    outcome: Literal[0, 1, 2]
+    """An `Outcome`."""
+    steps: NonNegativeInt
+
+
+class Evaluation(TypedDict):
+    """Record of an evaluation; its conditions stand beside these entries."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues] -- as pydantic documents it
+
+    total: RateEntry
+    tasks: dict[str, RateEntry]
+    episodes: list[PlayedEpisode]
+
+
+class Solved(Entries):
+    """Content of `SOLVED_FILE`."""
+
+    last_step: int
 
 
 def evaluation_record(
@@ -48,6 +94,15 @@ def evaluation_file(folder: Path, step: int, suffix: str = "") -> Path:
     return folder / "evaluations" / f"step_{step}{suffix}.json"
 
 
+def read_evaluation_file(file: Path) -> dict[str, Any]:
+    """Read the record of an evaluation.
+
+    Raises:
+        ConfigError: it is damaged or no `Evaluation`.
+    """
+    return read_json(file, cast(Any, Evaluation), "evaluate again, or restore the file")
+
+
 def evaluated_steps(folder: Path) -> list[int]:
     """Return the training steps after which an evaluation was kept, in rising order."""
     files = evaluation_file(folder, 0).parent.glob("step_*.json")
@@ -71,7 +126,7 @@ def keep_solved(folder: Path, last_step: int) -> None:
 def solved_after(folder: Path) -> int | None:
     """Return the step of `keep_solved`; None for a run that did not end so."""
     file = folder / SOLVED_FILE
-    return json.loads(file.read_text())["last_step"] if file.exists() else None
+    return read_json(file, Solved, "remove the file").last_step if file.exists() else None
 
 
 @contextmanager
@@ -86,19 +141,36 @@ def open_run_dir(
         ConfigError: the folder cannot be written, is in use, holds something that is no run, or a
             run that differs in more than the parts that ``may_change`` names.
     """
+    # tuples become lists, as they are in the file of an earlier run
+    wanted = json.loads(json.dumps(recipe))
+    # before the lock, whose file would stay in the folder of somebody else
+    _check_recipe(folder, wanted, may_change)
     with folder_lock(folder):
         with writing_to(folder):
-            # tuples become lists, as they are in the file of an earlier run
-            _write_recipe(folder, json.loads(json.dumps(recipe)), may_change)
+            _check_recipe(folder, wanted, may_change)
+            # again on resume: the parts that may change have their new values
+            atomic_write(folder / RECIPE_FILE, yaml.safe_dump(wanted, sort_keys=False))
         yield
 
 
-def _write_recipe(folder: Path, wanted: dict[str, Any], may_change: Sequence[str]) -> None:
-    file = folder / "recipe.yaml"
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """Read the recipe that a run was started with.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    remedy = "restore the file, or choose another out=FOLDER"
+    return read_yaml(folder / RECIPE_FILE, dict[str, Any], remedy)
+
+
+def _check_recipe(folder: Path, wanted: dict[str, Any], may_change: Sequence[str]) -> None:
+    file = folder / RECIPE_FILE
+    with writing_to(folder):
+        found = {path.name for path in folder.iterdir()} if folder.exists() else set()
     # what a process leaves that was killed before its recipe was written is no other run
-    others = {path.name for path in folder.iterdir()} - {LOCK, partial_file(file).name}
+    others = found - {LOCK, partial_file(file).name}
     if file.exists():
-        changed = differences(yaml.safe_load(file.read_text()), wanted, may_change)
+        changed = differences(read_recipe(folder), wanted, may_change)
         if changed:
             raise ConfigError(
                 f"{folder} holds a run with other settings ({'; '.join(changed)}); "
@@ -109,5 +181,3 @@ def _write_recipe(folder: Path, wanted: dict[str, Any], may_change: Sequence[str
             f"out is {folder}, which holds {min(others)!r} and no run; choose a new or an empty "
             "folder"
         )
-    # again on resume: the parts that may change have their new values
-    atomic_write(file, yaml.safe_dump(wanted, sort_keys=False))

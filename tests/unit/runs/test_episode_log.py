@@ -28,10 +28,17 @@ CODEC = ActionCodec(
 )
 
 
+def ended(episode: int, **more) -> dict:
+    """A line of an episode without recorded actions."""
+    line = {"episode": episode, "task": 0, "init_state": episode, "outcome": 0, "steps": 3}
+    line |= {"crash": None, "progress": [], "actions": None, "executed": None}
+    return line | more
+
+
 def test_lines_come_back_as_they_were_written(tmp_path):
     episode_log = EpisodeLog(tmp_path / "new", HEADER)
-    episode_log.append([{"episode": 1}, {"episode": 2}])
-    EpisodeLog(tmp_path / "new", HEADER).append([{"episode": 0}])
+    episode_log.append([ended(1), ended(2)])
+    EpisodeLog(tmp_path / "new", HEADER).append([ended(0)])
     assert read_header(tmp_path / "new") == {"suite": "mini", "sizes": [1, 2]}
     assert [line["episode"] for line in read_episodes(tmp_path / "new")] == [1, 2, 0]
 
@@ -41,13 +48,13 @@ def test_half_a_line_is_forgotten(tmp_path, torn):
     if "header" in torn:
         (tmp_path / EPISODE_LOG_FILE).write_text(torn)
     else:
-        EpisodeLog(tmp_path, HEADER).append([{"episode": 1}])
+        EpisodeLog(tmp_path, HEADER).append([ended(1)])
         with (tmp_path / EPISODE_LOG_FILE).open("a") as file:
             file.write(torn)
         assert [line["episode"] for line in read_episodes(tmp_path)] == [1]
     before = read_episodes(tmp_path)
-    EpisodeLog(tmp_path, HEADER).append([{"episode": 2}])
-    assert read_episodes(tmp_path) == [*before, {"episode": 2}]
+    EpisodeLog(tmp_path, HEADER).append([ended(2)])
+    assert read_episodes(tmp_path) == [*before, ended(2)]
 
 
 def test_a_journal_of_something_else_is_refused(tmp_path):
@@ -58,7 +65,7 @@ def test_a_journal_of_something_else_is_refused(tmp_path):
 
 def test_what_a_resumed_run_plays_again_is_dropped(tmp_path):
     episode_log = EpisodeLog(tmp_path, HEADER)
-    episode_log.append([{"step": step, "episode": step} for step in (1, 2, 2, 3)])
+    episode_log.append([ended(step, step=step, group=1, score=0.5) for step in (1, 2, 2, 3)])
     episode_log.rewind(2)
     assert [line["episode"] for line in read_episodes(tmp_path)] == [1, 2, 2]
     episode_log.rewind(-1)

@@ -7,12 +7,8 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModel
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.policies.checkpoint import (
-    CONFIG_FILE,
-    IMAGE_FILE,
-    read_tower_statistics,
-    require_file,
-)
+from verl_vla.policies import checkpoint
+from verl_vla.policies.checkpoint import IMAGE_FILE, read_tower_statistics
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig
 from verl_vla.policies.openvla_oft.modelling import OpenVLAOFTModel
 from verl_vla.policies.preprocessing import OPENVLA_IMAGE_STATISTICS, ImageStatistics
@@ -32,8 +28,7 @@ def read_config(folder: str | Path) -> OpenVLAOFTConfig:
     Raises:
         ConfigError: if the folder or its ``config.json`` is missing.
     """
-    require_file(folder, CONFIG_FILE, "the sizes of the model")
-    return OpenVLAOFTConfig.from_pretrained(str(folder), local_files_only=True)
+    return checkpoint.read_config(OpenVLAOFTConfig, folder)
 
 
 def read_image_statistics(folder: str | Path, num_towers: int) -> tuple[ImageStatistics, ...]:

@@ -1,7 +1,7 @@
 """Validation of a checkpoint folder, with one finding for each known kind of fault.
 
-Nothing here loads the weights: sizes and dtypes come from the files' headers, and the model that
-they are compared with is built on the meta device, without memory.
+No model is loaded: sizes and dtypes come from the files' headers, weights are read one at a time,
+and the model that they are compared with is built on the meta device, without memory.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ from pathlib import Path
 import torch
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.policies.checkpoint import read_tokenizer
-from verl_vla.policies.checks import Finding, describe_weights, look
-from verl_vla.policies.normalization import load_proprio_stats, load_statistics
+from verl_vla.policies.checkpoint import read_render_size, read_tokenizer
+from verl_vla.policies.checks import Finding, build_empty, describe_weights, look
+from verl_vla.policies.normalization import (
+    load_proprio_stats,
+    load_statistics,
+    require_usual_mask,
+)
 from verl_vla.policies.openvla_oft.checkpoint import (
     read_config,
     read_image_statistics,
@@ -32,19 +36,22 @@ LEAST_ACTION_MASS = 0.5
 """Smallest probability of all action ids together for a head that was trained on action tokens."""
 
 
-def examine(folder: str | Path, unnorm_key: str | None = None) -> list[Finding]:
+def examine(
+    folder: str | Path, unnorm_key: str | None = None, *, reads_values: bool = True
+) -> list[Finding]:
     """Check everything that a checkpoint folder must hold.
 
     Args:
         folder: folder of the checkpoint.
         unnorm_key: key of the action statistics to use; see `load_statistics`.
+        reads_values: whether to read all weights too, one at a time, to see that they are finite.
 
     Returns:
         One finding per subject. If ``config.json`` is wrong, that is the only finding, since
         nothing else can be checked.
     """
     try:
-        model = _empty_model(read_config(folder))
+        model = build_empty(folder, partial(OpenVLAOFTModel, read_config(folder)))
     except ConfigError as error:
         return [Finding(subject="architecture", says=str(error), is_fault=True)]
     config = model.config
@@ -52,7 +59,7 @@ def examine(folder: str | Path, unnorm_key: str | None = None) -> list[Finding]:
         "architecture": partial(_architecture, model),
         "attention": partial(_attention, model),
         "norm epsilon": partial(_norm_epsilon, folder, config),
-        "weights": partial(describe_weights, folder, model),
+        "weights": partial(describe_weights, folder, model, reads_values=reads_values),
         "action head": partial(_head, folder),
         "action statistics": partial(_statistics, folder, config, unnorm_key),
         "token ids": partial(_token_ids, folder, config),
@@ -73,12 +80,14 @@ def judge_action_mass(mass: torch.Tensor) -> Finding:
     """
     mean = mass.mean().item()
     says = f"{100 * mean:.1f}% of the probability is on the action ids ({len(mass)} images)"
-    if mean < LEAST_ACTION_MASS:
+    # a NaN fails every comparison, so it must not be the good case
+    is_fault = not mean >= LEAST_ACTION_MASS
+    if is_fault:
         says += (
             f", less than {100 * LEAST_ACTION_MASS:.0f}%: the language model was not trained to "
             "say action tokens; fine-tune it on action tokens first"
         )
-    return Finding(subject="action mass", says=says, is_fault=mean < LEAST_ACTION_MASS)
+    return Finding(subject="action mass", says=says, is_fault=is_fault)
 
 
 def _architecture(model: OpenVLAOFTModel) -> str:
@@ -119,6 +128,7 @@ def _head(folder: str | Path) -> str:
 
 def _statistics(folder: str | Path, config: OpenVLAOFTConfig, unnorm_key: str | None) -> str:
     statistics = load_statistics(folder, unnorm_key, config.normalization)
+    require_usual_mask(statistics)
     found = {"an action": (len(statistics), config.action_dim)}
     if config.use_proprio:
         ranges = load_proprio_stats(folder, unnorm_key, config.normalization)
@@ -156,13 +166,8 @@ def _token_ids(folder: str | Path, config: OpenVLAOFTConfig) -> str:
 
 def _images(folder: str | Path, config: OpenVLAOFTConfig) -> str:
     statistics = read_image_statistics(folder, len(config.towers))
+    read_render_size(folder)
     means = ", ".join(f"({', '.join(f'{v:.6g}' for v in tower.mean)})" for tower in statistics)
     return (
         f"{config.num_images_in_input} of {config.image_size} px; mean colour of each tower {means}"
     )
-
-
-def _empty_model(config: OpenVLAOFTConfig) -> OpenVLAOFTModel:
-    """Build the model without memory for its weights."""
-    with torch.device("meta"):
-        return OpenVLAOFTModel(config)

@@ -7,12 +7,8 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModel
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.policies.checkpoint import (
-    CONFIG_FILE,
-    IMAGE_FILE,
-    read_tower_statistics,
-    require_file,
-)
+from verl_vla.policies import checkpoint
+from verl_vla.policies.checkpoint import IMAGE_FILE, read_tower_statistics, require_file
 from verl_vla.policies.preprocessing import ImageStatistics
 from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig
 from verl_vla.policies.scratch_vla.modelling import ScratchVLAModel
@@ -30,8 +26,7 @@ def read_config(folder: str | Path) -> ScratchVLAConfig:
     Raises:
         ConfigError: if the folder or its ``config.json`` is missing, or the parts do not fit.
     """
-    require_file(folder, CONFIG_FILE, "the sizes of the model")
-    return ScratchVLAConfig.from_pretrained(str(folder), local_files_only=True)
+    return checkpoint.read_config(ScratchVLAConfig, folder)
 
 
 def read_image_statistics(folder: str | Path, num_towers: int) -> tuple[ImageStatistics, ...]:

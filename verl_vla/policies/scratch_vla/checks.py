@@ -1,26 +1,28 @@
-"""Validation of a scratch VLA's folder. Only the headers of the weight files are read."""
+"""Validation of a scratch VLA's folder; no model is loaded."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from verl_vla.core.errors import ConfigError
-from verl_vla.policies.checks import Finding, describe_weights, look
+from verl_vla.policies.checks import Finding, build_empty, describe_weights, look
+from verl_vla.policies.normalization import require_usual_mask
 from verl_vla.policies.scratch_vla.checkpoint import read_config
 from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig
 from verl_vla.policies.scratch_vla.modelling import ScratchVLAModel
 from verl_vla.policies.scratch_vla.processor import ScratchVLAProcessor
 
 
-def examine(folder: str | Path, unnorm_key: str | None = None) -> list[Finding]:
+def examine(
+    folder: str | Path, unnorm_key: str | None = None, *, reads_values: bool = True
+) -> list[Finding]:
     """Check everything that a checkpoint folder must hold.
 
     Args:
         folder: folder of the checkpoint.
         unnorm_key: key of the action statistics to use; see `load_statistics`.
+        reads_values: whether to read all weights too, one at a time, to see that they are finite.
 
     Returns:
         One finding per subject. If ``config.json`` is wrong, that is the only finding, since
@@ -28,14 +30,13 @@ def examine(folder: str | Path, unnorm_key: str | None = None) -> list[Finding]:
     """
     try:
         config = read_config(folder)
-        with torch.device("meta"):
-            model = ScratchVLAModel(config)
+        model = build_empty(folder, partial(ScratchVLAModel, config))
     except ConfigError as error:
         return [Finding(subject="architecture", says=str(error), is_fault=True)]
     return [
         look("architecture", partial(_architecture, model)),
         look("action tokens", partial(_action_tokens, config)),
-        look("weights", partial(describe_weights, folder, model)),
+        look("weights", partial(describe_weights, folder, model, reads_values=reads_values)),
         look("processor", partial(_processor, folder, unnorm_key)),
     ]
 
@@ -87,6 +88,7 @@ def _action_tokens(config: ScratchVLAConfig) -> str:
 
 def _processor(folder: str | Path, unnorm_key: str | None) -> str:
     processor = ScratchVLAProcessor.from_pretrained(folder, unnorm_key)
+    require_usual_mask(processor.codec.statistics)
     return (
         f"{len(processor.tokenizer)} pieces, padding {processor.tokenizer.pad_token_id}; "
         f"{processor.shape.num_views} images of {processor.shape.image_size} px; statistics "

@@ -17,6 +17,7 @@ from urllib.parse import quote, urlencode
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 
+from verl_vla.core.errors import ConfigError
 from verl_vla.runs.episode_recorder import video_path
 from verl_vla.runs.html import figures
 from verl_vla.runs.html.reader import RunView, find_runs, is_run, read_run
@@ -65,10 +66,7 @@ class _Pages:
         self._root = root
 
     def overview(self) -> str:
-        rows = [
-            _row(folder.relative_to(self._root).as_posix(), read_run(folder))
-            for folder in find_runs(self._root)
-        ]
+        rows = [self._row(folder) for folder in find_runs(self._root)]
         return _page("runs", render("runs.html", rows=rows, most=MAX_COMPARED))
 
     def one(self, name: str) -> str:
@@ -91,6 +89,14 @@ class _Pages:
     def script(self) -> FileResponse:
         return FileResponse(TEMPLATES / "live.js", media_type="text/javascript")
 
+    def _row(self, folder: Path) -> dict[str, str]:
+        name = folder.relative_to(self._root).as_posix()
+        try:
+            return _row(name, read_run(folder))
+        # one damaged folder must not hide the others
+        except ConfigError as error:
+            return _row_of_damaged(name, str(error))
+
     def _view(self, name: str) -> RunView:
         # no path can hold it, and resolve() raises ValueError, which would be an error 500
         if "\0" in name:
@@ -98,7 +104,10 @@ class _Pages:
         folder = (self._root / name).resolve()
         if not folder.is_relative_to(self._root) or not is_run(folder):
             raise HTTPException(404, "there is no such run")
-        return read_run(folder)
+        try:
+            return read_run(folder)
+        except ConfigError as error:
+            raise HTTPException(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
 
 
 async def _guard(
@@ -154,3 +163,8 @@ def _row(name: str, view: RunView) -> dict[str, str]:
         "training": f"{100 * trained[0]['env/success_rate']:.1f}%" if trained else "\N{EM DASH}",
         "held_out": share_with_counts(last[0]["total"] if last else None),
     }
+
+
+def _row_of_damaged(name: str, reason: str) -> dict[str, str]:
+    unknown = dict.fromkeys(("steps", "suite", "reward", "seed", "training", "held_out"), "")
+    return {"name": name, "address": f"/run?name={quote(name)}", "status": reason} | unknown

@@ -2,26 +2,71 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
 
 from verl_vla.core.episode import Outcome
 from verl_vla.core.errors import ConfigError
-from verl_vla.runs.episode_log import EPISODE_LOG_FILE, read_episodes
+from verl_vla.core.json_files import read_yaml
+from verl_vla.runs.episode_log import EPISODE_LOG_FILE, TrainingLine, read_episodes
 from verl_vla.runs.episode_recorder import video_path
 from verl_vla.runs.metrics import read_metrics
-from verl_vla.runs.run_dir import evaluated_steps, evaluation_file, solved_after
+from verl_vla.runs.run_dir import (
+    RECIPE_FILE,
+    evaluated_steps,
+    evaluation_file,
+    read_evaluation_file,
+    read_recipe,
+    solved_after,
+)
 
-RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
 
 Line = Mapping[str, Any]
+
+
+class _Environment(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues] -- as pydantic documents it
+
+    suite: str
+
+
+class _Policy(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues] -- as pydantic documents it
+
+    path: str
+
+
+class _Sampling(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues] -- as pydantic documents it
+
+    groups_per_step: int
+    group_size: int
+
+
+class _Trainer(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues] -- as pydantic documents it
+
+    total_training_steps: int
+
+
+class RunRecipe(TypedDict):
+    """The part of a run's recipe that its page shows."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues] -- as pydantic documents it
+
+    seed: int
+    reward: str
+    environment: _Environment
+    policy: _Policy
+    sampling: _Sampling
+    trainer: _Trainer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,21 +154,31 @@ def read_run(folder: Path) -> RunView:
     """
     if not is_run(folder):
         raise ConfigError(f"{folder} holds no {RECIPE_FILE}; name the folder of a training run")
-    recipe = yaml.safe_load((folder / RECIPE_FILE).read_text())
+    recipe = _read_recipe(folder)
     metrics = folder / METRICS_FILE
     written = [folder / RECIPE_FILE, metrics, folder / EPISODE_LOG_FILE]
     return RunView(
         folder=folder,
         recipe=recipe,
         lines=read_metrics(metrics) if metrics.exists() else [],
-        episodes=read_episodes(folder),
+        episodes=read_episodes(folder, TrainingLine),
         evaluations={
-            step: json.loads(evaluation_file(folder, step).read_text())
+            step: read_evaluation_file(evaluation_file(folder, step))
             for step in evaluated_steps(folder)
         },
         solved_after=solved_after(folder),
         quiet_s=time.time() - max(file.stat().st_mtime for file in written if file.exists()),
     )
+
+
+def _read_recipe(folder: Path) -> dict[str, Any]:
+    content = read_recipe(folder)
+    if "demos" in content:
+        raise ConfigError(
+            f"{folder} is a run of fine-tuning, which has no episodes; its losses are in "
+            f"{METRICS_FILE} and in the figure beside it"
+        )
+    return read_yaml(folder / RECIPE_FILE, RunRecipe, "restore the file")
 
 
 def find_runs(root: Path) -> list[Path]:
