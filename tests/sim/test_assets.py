@@ -84,6 +84,17 @@ def test_a_choice_of_gl_is_kept_and_threads_are_pinned() -> None:
     assert fresh["LP_NUM_THREADS"] == "1"
 
 
+@pytest.mark.parametrize("written", ["EGL", " egl", "Egl"])
+def test_capitals_of_a_choice_do_not_matter_as_to_mujoco(written: str) -> None:
+    environ = {"MUJOCO_GL": written}
+    assert gl.prepare_gl(environ) == environ["MUJOCO_GL"] == environ["PYOPENGL_PLATFORM"] == "egl"
+
+
+def test_two_choices_of_gl_are_refused_by_both_names() -> None:
+    with pytest.raises(ConfigError, match="PYOPENGL_PLATFORM is osmesa and MUJOCO_GL egl"):
+        gl.prepare_gl({"MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "osmesa"})
+
+
 @pytest.mark.parametrize("chosen", ["off", "glfw", "elg"])
 def test_a_gl_that_cannot_draw_headless_is_refused(chosen: str) -> None:
     with pytest.raises(ConfigError, match=f"MUJOCO_GL is '{chosen}'"):

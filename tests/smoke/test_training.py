@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,14 +157,32 @@ def test_the_learner_is_held_to_the_policy_that_it_began_as(complete_run: Traini
     assert min(later) > EQUAL_UPDATE
 
 
-def learner_of(run: subprocess.Popen[str]) -> int:
-    """Process id of the Ray worker that learns for ``run``."""
+DEAD_LIMIT_S = 60
+LEARNER, STORAGE = "WorkerDict", "SimpleStorageUnit"
+"""Parts of the titles of Ray's workers."""
+
+
+def workers_of(run: subprocess.Popen[str], title: str) -> list[int]:
+    """Process ids of the Ray workers of ``run`` with this in their title."""
+    found: list[int] = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal() and run.pid in ancestors(int(folder.name)):
-            title = (folder / "cmdline").read_bytes().decode(errors="replace")
-            if title.startswith("ray::") and "WorkerDict" in title:
-                return int(folder.name)
-    raise AssertionError("the run has no learner")
+            shown = (folder / "cmdline").read_bytes().decode(errors="replace")
+            if shown.startswith("ray::") and title in shown:
+                found.append(int(folder.name))
+    return found
+
+
+def end_of(run: TrainingRun, process: subprocess.Popen[str], title: str) -> str:
+    """What a run says to its end after a Ray worker of this title is killed, once there is one."""
+    while not (found := workers_of(process, title)):
+        assert process.poll() is None
+    began = time.monotonic()
+    os.kill(found[0], signal.SIGKILL)
+    said = run.await_end(process, EXIT_LEARNER_LOST)
+    assert time.monotonic() - began < DEAD_LIMIT_S
+    assert not workers_of(process, ""), "a child is left"
+    return said
 
 
 def ancestors(pid: int) -> list[int]:
@@ -210,10 +229,14 @@ def test_a_run_that_ends_in_many_ways_goes_on_as_if_nothing_had_happened(
     assert "Training step 2 was saved; the episodes of step 3 are kept." in said
     file.write_text(right)
 
-    # a learner dies
+    # a process dies that calls wait for without a limit
     process = run.start_until(lambda: complete_steps(checkpoints)[-1:] == [3])
-    os.kill(learner_of(process), signal.SIGKILL)
-    said = run.await_end(process, EXIT_LEARNER_LOST)
+    said = end_of(run, process, STORAGE)
+    assert "stopped: TransferQueueStorageUnit#0 is dead" in said
+    assert "The same command goes on from the checkpoint of step 3" in said
+
+    # a learner dies
+    said = end_of(run, run.start(), LEARNER)
     assert "stopped: a learner process died" in said
     assert "The same command goes on from the checkpoint of step 3" in said
 

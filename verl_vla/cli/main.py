@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from verl_vla.cli.arguments import COMMANDS, parse
 from verl_vla.core.errors import (
+    EXIT_LEARNER_LOST,
     EXIT_SIGNAL,
     CheckpointError,
     ColdStartError,
@@ -45,9 +46,6 @@ EXIT_CHECKPOINT = 6
 
 EXIT_DIVERGED = 7
 """Exit code if training stopped because losses or gradients were no longer finite."""
-
-EXIT_LEARNER_LOST = 8
-"""Exit code if training stopped because a process of the learner died."""
 
 STOPPED = {
     StarvedError: EXIT_STARVED,

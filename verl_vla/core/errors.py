@@ -17,6 +17,10 @@ EXIT_SIGNAL = 128
 """Base of the exit code of a process that a signal ended: this plus its number, as in shells."""
 
 
+EXIT_LEARNER_LOST = 8
+"""Exit code if training stopped because a process of the learner died."""
+
+
 class ConfigError(ValueError):
     """A request that cannot be met; raised before anything is trained."""
 

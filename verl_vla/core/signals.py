@@ -31,8 +31,9 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True, name="end_with_parent").start()
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""SIGINT comes from Ctrl-C; SIGTERM from ``kill``, container engines and schedulers."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""SIGINT comes from Ctrl-C; SIGTERM from ``kill``, container engines and schedulers; SIGHUP from a
+terminal or a connection that is closed."""
 
 
 class StopRequest:
@@ -64,19 +65,21 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Generator[StopRequest]:
-    """Record the first SIGINT or SIGTERM as a request; a second one ends the process at once."""
+    """Record the first of `SIGNALS` as a request; a second one ends the process at once."""
     request = StopRequest()
 
     def ask(number: int, _: FrameType | None) -> None:
         request.signal_number = number
-        for one in SIGNALS:
+        for one in heeded:
             signal.signal(one, signal.SIG_DFL)
         # not print or logging: the signal may have interrupted either, and neither is reentrant
         said = f"{signal.Signals(number).name}: stopping after this step; once more stops at once\n"
         assert sys.__stderr__ is not None
         os.write(sys.__stderr__.fileno(), said.encode())
 
-    before = {one: signal.signal(one, ask) for one in SIGNALS}
+    # nohup ignores SIGHUP, and so does a run that was started with it
+    heeded = [one for one in SIGNALS if signal.getsignal(one) != signal.SIG_IGN]
+    before = {one: signal.signal(one, ask) for one in heeded}
     try:
         yield request
     finally:

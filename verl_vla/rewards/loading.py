@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import PROJECT_FOLDER
-from verl_vla.core.plugins import import_file
+from verl_vla.core.plugins import import_file, origin, without_exits
 from verl_vla.core.text import nearest
 from verl_vla.rewards.base import HasEncoder, HasVideo, Need, TrajectoryReward
 
@@ -46,14 +46,15 @@ def load_reward(
         given[SEED] = seed
     _check_arguments(name, given, named, takes_any=takes_any)
     try:
-        reward = cls(**given)
+        with without_exits():
+            reward = cls(**given)
     except ConfigError:
         # says already what is wrong and what to do
         raise
     except Exception as error:
         raise ConfigError(
-            f"reward {name!r} could not be made with {given}: {error!r}; correct reward_args or "
-            "the constructor"
+            f"reward {name!r} could not be made with {given}: {error!r}{origin(error)}; correct "
+            "reward_args or the constructor"
         ) from error
     _check_protocol(reward, name)
     return cast("TrajectoryReward", reward)
@@ -79,7 +80,8 @@ def _find_class(name: str) -> type[Any]:
 
 def _load_entry_point(point: metadata.EntryPoint) -> type[Any]:
     try:
-        cls = point.load()
+        with without_exits():
+            cls = point.load()
     except Exception as error:
         raise ConfigError(
             f"reward {point.name!r} is offered as {point.value}, which cannot be imported: "
@@ -151,7 +153,13 @@ def _check_protocol(reward: object, name: str) -> None:
             f"reward {name!r} lacks {', '.join(missing)}; "
             "see TrajectoryReward in verl_vla/rewards/base.py"
         )
-    needs = cast("TrajectoryReward", reward).requires
+    needs: Any = cast("TrajectoryReward", reward).requires
+    # a list would break later, where sets are compared
+    if not isinstance(needs, frozenset | set) or not all(type(n) is str for n in list(needs)):
+        raise ConfigError(
+            f"reward {name!r} has requires = {needs!r}; set a frozenset of names, for example "
+            'frozenset({"frames"}), or frozenset() for the outcome alone'
+        )
     unknown = sorted(set(needs) - set(get_args(Need)))
     if unknown:
         raise ConfigError(

@@ -7,12 +7,13 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from verl_vla.core.errors import ConfigError, ContractError, RewardError
+from verl_vla.core.plugins import origin, without_exits
 from verl_vla.core.tables import Trajectories
 from verl_vla.rewards.base import (
     HasEncoder,
@@ -28,6 +29,10 @@ from verl_vla.rewards.base import (
 
 logger = logging.getLogger(__name__)
 
+REAL_KINDS = "fiub"
+"""Kinds of NumPy's dtypes that are real numbers: floats, integers, and booleans as 0 and 1."""
+MOST_NEGATIVE = 1e6
+"""Size of a penalty from which on float32 no longer tells apart scores that differ by 0.1."""
 THIRD_PERSON = 0
 """Index of the view that encoders see: the first camera of the environment."""
 
@@ -94,14 +99,14 @@ def make_batch(
             "episode needs an id of its own, or siblings are given each other's images"
         )
     rows = [_rows_of(policy_steps.episode.numpy(), b) for b in range(len(episodes))]
-    image, proprio = policy_steps.image.numpy(), policy_steps.proprio.numpy()
+    image, proprio = (_read_only(c.numpy()) for c in (policy_steps.image, policy_steps.proprio))
     return TrajectoryBatch(
-        episode_id=episodes.episode_id.numpy(),
-        group_id=episodes.group_id.numpy(),
+        episode_id=_read_only(episodes.episode_id.numpy()),
+        group_id=_read_only(episodes.group_id.numpy()),
         task_key=tuple(f"{suite}/{task}" for task in episodes.task_id.tolist()),
-        init_state_id=episodes.init_state_id.numpy(),
-        success=episodes.success.numpy(),
-        num_steps=episodes.num_steps.numpy(),
+        init_state_id=_read_only(episodes.init_state_id.numpy()),
+        success=_read_only(episodes.success.numpy()),
+        num_steps=_read_only(episodes.num_steps.numpy()),
         frames=tuple(
             # the image after the last step, where the environment rendered one
             image[r] if final_image is None else np.concatenate([image[r], final_image[None]])
@@ -115,6 +120,13 @@ def make_batch(
         mirrored=mirrored,
         split=split,
     )
+
+
+def _read_only(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A view that a reward cannot write to: it shares memory with what is trained on."""
+    view = values.view()
+    view.setflags(write=False)
+    return view
 
 
 def _rows_of(episode: npt.NDArray[np.int64], b: int) -> slice | npt.NDArray[np.int64]:
@@ -213,11 +225,12 @@ def count_cases(batch: TrajectoryBatch) -> dict[str, float]:
 def _named(who: str, doing: str, remedy: str) -> Generator[None]:
     """Turn any exception raised inside into a `RewardError`, and log its traceback."""
     try:
-        yield
+        with without_exits():
+            yield
     except Exception as error:
         # the message is one line for the user; the traceback goes to the log
         logger.exception("%s raised %s", who, doing)
-        raise RewardError(f"{who} raised {error!r} {doing}; {remedy}") from error
+        raise RewardError(f"{who} raised {error!r} {doing}{origin(error)}; {remedy}") from error
 
 
 def _clips(reward: TrajectoryReward, batch: TrajectoryBatch) -> list[npt.NDArray[np.uint8]]:
@@ -283,6 +296,12 @@ def _check_shapes(name: str, batch: TrajectoryBatch, result: RewardResult) -> No
 
 
 def _check_values(name: str, batch: TrajectoryBatch, result: RewardResult) -> None:
+    dtype = np.asarray(result.score).dtype
+    if dtype.kind not in REAL_KINDS:
+        raise RewardError(
+            f"{name} returned scores of dtype {dtype} for {_describe(batch)}; return numbers, best "
+            "an array of float32"
+        )
     broken = np.flatnonzero(~np.isfinite(result.score))
     if len(broken):
         raise RewardError(
@@ -290,6 +309,13 @@ def _check_values(name: str, batch: TrajectoryBatch, result: RewardResult) -> No
             f"({len(broken)} of {len(batch)} scores are not finite); "
             "a reward that cannot judge an episode must give it a neutral score and say so in "
             "status"
+        )
+    below = np.flatnonzero(result.score < -MOST_NEGATIVE)
+    if len(below):
+        raise RewardError(
+            f"{name} returned {result.score[below[0]]:g} for episode {batch.episode_id[below[0]]} "
+            f"({len(below)} of {len(batch)} scores are below {-MOST_NEGATIVE:g}); in float32 such "
+            "scores hide the differences of all others: scale them"
         )
     above = np.flatnonzero(result.score > result.max_score)
     if len(above):

@@ -15,8 +15,24 @@ from verl_vla.core.errors import Interrupted
 from verl_vla.core.signals import SIGNALS, stop_requests
 
 
+@pytest.fixture
+def hung_up_by_default():
+    """Undo what nohup does to this process."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_under_nohup_goes_on_when_the_terminal_is_closed(hung_up_by_default):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stop_requests() as request:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not request.is_made
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
 @pytest.mark.parametrize("number", SIGNALS)
-def test_the_first_signal_is_a_request(number, capfd):
+def test_the_first_signal_is_a_request(number, capfd, hung_up_by_default):
     before = [signal.getsignal(one) for one in SIGNALS]
     expected = pytest.raises(Interrupted, match=f"{number.name} after step 3; the same")
     with expected as caught, stop_requests() as request:
@@ -55,7 +71,7 @@ def start(taken: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize(("first", "second"), [SIGNALS, SIGNALS[::-1]])
+@pytest.mark.parametrize(("first", "second"), [SIGNALS[:2], SIGNALS[1::-1]])
 def test_the_second_signal_ends_at_once(first, second):
     process = start("stop_requests(); held.__enter__()")
     process.send_signal(first)

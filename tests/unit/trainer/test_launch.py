@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -21,7 +22,7 @@ from ray.exceptions import (
 
 from verl_vla.config.compose import load_recipe
 from verl_vla.core.allocator import VARIABLES
-from verl_vla.core.errors import ConfigError, DivergedError, LearnerLostError
+from verl_vla.core.errors import ConfigError, DivergedError, Interrupted, LearnerLostError
 from verl_vla.envs.libero.assets import ASSETS_VARIABLE
 from verl_vla.rewards import load_reward
 from verl_vla.rewards.encoders.base import BATCHES_A_RANK
@@ -117,6 +118,7 @@ def test_a_cluster_of_our_own_is_small_and_private(asked) -> None:
         "object_store_memory": 256 * 2**20,
         "include_dashboard": False,
         "log_to_driver": False,
+        "_temp_dir": None,
         "_system_config": {"worker_niceness": 0},
     }
 
@@ -291,6 +293,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(launch, "open_env_nodes", lambda _: noting("env nodes"))
     monkeypatch.setattr(launch.tq, "init", lambda _: noted.append("queue"))
     monkeypatch.setattr(launch.tq, "close", lambda: noted.append("end queue"))
+    monkeypatch.setattr(launch, "queue_actors", lambda num_units: {})
     trainer_module = SimpleNamespace(VLATrainer=Trainer)
     importing = SimpleNamespace(import_module=lambda _: trainer_module)
     monkeypatch.setattr(launch, "importlib", importing)
@@ -382,3 +385,43 @@ def test_the_queue_starts_while_the_trainer_is_imported(
     run: Any = SimpleNamespace(recipe=recipe, folder=tmp_path, simulators="a pool")
     launch.train(run)
     assert "train" in events
+
+
+def test_a_long_temporary_folder_is_replaced_or_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    longest = launch.SOCKET_PATH_BYTES - launch.SOCKET_NAME_BYTES
+    monkeypatch.setattr(launch.tempfile, "gettempdir", lambda: "/" + "t" * (longest - 1))
+    assert launch.short_temporary_folder() is None
+    monkeypatch.setattr(launch.tempfile, "gettempdir", lambda: "/" + "t" * longest)
+    assert launch.short_temporary_folder() == f"/tmp/ray-{os.getuid()}"
+    monkeypatch.setattr(launch, "SHORT_FOLDER", str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match=rf"TMPDIR to a folder of at most {longest} characters"):
+        launch.short_temporary_folder()
+
+
+def test_a_proxy_is_not_asked_for_processes_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch.ray.util, "get_node_ip_address", lambda: "10.0.0.7")
+    without: dict[str, str] = {}
+    launch.reach_own_machine_directly(without)
+    assert without == {}
+    own = "localhost,127.0.0.1,::1,10.0.0.7"
+    proxied = {"http_proxy": "http://proxy:3128", "no_proxy": "intranet,localhost"}
+    launch.reach_own_machine_directly(proxied)
+    assert proxied["no_proxy"] == "intranet,localhost,127.0.0.1,::1,10.0.0.7"
+    assert proxied["NO_PROXY"] == own
+
+
+def test_sigterm_while_ray_starts_is_an_end_that_was_asked_for(monkeypatch, asked) -> None:
+    def end(**_: Any) -> None:
+        raise SystemExit(15)
+
+    monkeypatch.setattr(launch.ray, "init", end)
+    with (
+        pytest.raises(Interrupted, match="SIGTERM while Ray started") as error,
+        launch._ray_cluster(run_of(), CONFIG),
+    ):
+        pytest.fail("Ray started")
+    assert error.value.signal_number == signal.SIGTERM

@@ -31,7 +31,8 @@ def prepare_gl(environ: MutableMapping[str, str] = os.environ) -> str:
     Raises:
         ConfigError: the chosen backend, or every backend, lacks its library.
     """
-    chosen = environ["MUJOCO_GL"] if "MUJOCO_GL" in environ else ""
+    # MuJoCo itself does not mind capitals, and PyOpenGL does
+    chosen = environ["MUJOCO_GL"].lower().strip() if "MUJOCO_GL" in environ else ""
     if not chosen:
         found = [name for name, library in LIBRARIES.items() if _loads(library)]
         if not found:
@@ -42,8 +43,13 @@ def prepare_gl(environ: MutableMapping[str, str] = os.environ) -> str:
         raise ConfigError(f"MUJOCO_GL is {chosen!r}; {nearest(chosen, list(LIBRARIES))}")
     if not _loads(LIBRARIES[chosen]):
         raise ConfigError(f"MUJOCO_GL={chosen} needs {LIBRARIES[chosen]}, not found; {REMEDY}")
+    environ["MUJOCO_GL"] = chosen
     # MuJoCo's contexts go through PyOpenGL, which has a setting of its own
-    environ.setdefault("PYOPENGL_PLATFORM", chosen)
+    if environ.setdefault("PYOPENGL_PLATFORM", chosen) != chosen:
+        raise ConfigError(
+            f"PYOPENGL_PLATFORM is {environ['PYOPENGL_PLATFORM']} and MUJOCO_GL {chosen}, and both "
+            f"choose what MuJoCo renders with; unset PYOPENGL_PLATFORM, or set it to {chosen}"
+        )
     environ.setdefault("LP_NUM_THREADS", "1")
     return chosen
 

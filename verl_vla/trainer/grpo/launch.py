@@ -12,10 +12,13 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
+import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import ray
@@ -26,7 +29,7 @@ from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
 from verl_vla.config.grpo import GRPOClusterConfig
 from verl_vla.core.allocator import allocator_variables
-from verl_vla.core.errors import ConfigError, DivergedError, LearnerLostError
+from verl_vla.core.errors import ConfigError, DivergedError, Interrupted, LearnerLostError
 from verl_vla.core.signals import stop_requests
 from verl_vla.envs.libero.assets import ASSETS_VARIABLE
 from verl_vla.rewards import TrajectoryReward
@@ -37,6 +40,7 @@ from verl_vla.trainer.grpo.run import Run
 from verl_vla.trainer.grpo.verl_config import to_verl
 from verl_vla.trainer.verl_compat.placement import report_wait, require_room
 from verl_vla.trainer.verl_compat.process import choose_device, divert_output, prepare_verl
+from verl_vla.trainer.verl_compat.watchdog import Watchdog, dead_among, queue_actors, ray_daemons
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +55,12 @@ MODE_VARIABLE, TOKEN_VARIABLE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"
 """Variables that say whether Ray asks for a token, and in which file it is. ``ray start`` asks for
 one where the user's home has one, which each run on one machine makes; who connects to an address
 is not asked unless the variable says so (``worker.py``, ``init``)."""
+
+SOCKET_PATH_BYTES = 107
+"""Longest path of a Unix socket (``sun_path`` of ``unix(7)``, less its end)."""
+SOCKET_NAME_BYTES = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
+"""Of what Ray appends to its folder."""
+SHORT_FOLDER = "/tmp"
 
 RAY_ATTEMPTS = 3
 RAY_IS_LATE = "timed out during startup"
@@ -77,6 +87,8 @@ def train(run: Run) -> None:
     prepare_verl(choose_device(run.recipe.cluster.device), option="cluster.device")
     config = to_verl(run)
     with ExitStack() as stack:
+        # first, since it also bounds how long the others may take to end
+        watchdog = stack.enter_context(Watchdog(lambda name: _lost(run, f"{name} is dead")))
         # where veRL's tracking looks for the folder (``verl/utils/tracking.py``)
         os.environ["TENSORBOARD_DIR"] = str(run.folder / "tensorboard")
         stack.enter_context(divert_output(run.folder))
@@ -94,7 +106,10 @@ def train(run: Run) -> None:
         # the learner is loaded while TransferQueue starts; the first rollout needs both
         with report_wait(lambda: "TransferQueue's processes"):
             queue.result()
-        trainer.train()
+        # veRL's storage: one process on each node
+        actors = queue_actors(run.recipe.cluster.num_nodes)
+        with watchdog.watching(partial(dead_among, actors, ray_daemons())):
+            trainer.train()
 
 
 def wait_for_nodes(num_nodes: int, limit_s: float = NODES_LIMIT_S) -> None:
@@ -122,6 +137,7 @@ def _joined() -> int:
 @contextmanager
 def _ray_cluster(run: Run, config: DictConfig) -> Generator[None]:
     cluster = run.recipe.cluster
+    reach_own_machine_directly()
     environment = OmegaConf.to_container(OmegaConf.create(get_ppo_ray_runtime_env(config)))
     assert isinstance(environment, dict)
     variables = {
@@ -183,15 +199,50 @@ def _start_ray(cluster: GRPOClusterConfig, environment: dict[Any, Any], store_by
                 include_dashboard=False,
                 log_to_driver=False,
                 runtime_env=environment,
+                _temp_dir=short_temporary_folder(),
                 _system_config={"worker_niceness": WORKER_NICENESS},
             )
             return
+        # Ray's own handler of SIGTERM, which it has from its start on
+        except SystemExit as error:
+            raise Interrupted(
+                "SIGTERM while Ray started; nothing was trained yet", signal.SIGTERM
+            ) from error
         except Exception as error:
             if RAY_IS_LATE not in str(error) or attempt == RAY_ATTEMPTS - 1:
                 raise
             logger.info("Ray did not start in time (load %.0f); trying again", os.getloadavg()[0])
             # ends the half that did start
             ray.shutdown()
+
+
+def short_temporary_folder() -> str | None:
+    """Return a folder for Ray where the usual one has too long a name; else None.
+
+    Raises:
+        ConfigError: there is no other folder.
+    """
+    usual = tempfile.gettempdir()
+    if len(os.fsencode(usual)) + SOCKET_NAME_BYTES <= SOCKET_PATH_BYTES:
+        return None
+    if not os.access(SHORT_FOLDER, os.W_OK):
+        raise ConfigError(
+            f"the folder for temporary files is {usual} (TMPDIR), and Ray's sockets below it would "
+            f"have names of more than {SOCKET_PATH_BYTES} bytes, which Linux refuses; set TMPDIR "
+            f"to a folder of at most {SOCKET_PATH_BYTES - SOCKET_NAME_BYTES} characters"
+        )
+    # of its own for each user: the folder belongs to who makes it
+    return f"{SHORT_FOLDER}/ray-{os.getuid()}"
+
+
+def reach_own_machine_directly(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Exempt this machine from a proxy, which would be asked for processes of its own."""
+    if not {"http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"} & environ.keys():
+        return
+    own = ["localhost", "127.0.0.1", "::1", ray.util.get_node_ip_address()]
+    for name in ("no_proxy", "NO_PROXY"):
+        given = environ[name].split(",") if name in environ else []
+        environ[name] = ",".join(dict.fromkeys([*given, *own]))
 
 
 def logical_cpus(cluster: GRPOClusterConfig) -> int:
@@ -210,12 +261,15 @@ def _own_errors(run: Run) -> Generator[None]:
             raise
         raise error.cause from error
     except (RayActorError, OutOfMemoryError) as error:
-        steps = complete_steps(run.checkpoints)
-        kept = f"checkpoint of step {steps[-1]}" if steps else "beginning: nothing was saved yet"
-        raise LearnerLostError(
-            f"a learner process died ({' '.join(str(error).split())}). The same command goes on "
-            f"from the {kept}"
-        ) from error
+        why = f"a learner process died ({' '.join(str(error).split())})"
+        raise LearnerLostError(_lost(run, why)) from error
+
+
+def _lost(run: Run, why: str) -> str:
+    """Return the message of a run that lost a process: what was saved, and how to resume."""
+    steps = complete_steps(run.checkpoints)
+    kept = f"checkpoint of step {steps[-1]}" if steps else "beginning: nothing was saved yet"
+    return f"{why}. The same command goes on from the {kept}"
 
 
 @contextmanager
