@@ -34,12 +34,12 @@ from verl_vla.config.compose import load_recipe
 from verl_vla.core.episode import EpisodeSpec, Observation
 from verl_vla.core.errors import EXIT_SIGNAL, ConfigError, ContractError, EpisodeCrashed
 from verl_vla.envs.registry import suite
-from verl_vla.policies.checkpoint import read_weight_layout
 from verl_vla.policies.normalization import load_statistics
 from verl_vla.policies.openvla_oft.tiny import build_tiny_policy
 from verl_vla.policies.registry import load_config
 from verl_vla.policies.scratch_vla.tiny import ScratchSizes
 from verl_vla.policies.scratch_vla.tiny import build_tiny_policy as build_tiny_scratch_vla
+from verl_vla.policies.weight_files import read_weight_layout
 from verl_vla.runs.disk_space import count_stored, disk_bytes, written_bytes
 from verl_vla.runs.episode_log import read_episodes
 from verl_vla.runs.metrics import METRICS, OPEN_FAMILIES, is_reproducible, read_metrics

@@ -30,8 +30,8 @@ from verl_vla.core.success_rate import count
 from verl_vla.core.tables import Trajectories
 from verl_vla.envs.registry import suite
 from verl_vla.policies.base import DTYPES
-from verl_vla.policies.checkpoint import weight_files
 from verl_vla.policies.registry import load_policy, load_processor
+from verl_vla.policies.weight_files import weight_files
 from verl_vla.rewards import VideoNeed
 from verl_vla.rewards.benchmark import (
     VERDICT_RULE,

@@ -12,12 +12,8 @@ import torch
 from torch import nn
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.policies.checkpoint import (
-    CONFIG_FILE,
-    find_not_finite,
-    first_line,
-    read_weight_layout,
-)
+from verl_vla.policies.checkpoint import CONFIG_FILE, first_line
+from verl_vla.policies.weight_files import find_not_finite, read_weight_layout
 
 Model = TypeVar("Model", bound=nn.Module)
 

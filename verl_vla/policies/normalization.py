@@ -34,12 +34,12 @@ COLUMNS: dict[Normalization, tuple[str, str]] = {
 }
 EXTREMES = ("min", "max")
 """Names of a value's smallest and largest number in the file."""
-CONFIG_FILE = "config.json"
+NORM_STATS_FILE = "config.json"
 """File of a checkpoint that holds the statistics where `STATISTICS_FILE` is absent, in the entry
 ``norm_stats``: OpenVLA's own checkpoints (openvla, ``extern/hf/configuration_prismatic.py``).
 """
 TAKE_THE_FILE = "take the file of the checkpoint that the weights came from"
-LIBERO_ACTION_DIM = 7
+ARM_AND_GRIPPER_DIM = 7
 """Six values of the hand's motion and the gripper's."""
 
 
@@ -145,7 +145,7 @@ class Dataset(Entries):
 
 
 class ConfigWithStatistics(Entries):
-    """The part of `CONFIG_FILE` that holds statistics."""
+    """The part of `NORM_STATS_FILE` that holds statistics."""
 
     norm_stats: dict[str, Dataset] = {}
 
@@ -216,7 +216,7 @@ def require_usual_mask(statistics: ActionStatistics) -> None:
             f"policy's -1..1 would be taken for metres; {TAKE_THE_FILE}"
         )
     # with "bounds" the grippers of ALOHA are normalised
-    if mask.all() and statistics.normalization == "bounds_q99" and len(mask) == LIBERO_ACTION_DIM:
+    if mask.all() and statistics.normalization == "bounds_q99" and len(mask) == ARM_AND_GRIPPER_DIM:
         raise ConfigError(
             f"statistics '{statistics.key}': the mask says that all {len(mask)} values are "
             "normalised, the gripper's among them, which then never closes; set the last entry of "
@@ -253,7 +253,7 @@ def read_datasets(folder: str | Path) -> tuple[Path, Mapping[str, Dataset]]:
     Raises:
         ConfigError: there is no file with statistics, or it is damaged.
     """
-    path, config = Path(folder) / STATISTICS_FILE, Path(folder) / CONFIG_FILE
+    path, config = Path(folder) / STATISTICS_FILE, Path(folder) / NORM_STATS_FILE
     # also where it is a link to nothing, which is to be named
     if path.exists() or path.is_symlink():
         return path, read_json(path, dict[str, Dataset], TAKE_THE_FILE)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from verl_vla.config.choices import LoraTargets
-from verl_vla.policies.checkpoint import require_all_weights
+from verl_vla.policies.weight_files import require_all_weights
 
 Model = TypeVar("Model", bound="TokenModel")
 

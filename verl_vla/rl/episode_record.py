@@ -24,7 +24,7 @@ from verl_vla.envs.base import ChunkResult
 from verl_vla.policies.base import PolicyShape
 
 Answer = Observation | ChunkResult | EpisodeCrashed
-"""What a slot answers: to a reset, to a chunk, or where its simulator was lost."""
+"""Answer of a slot: to a reset, to a chunk, or to the loss of its simulator."""
 
 
 class ImageBuffer:

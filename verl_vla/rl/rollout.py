@@ -173,7 +173,7 @@ class _SlotGroup:
         self.slots = slots
         self.active: dict[int, EpisodeRecord] = {}
         self.asked: _Asked | None = None
-        """What the policy was asked for these slots and has not delivered yet."""
+        """Request to the policy for these slots that is not answered yet."""
 
 
 @dataclass(slots=True)

@@ -43,7 +43,7 @@ def count_stored(
     """Count the weights of a checkpoint folder and, at most, of the adapters that it will get.
 
     Args:
-        layout: of `verl_vla.policies.checkpoint.read_weight_layout`.
+        layout: of `verl_vla.policies.weight_files.read_weight_layout`.
         policy: says whether there are adapters, and their rank.
     """
     shapes = [shape for shape, _ in layout.values()]

@@ -15,8 +15,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from annotated_types import Len
-from pydantic import ConfigDict, NonNegativeInt
+from pydantic import ConfigDict, Field, NonNegativeInt
 from typing_extensions import TypedDict
 
 from verl_vla.core.errors import ConfigError
@@ -36,7 +35,7 @@ REMEDY = "remove that line, or restore the file from a copy"
 class KeptActions(TypedDict):
     """Actions of an episode, float32 as bytes."""
 
-    shape: Annotated[list[NonNegativeInt], Len(3, 3)]
+    shape: Annotated[list[NonNegativeInt], Field(min_length=3, max_length=3)]
     base64: str
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from annotated_types import Len
-from pydantic import ConfigDict, NonNegativeInt
+from pydantic import ConfigDict, Field, NonNegativeInt
 from typing_extensions import TypedDict
 
 from verl_vla.core.errors import ConfigError
@@ -32,7 +31,7 @@ class RateEntry(TypedDict):
     successes: NonNegativeInt
     episodes: NonNegativeInt
     crashes: NonNegativeInt
-    ci95: Annotated[list[float], Len(2, 2)]
+    ci95: Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
 class PlayedEpisode(TypedDict):

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from verl_vla.policies import checkpoint
-from verl_vla.policies.checkpoint import WeightWriter, read_weight_layout, weight_files
+from verl_vla.policies import weight_files as module
 from verl_vla.policies.openvla_oft import OpenVLAOFTModel, tiny
+from verl_vla.policies.weight_files import WeightWriter, read_weight_layout, weight_files
 
 WEIGHTS = {f"layer.{i}": torch.full((10, 10), float(i)) for i in range(5)}
 BYTES = 400
@@ -47,7 +47,7 @@ def test_weights_can_be_read_by_whom_the_other_files_can_be_read(tmp_path: Path)
 
 
 def test_a_large_model_is_several_files_and_an_index(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(checkpoint, "WEIGHTS_FILE_BYTES", 2 * BYTES)
+    monkeypatch.setattr(module, "WEIGHTS_FILE_BYTES", 2 * BYTES)
     write(tmp_path, WEIGHTS)
     files = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     index = "model.safetensors.index.json"
@@ -63,7 +63,7 @@ def test_a_large_model_is_several_files_and_an_index(tmp_path: Path, monkeypatch
 
 
 def test_no_file_of_an_earlier_save_is_left(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(checkpoint, "WEIGHTS_FILE_BYTES", BYTES)
+    monkeypatch.setattr(module, "WEIGHTS_FILE_BYTES", BYTES)
     write(tmp_path, WEIGHTS)
     monkeypatch.undo()
     write(tmp_path, WEIGHTS)
@@ -71,22 +71,22 @@ def test_no_file_of_an_earlier_save_is_left(tmp_path: Path, monkeypatch) -> None
 
 
 def test_what_waits_is_no_more_than_one_file(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(checkpoint, "WEIGHTS_FILE_BYTES", 2 * BYTES)
+    monkeypatch.setattr(module, "WEIGHTS_FILE_BYTES", 2 * BYTES)
     sizes: list[int] = []
-    save_file = checkpoint.save_file
+    save_file = module.save_file
 
     def save(tensors: dict[str, Tensor], *args: object, **kwargs: object) -> None:
         sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
         save_file(tensors, *args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "save_file", save)
+    monkeypatch.setattr(module, "save_file", save)
     write(tmp_path, WEIGHTS)
     assert sizes == [2 * BYTES, 2 * BYTES, BYTES]
 
 
 @pytest.mark.parametrize("limit", [1_000, 10**9])
 def test_a_model_is_loaded_from_one_file_and_from_many(tmp_path: Path, monkeypatch, limit) -> None:
-    monkeypatch.setattr(checkpoint, "WEIGHTS_FILE_BYTES", limit)
+    monkeypatch.setattr(module, "WEIGHTS_FILE_BYTES", limit)
     sizes = tiny.TinySizes(image_size=28, vision_width=24, llm_width=32, llm_depth=2, llm_mlp=64)
     config = tiny.tiny_config(tiny.build_tokenizer(["lift the cube"]), sizes)
     torch.manual_seed(0)

@@ -394,7 +394,7 @@ def test_a_long_temporary_folder_is_replaced_or_refused(
     monkeypatch.setattr(launch.tempfile, "gettempdir", lambda: "/" + "t" * (longest - 1))
     assert launch.short_temporary_folder() is None
     monkeypatch.setattr(launch.tempfile, "gettempdir", lambda: "/" + "t" * longest)
-    assert launch.short_temporary_folder() == f"/tmp/ray-{os.getuid()}"
+    assert launch.short_temporary_folder() == f"{launch.SHORT_FOLDER}/ray-{os.getuid()}"
     monkeypatch.setattr(launch, "SHORT_FOLDER", str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match=rf"TMPDIR to a folder of at most {longest} characters"):
         launch.short_temporary_folder()

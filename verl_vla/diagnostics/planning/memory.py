@@ -11,7 +11,7 @@ from verl_vla.diagnostics.planning.encoding import EncoderLoad
 from verl_vla.diagnostics.planning.trace import PROMPT_TOKENS, RGB, Trace
 from verl_vla.envs.base import Suite, simulators_per_process
 from verl_vla.policies.base import PolicyShape
-from verl_vla.policies.checkpoint import WEIGHTS_FILE_BYTES
+from verl_vla.policies.weight_files import WEIGHTS_FILE_BYTES
 from verl_vla.rewards.encoders.base import BATCHES_A_RANK
 
 FLOAT32 = 4

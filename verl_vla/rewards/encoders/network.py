@@ -16,7 +16,7 @@ from torch import nn
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.policies import base
-from verl_vla.policies.checkpoint import read_weight_layout
+from verl_vla.policies.weight_files import read_weight_layout
 
 DTYPES = base.DTYPES | {"float16": torch.float16}
 AUTO = "auto"

@@ -19,11 +19,11 @@ from safetensors import safe_open
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.image_preprocessing import prepare_images
-from verl_vla.policies.checkpoint import read_weight_layout, weight_files
 from verl_vla.policies.openvla_oft.checkpoint import read_config, read_image_statistics
 from verl_vla.policies.openvla_oft.configuration import OpenVLAOFTConfig
 from verl_vla.policies.openvla_oft.vision import FusedVisionBackbone
 from verl_vla.policies.preprocessing import normalize_image
+from verl_vla.policies.weight_files import read_weight_layout, weight_files
 from verl_vla.rewards.encoders.base import Features, ImageEncoder, Images
 from verl_vla.rewards.encoders.network import AUTO, FrozenNetwork, require_folder
 

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModel
 
 from verl_vla.policies.base import Processor
-from verl_vla.policies.checkpoint import WeightWriter
 from verl_vla.policies.lora import MakeWeight, merge_adapters, nf4
+from verl_vla.policies.weight_files import WeightWriter
 
 
 def write_policy(

@@ -63,7 +63,7 @@ REPORTED = (
     "grad_norm",
     "lr",
 )
-"""What a rank reports of each micro-batch (`update_metrics.summarise_update`)."""
+"""Values that a rank reports of each micro-batch (`update_metrics.summarise_update`)."""
 GIB = 2**30
 KIB = 2**10
 

@@ -59,7 +59,7 @@ is not asked unless the variable says so (``worker.py``, ``init``)."""
 SOCKET_PATH_BYTES = 107
 """Longest path of a Unix socket (``sun_path`` of ``unix(7)``, less its end)."""
 SOCKET_NAME_BYTES = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
-"""Of what Ray appends to its folder."""
+"""Bytes that Ray appends to its folder."""
 SHORT_FOLDER = "/tmp"
 
 RAY_ATTEMPTS = 3

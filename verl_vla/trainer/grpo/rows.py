@@ -19,7 +19,7 @@ from verl_vla.core.tables import Trajectories
 from verl_vla.rl.loss import executed_mask
 
 Tag = dict[str, Any]
-"""What TransferQueue's controller knows of a row."""
+"""Entries that TransferQueue's controller keeps of a row."""
 ALL_ROWS = slice(None)
 
 

@@ -18,9 +18,9 @@ from verl_vla.evaluation.conditions import conditions, played_in, sampling_of
 from verl_vla.evaluation.during_training import EvaluationKind, evaluation_kinds
 from verl_vla.evaluation.evaluate import Evaluation
 from verl_vla.policies.base import Processor
-from verl_vla.policies.checkpoint import read_weight_layout
 from verl_vla.policies.openvla_oft.modelling import require_backend
 from verl_vla.policies.registry import check_adapters, load_processor, require_valid
+from verl_vla.policies.weight_files import read_weight_layout
 from verl_vla.rewards import TrajectoryReward, load_reward, looks_at_images, video_need
 from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, task_ids
 from verl_vla.runs.disk_space import count_stored, disk_bytes, require_disk_space
