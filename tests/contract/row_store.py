@@ -21,13 +21,6 @@ class RowStore:
         self.puts: list[list[str]] = []
         """Keys of each call, in order."""
 
-    def put_scored(
-        self, key: str, row: dict[str, Any], tag: dict[str, Any], advantages: torch.Tensor
-    ) -> None:
-        """Add a row as the trainer has it before an update, without a recomputed log-prob."""
-        more = {"advantages": advantages, "old_log_probs": row["rollout_log_probs"]}
-        self.rows[key], self.tags[key] = row | more, tag
-
     def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("kv_batch_get", "kv_batch_put", "kv_clear", "kv_list"):
             monkeypatch.setattr(tq, name, getattr(self, name))
@@ -39,11 +32,13 @@ class RowStore:
 
     def kv_batch_put(self, keys, partition_id, fields=None, tags=None) -> KVBatchMeta:
         self.puts.append(list(keys))
+        names = [] if fields is None else list(map(str, fields.keys()))
+        columns = {name: rows_of(fields[name]) for name in names}
         for i, key in enumerate(keys):
-            names = [] if fields is None else list(map(str, fields.keys()))
-            self.rows.setdefault(key, {}).update({name: fields[name][i] for name in names})
+            self.rows.setdefault(key, {}).update({name: columns[name][i] for name in names})
             if tags is not None:
-                self.tags[key] = tags[i]
+                # entries are added to those that are there
+                self.tags[key] = self.tags.get(key, {}) | tags[i]
         return KVBatchMeta(
             keys=keys,
             tags=[self.tags[key] for key in keys],
@@ -60,7 +55,27 @@ class RowStore:
         return {"train": dict(self.tags)}
 
 
+def one_by_one(fields: TensorDict) -> list[dict[str, Any]]:
+    """The rows of columns."""
+    return [{str(n): column[i] for n, column in fields.items()} for i in range(len(fields))]
+
+
+def rewards_of(masks: torch.Tensor, tags: list[dict[str, Any]]) -> torch.Tensor:
+    """[N, T]: veRL's ``rm_scores`` of rows, each score on the last token of its row that ran."""
+    rewards = torch.zeros(masks.shape)
+    for row, (mask, tag) in enumerate(zip(masks, tags, strict=True)):
+        if "score" in tag:
+            rewards[row, int(mask.sum()) - 1] = tag["score"]
+    return rewards
+
+
 def jagged(column: list[Any]) -> Any:
     """As TransferQueue hands out a field, whatever its rows' lengths."""
     is_text = isinstance(column[0], str | int)
     return column if is_text else torch.nested.as_nested_tensor(column, layout=torch.jagged)
+
+
+def rows_of(column: Any) -> Any:
+    """The rows of a field, to be taken by index."""
+    # at once: an index of a ragged tensor splits all of it each time
+    return column.unbind() if isinstance(column, torch.Tensor) else column

@@ -21,13 +21,15 @@ def options(*words: str) -> argparse.Namespace:
 def test_a_round_reaches_the_update_and_every_part_has_its_seconds() -> None:
     sizes = ("--groups", "2", "--group-size", "2", "--policy-steps", "3", "--image-size", "16")
     cut = ("--num-ranks", "2", "--num-mini-batches", "2")
-    found = driver.measure(options(*sizes, *cut, "--num-slots", "3"))
+    found = driver.measure(options(*sizes, *cut, "--num-slots", "3", "--answers-per-s", "40"))
     assert found["rows"] == 12
     parts = ("after_the_last_policy_step_s", "dynamic_sampling_s", "advantage_s")
     seconds = [found[part] for part in (*parts, "before_the_update_s")]
     assert min(seconds) >= 0
     assert found["not_overlapped_s"] == pytest.approx(sum(seconds), abs=0.03)
     assert found["policy_steps_per_s"] > 0
+    assert found["answers_per_s"] == 40
+    assert found["not_overlapped_at_once_s"] >= 0
     assert found["peak_of_the_driver_gib"] > found["images_gib"]
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from verl_vla.cli.plan import policy_config, replay_plan
+from verl_vla.config.choices import GPUS
 from verl_vla.config.compose import load_recipe
 from verl_vla.core.allocator import VARIABLES
-from verl_vla.diagnostics.planning.gpus import GPUS
 from verl_vla.diagnostics.planning.plan import Plan, make_plan
 from verl_vla.trainer.dry_run.phases import Replay
 

@@ -9,9 +9,9 @@ import pytest
 
 from verl_vla.cli import arguments
 from verl_vla.cli import plan as cli
+from verl_vla.config.choices import GPUS
 from verl_vla.config.compose import load_recipe
 from verl_vla.core.errors import ConfigError
-from verl_vla.diagnostics.planning.gpus import GPUS
 from verl_vla.diagnostics.planning.memory import CUDA_BYTES, RENDERER_BYTES
 from verl_vla.diagnostics.planning.plan import make_plan
 from verl_vla.envs.registry import suite

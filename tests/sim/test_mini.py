@@ -13,9 +13,8 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.env import EVALUATED, LiberoEnv
 from verl_vla.envs.libero.suite import make_libero_env
-from verl_vla.envs.mini import make_init_states
+from verl_vla.envs.mini import CUBE_HALF_M, PLATE_HALF_HEIGHT_M, TABLE_M, make_init_states
 from verl_vla.envs.mini.experts import EXPERTS
-from verl_vla.envs.mini.geometry import CUBE_HALF_M, PLATE_HALF_HEIGHT_M, TABLE_M
 from verl_vla.envs.mini.make_init_states import sample_init_state
 
 pytestmark = pytest.mark.sim

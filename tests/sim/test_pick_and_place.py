@@ -15,7 +15,7 @@ from verl_vla.envs.experts.pick_and_place import LOST_M, PickAndPlace
 from verl_vla.envs.experts.scene import Scene
 from verl_vla.envs.libero.env import SETTLE_ACTION, LiberoEnv
 from verl_vla.envs.libero.suite import make_libero_env
-from verl_vla.envs.mini.geometry import CUBE_HALF_M
+from verl_vla.envs.mini import CUBE_HALF_M
 
 if TYPE_CHECKING:
     from verl_vla.envs.libero.simulator import Simulator

@@ -16,6 +16,7 @@ from verl_vla.config.choices import (
     CAMERAS,
     DECODINGS,
     DTYPES,
+    GPUS,
     PERTURBATIONS,
     PROTOCOLS,
     SUITES,
@@ -23,7 +24,6 @@ from verl_vla.config.choices import (
     Fixtures,
     Split,
 )
-from verl_vla.diagnostics.planning.gpus import GPUS
 
 Parser = argparse.ArgumentParser
 
@@ -80,6 +80,11 @@ def _plan(parser: Parser) -> None:
     _add_overrides(parser)
     parser.add_argument("--gpu", choices=list(GPUS), help="kind of GPU of every rank")
     parser.add_argument("--num-nodes", type=int, help="number of nodes, as cluster.num_nodes")
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="also count the kernels of an update, class by class (half a minute)",
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument(
         "--replay",

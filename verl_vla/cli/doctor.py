@@ -22,6 +22,7 @@ import torch
 
 from verl_vla.cli.arguments import STDOUT, make_parser
 from verl_vla.cli.plan import policy_config
+from verl_vla.config.choices import GPUS, Gpu
 from verl_vla.config.compose import load_recipe
 from verl_vla.config.grpo import Recipe
 from verl_vla.config.shared import EnvironmentConfig
@@ -32,7 +33,6 @@ from verl_vla.core.text import TextTable
 from verl_vla.diagnostics.libero_check import as_rows, describe
 from verl_vla.diagnostics.libero_report import examine_libero
 from verl_vla.diagnostics.machine import examine_machine
-from verl_vla.diagnostics.planning.gpus import GPUS, Gpu
 from verl_vla.diagnostics.planning.plan import Plan, make_plan
 from verl_vla.envs.registry import make_env, suite
 from verl_vla.policies.base import DTYPES, observed_proprio

@@ -194,6 +194,7 @@ def _prepare(
 
 def _evaluate(options: argparse.Namespace, part: _Part, out: Path) -> dict[str, Any]:
     """Roll out the starts that ``out`` lacks, and write the record."""
+    # the policy has one core; simulators have the others
     torch.set_num_threads(1)
     began = time.perf_counter()
     policy = partial(_load, part.folder, options.dtype, options.unnorm_key, part.device)

@@ -7,19 +7,26 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from verl_vla.config.choices import GPUS
 from verl_vla.config.compose import load_recipe
 from verl_vla.config.grpo import Recipe
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.text import format_seconds
-from verl_vla.diagnostics.planning.gpus import GPUS
-from verl_vla.diagnostics.planning.host import as_json, host_cores
+from verl_vla.core.text import TextTable, format_seconds
+from verl_vla.diagnostics.planning.kernels import (
+    Kernels,
+    attention_path,
+    fusible_share,
+    kernels_of,
+    micro_batches,
+)
 from verl_vla.diagnostics.planning.memory import micro_batch_rows, rollout_batch
-from verl_vla.diagnostics.planning.plan import Plan, make_plan
+from verl_vla.diagnostics.planning.plan import Plan, host_cores, make_plan
 from verl_vla.diagnostics.planning.remedies import find_remedy
 from verl_vla.diagnostics.planning.trace import PROMPT_TOKENS
 from verl_vla.envs.registry import suite
@@ -27,6 +34,7 @@ from verl_vla.policies.base import ModelConfig
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig
 from verl_vla.policies.registry import load_config
 from verl_vla.rl.setup import find_policy
+from verl_vla.runs.terminal import show_table
 from verl_vla.trainer.dry_run.job import Job, replay, weightless_checkpoint
 from verl_vla.trainer.dry_run.phases import Replay
 
@@ -46,11 +54,20 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"which GPU? Say --gpu and one of {', '.join(GPUS)}")
     config, source = policy_config(recipe)
     plan = make_plan(recipe, config, None if options.gpu is None else GPUS[options.gpu])
+    if options.kernels and plan.gpu is None:
+        raise ConfigError(
+            "--kernels needs the speeds of a GPU, and the recipe's ranks run on cores; choose a "
+            "profile with a GPU, such as profile=8gpu, and --gpu"
+        )
+    kernels = kernels_of(plan, config) if options.kernels else None
     if options.json:
-        print(json.dumps(as_json(plan)))
+        listed = {} if kernels is None else {"kernels": [*map(asdict, kernels)]}
+        print(json.dumps(plan.as_json() | listed))
         return 0 if plan.fits else EXIT_TOO_LARGE
     print(f"policy: {source}")
     show(plan)
+    if kernels is not None:
+        show_kernels(plan, kernels)
     if options.replay:
         result = replay_plan(plan, config)
         show_replay(result)
@@ -116,6 +133,37 @@ def show(plan: Plan) -> None:
     print(f"together {format_seconds(plan.total_seconds)}; simulators and policy play side by side")
 
 
+def show_kernels(plan: Plan, kernels: Sequence[Kernels]) -> None:
+    """Print the classes of kernels of an optimizer step, the slowest first."""
+    total = sum(part.seconds for part in kernels)
+    rows = [
+        [
+            part.name,
+            f"{part.flops / TERA:,.1f}",
+            f"{part.bytes / GB:,.1f}",
+            f"{part.link_bytes / GB:,.1f}",
+            f"{part.seconds:.2f}",
+            f"{part.seconds / total:.1%}",
+        ]
+        for part in kernels
+    ]
+    size, number = plan.recipe.optimizer.micro_batch_size, micro_batches(plan)
+    print(f"\nkernels of an optimizer step of a rank: {number} micro-batches of {size} rows")
+    show_table(
+        TextTable(
+            ["", "TFLOP", "GB moved", "GB received", "seconds", "share"],
+            rows,
+            notes=[
+                f"together {total:.2f} s: computed from the GPU's peak FLOPs and bandwidths, not "
+                "measured, as if nothing overlapped",
+                f"attention of the language model: {attention_path(plan)}",
+                "fusing norms, elementwise operators and copies into other kernels would save at "
+                f"most {fusible_share(kernels):.1%}",
+            ],
+        )
+    )
+
+
 def replay_plan(plan: Plan, config: ModelConfig) -> Replay:
     """Run a training step of one rank of ``plan`` at its full size, without a GPU.
 
@@ -136,6 +184,7 @@ def replay_plan(plan: Plan, config: ModelConfig) -> Replay:
             micro_batches=micro_batch_rows(recipe),
             prompt_tokens=PROMPT_TOKENS,
         )
+        # what others hold of the device is missing to the rank's allocator
         outside = sum(plan.device.outside.values())
         return replay(job, plan.gpu.memory_bytes - outside)
 

@@ -55,6 +55,7 @@ def import_file(path: Path) -> ModuleType:
     """
     if not path.is_file():
         raise ConfigError(f"there is no file {path}; check the path")
+    # with a prefix, so that a file called json.py hides no module
     name = f"verl_vla_plugin_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

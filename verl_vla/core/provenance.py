@@ -10,12 +10,14 @@ from importlib import metadata
 from verl_vla.core.files import PROJECT_FOLDER
 
 PACKAGES = ("verl", "torch", "transformers", "hf-libero", "robosuite", "mujoco", "ray", "numpy")
+"""Packages whose versions can change a number."""
 
 
 def provenance() -> dict[str, str]:
     """Return versions, machine and commit, to be stored with every measured number."""
     return {name: _version(name) for name in PACKAGES} | {
         "python": platform.python_version(),
+        # of the machine, also where this process may use fewer
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "commit": commit(),
     }
@@ -25,6 +27,7 @@ def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
+        # such as veRL, which an evaluation does not need
         return "not installed"
 
 

@@ -231,8 +231,12 @@ def map_columns(table: Table, change: Callable[[Tensor], Tensor]) -> Table:
     )
 
 
-def concat_tables(tables: Iterable[Table]) -> Table:
+def concat_tables(tables: Iterable[Table], **known: Tensor) -> Table:
     """Stack the rows of tables of one type; a table that nobody else holds is freed meanwhile.
+
+    Args:
+        tables: at least one.
+        known: columns whose rows lie in one tensor already.
 
     Raises:
         ContractError: rows of a column differ in shape.
@@ -242,9 +246,11 @@ def concat_tables(tables: Iterable[Table]) -> Table:
     columns: dict[str, list[Tensor]] = {
         f.name: [getattr(table, f.name) for table in tables]
         for f in fields(kind)  # pyright: ignore[reportArgumentType]
+        if f.name not in known
     }
     tables.clear()
-    return kind(**{name: _stack(name, columns.pop(name)) for name in list(columns)})
+    # popped, so that a column's parts are freed while the next is stacked
+    return kind(**known, **{name: _stack(name, columns.pop(name)) for name in list(columns)})
 
 
 def _stack(name: str, parts: list[Tensor]) -> Tensor:

@@ -105,6 +105,7 @@ def read_demos(
                 sentence = read_sentence(file)
                 words = suite.task(task_id).instruction
                 instruction = words if choice.wording == "task_name" else sentence
+                # unpacked at once: a generator would read after the file is closed
                 first, last = (
                     [_read_demo(file, path, n, task_id, instruction, choice) for n in part]
                     for part in chosen
@@ -165,6 +166,7 @@ class FrameReader:
         """
         file = self._file(demo.file)
         stored = file[f"data/{demo.name}/{IMAGES[camera]}"][int(demo.image_rows[index])]
+        # a copy, since torch takes no array with negative strides
         return np.ascontiguousarray(stored[::-1, ::-1])
 
     def close(self) -> None:

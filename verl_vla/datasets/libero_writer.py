@@ -140,6 +140,7 @@ def check_recording(path: Path, recording: Mapping[str, Any]) -> None:
 
 def _write_episode(group: Any, episode: LiberoEpisode) -> None:
     is_last = np.zeros(episode.num_steps, dtype=np.uint8)
+    # rewards and dones as LIBERO's ``create_dataset.py`` writes them
     is_last[-1] = 1
     for name, values in episode.proprio.items():
         group[name] = values

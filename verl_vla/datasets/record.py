@@ -63,6 +63,7 @@ def record(
             for n in count():
                 if num_kept == episodes:
                     break
+                # failures so far: with more than that, less than `MIN_ENDED` can end in time
                 if n - num_kept > max(episodes * (1 / MIN_ENDED - 1), SPARE_FAILURES):
                     raise ConfigError(
                         f"the expert of task {task} ended {num_kept} of {n} attempts in time; "
@@ -79,6 +80,7 @@ def record(
                     num_kept += 1
                     yield episode
     finally:
+        # a caller that stops early does not wait for attempts that have not begun
         pool.shutdown(cancel_futures=True)
 
 

@@ -70,6 +70,7 @@ class DemoSamples(Dataset[SampleBatch]):
         augment_seed: int | None,
     ) -> None:
         starts = [_chunk_starts(demo, codec.chunk_length) for demo in demos]
+        # labels are small, so they are made at once; images are read on demand
         self._action_tokens = torch.cat(
             [
                 target_action_tokens(demo.actions, codec)[steps]

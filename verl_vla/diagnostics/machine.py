@@ -17,8 +17,7 @@ from packaging.requirements import Requirement
 
 from verl_vla.config.grpo import GRPOClusterConfig
 from verl_vla.core.errors import ConfigError
-from verl_vla.diagnostics.planning.host import host_cores
-from verl_vla.diagnostics.planning.plan import Plan
+from verl_vla.diagnostics.planning.plan import Plan, host_cores
 from verl_vla.envs.libero.asset_files import describe_faults, remedy_for_assets
 from verl_vla.envs.libero.assets import assets_available, find_assets
 from verl_vla.envs.libero.egl_devices import (
@@ -235,6 +234,7 @@ def _driver() -> str | None:
         )
     except (OSError, subprocess.CalledProcessError):
         return None
+    # one line a GPU, and all have one driver
     return next(iter(done.stdout.split()), None)
 
 
@@ -309,6 +309,7 @@ def _free_space(folder: Path, plan: Plan | None) -> Check:
 def _host(plan: Plan) -> Check:
     """Compare memory and processors with what the plan counts of a node."""
     available, needed = available_bytes(), sum(plan.host.values())
+    # cores of this process: a scheduler may grant fewer than the machine has
     cores, wanted = len(os.sched_getaffinity(0)), host_cores(plan.recipe)
     says = (
         f"{available / GB:.1f} GB of memory are available and {cores} processors; the plan counts "

@@ -83,6 +83,7 @@ def measure(simulators: Sequence[int], *, episodes: int, crashes: int) -> Sample
     return Sample(
         episodes=episodes,
         crashes=crashes,
+        # not VmRSS, which counts files and shared memory too
         trainer_mib=_status_mib(own, "RssAnon"),
         simulator_mib=max((_status_mib(pid, "RssAnon") for pid in alive), default=0.0),
         shared_mib=_status_mib(own, "RssShmem"),

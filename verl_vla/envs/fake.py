@@ -191,6 +191,7 @@ class FakeEnv:
         image[...] = GROUND_RGB
         target = TARGETS[self._task_id]
         _fill_square(image, np.array(target.place), self._config.tolerance, target.rgb)
+        # a pixel is 2 / size of the field, so the dot is two pixels wide
         _fill_square(image, self._place, 2 / size, DOT_RGB)
         return np.stack([np.rot90(image, turns) for turns in range(self._config.num_views)])
 

@@ -92,6 +92,7 @@ def plan_control(planned: Sequence[Planned]) -> list[Planned]:
         tasks = libero_suite(part.suite).tasks
         for start in part.starts:
             base = tasks[start.task_id].base
+            # true of every task of a perturbed suite
             assert base is not None
             control = Start(task_id=base.task_id, init_state_id=start.init_state_id)
             # a dictionary as an ordered set: variants share their unperturbed start

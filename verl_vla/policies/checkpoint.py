@@ -157,6 +157,7 @@ class WeightWriter:
         self._folder = folder
         self._left_out = left_out
         for old in [*folder.glob("model*.safetensors"), folder / WEIGHTS_INDEX_FILE]:
+            # a leftover would be taken for weights of this checkpoint
             old.unlink(missing_ok=True)
         self._waiting: dict[str, Tensor] = {}
         self._files: list[tuple[Path, list[str]]] = []
@@ -166,6 +167,7 @@ class WeightWriter:
         """Write one weight, now or with later ones."""
         if name in self._left_out:
             return
+        # safetensors refuses a view with gaps
         self._waiting[name] = weight.contiguous()
         self._bytes_waiting += weight.nbytes
         if self._bytes_waiting >= WEIGHTS_FILE_BYTES:

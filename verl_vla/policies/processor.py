@@ -129,6 +129,7 @@ class TokenProcessor(ABC):
         ids = torch.nn.utils.rnn.pad_sequence(
             list(prompts), batch_first=True, padding_value=self._pad_id
         )
+        # by length, since the padding id may be a word too
         mask = torch.arange(ids.shape[1]) < lengths[:, None]
         return ids, mask.long()
 

@@ -115,6 +115,7 @@ class AdditiveTime:
         if self._network is None:
             self._network = _time_network(rows.shape[1], self._seed)
         half = FREQUENCIES // 2
+        # periods from 2 pi to nearly 2 pi times `MAX_PERIOD`, evenly in logarithms
         rates = torch.exp(-np.log(MAX_PERIOD) * torch.arange(half) / half)
         angles = torch.arange(len(rows))[:, None] * rates[None]
         return rows + self._network(torch.cat([angles.cos(), angles.sin()], dim=1)).numpy()
@@ -146,6 +147,7 @@ def min_max_sigmoid(closeness: Floats) -> Floats:
     """
     extent = float(np.ptp(closeness))
     if extent < SMALL_RANGE:
+        # as released: closeness that is all alike stands in the middle
         stretched = np.full(len(closeness), 0.5)
     else:
         stretched = (closeness - closeness.min()) / extent

@@ -29,6 +29,7 @@ def goal_progress(readings: GoalReadings) -> npt.NDArray[np.float64]:
     first = distances[:1]
     # a part without distance to cover would divide by 0, and counts 0
     covered = np.where(first > SMALLEST_START, 1 - distances / np.maximum(first, SMALLEST_START), 0)
+    # an object that was pushed away covers less than nothing, and counts 0
     parts = covered.clip(0, 1).mean(axis=-1)
     return np.where(readings[..., Reading.HOLDS] > 0, 1.0, parts).mean(axis=-1)
 

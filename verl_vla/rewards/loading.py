@@ -48,6 +48,7 @@ def load_reward(
     try:
         reward = cls(**given)
     except ConfigError:
+        # says already what is wrong and what to do
         raise
     except Exception as error:
         raise ConfigError(
@@ -60,6 +61,7 @@ def load_reward(
 
 def _find_class(name: str) -> type[Any]:
     if ".py:" in name:
+        # the last colon: a path may have others
         file, class_name = name.rsplit(":", 1)
         return pick_class(import_file(Path(file)), Path(file), class_name)
     files = {p.stem: p for p in REWARDS_FOLDER.glob("*.py") if not p.stem.startswith("_")}

@@ -147,6 +147,7 @@ class ProgressHead:
     def _follow(self) -> None:
         pairs = zip(self._average.parameters(), self.network.parameters(), strict=True)
         for averaged, newest in pairs:
+            # decay x average + (1 - decay) x newest
             averaged.lerp_(newest, 1 - EMA_DECAY)
 
 

@@ -137,6 +137,7 @@ class ReferenceReward(ABC):
         )
         # failures of one start have the same references
         for task_key, init_state_id in sorted(
+            # sorted: a set of strings has another order in every process
             set(zip(batch.task_key, batch.init_state_id.tolist(), strict=True))
         ):
             at_start = [

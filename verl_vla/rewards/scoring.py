@@ -93,8 +93,7 @@ def make_batch(
             f"episode {ids[counts > 1][0]} stands {counts.max()} times in one batch; every "
             "episode needs an id of its own, or siblings are given each other's images"
         )
-    # B arrays: which rows of the policy steps are an episode's
-    rows = [np.flatnonzero(policy_steps.episode.numpy() == b) for b in range(len(episodes))]
+    rows = [_rows_of(policy_steps.episode.numpy(), b) for b in range(len(episodes))]
     image, proprio = policy_steps.image.numpy(), policy_steps.proprio.numpy()
     return TrajectoryBatch(
         episode_id=episodes.episode_id.numpy(),
@@ -116,6 +115,15 @@ def make_batch(
         mirrored=mirrored,
         split=split,
     )
+
+
+def _rows_of(episode: npt.NDArray[np.int64], b: int) -> slice | npt.NDArray[np.int64]:
+    """Which policy steps are those of episode ``b``; a slice where they follow each other."""
+    rows = np.flatnonzero(episode == b)
+    if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+        # an index array would copy the images of a round
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
 
 
 def complete(reward: TrajectoryReward, batch: TrajectoryBatch) -> TrajectoryBatch:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +12,50 @@ from torch import Tensor
 
 from verl_vla.core.episode import EpisodeSpec, GoalReadings, Observation, Outcome, Reading
 from verl_vla.core.errors import EpisodeCrashed
-from verl_vla.core.tables import ActionChunk, Episodes, PolicySteps, Trajectories, pick_by_time
+from verl_vla.core.tables import (
+    ActionChunk,
+    Episodes,
+    PolicySteps,
+    Trajectories,
+    concat_tables,
+    pick_by_time,
+)
 from verl_vla.envs.base import ChunkResult
 from verl_vla.policies.base import PolicyShape
 
 Answer = Observation | ChunkResult | EpisodeCrashed
 """What a slot answers: to a reset, to a chunk, or where its simulator was lost."""
+
+
+class ImageBuffer:
+    """Memory for the images of a round, which are gigabytes: copied once, as episodes end.
+
+    Memory that is never written to is not taken from the machine, so the bound may be generous.
+
+    Args:
+        num_rows: most policy steps of the round; episodes beyond it have memory of their own.
+        shape: of the policy.
+    """
+
+    def __init__(self, num_rows: int, shape: PolicyShape) -> None:
+        self._rows = torch.empty(num_rows, *shape.image_shape, dtype=torch.uint8)
+        self._num_used = 0
+        self._has_all = True
+
+    def stack(self, images: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
+        """Copy images into the next rows and return these, [n, V, H, W, 3]."""
+        rows = self._rows[self._num_used : self._num_used + len(images)]
+        if len(rows) < len(images) or rows.shape[1:] != images[0].shape:
+            self._has_all = False
+            return torch.from_numpy(np.stack(images))
+        np.stack(images, out=rows.numpy())
+        self._num_used += len(images)
+        return rows
+
+    @property
+    def whole(self) -> Tensor | None:
+        """The images of all calls in their order, without a copy; None where some are elsewhere."""
+        return self._rows[: self._num_used] if self._has_all else None
 
 
 @dataclass(slots=True)
@@ -64,10 +103,15 @@ class EpisodeRecord:
                 self.video = [thin_video(np.concatenate(self.video), max_video_frames)]
         return answer.observation
 
-    def tabulate(self, shape: PolicyShape, *, has_video: bool) -> Trajectories:
+    def tabulate(self, shape: PolicyShape, *, has_video: bool, images: ImageBuffer) -> Trajectories:
         """Make the tables of an episode that has ended, and give up what they were made from.
 
         The policy step that a simulator died on has no outcome and is left out.
+
+        Args:
+            shape: of the policy.
+            has_video: whether videos are kept.
+            images: takes the images of the episode.
         """
         assert self.outcome is not None, "the episode goes on"
         spec = self.spec
@@ -80,7 +124,7 @@ class EpisodeRecord:
                 outcome=_one(self.outcome),
                 num_steps=_one(sum(self.executed)),
             ),
-            policy_steps=self._policy_steps(shape),
+            policy_steps=self._policy_steps(shape, images),
             prompt_ids=tuple(self.prompt_ids[: len(self.executed)]),
             goals=(self._goals(),),
             final_images=(self.final_image,),
@@ -98,7 +142,7 @@ class EpisodeRecord:
         tables, self.tables = self.tables, None
         return tables
 
-    def _policy_steps(self, shape: PolicyShape) -> PolicySteps:
+    def _policy_steps(self, shape: PolicyShape, images: ImageBuffer) -> PolicySteps:
         count = len(self.executed)
         # its simulator was lost before it answered; stack() needs at least one array
         if not count:
@@ -106,7 +150,7 @@ class EpisodeRecord:
         seen = self.observations[:count]
         return PolicySteps(
             episode=torch.zeros(count, dtype=torch.int64),
-            image=torch.from_numpy(np.stack([o.image for o in seen])),
+            image=images.stack([o.image for o in seen]),
             proprio=torch.from_numpy(np.stack([o.proprio for o in seen])),
             action_tokens=torch.stack(self.action_tokens[:count]),
             log_probs=torch.stack(self.log_probs[:count]),
@@ -124,6 +168,35 @@ class EpisodeRecord:
         if not self.goals:  # its simulator was lost before it answered
             return np.zeros((0, 0, len(Reading)), dtype=np.float32)
         return np.concatenate([self.goals[0][:1], *(after[1:] for after in self.goals)])
+
+
+def join_tables(
+    tables: Sequence[Trajectories], ended: Sequence[int], images: Tensor, shape: PolicyShape
+) -> Trajectories:
+    """Join the tables of single episodes without a copy of their images.
+
+    Args:
+        tables: one episode each.
+        ended: indices of ``tables`` in the order of ``images``.
+        images: [N, V, H, W, 3], the images of all policy steps.
+        shape: of the policy.
+
+    Returns:
+        Episodes in the order of ``tables``, their policy steps in the order of ``images``.
+    """
+    nothing = _no_policy_steps(shape)
+    without = [replace(t, policy_steps=nothing, prompt_ids=()) for t in tables]
+    # an episode without policy steps does not know the columns' widths
+    steps = [
+        replace(t.policy_steps, episode=torch.full_like(t.policy_steps.episode, i))
+        for i, t in ((i, tables[i]) for i in ended)
+        if len(t.policy_steps)
+    ]
+    return replace(
+        Trajectories.concat(without),
+        policy_steps=concat_tables(steps, image=images) if steps else nothing,
+        prompt_ids=tuple(prompt for i in ended for prompt in tables[i].prompt_ids),
+    )
 
 
 def no_episodes(shape: PolicyShape) -> Trajectories:

@@ -100,6 +100,7 @@ def policy_loss(
             num_clipped_low=stopped_low.sum(),
             num_clipped_high=stopped_high.sum(),
             ratio_sum=(ratio * mask).sum(),
+            # no mask: a token that never ran has the ratio 1 here
             ratio_deviation=(ratio - 1).abs().max(),
         )
 

@@ -13,7 +13,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -23,7 +23,13 @@ import torch
 from verl_vla.core.episode import EpisodeSpec, Observation
 from verl_vla.core.tables import ActionChunk, Trajectories
 from verl_vla.policies.base import AsyncPolicy, PendingChunk, Policy
-from verl_vla.rl.episode_record import Answer, EpisodeRecord, no_episodes
+from verl_vla.rl.episode_record import (
+    Answer,
+    EpisodeRecord,
+    ImageBuffer,
+    join_tables,
+    no_episodes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +106,7 @@ def rollout(
     ended: Callable[[Trajectories], None] | None = None,
     num_parts: int = 2,
     max_video_frames: int | None = 0,
+    most_policy_steps: int = 0,
 ) -> Trajectories:
     """Play every spec to its end, as many at a time as there are slots.
 
@@ -115,11 +122,15 @@ def rollout(
             each other, as other projects do, and is there to be measured.
         max_video_frames: most frames kept of an episode's video, evenly in time; None keeps all,
             0 no videos.
+        most_policy_steps: of an episode. If given, the images of the round lie in one piece of
+            memory from the start and need no copy at the end; rows of policy steps are then in
+            the order in which episodes end.
     """
     started = time.perf_counter()
     if not specs:
         return no_episodes(policy.shape)
     records = [EpisodeRecord(spec) for spec in specs]
+    images = ImageBuffer(len(specs) * most_policy_steps, policy.shape)
     queue = deque(records)
     num_slots = min(simulators.num_slots, len(records))
     # rounded up: with one part, the second group has no slots
@@ -133,6 +144,7 @@ def rollout(
         times or RolloutTimes(),
         ended,
         max_video_frames,
+        images,
     )
     # both groups are under way before either is waited for
     slot_groups = [_SlotGroup(range(middle)), _SlotGroup(range(middle, num_slots))]
@@ -146,7 +158,12 @@ def rollout(
     for record in records:
         if record.crash is not None:
             logger.warning("episode %d lost: %s", record.spec.episode_id, record.crash)
-    return Trajectories.concat(record.take_tables() for record in records)
+    if images.whole is None:
+        return Trajectories.concat(record.take_tables() for record in records)
+    index = {spec.episode_id: i for i, spec in enumerate(specs)}
+    tables = [record.take_tables() for record in records]
+    ended_at = [index[episode_id] for episode_id in loop.ended_ids]
+    return join_tables(tables, ended_at, images.whole, policy.shape)
 
 
 class _SlotGroup:
@@ -177,6 +194,9 @@ class _RolloutLoop:
     times: RolloutTimes
     ended: Callable[[Trajectories], None] | None
     max_video_frames: int | None
+    images: ImageBuffer
+    ended_ids: list[int] = field(default_factory=list[int])
+    """Ids of episodes in the order in which they ended."""
 
     def start_free_slots(self, group: _SlotGroup) -> None:
         """Give every free slot of ``group`` the next episode of the queue."""
@@ -211,7 +231,10 @@ class _RolloutLoop:
             observation = group.active[slot].note_answer(answers[slot], self.max_video_frames)
             if observation is None:
                 record = group.active.pop(slot)
-                tables = record.tabulate(self.policy.shape, has_video=self.max_video_frames != 0)
+                tables = record.tabulate(
+                    self.policy.shape, has_video=self.max_video_frames != 0, images=self.images
+                )
+                self.ended_ids.append(record.spec.episode_id)
                 if self.ended is not None:
                     self.ended(tables)
             else:

@@ -49,6 +49,14 @@ def open_simulators(
         yield pool
 
 
+def most_policy_steps(env: EnvironmentConfig, chosen: Suite, chunk_length: int) -> int:
+    """Return the most policy steps of an episode of any task of a recipe."""
+    tasks = range(len(chosen.tasks)) if env.tasks is None else env.tasks
+    limit = max(chosen.step_limit(env.step_limit, task) for task in tasks)
+    # the last chunk may be cut short
+    return -(-limit // chunk_length)
+
+
 def find_policy(path: str) -> Path:
     """Return the folder of a checkpoint: as given, or relative to the project's root."""
     for folder in (Path(path), PROJECT_FOLDER / path):

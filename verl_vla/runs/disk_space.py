@@ -12,6 +12,7 @@ from verl_vla.config.grpo import GRPOPolicyConfig, Recipe
 from verl_vla.core.errors import ConfigError
 from verl_vla.envs.base import Suite
 from verl_vla.policies.base import DTYPES, PolicyShape
+from verl_vla.rl.setup import most_policy_steps
 
 GB = 1e9
 FLOAT32 = 4
@@ -78,14 +79,12 @@ def disk_bytes(
 ) -> dict[str, int]:
     """Return the most bytes that a run's folder holds at one time, part by part."""
     steps = recipe.trainer.total_training_steps
-    tasks = recipe.environment.tasks
-    tasks = range(len(chosen.tasks)) if tasks is None else tasks
-    limit = max(chosen.step_limit(recipe.environment.step_limit, task) for task in tasks)
-    policy_steps = -(-limit // shape.chunk_length)
+    policy_steps = most_policy_steps(recipe.environment, chosen, shape.chunk_length)
     group = recipe.sampling.group_size
     kept = steps * recipe.trainer.keep_groups * group
     groups = recipe.sampling.groups_per_step
     rounds = recipe.sampling.max_rounds if recipe.sampling.dynamic else 1
+    # a bound: a refill plays only the groups that are missing
     played = steps * rounds * groups * group
     actions = round(policy_steps * shape.num_tokens * FLOAT32 * BASE64)
     return {

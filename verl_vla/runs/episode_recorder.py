@@ -8,6 +8,7 @@ kilobytes each.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,16 @@ class EpisodeRecorder:
         self._groups_per_step = groups_per_step
         self._step: int | None = None
         self._num_kept = 0
+        # a video takes 0.2 s, and ranks wait for the end of a round but not for its videos
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="videos")
+        self._videos: list[Future[None]] = []
 
     def rewind(self, last_step: int) -> None:
         """Drop the episodes after a training step."""
         self._episode_log.rewind(last_step)
 
     def add(self, step: int, played: Trajectories, scores: Mapping[int, float]) -> None:
-        """Record one rollout round of a training step.
+        """Record one rollout round of a training step; its videos are written by `finish`.
 
         Args:
             step: the training step.
@@ -78,14 +82,26 @@ class EpisodeRecorder:
                 line |= {"actions": None, "executed": None}
         self._episode_log.append(lines)
 
+    def finish(self) -> None:
+        """Wait until all videos are written.
+
+        Raises:
+            OSError: one could not be written.
+        """
+        videos, self._videos = self._videos, []
+        for video in videos:
+            video.result()
+
     def _write_video(self, played: Trajectories, row: int) -> None:
         policy_steps = played.policy_steps
         mine = policy_steps.episode == row
+        # a copy: the round's images need not stay in memory for the few that are kept
         images = policy_steps.image[mine][:, FIRST_VIEW].numpy()
         # an episode whose simulator was lost at its start has no image
         if len(images):
             path = video_path(self._folder, int(played.episodes.episode_id[row]))
-            write_video(path, images, policy_steps.executed[mine].tolist())
+            executed = policy_steps.executed[mine].tolist()
+            self._videos.append(self._writer.submit(write_video, path, images, executed))
 
 
 def video_path(folder: Path, episode: int) -> Path:

@@ -14,6 +14,7 @@ from verl_vla.core.text import TextTable
 BARS = " ▁▂▃▄▅▆▇█"
 """Bar characters in eighths of a character cell."""
 
+# to files alone, also where there is no display
 mpl.use("Agg")
 
 

@@ -54,7 +54,10 @@ class RunRecorder:
 
         Raises:
             ContractError: a name that is not declared.
+            OSError: a video of the step could not be written.
         """
+        # they were written while ranks learned
+        self._episodes.finish()
         self._metrics.append(step, values)
         self._console.show_step(step, values)
 

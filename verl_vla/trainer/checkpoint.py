@@ -236,6 +236,7 @@ def _point_latest(checkpoints: Path, step: int) -> None:
 
 
 def _quarantine(folder: Path, why: str) -> None:
+    # this name is no step any more, so `complete_steps` leaves it out
     aside = folder.with_name(f"{folder.name}_corrupt")
     _discard(aside)
     folder.rename(aside)
@@ -243,6 +244,7 @@ def _quarantine(folder: Path, why: str) -> None:
 
 
 def _why_not_written(checkpoints: Path, step: int, error: Exception) -> str:
+    # of an error in a rank, the last line is the error itself
     lines = str(error).strip().splitlines() or [repr(error)]
     free = shutil.disk_usage(checkpoints if checkpoints.is_dir() else checkpoints.parent).free
     steps = complete_steps(checkpoints)
@@ -260,6 +262,7 @@ def _discard(folder: Path) -> None:
 
 
 def _flush(path: Path) -> None:
+    # os.open also opens a folder, which Python's open() refuses
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -15,7 +15,7 @@ import pytest
 from verl_vla.cli import plan as plan_command
 from verl_vla.cli.arguments import parse
 from verl_vla.core.plugins import import_file
-from verl_vla.diagnostics.planning.host import CORES_BESIDE
+from verl_vla.diagnostics.planning.plan import CORES_BESIDE
 
 ROOT = Path(__file__).resolve().parents[3]
 WRAPPER = ROOT / "scripts" / "cloud" / "modal_train.py"

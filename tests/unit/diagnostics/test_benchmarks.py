@@ -40,8 +40,10 @@ from verl_vla.diagnostics.benchmarks.step_model import (
     step_time,
     table_rows,
 )
+from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.fake import FakeEnv, FakeEnvConfig
-from verl_vla.envs.libero.simulator_memory import sizes_by_task, unique_set_size
+from verl_vla.envs.libero.memory import sizes_by_task
+from verl_vla.envs.libero.suite import make_libero_env
 from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.policies.base import PolicyShape
 from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tokenizer, tiny_config
@@ -122,15 +124,10 @@ def test_a_record_names_its_command_and_conditions(monkeypatch: pytest.MonkeyPat
     assert {"commit", "machine", "mujoco"} <= found["conditions"].keys()
 
 
-def test_the_unique_set_size_counts_private_pages_alone() -> None:
-    rollup = "55d0-7ffe ---p 00000000 00:00 0 [rollup]\nRss: 900 kB\nShared_Clean: 500 kB\n"
-    rollup += "Private_Clean: 100 kB\nPrivate_Dirty: 300 kB\nSwap: 7 kB\n"
-    assert unique_set_size(rollup) == 400 * 1024
-
-
 @pytest.mark.sim
 def test_each_task_of_a_suite_adds_its_simulator() -> None:
-    first, second = sizes_by_task("mini", 2, 64)
+    config = EnvConfig(suite="mini", render_size=64, max_simulators=2)
+    first, second = sizes_by_task(partial(make_libero_env, config), 2)
     assert 20 < second - first < 400
 
 

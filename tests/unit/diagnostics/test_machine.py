@@ -14,11 +14,11 @@ import pytest
 from verl_vla.cli.arguments import parse
 from verl_vla.cli.doctor import EXIT_FAULT, run
 from verl_vla.cli.plan import policy_config
+from verl_vla.config.choices import GPUS
 from verl_vla.config.compose import load_recipe
 from verl_vla.core.errors import ConfigError
 from verl_vla.diagnostics import machine
 from verl_vla.diagnostics.machine import Check, examine_machine
-from verl_vla.diagnostics.planning.gpus import GPUS
 from verl_vla.diagnostics.planning.memory import DeviceMemory
 from verl_vla.diagnostics.planning.plan import Plan, make_plan
 from verl_vla.policies.checks import Finding
@@ -101,6 +101,7 @@ def test_with_a_recipe_a_disk_without_room_for_its_run_is_a_fault(monkeypatch, t
     assert disk.fix == "choose out=FOLDER on a larger disk"
 
 
+@pytest.mark.usefixtures("no_image")
 @pytest.mark.parametrize(
     ("share", "cores", "is_fault", "has_advice"),
     [(0.99, 99, True, True), (1.01, 99, False, False), (1.01, 2, False, True)],

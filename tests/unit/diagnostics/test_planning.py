@@ -16,12 +16,12 @@ from transformers import LlamaConfig
 from verl_vla.cli import arguments
 from verl_vla.cli import plan as cli
 from verl_vla.cli.explain import explain
+from verl_vla.config.choices import GPUS
 from verl_vla.config.compose import RECIPES_FOLDER, compose_recipe, load_recipe, recipe_names
 from verl_vla.config.grpo import Recipe
 from verl_vla.config.schema import parse
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import PROJECT_FOLDER
-from verl_vla.diagnostics.planning.gpus import GPUS
 from verl_vla.diagnostics.planning.memory import CUDA_BYTES, FRAGMENTED_SHARE
 from verl_vla.diagnostics.planning.plan import make_plan, trace_policy
 from verl_vla.diagnostics.planning.remedies import _candidates, find_remedy

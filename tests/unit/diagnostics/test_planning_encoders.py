@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from encoder_folders import save_vjepa2
 
+from verl_vla.config.choices import GPUS
 from verl_vla.config.compose import load_recipe
 from verl_vla.diagnostics.planning.encoding import PUBLISHED as PUBLISHED_ENCODERS
 from verl_vla.diagnostics.planning.encoding import encoder_load
-from verl_vla.diagnostics.planning.gpus import GPUS
 from verl_vla.diagnostics.planning.plan import make_plan
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig
 from verl_vla.policies.registry import load_config

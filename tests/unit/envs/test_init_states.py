@@ -20,7 +20,7 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.envs.libero import init_states
 from verl_vla.envs.libero.assets import libero_root
 from verl_vla.envs.libero.init_states import read_states
-from verl_vla.envs.libero.task_packages import PLUS, PRO, package_folder
+from verl_vla.envs.libero.task import PLUS, PRO, package_folder
 
 STATES = np.random.default_rng(0).normal(size=(3, 5))
 

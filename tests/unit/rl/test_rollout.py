@@ -504,6 +504,44 @@ def test_an_episode_lost_at_its_start_has_no_policy_steps_and_its_slot_goes_on()
     assert played.crashes == {10: "died at reset"}
 
 
+@pytest.mark.parametrize("most", [2, 6, 100], ids=["too few", "as many", "many"])
+def test_images_that_lie_together_from_the_start_are_those_of_the_same_episodes(most):
+    """With room for too few, the images are copied at the end as ever."""
+    lengths = [5, 1, 3, 6, 4]
+    scripts = [Script(policy_steps=n) for n in lengths]
+    scripts[2] = Script(crash_at=-1)
+    plain, _, _ = play_scripts(scripts, num_slots=2)
+    told: list[Trajectories] = []
+    specs = make_specs(len(scripts))
+    simulators = ScriptedSimulators(
+        {spec.episode_id: script for spec, script in zip(specs, scripts, strict=True)}, 2
+    )
+    placed = rollout(
+        specs,
+        ScriptedPolicy(simulators),
+        simulators,
+        temperature=1.5,
+        noise=NOISE,
+        ended=told.append,
+        most_policy_steps=most,
+    )
+    for name in ("outcome", "num_steps", "episode_id", "task_id", "group_id"):
+        assert torch.equal(getattr(plain.episodes, name), getattr(placed.episodes, name))
+    assert plain.crashes == placed.crashes
+    assert all(map(np.array_equal, plain.goals, placed.goals))
+    for row in range(len(specs)):
+        ours, theirs = policy_steps_of(placed, row), policy_steps_of(plain, row)
+        for name in ("action_tokens", "log_probs", "executed", "proprio", "image"):
+            mine, other = (getattr(t.policy_steps, name) for t in (placed, plain))
+            assert torch.equal(mine[ours], other[theirs]), name
+        assert [placed.prompt_ids[i].tolist() for i in ours] == [
+            plain.prompt_ids[i].tolist() for i in theirs
+        ]
+    memory = {part.policy_steps.image.untyped_storage().data_ptr() for part in told}
+    whole = placed.policy_steps.image.untyped_storage().data_ptr()
+    assert (whole in memory) == (most > 2), "no copy was made"
+
+
 @pytest.mark.parametrize("crash_at", [-1, 0])
 def test_a_rollout_that_lost_everything_is_still_two_tables(crash_at):
     played, _, _ = play_scripts([Script(crash_at=crash_at)] * 5, num_slots=2)

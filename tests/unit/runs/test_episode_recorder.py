@@ -11,6 +11,7 @@ from verl_vla.core.episode import Outcome
 from verl_vla.core.tables import Episodes, PolicySteps, Trajectories
 from verl_vla.policies.action_codec import ActionCodec
 from verl_vla.policies.normalization import ActionStatistics
+from verl_vla.runs import episode_recorder
 from verl_vla.runs.episode_log import actions_of, read_episodes
 from verl_vla.runs.episode_recorder import VIDEO_SIZE, EpisodeRecorder, video_path
 
@@ -71,7 +72,9 @@ def test_every_episode_has_a_line_with_its_score(tmp_path):
 
 
 def test_the_group_that_tells_most_is_kept(tmp_path):
-    recorder(tmp_path).add(3, ROUND, SCORES)
+    book = recorder(tmp_path)
+    book.add(3, ROUND, SCORES)
+    book.finish()
     kept = [line for line in read_episodes(tmp_path) if line["actions"] is not None]
     assert {line["group"] for line in kept} == {6}
     assert actions_of(kept[0]).shape == (2, 2, 1)
@@ -89,6 +92,7 @@ def test_no_more_groups_are_kept_than_asked_for_in_all_rounds_of_a_step(tmp_path
     book = recorder(tmp_path, groups)
     book.add(1, ROUND, SCORES)
     book.add(1, ROUND, SCORES)
+    book.finish()
     assert len(list(tmp_path.glob("episodes/*.webp"))) == recorded
 
 
@@ -100,3 +104,15 @@ def test_each_step_keeps_its_own(tmp_path):
     assert kept == [1, 1, 1, 2, 2, 2]
     book.rewind(1)
     assert {line["step"] for line in read_episodes(tmp_path)} == {1}
+
+
+def test_a_video_that_cannot_be_written_is_an_error_of_the_step(tmp_path, monkeypatch):
+    def refuse(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(episode_recorder, "write_video", refuse)
+    book = recorder(tmp_path)
+    book.add(1, ROUND, SCORES)
+    with pytest.raises(OSError, match="No space left"):
+        book.finish()
+    book.finish()  # told once

@@ -68,7 +68,7 @@ def rows(engine: VLAEngine, folder: Path, advantage: float, old_log_probs: float
         "proprio": tuple(torch.zeros(NUM_ROWS, 8)),
         "response_mask": tuple(mask),
         "loss_mask": tuple(mask),
-        "advantages": tuple(advantage * mask.float()),
+        "advantages": tuple(torch.full((NUM_ROWS, 1), advantage)),
         "old_log_probs": tuple(old_log_probs * mask.float()),
         "trajectory_steps": tuple(torch.full((NUM_ROWS, 1), 8)),
         "num_trajectories": tuple(torch.full((NUM_ROWS, 1), NUM_ROWS)),

@@ -248,7 +248,7 @@ def decided(engine: VLAEngine, advantages: list[float], which: list[int]) -> Ten
         "proprio": torch.zeros(NUM, 8),
         "response_mask": [mask] * NUM,
         "loss_mask": [mask] * NUM,
-        "advantages": [advantage * mask.float() for advantage in advantages],
+        "advantages": [torch.tensor([advantage]) for advantage in advantages],
         "old_log_probs": log_probs,
         "trajectory_steps": [torch.tensor([4])] * NUM,
         "num_trajectories": [torch.tensor([2])] * NUM,

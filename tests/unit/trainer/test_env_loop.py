@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,14 @@ GROUP_SIZE = 3
 
 
 class RefusingReward(StatelessReward):
-    """Cannot score anything."""
+    """Cannot score anything, and says so once rows are stored: an error cancels those that wait."""
+
+    def __init__(self, store: RowStore, num_rows: int) -> None:
+        self._store, self._num_rows = store, num_rows
 
     def __call__(self, batch: TrajectoryBatch) -> RewardResult:
+        while len(self._store.rows) < self._num_rows:
+            time.sleep(0.001)
         raise RewardError("no scores today")
 
 
@@ -57,6 +63,7 @@ def make_loop(folder: Path, starts: Any = ONE_OF_EACH, reward: Any = None) -> An
         seed=0,
         recorder=NoRecorder(),  # pyright: ignore[reportArgumentType] -- what the loop calls of it
         unscored=UnscoredEpisodes(folder, first_step=1),
+        most_policy_steps=4,
     )
 
 
@@ -99,7 +106,7 @@ def test_each_policy_step_is_a_row_and_each_group_a_tag_that_comes_last(
         tag = store.tags[uid]
         assert tag["is_prompt"] and tag["status"] == "finished"
         assert (tag["num_failed"], tag["num_crashed"]) == (GROUP_SIZE - num_solved, 0)
-        earned = [float(store.rows[key]["rm_scores"].sum()) for key in row_keys([uid])]
+        earned = [store.tags[key]["score"] for key in row_keys([uid])]
         assert earned == [num_solved / GROUP_SIZE] * GROUP_SIZE
     assert (loop.stats.episodes, loop.stats.solved, loop.stats.policy_steps) == (6, 3, 6)
 
@@ -183,7 +190,7 @@ def test_a_refill_takes_the_next_groups_and_a_new_step_forgets_them(
 def test_episodes_that_the_reward_refuses_are_kept_and_scored_without_being_played_again(
     tmp_path: Path, store: RowStore
 ) -> None:
-    refused = make_loop(tmp_path, reward=RefusingReward())
+    refused = make_loop(tmp_path, reward=RefusingReward(store, num_rows=6))
     uids = refused.next_groups(2)
     with pytest.raises(RewardError, match="no scores today"):
         refused.generate_sequences(asked_for(uids))
@@ -278,7 +285,7 @@ def test_a_round_is_scored_then_learned_from_and_its_spread_is_known(
         assert tag["task_id"] == start.task_id
     alive = [key for key in store.rows if key.endswith("_0")]
     assert {store.tags[key]["global_steps"] for key in alive} == {5}
-    earned = {key: float(store.rows[key]["rm_scores"].sum()) for key in alive}
+    earned = {key: store.tags[key]["score"] for key in alive}
     numbers = {f"g{s.group_id}_{s.episode_id}_0": s.episode_id for s in loop._simulators.specs}
     assert earned == pytest.approx({key: numbers[key] / 10 for key in alive})
     values = loop.stats.as_metrics()

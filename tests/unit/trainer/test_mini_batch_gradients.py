@@ -131,15 +131,14 @@ def learn(
     recipe: Recipe,
     workers: Workers,
     played: Trajectories,
-    score: Tensor,
     advantage: Tensor,
     chunk: int,
 ) -> None:
     """Put the rows into the store as the trainer does, and update."""
-    keys, fields, tags = make_rows(played, score.numpy(), chunk_length=chunk, global_step=1)
-    episodes = played.policy_steps.episode.tolist()
-    for key, row, tag, b in zip(keys, fields, tags, episodes, strict=True):
-        workers.put_scored(key, row, tag, advantage[b] * row["response_mask"])
+    keys, fields, tags = make_rows(played, chunk_length=chunk, global_step=1)
+    workers.kv_batch_put(keys, "train", fields, tags)
+    of_row = advantage[played.policy_steps.episode].tolist()
+    tags = [tag | {"advantage": value} for tag, value in zip(tags, of_row, strict=True)]
     batch = KVBatchMeta(keys=keys, tags=tags, partition_id="train")
     update(batch, workers, recipe, eos_token_id=0)
 
@@ -162,7 +161,7 @@ def test_each_gradient_is_that_of_the_episodes_of_its_mini_batch(
             f"sampling.temperature={TEMPERATURE}",
         ]
     )
-    learn(recipe, workers, played, score, advantage, policy.processor.shape.chunk_length)
+    learn(recipe, workers, played, advantage, policy.processor.shape.chunk_length)
 
     real = [key for run in workers.runs for key in run if not is_padding(key)]
     groups: list[set[int]] = [set(), set()]

@@ -16,7 +16,7 @@ ACTION_DIM = 1
 OLD = torch.tensor([[-1.0, -1.0], [-2.0, -2.0]])
 MOVED = torch.tensor([[0.1, 0.0], [0.0, 9.0]])
 """By how much the current policy's log_probs differs; the last token never ran."""
-ADVANTAGES = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
+ADVANTAGES = torch.tensor([[1.0], [-1.0]])
 TOKENS = torch.tensor([[1, 1], [1, 0]])
 """Two trajectories of one policy step each, of two steps and of one."""
 KL = math.expm1(-0.1) + 0.1
@@ -91,7 +91,7 @@ def test_a_kl_term_without_its_column_is_an_error():
 
 
 def test_a_row_is_idle_where_no_term_of_the_loss_moves_it():
-    nothing = jagged(torch.zeros(2, 2))
+    nothing = jagged(torch.zeros(2, 1))
     _, plain, _ = loss_of(LossConfig(), advantages=nothing)
     held = LossConfig(kl=KLConfig(coefficient=0.5))
     _, with_kl, _ = loss_of(held, advantages=nothing, ref_log_prob=jagged(OLD))

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from row_store import RowStore
+from row_store import one_by_one as rows_of
 from step_tables import episode_column, step_tables
 
 from verl_vla.core.episode import Outcome
 from verl_vla.core.tables import Trajectories
 from verl_vla.trainer.grpo import row_writer
 from verl_vla.trainer.grpo.row_writer import RowWriter
-from verl_vla.trainer.grpo.rows import RowKey, make_rows, score_rows
+from verl_vla.trainer.grpo.rows import RowKey, make_rows
 
 CHUNK, DIM = 4, 2
 TOKENS = CHUNK * DIM
@@ -68,10 +69,10 @@ def test_rows_are_the_same_however_they_arrive(
     monkeypatch.setattr(row_writer, "ROWS_A_PUT", rows_a_put)
     whole = played()
     write([whole] if in_one else one_by_one(whole))
-    keys, fields, tags = make_rows(whole, torch.zeros(4).numpy(), chunk_length=CHUNK, global_step=3)
+    keys, fields, tags = make_rows(whole, chunk_length=CHUNK, global_step=3)
     # in the order in which episodes end
     assert [key for put in store.puts for key in put] == keys
-    assert [comparable(store.rows[key]) for key in keys] == list(map(comparable, fields))
+    assert [comparable(store.rows[key]) for key in keys] == list(map(comparable, rows_of(fields)))
     assert [store.tags[key] for key in keys] == tags
     # an episode is not cut where episodes come one by one
     most = rows_a_put if in_one else rows_a_put + max(LENGTHS) - 1
@@ -82,26 +83,6 @@ def test_a_crashed_episode_has_no_rows(store: RowStore) -> None:
     outcomes = [Outcome.SUCCESS, Outcome.CRASH, Outcome.TIMEOUT, Outcome.CRASH]
     write(one_by_one(played(outcomes)))
     assert {(k.group, k.episode) for k in map(RowKey.parse, store.rows)} == {(5, 0), (6, 2)}
-
-
-def test_scores_come_later_and_give_the_rows_that_scores_known_before_give(
-    store: RowStore,
-) -> None:
-    whole, score = played(), torch.tensor([0.75, -0.5, 0.0, 1.0]).numpy()
-    write(one_by_one(whole))
-    keys, values = score_rows(whole, score, chunk_length=CHUNK)
-    assert keys == ["g5_0_1", "g5_1_0", "g6_2_2", "g6_3_1"]
-    for key, value in zip(keys, values, strict=True):
-        store.rows[key]["rm_scores"] = value
-    before, fields, _ = make_rows(whole, score, chunk_length=CHUNK, global_step=3)
-    for key, row in zip(before, fields, strict=True):
-        assert torch.equal(store.rows[key]["rm_scores"], row["rm_scores"]), key
-
-
-def test_episodes_without_rows_have_no_score_to_place() -> None:
-    nothing = played().select(torch.zeros(4, dtype=torch.bool))
-    keys, values = score_rows(nothing, torch.zeros(0).numpy(), chunk_length=CHUNK)
-    assert (keys, values.shape) == ([], (0, TOKENS))
 
 
 def test_the_first_error_of_a_put_is_raised_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

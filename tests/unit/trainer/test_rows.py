@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,20 +10,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_store import RowStore
+from row_store import one_by_one, rewards_of
 from step_tables import episode_column, step_tables
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl import DataProto
 from verl.trainer.ppo.padding_utils import construct_minimal_padding_template
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
-from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.utils.padding import no_padding_2_padding, response_from_nested
 
-from verl_vla.core.tables import Trajectories
+from verl_vla.core.tables import Trajectories, map_columns
 from verl_vla.rl.advantage import group_advantage
 from verl_vla.rl.loss import executed_mask
-from verl_vla.trainer.grpo.advantage import row_advantages, write_advantages
+from verl_vla.trainer.grpo.advantage import row_advantages, tag_advantages
 from verl_vla.trainer.grpo.rows import (
     RowKey,
     dense,
@@ -32,6 +32,7 @@ from verl_vla.trainer.grpo.rows import (
     make_rows,
     pack_like_language_model,
     right_padded,
+    score_tags,
     stacked,
 )
 from verl_vla.trainer.verl_compat.process import ADV_ESTIMATOR
@@ -57,9 +58,21 @@ def make_trajectories(groups: list[int], num_policy_steps: list[int]) -> Traject
     )
 
 
-def rows_of(trajectories: Trajectories, score: list[float] | None = None):
-    given = np.zeros(len(trajectories.episodes)) if score is None else np.array(score)
-    return make_rows(trajectories, given.astype(np.float32), chunk_length=CHUNK, global_step=5)
+def rows_of(trajectories: Trajectories, **rows: slice):
+    return make_rows(trajectories, chunk_length=CHUNK, global_step=5, **rows)
+
+
+def scored_rows_of(trajectories: Trajectories, score: list[float]):
+    """Keys, columns and tags as the trainer finds them once the scores are known."""
+    keys, fields, tags = rows_of(trajectories)
+    last, scores = score_tags(trajectories, np.array(score, dtype=np.float32))
+    known = dict(zip(last, scores, strict=True))
+    # TransferQueue adds entries of a tag to those that are there
+    return (
+        keys,
+        fields,
+        [tag | (known[key] if key in known else {}) for key, tag in zip(keys, tags, strict=True)],
+    )
 
 
 def algorithm(estimator: str) -> SimpleNamespace:
@@ -86,37 +99,79 @@ def test_a_row_is_a_prompt_and_the_bins_of_one_policy_step():
     played = make_trajectories([3, 3], [2, 1])
     _, fields, tags = rows_of(played)
     mask = executed_mask(played.policy_steps.executed, chunk_length=CHUNK, action_dim=DIM)
-    for i, (row, tag) in enumerate(zip(fields, tags, strict=True)):
+    for i, (row, tag) in enumerate(zip(one_by_one(fields), tags, strict=True)):
         prompt = played.prompt_ids[i]
-        assert row["uid"] == "g3"
         assert torch.equal(row["prompts"], prompt)
         assert torch.equal(row["responses"], played.policy_steps.action_tokens[i])
-        assert (
-            row["input_ids"].tolist()
-            == prompt.tolist() + played.policy_steps.action_tokens[i].tolist()
-        )
-        assert row["position_ids"].tolist() == list(range(len(prompt) + TOKENS))
         assert torch.equal(row["response_mask"], mask[i].long())
         assert torch.equal(row["loss_mask"], mask[i].long())
-        assert torch.equal(row["rollout_log_probs"], played.policy_steps.log_probs[i])
+        for name in ("rollout_log_probs", "old_log_probs"):
+            assert torch.equal(row[name], played.policy_steps.log_probs[i])
         assert torch.equal(row["images"], played.policy_steps.image[i])
+        assert torch.equal(row["proprio"], played.policy_steps.proprio[i])
         assert tag["status"] == "success"
-        assert tag["prompt_len"] + tag["response_len"] == tag["seq_len"] == len(row["input_ids"])
+        assert (tag["prompt_len"], tag["response_len"]) == (len(prompt), TOKENS)
+        assert tag["seq_len"] == len(prompt) + TOKENS
         assert {tag[f"{which}global_steps"] for which in ("", "min_", "max_")} == {5}
+
+
+def test_a_slice_of_the_rows_is_that_of_their_keys_columns_and_tags():
+    played = make_trajectories([3, 3, 4], [2, 1, 3])
+    keys, fields, tags = rows_of(played)
+    some = slice(1, 4)
+    part_keys, part, part_tags = rows_of(played, rows=some)
+    assert part_keys == keys[some] == ["g3_0_1", "g3_1_0", "g4_2_0"]
+    assert part_tags == tags[some]
+    for mine, whole in zip(one_by_one(part), one_by_one(fields)[some], strict=True):
+        assert mine.keys() == whole.keys()
+        assert all(torch.equal(mine[name], whole[name]) for name in mine)
+
+
+def test_the_images_of_rows_are_not_copied():
+    played = make_trajectories([3, 4], [2, 3])
+    _, fields, _ = rows_of(played, rows=slice(1, 4))
+    whole = played.policy_steps.image
+    assert fields["images"].untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("length, is_nested", [([4, 4, 4], False), ([4, 3, 4], True)])
+def test_prompts_are_jagged_where_their_lengths_differ(length: list[int], is_nested: bool):
+    played = replace(make_trajectories([3], [3]), prompt_ids=tuple(torch.arange(n) for n in length))
+    _, fields, _ = rows_of(played)
+    assert fields["prompts"].is_nested == is_nested
+    assert [len(row["prompts"]) for row in one_by_one(fields)] == length
 
 
 def test_every_row_knows_how_long_its_whole_trajectory_was():
     _, fields, _ = rows_of(make_trajectories([3, 3], [2, 3]))
-    steps = [row["trajectory_steps"].tolist() for row in fields]
+    steps = fields["trajectory_steps"].tolist()
     assert steps == [[CHUNK + 1]] * 2 + [[2 * CHUNK + 1]] * 3
 
 
-def test_the_score_stands_on_the_last_executed_token_of_a_trajectory():
-    _, fields, _ = rows_of(make_trajectories([3, 3], [2, 1]), score=[0.75, -0.5])
-    rewards = torch.stack([row["rm_scores"] for row in fields])
-    place = [(int(i), int(j)) for i, j in rewards.nonzero()]
-    assert place == [(1, DIM - 1), (2, DIM - 1)]
-    assert rewards.sum(1).tolist() == [0, 0.75, -0.5]
+def test_rows_of_episodes_that_lie_between_each_other_keep_their_order():
+    played = make_trajectories([3, 4], [2, 2])
+    order = torch.tensor([2, 0, 3, 1])
+    mixed = Trajectories(
+        episodes=played.episodes,
+        policy_steps=map_columns(played.policy_steps, lambda column: column[order]),
+        prompt_ids=tuple(played.prompt_ids[i] for i in order),
+        goals=played.goals,
+    )
+    keys, fields, _ = rows_of(mixed)
+    assert keys == ["g4_1_0", "g3_0_0", "g4_1_1", "g3_0_1"]
+    assert torch.equal(fields["responses"], played.policy_steps.action_tokens[order])
+    steps = played.episodes.num_steps[played.policy_steps.episode[order]]
+    assert fields["trajectory_steps"].flatten().tolist() == steps.tolist()
+    last, _ = score_tags(mixed, np.zeros(2, dtype=np.float32))
+    assert last == ["g3_0_1", "g4_1_1"]
+
+
+def test_the_score_stands_in_the_tag_of_the_last_row_of_a_trajectory():
+    played = make_trajectories([3, 3], [2, 1])
+    _, _, before = rows_of(played)
+    _, _, tags = scored_rows_of(played, [0.75, -0.5])
+    assert ["score" in tag for tag in before] == [False] * 3
+    assert tags == [before[0], before[1] | {"score": 0.75}, before[2] | {"score": -0.5}]
 
 
 def test_an_episode_without_policy_steps_makes_no_row_and_keeps_its_number():
@@ -124,65 +179,71 @@ def test_an_episode_without_policy_steps_makes_no_row_and_keeps_its_number():
     assert keys == ["g3_0_0", "g3_2_0"]
 
 
-def test_no_trajectories_make_no_rows():
-    whole = make_trajectories([3], [1])
-    assert rows_of(whole.select(torch.tensor([False])), score=[]) == ([], [], [])
+def test_an_episode_without_policy_steps_has_no_tag_to_put_its_score_into():
+    keys, tags = score_tags(
+        make_trajectories([3, 3, 3], [1, 0, 1]),
+        np.array([0.5, 1.0, 0.25], dtype=np.float32),
+    )
+    assert keys == ["g3_0_0", "g3_2_0"]
+    assert tags == [{"score": 0.5}, {"score": 0.25}]
+
+
+def test_no_trajectories_have_no_scores():
+    nothing = make_trajectories([3], [1]).select(torch.tensor([False]))
+    assert score_tags(nothing, np.zeros(0, dtype=np.float32)) == ([], [])
 
 
 def test_verl_packs_the_rows_and_they_come_out_unchanged():
     _, fields, _ = rows_of(make_trajectories([3, 4], [2, 3]))
-    packed = list_of_dict_to_tensordict(fields)
-    sizes = [len(row["prompts"]) for row in fields]
+    rows = one_by_one(fields)
+    packed = TensorDict(
+        {name: jagged(row[name] for row in rows) for name in rows[0]}, batch_size=len(rows)
+    )
+    sizes = [len(row["prompts"]) for row in rows]
     assert packed["prompts"].offsets().diff().tolist() == sizes
     assert lengths(packed["prompts"]).tolist() == sizes
-    images = torch.stack([row["images"] for row in fields])
-    assert torch.equal(stacked(packed["images"]), images)
-    assert stacked(packed["trajectory_steps"]).flatten().tolist() == [
-        int(row["trajectory_steps"]) for row in fields
-    ]
-    assert packed["uid"] == [row["uid"] for row in fields]
+    assert torch.equal(stacked(packed["images"]), fields["images"])
+    assert torch.equal(stacked(packed["trajectory_steps"]), fields["trajectory_steps"])
 
 
 def test_verl_computes_our_advantage_from_the_rows():
     """Its estimator looks at each trajectory's last row and spreads what it finds."""
     played = make_trajectories([7, 7, 7, 2, 2], [2, 1, 3, 2, 2])
     score = [1.0, 0.0, 0.25, 1.0, 0.0]
-    keys, fields, _ = rows_of(played, score)
-    names = ("response_mask", "rm_scores")
-    tensors = {name: torch.stack([row[name] for row in fields]) for name in names}
+    keys, fields, tags = scored_rows_of(played, score)
+    rewards = rewards_of(fields["response_mask"], tags)
     data = DataProto.from_single_dict(
-        tensors
-        | {
-            "token_level_rewards": tensors["rm_scores"],
-            "uid": np.array([row["uid"] for row in fields], dtype=object),
+        {
+            "response_mask": fields["response_mask"],
+            "rm_scores": rewards,
+            "token_level_rewards": rewards,
+            "uid": np.array([group_key(RowKey.parse(key).group) for key in keys], dtype=object),
         }
     )
     theirs = compute_advantage_for_multi_trajectories(data, batch_keys=keys, adv_estimator="grpo")
-    scores = tensors["rm_scores"].sum(-1)
     for name in (ADV_ESTIMATOR, "grpo"):
         # a row of padding, as veRL adds them, changes nothing
-        ours = row_advantages(
-            [*keys, "pad0f_0_0"], torch.cat([scores, torch.zeros(1)]), algorithm(name)
-        )
+        ours = row_advantages([*keys, "pad0f_0_0"], [*tags, tags[-1]], algorithm(name))
         assert ours[-1] == 0
-        expected = ours[:-1, None] * tensors["response_mask"]
+        expected = ours[:-1, None] * fields["response_mask"]
         assert torch.equal(theirs.batch["advantages"], expected), name
     by_episode = group_advantage(torch.tensor(score), played.episodes.group_id)
     assert torch.equal(
-        row_advantages(keys, scores, algorithm(ADV_ESTIMATOR)),
+        row_advantages(keys, tags, algorithm(ADV_ESTIMATOR)),
         by_episode[played.policy_steps.episode],
     )
 
 
 def test_a_row_that_verl_fills_up_with_carries_no_gradient_and_a_finite_weight():
     _, fields, tags = rows_of(make_trajectories([3], [2]))
-    row, tag = construct_minimal_padding_template(fields[0], tags[0], eos_token_id=31_999)
+    first, second = one_by_one(fields)
+    row, tag = construct_minimal_padding_template(first, tags[0], eos_token_id=31_999)
     assert tag["is_padding"]
-    assert int(row["response_mask"].sum()) == 0 and float(row["rm_scores"].sum()) == 0
+    assert int(row["response_mask"].sum()) == 0
     assert int(row["trajectory_steps"]) > 0
-    assert row["images"].shape == fields[0]["images"].shape
-    mask = dense(jagged([row["response_mask"], fields[1]["response_mask"]]), TOKENS)
-    assert mask[0].sum() == 0 and torch.equal(mask[1], fields[1]["response_mask"])
+    assert row["images"].shape == first["images"].shape
+    mask = dense(jagged([row["response_mask"], second["response_mask"]]), TOKENS)
+    assert mask[0].sum() == 0 and torch.equal(mask[1], second["response_mask"])
 
 
 ragged = st.lists(st.tuples(st.integers(1, 6), st.integers(1, TOKENS)), min_size=1, max_size=5)
@@ -240,25 +301,26 @@ def test_stacked_leaves_a_dense_tensor_alone():
     assert stacked(rows) is rows
 
 
-def test_an_advantage_is_written_to_the_tokens_that_ran_and_padding_has_none(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    store = RowStore()
-    store.stand_in(monkeypatch)
-    groups, lengths_ = [3, 3], [2, 1]
-    keys, fields, tags = rows_of(make_trajectories(groups, lengths_), [1.0, 0.0])
-    for key, row, tag in zip(keys, fields, tags, strict=True):
-        store.rows[key], store.tags[key] = dict(row), tag
-    # as veRL pads: one token that counts nowhere
-    store.rows["pad_0_0"] = {"response_mask": torch.zeros(1).long(), "rm_scores": torch.zeros(1)}
-    store.tags["pad_0_0"] = {}
-    batch = KVBatchMeta(keys=[*keys, "pad_0_0"], tags=[{}] * 4, partition_id="train")
-    write_advantages(batch, algorithm(ADV_ESTIMATOR))
-    score = group_advantage(torch.tensor([1.0, 0.0]), torch.tensor([3, 3]))
-    for key in keys:
-        episode = RowKey.parse(key).episode
-        wanted = (score[episode] * store.rows[key]["response_mask"]).tolist()
-        assert store.rows[key]["advantages"].tolist() == wanted
-        assert store.rows[key]["returns"].tolist() == wanted
-    assert 0.0 in store.rows[keys[-1]]["advantages"].tolist(), "its chunk was cut short"
-    assert store.rows["pad_0_0"]["advantages"].tolist() == [0.0]
+def test_every_row_is_tagged_with_the_advantage_of_its_episode_and_padding_with_none():
+    keys, _, tags = scored_rows_of(make_trajectories([3, 3], [2, 1]), [1.0, 0.0])
+    # veRL copies the tag of the first row, here one that has a score
+    order = [2, 0, 1]
+    batch = KVBatchMeta(
+        keys=[*(keys[i] for i in order), "pad_0_0"],
+        tags=[*(tags[i] for i in order), tags[2] | {"is_padding": True}],
+        partition_id="train",
+        fields=["images"],
+        extra_info={"temperature": 1.5},
+    )
+    tagged = tag_advantages(batch, algorithm(ADV_ESTIMATOR))
+    won, lost = group_advantage(torch.tensor([1.0, 0.0]), torch.tensor([3, 3])).tolist()
+    assert [tag["advantage"] for tag in tagged.tags] == [lost, won, won, 0.0]
+    assert [tag["seq_len"] for tag in tagged.tags] == [tag["seq_len"] for tag in batch.tags]
+    assert (tagged.keys, tagged.partition_id) == (batch.keys, "train")
+    assert (tagged.fields, tagged.extra_info) == (["images"], {"temperature": 1.5})
+
+
+def test_an_episode_whose_score_is_missing_is_an_error():
+    keys, _, tags = rows_of(make_trajectories([3, 3], [2, 1]))
+    with pytest.raises(KeyError):
+        row_advantages(keys, tags, algorithm(ADV_ESTIMATOR))

@@ -87,6 +87,7 @@ def test_a_refused_round_leaves_its_episodes_behind(
         seed=0,
         recorder=nobody,
         unscored=kept,
+        most_policy_steps=1,
     )
     asked = tu.get_tensordict({"uid": loop.next_groups(NUM_GROUPS)})
     tu.assign_non_tensor_data(asked, "global_steps", STEP)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from ranks import LR, Ranks
+from row_store import rewards_of
 from step_tables import episode_column, step_tables
 from transfer_queue import KVBatchMeta
 from verl import DataProto
@@ -15,10 +17,11 @@ from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 
 from verl_vla.config.compose import group_options, load_recipe, recipe_names
+from verl_vla.config.grpo import Recipe
 from verl_vla.core.tables import Trajectories
 from verl_vla.rl.group_sampling import GroupFilter, GroupResult
 from verl_vla.runs.metrics import check_declared
-from verl_vla.trainer.grpo.rows import RowKey, group_key, is_padding, make_rows
+from verl_vla.trainer.grpo.rows import RowKey, group_key, is_padding, make_rows, score_tags
 from verl_vla.trainer.grpo.update import update
 
 CHUNK, DIM, PLACES = 2, 1, 3
@@ -28,6 +31,12 @@ FORMER_MULTIPLE = 4
 UNIFORM, MIXED = [0.0] * 2, [0.0, 1.0]
 
 
+@cache
+def recipe_of(*words: str) -> Recipe:
+    """Composing takes longer than the rest of a test, and nothing changes a recipe."""
+    return load_recipe(["out=runs/test", *words])
+
+
 @pytest.fixture
 def play(monkeypatch: pytest.MonkeyPatch):
     """Let groups with these scores be sampled and learned from, as a recipe says."""
@@ -35,8 +44,7 @@ def play(monkeypatch: pytest.MonkeyPatch):
     def play_step(
         groups: list[list[float]], *words: str
     ) -> tuple[Ranks, KVBatchMeta, dict[str, float]]:
-        recipe = load_recipe(["out=runs/test", *words])
-        rank = Ranks(recipe, num_tokens=TOKENS, action_dim=DIM)
+        rank = Ranks(recipe_of(*words), num_tokens=TOKENS, action_dim=DIM)
         rank.stand_in(monkeypatch)
         batch = sampled(rank, groups)
         batch = upsample_batch_to_divisible_size(batch, FORMER_MULTIPLE, eos_token_id=0)
@@ -54,20 +62,31 @@ def sampled(rank: Ranks, groups: list[list[float]]) -> KVBatchMeta:
         [result(number, scores) for number, scores in enumerate(groups)]
     )
     score = np.array([score for scores in groups for score in scores], dtype=np.float32)
-    keys, fields, tags = make_rows(played(groups), score, chunk_length=CHUNK, global_step=1)
-    kept = [i for i, key in enumerate(keys) if RowKey.parse(key).group not in dropped]
-    keys, fields, tags = ([column[i] for i in kept] for column in (keys, fields, tags))
-    tensors = {n: torch.stack([r[n] for r in fields]) for n in ("response_mask", "rm_scores")}
+    keys, fields, tags = make_rows(played(groups), chunk_length=CHUNK, global_step=1)
+    rank.kv_batch_put(keys, "train", fields, tags)
+    last, scored = score_tags(played(groups), score)
+    rank.kv_batch_put(last, "train", tags=scored)
+    for key in [key for key in keys if RowKey.parse(key).group in dropped]:
+        rank.kv_clear([key], "train")
+        keys.remove(key)
+    tags = [rank.tags[key] for key in keys]
+    masks = torch.stack([rank.rows[key]["response_mask"] for key in keys])
+    rewards = rewards_of(masks, tags)
     uid = np.array([group_key(RowKey.parse(key).group) for key in keys], dtype=object)
     data = DataProto.from_single_dict(
-        tensors | {"token_level_rewards": tensors["rm_scores"], "uid": uid}
+        {
+            "response_mask": masks,
+            "rm_scores": rewards,
+            "token_level_rewards": rewards,
+            "uid": uid,
+        }
     )
     data = compute_advantage_for_multi_trajectories(data, batch_keys=keys, adv_estimator="grpo")
-    advantages = data.batch["advantages"]
-    for key, row, tag, advantage in zip(keys, fields, tags, advantages, strict=True):
-        if rank.recipe.loss.kl.is_on:
-            row["ref_log_prob"] = row["rollout_log_probs"]
-        rank.put_scored(key, row, tag, advantage)
+    # the first token of a row always ran
+    advantages = data.batch["advantages"][:, 0].tolist()
+    for key in keys if rank.recipe.loss.kl.is_on else ():
+        rank.rows[key]["ref_log_prob"] = rank.rows[key]["rollout_log_probs"]
+    tags = [tag | {"advantage": value} for tag, value in zip(tags, advantages, strict=True)]
     return KVBatchMeta(keys=keys, tags=tags, partition_id="train")
 
 
@@ -198,7 +217,7 @@ def shipped() -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("words", shipped(), ids=" ".join)
 def test_no_shipped_recipe_trains_on_rows_without_a_gradient(play, words):
     """Groups that agree at either end or at a shaped score, and groups that do not."""
-    size = load_recipe(["out=runs/test", *words]).sampling.group_size
+    size = recipe_of(*words).sampling.group_size
     groups = [
         *([score] * size for score in (0.0, 1.0, 0.25)),
         *([float(member < solved) for member in range(size)] for solved in range(1, size)),

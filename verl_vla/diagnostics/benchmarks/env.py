@@ -200,5 +200,6 @@ def moves_of_chunks() -> Generator[npt.NDArray[np.float32]]:
     rng = np.random.default_rng(0)
     while True:
         moves = np.clip(rng.normal(0.0, 0.3, (CHUNK, 7)), -1.0, 1.0).astype(np.float32)
+        # an open gripper, which lifts nothing
         moves[:, 6] = -1.0
         yield moves

@@ -86,6 +86,7 @@ def take_turns(
     """
     taken: dict[str, list[Seconds]] = {name: [] for name in ways}
     for index in range(warm_up + rounds):
+        # in turns, so that a slow minute of the machine falls on all of them
         for name, work in ways.items():
             seconds = work()
             if index >= warm_up:

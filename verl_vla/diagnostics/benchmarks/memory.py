@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 from verl_vla.config.choices import SUITES
 from verl_vla.core.signals import end_with_parent
 from verl_vla.diagnostics.benchmarks.measuring import Record, record, require_positive, spread
-from verl_vla.envs.libero.simulator_memory import sizes_by_task
+from verl_vla.envs.base import EnvConfig
+from verl_vla.envs.libero.memory import sizes_by_task
+from verl_vla.envs.libero.suite import libero_suite, make_libero_env
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,11 +26,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace) -> Record:
     """Measure the unique set size of one process after each task's first image."""
     require_positive(options, "num_tasks", "render_size")
+    num_tasks = min(options.num_tasks, len(libero_suite(options.suite).tasks))
+    config = EnvConfig(
+        suite=options.suite,
+        render_size=options.render_size,
+        # all are kept, so that each size counts the simulators before it too
+        max_simulators=num_tasks,
+    )
+    factory = partial(make_libero_env, config)
+    # spawned: a forked process would hold torch and all else that this one has loaded
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as pool:
-        sizes = pool.submit(
-            sizes_by_task, options.suite, options.num_tasks, options.render_size
-        ).result()
+        sizes = pool.submit(sizes_by_task, factory, num_tasks).result()
     further = [after - before for before, after in zip(sizes, sizes[1:], strict=False)]
     return record(
         "memory",

@@ -91,6 +91,7 @@ def compare(
 
         return timed(work)
 
+    # warm already: the round above has built the simulators
     taken = take_turns({name: partial(one_round, name) for name in PARTS}, rounds=rounds, warm_up=0)
     found: dict[str, Any] = {
         "times_faster": ratio([s.clock for s in taken["peer"]], [s.clock for s in taken["ours"]])

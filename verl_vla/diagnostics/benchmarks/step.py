@@ -130,6 +130,7 @@ def _checkout(commit: str) -> Generator[Path]:
             write_entry_points(tree)
             yield tree
         finally:
+            # --force: the entry points are not under version control
             _git("worktree", "remove", "--force", str(tree))
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from verl_vla.config.choices import Gpu
 from verl_vla.config.grpo import Recipe
 from verl_vla.diagnostics.planning.encoding import EncoderLoad
-from verl_vla.diagnostics.planning.gpus import Gpu
 from verl_vla.diagnostics.planning.trace import Trace
 from verl_vla.envs.base import Suite
 from verl_vla.policies.base import PolicyShape
@@ -36,6 +36,7 @@ def num_policy_steps(recipe: Recipe, shape: PolicyShape, chosen: Suite) -> int:
     # limits differ between tasks, and a round is as long as its longest episodes
     limit = max(chosen.step_limit(recipe.environment.step_limit, task) for task in tasks)
     episodes = recipe.sampling.groups_per_step * recipe.sampling.group_size
+    # rounded up: a last chunk that the limit cuts short is asked for too
     return episodes * -(-limit // shape.chunk_length)
 
 

@@ -17,7 +17,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import flop_registry
 from transformers import (
     Dinov2Config,
     Dinov2Model,
@@ -28,6 +27,7 @@ from transformers import (
 )
 
 from verl_vla.config.grpo import Recipe
+from verl_vla.diagnostics.planning.operators import FLOPS
 from verl_vla.diagnostics.planning.trace import RGB, LivingBytes, SameConfig
 from verl_vla.policies.base import ModelConfig
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig
@@ -36,12 +36,6 @@ from verl_vla.policies.openvla_oft.vision import FusedVisionBackbone
 from verl_vla.rewards.encoders import DEVICE, ENCODERS, OWN_PROCESS
 from verl_vla.rewards.encoders.network import find_dtype
 
-FLOPS: Mapping[Any, Callable[..., int]] = flop_registry | {
-    # two thirds of a clip's operations, which torch counts on a GPU only
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        torch.ops.aten._scaled_dot_product_flash_attention
-    ]
-}
 VIDEO_FRAMES = 64
 """Frames that rewards keep of an episode's video: `rewards/srpo.py`."""
 DINOV2_IMAGE = 224
@@ -163,6 +157,7 @@ def _sizes(name: str, path: str, policy: ModelConfig) -> Any:
     return type(published).from_pretrained(folder) if folder.is_dir() else published
 
 
+# `find_remedy` plans many recipes with the same encoder
 @lru_cache
 def _count(name: str, same: SameConfig, dtype: torch.dtype, batch: int, frames: int) -> _Pass:
     """Run a forward pass of one batch."""

@@ -220,10 +220,12 @@ def host_memory(
         # loading is over when the buffer fills, so only the difference adds to it
         "loading, above the buffer": max(0, loading - buffer),
         "simulators": recipe.environment.num_workers * _worker_bytes(recipe, chosen),
+        # the ranks, and the trainer
         "processes": (per_node + 1) * PROCESS_BYTES,
         "export": _export_bytes(recipe, trace),
     }
     if recipe.optimizer.name == "deepspeed_cpu_adam":
+        # the node's part of what is sharded over all ranks
         share = per_node / recipe.cluster.num_ranks
         reference = recipe.loss.kl.is_on and recipe.policy.lora_rank is None
         parts["weights, gradients, state"] = round(
@@ -231,6 +233,7 @@ def host_memory(
             share * ((1 + reference) * _weight_bytes(recipe, trace) + 3 * FLOAT32 * trace.trained)
         )
     if recipe.cluster.device == "cpu":
+        # without GPUs the host is the device of its ranks
         parts["learning"] = per_node * device_memory(recipe, trace, chosen, encoder).peak
     if encoder is not None:
         parts["reward's encoder"] = _encoder_bytes(encoder, per_node)

@@ -1,19 +1,23 @@
-"""Plan of one recipe on one kind of GPU: memory, time, and whether it fits."""
+"""Plan of one recipe on one kind of GPU: memory, cores, time, and whether it fits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
+from verl_vla.config.choices import Gpu
 from verl_vla.config.grpo import GRPOPolicyConfig, Recipe
 from verl_vla.diagnostics.planning.duration import num_policy_steps, step_seconds, total_seconds
 from verl_vla.diagnostics.planning.encoding import encoder_load
-from verl_vla.diagnostics.planning.gpus import Gpu
 from verl_vla.diagnostics.planning.memory import DeviceMemory, device_memory, host_memory
 from verl_vla.diagnostics.planning.trace import Adapters, ModelConfig, Trace, trace_model
 from verl_vla.envs.registry import suite
 from verl_vla.policies.base import DTYPES
 from verl_vla.runs.disk_space import WeightCount, disk_bytes
+
+CORES_BESIDE = 2
+"""Cores of the trainer, which scores and fills the rollout buffer, and of TransferQueue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +48,17 @@ class Plan:
         """Seconds of a training step."""
         return total_seconds(dict(self.seconds))
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the sums, for programs: bytes, cores and seconds."""
+        return {
+            "fits": self.fits,
+            "device_bytes": self.device.peak,
+            "host_bytes": sum(self.host.values()),
+            "host_cores": host_cores(self.recipe),
+            "disk_bytes": sum(self.disk.values()),
+            "step_seconds": self.total_seconds if self.seconds else None,
+        }
+
 
 def make_plan(recipe: Recipe, config: ModelConfig, gpu: Gpu | None) -> Plan:
     """Plan ``recipe`` for a policy of ``config``; ``gpu`` is None if it runs on CPU cores.
@@ -72,14 +87,24 @@ def make_plan(recipe: Recipe, config: ModelConfig, gpu: Gpu | None) -> Plan:
 
 def trace_policy(policy: GRPOPolicyConfig, config: ModelConfig) -> Trace:
     """Trace the model of ``config`` with the settings of ``policy``."""
-    adapters = policy.lora_rank and Adapters(
-        rank=policy.lora_rank, alpha=policy.lora_alpha, targets=policy.lora_targets
-    )
     return trace_model(
         config,
         dtype=DTYPES[policy.dtype],
-        adapters=adapters or None,
+        adapters=adapters_of(policy),
         checkpointing=policy.gradient_checkpointing,
         # 4-bit weights are not sharded
         autocast=policy.quantization == "nf4",
     )
+
+
+def host_cores(recipe: Recipe) -> int:
+    """Return the cores that a node keeps busy: one for each simulator process and each rank."""
+    simulators = 0 if recipe.cluster.env_nodes else recipe.environment.num_workers
+    return simulators + recipe.cluster.ranks_per_node + CORES_BESIDE
+
+
+def adapters_of(policy: GRPOPolicyConfig) -> Adapters | None:
+    """Return the settings of the adapters of ``policy``, or None where all weights are trained."""
+    if policy.lora_rank is None:
+        return None
+    return Adapters(rank=policy.lora_rank, alpha=policy.lora_alpha, targets=policy.lora_targets)

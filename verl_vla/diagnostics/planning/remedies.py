@@ -66,6 +66,7 @@ def _candidates(plan: Plan) -> Iterator[Changes]:
 def _enough_simulators(plan: Plan) -> Iterator[int]:
     """Yield fewer simulator processes, half as many each time, that the policy still waits for."""
     num_workers, least = plan.recipe.environment.num_workers, plan.recipe.cluster.ranks_per_node
+    # the work of all processes, as one would take it
     seconds = plan.seconds["rollout: simulators"] * num_workers
     # fewer than one for each GPU spare nothing
     while (num_workers := num_workers // 2) >= least:

@@ -68,6 +68,7 @@ class PickAndPlace(Expert):
         self._grasp = self._plan()
         self._held = np.zeros(3)
         self._rest = np.zeros(3)
+        # infinitely far: the first step is no still one
         self._hand_before = np.full(3, np.inf)
         self._enter(self._approach)
 

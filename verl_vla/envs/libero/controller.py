@@ -56,6 +56,7 @@ class ArmControl:
         controller, sim = robot.controller, robot.sim
         self._model: mujoco.MjModel = sim.model._model
         self._data: mujoco.MjData = sim.data._data
+        # an action of 1: 0.05 m, 0.5 rad (osc_pose.json)
         self._scale: Floats = np.abs(controller.output_max - controller.output_min) / np.abs(
             controller.input_max - controller.input_min
         )
@@ -167,6 +168,7 @@ class ArmControl:
             initial_joint=controller.initial_joint,
             least_torque=robot.torque_limits[0],
             largest_torque=robot.torque_limits[1],
+            # robosuite's `grip_action`: -1..1 becomes the range of each actuator
             finger_bias=0.5 * (opened + closed),
             finger_weight=0.5 * (opened - closed),
             # views: MuJoCo fills bias and reads controls in place

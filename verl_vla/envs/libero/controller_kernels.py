@@ -106,6 +106,7 @@ def _load_mujoco() -> None:
 
 _load_mujoco()
 _compiled: Any = numba.njit(cache=True)
+# MuJoCo's structures are pointers without a type in numba
 _ADDRESS = types.intp
 _mj_step1: Any = types.ExternalFunction("mj_step1", types.void(_ADDRESS, _ADDRESS))
 _mj_step2: Any = types.ExternalFunction("mj_step2", types.void(_ADDRESS, _ADDRESS))

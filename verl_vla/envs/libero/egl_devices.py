@@ -159,6 +159,7 @@ def _ask_egl() -> Sequence[EglDevice]:
     done = _run([sys.executable, "-m", __name__], environment)
     if done is None:
         return ()
+    # the last line, since a driver may have written before it
     return [EglDevice(**entry) for entry in json.loads(done.splitlines()[-1])]
 
 
@@ -210,6 +211,7 @@ def query_egl(egl: Any = None, drm_folder: Path = Path("/sys/class/drm")) -> lis
         OSError: there is no libEGL, or it cannot list devices.
     """
     egl = ctypes.CDLL("libEGL.so.1") if egl is None else egl
+    # ctypes' default is an int of 32 bits, which cuts the address off
     egl.eglGetProcAddress.restype = ctypes.c_void_p
     pointer, number = ctypes.c_void_p, ctypes.c_int
     list_devices = _extension(
@@ -229,6 +231,7 @@ def query_egl(egl: Any = None, drm_folder: Path = Path("/sys/class/drm")) -> lis
         display = display_of(PLATFORM_DEVICE, devices[index], None)
         if not display or not egl.eglInitialize(display, None, None):
             continue
+        # an EGLAttrib is as wide as a pointer
         cuda = ctypes.c_ssize_t()
         is_gpu = attribute(devices[index], CUDA_DEVICE, ctypes.byref(cuda))
         card = text(devices[index], DRM_DEVICE_FILE)

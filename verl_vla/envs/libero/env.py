@@ -28,7 +28,7 @@ from verl_vla.envs.libero.image_noise import disturb
 from verl_vla.envs.libero.memory import available_bytes
 from verl_vla.envs.libero.mujoco_version import require_libero_physics
 from verl_vla.envs.libero.task import ACTION_DIM, MAX_SAMPLED
-from verl_vla.envs.mini.geometry import ASSETS, HIDDEN_BODIES
+from verl_vla.envs.mini import ASSETS, HIDDEN_BODIES
 
 if TYPE_CHECKING:
     from verl_vla.envs.libero.fixtures import FixturePlacement
@@ -69,6 +69,7 @@ class LiberoEnv:
     def __init__(self, suite: LiberoSuite, config: EnvConfig) -> None:
         """Check config, MuJoCo, GL and assets; simulators are built when their tasks are played."""
         self.suite = suite
+        # called for its check, at the start of a process
         self.suite.step_limit(config.step_limit, task_id=0)
         if not config.cameras:
             raise ConfigError(f"cameras is empty; choose from {', '.join(CAMERAS)}")

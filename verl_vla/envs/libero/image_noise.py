@@ -184,10 +184,12 @@ def _clouds(size: int, fading: float, rng: np.random.Generator) -> Image:
     while step >= 2:
         half = step // 2
         corners = field[::step, ::step]
+        # a middle is the mean of its square's four corners
         middles = (corners + np.roll(corners, -1, 0)) / 4
         middles += np.roll(middles, -1, 1)
         field[half::step, half::step] = middles + _displaced(middles.shape, reach, rng)
         centres = field[half::step, half::step]
+        # the middle of an edge: the mean of its two ends and of the middles on either side
         right = (corners + np.roll(corners, -1, 1) + centres + np.roll(centres, 1, 0)) / 4
         below = (corners + np.roll(corners, -1, 0) + centres + np.roll(centres, 1, 1)) / 4
         field[::step, half::step] = right + _displaced(right.shape, reach, rng)

@@ -292,6 +292,7 @@ def _unpickle(stream: io.BytesIO) -> Any:
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         if module_name == "torch" and global_name in STORAGES:
+            # a pickle names the type in the id of a storage, and never calls it
             return STORAGES[global_name]
         if (module_name, global_name) not in _GLOBALS:
             raise _RefusedError(f"it asks for {module_name}.{global_name}, which no array needs")

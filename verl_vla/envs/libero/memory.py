@@ -1,4 +1,7 @@
-"""Memory that is available to simulators, on a machine or in a container."""
+"""Memory that is available to simulators, on a machine or in a container, and that they take.
+
+Nothing heavy is imported here: a process that measures its simulators must hold nothing else.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from verl_vla.envs.base import EnvFactory
+
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
-KIB = 1024
+SMAPS = PROC / "self" / "smaps_rollup"
+PRIVATE = ("Private_Clean:", "Private_Dirty:", "Private_Hugetlb:")
+"""Entries of `SMAPS`, kB, that add up to the unique set size: pages that no other process maps."""
+KIB, MB = 1024, 1_000_000
 UNLIMITED = "max"
 """Value of a version-2 control group's limit where there is none; version 1 has a huge number."""
 
@@ -61,12 +69,40 @@ def available_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
     return min(found)
 
 
+def sizes_by_task(factory: EnvFactory, num_tasks: int) -> list[int]:
+    """Build a simulator of each of the first tasks and render its first image.
+
+    Call it in a process of its own, which loads nothing else, as a pool's workers.
+
+    Args:
+        factory: makes an environment that keeps the simulators of all these tasks.
+        num_tasks: number of tasks, at most those of the suite.
+
+    Returns:
+        The unique set size of this process after each of them, MB.
+    """
+    env = factory()
+    sizes: list[int] = []
+    for task_id in range(num_tasks):
+        env.reset(task_id, 0)
+        sizes.append(unique_set_size(SMAPS.read_text()) // MB)
+    env.close()
+    return sizes
+
+
+def unique_set_size(rollup: str) -> int:
+    """Return the bytes that no other process maps, from the text of `SMAPS`."""
+    rows = [line.split() for line in rollup.splitlines()]
+    return sum(int(row[1]) * KIB for row in rows if row[0] in PRIVATE)
+
+
 def _groups(of_process: Path, mount: Path, controller: str) -> Iterator[Path]:
     """Yield the mount, which inside a container is its own group, and this process's groups."""
     yield mount
     if not of_process.is_file():
         return
     for line in of_process.read_text().splitlines():
+        # hierarchy:controllers:path (cgroups(7))
         _, controllers, path = line.split(":", 2)
         if controller in controllers.split(","):
             group = Path(path.lstrip("/"))

@@ -54,6 +54,7 @@ def known_difference(version: str) -> str | None:
     except InvalidVersion as error:
         raise ConfigError(f"mujoco says its version is {version!r}; {REMEDY}") from error
     for difference in KNOWN_DIFFERENCES:
+        # by default packaging leaves release candidates out
         if difference.versions.contains(parsed, prereleases=True):
             return difference.says
     return None

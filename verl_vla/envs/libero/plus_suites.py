@@ -23,8 +23,7 @@ from verl_vla.envs.libero import bddl_text
 from verl_vla.envs.libero.assets import known_assets
 from verl_vla.envs.libero.pro_suites import UNREADABLE, own_instruction
 from verl_vla.envs.libero.scene_change import UNCHANGED, CameraMove, SceneChange
-from verl_vla.envs.libero.task import BaseTask, LiberoTask
-from verl_vla.envs.libero.task_packages import PLUS, package_folder
+from verl_vla.envs.libero.task import PLUS, BaseTask, LiberoTask, package_folder
 
 PLUS_SUITES = {
     f"{name}{end}": (bases, axes)
@@ -109,6 +108,7 @@ def _parts(variant: str) -> _Parts:
         move = CameraMove(
             around_deg=int(view["around"]),
             over_deg=int(view["over"]),
+            # percent in the name
             distance=int(view["distance"]) / 100,
             pan_deg=int(view["pan"]),
             tilt_deg=int(view["tilt"]),

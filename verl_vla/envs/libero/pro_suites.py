@@ -23,8 +23,7 @@ from verl_vla.config.choices import PERTURBED_BASES, PRO_AXES
 from verl_vla.core.errors import ConfigError
 from verl_vla.envs.libero import bddl_text
 from verl_vla.envs.libero.init_states import read_states
-from verl_vla.envs.libero.task import BaseTask, LiberoTask
-from verl_vla.envs.libero.task_packages import PRO, package_folder
+from verl_vla.envs.libero.task import PRO, BaseTask, LiberoTask, package_folder
 
 _FOLDER_ENDINGS = {
     "swap": "swap",
@@ -143,6 +142,7 @@ def _task(root: Path, name: str, axis: str, base: LiberoTask, origin: BaseTask) 
 
 def _in_another_scene(task: LiberoTask) -> LiberoTask:
     text = task.definition()
+    # with the dash of its declaration: regions have names that begin with a workspace's
     source = next(place for place in SCENES if f"{place} - " in text)
     target, problem, shift = SCENES[source]
     return replace(

@@ -41,6 +41,7 @@ class Renderer:
     """Renderer of one model; made at the first image, since a GL context costs a second."""
 
     def __init__(self, model: mujoco.MjModel, look: RenderOptions) -> None:
+        # before the GL context is made, which reads shadows and samples once
         _apply(look, model)
         self._options = mujoco.MjvOption()
         # robosuite shows the shapes that are seen, not those that collide

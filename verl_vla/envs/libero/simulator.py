@@ -99,6 +99,7 @@ class Simulator:
         self._arm_index: list[int] = self._robot._ref_joint_pos_indexes
         self._arm = ArmControl(self._robot)
         self._goal_meter = GoalMeter(self._env)
+        # 25: a control step of 1/20 s in physics steps of 1/500 s, counted as robosuite does
         self._substeps = int(self._env.control_timestep / self._env.model_timestep)
         self._start = self._physics()
         self._seen = self._see()

@@ -27,8 +27,15 @@ from verl_vla.envs.libero.init_states import read_states
 from verl_vla.envs.libero.mujoco_version import require_libero_physics
 from verl_vla.envs.libero.plus_suites import PLUS_SUITES, plus_tasks
 from verl_vla.envs.libero.pro_suites import PRO_SUITES, pro_objects, pro_tasks
-from verl_vla.envs.libero.task import ACTION_DIM, MAX_SAMPLED, PROPRIO_DIM, LiberoTask
-from verl_vla.envs.libero.task_packages import DISTRIBUTIONS, PLUS, PRO
+from verl_vla.envs.libero.task import (
+    ACTION_DIM,
+    DISTRIBUTIONS,
+    MAX_SAMPLED,
+    PLUS,
+    PRO,
+    PROPRIO_DIM,
+    LiberoTask,
+)
 
 SIMULATION = ("mujoco", "robosuite", "hf-libero")
 """Packages whose versions decide a simulator's results."""
@@ -82,7 +89,7 @@ class LiberoSuite(Suite):
     gripper_dims: tuple[int, ...] = (ACTION_DIM - 1,)
     images_are_mirrored: bool = True
     package: str | None = None
-    """Package of the perturbed tasks; see `verl_vla.envs.libero.task_packages`."""
+    """Package of the perturbed tasks; see `verl_vla.envs.libero.task`."""
 
     @property
     def needs_assets(self) -> bool:
@@ -110,6 +117,7 @@ class LiberoSuite(Suite):
             return
         assets = find_assets()
         if self.package == PRO:
+            # tasks that are refused anyway need no models
             buildable = [task for task in self.tasks if task.refused is None]
             require_models(assets, self.name, pro_objects(buildable))
 
@@ -175,6 +183,7 @@ class LiberoSuite(Suite):
             raise ConfigError(f"{file} holds {len(states)} states, not {number}")
         for i in range(task.num_objects):
             first = FIRST_OBJECT + POSE * i
+            # positions alone: the workspaces are apart by a shift, not by a turn
             states[:, first : first + 3] += task.state_shift_m
         return states
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from verl_vla.envs.experts.motion import CLOSED, GAIN, OPEN, Expert, Floats
-from verl_vla.envs.mini.geometry import CUBE_HALF_M, PLATE_HALF_HEIGHT_M
+from verl_vla.envs.mini import CUBE_HALF_M, PLATE_HALF_HEIGHT_M
 
 if TYPE_CHECKING:
     from verl_vla.envs.libero.simulator import Simulator

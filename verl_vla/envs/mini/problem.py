@@ -2,7 +2,7 @@
 
 Importing this module imports LIBERO and robosuite: call
 `verl_vla.envs.libero.assets.import_libero` first, and build the problem within
-`asset_folder(geometry.ASSETS)`. The objects come from robosuite's wheel or are primitives, so none
+`asset_folder(ASSETS)`. The objects come from robosuite's wheel or are primitives, so none
 of LIBERO's assets are needed.
 """
 
@@ -18,7 +18,7 @@ from libero.libero.envs.bddl_base_domain import register_problem
 from libero.libero.envs.regions import REGION_SAMPLERS, TableRegionSampler
 from robosuite.models.objects import BoxObject, CanObject, CylinderObject, MilkObject
 
-from verl_vla.envs.mini.geometry import (
+from verl_vla.envs.mini import (
     ASSETS,
     CUBE_HALF_M,
     EYE_M,
@@ -131,4 +131,5 @@ def _describe(thing: Any, category: str) -> None:
 def register_mini_problem() -> None:
     """Make the problem known to LIBERO's BDDL machinery; a second call changes nothing."""
     register_problem(Mini_Tabletop)
+    # LIBERO looks a problem's samplers up by its name
     REGION_SAMPLERS["mini_tabletop"] = {"table": TableRegionSampler}

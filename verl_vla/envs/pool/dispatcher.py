@@ -109,6 +109,7 @@ class Dispatcher:
 
     def close(self) -> None:
         """End the thread and all workers; results of unfinished requests are not delivered."""
+        # before the bell: the thread would wake, see nothing to do, and sleep on
         self._is_closing = True
         os.eventfd_write(self._bell, 1)
         self._thread.join()
@@ -226,6 +227,7 @@ class Dispatcher:
         Raises:
             RuntimeError: `MAX_FAILED_STARTS` workers in a row have failed.
         """
+        # once workers have served, a crash is one episode's misfortune
         if not is_start and self._has_served:
             return
         self._failed_starts += 1

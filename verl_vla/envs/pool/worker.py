@@ -128,6 +128,7 @@ def _do(env: Env, frames: Frames, request: Request) -> Reply:
 def _moment(env: Env, observation: Observation, frame: Frames) -> Moment:
     _show(observation.image, frame)
     return Moment(
+        # as bytes: the pool passes it on, and needs nothing of the simulator to do so
         snapshot=pickle.dumps(env.snapshot(), protocol=pickle.HIGHEST_PROTOCOL),
         proprio=observation.proprio,
         instruction=observation.instruction,

@@ -70,6 +70,7 @@ class WorkerProcess:
         # closed here once the child has a copy: else the child's end would be no hang-up
         with theirs:
             self._process = self._launch(theirs.fileno(), frames_descriptor, environment)
+        # detached, or the socket's end would close the connection's descriptor
         self._connection = Connection(ours.detach())
         with suppress(OSError):  # if it is dead already, the next `receive` raises
             self._connection.send(setup)

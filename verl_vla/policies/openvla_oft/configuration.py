@@ -89,6 +89,7 @@ class OpenVLAOFTConfig(PreTrainedConfig):
     """
 
     model_type = "openvla"
+    # by it transformers hands the choice of attention on to the language model
     sub_configs = {"text_config": LlamaConfig}
 
     text_config: LlamaConfig | dict[str, Any] | None = None

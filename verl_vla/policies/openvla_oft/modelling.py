@@ -256,7 +256,10 @@ class OpenVLAOFTModel(TokenModel):
             front = keep.new_ones(num_prompts, 1 + patches.shape[1])
             mask = torch.cat([front, keep], dim=1).long()
         hidden = self.language_model.model(
-            inputs_embeds=sequence, attention_mask=mask, use_cache=False
+            inputs_embeds=sequence,
+            attention_mask=mask,
+            # one pass for all tokens, so a cache of keys and values would only take memory
+            use_cache=False,
         ).last_hidden_state
         # one before the first slot: BOS, patches and L - 1 prompt tokens come before it
         first = patches.shape[1] - 1 + (num_ids if lengths is None else lengths)
@@ -279,6 +282,7 @@ class OpenVLAOFTModel(TokenModel):
         stop = input_ids.new_full((len(input_ids), 1), self.config.stop_id)
         # one look-up for prompt and stop; the slots between them have no embedding
         embedded = self.get_input_embeddings()(torch.cat([input_ids, stop], dim=1))
+        # openvla-oft multiplies the embeddings of its action tokens by 0
         slots = embedded.new_zeros(
             len(input_ids), self.config.num_action_tokens, embedded.shape[-1]
         )

@@ -159,6 +159,7 @@ def build_tiny_policy(
     """
     tokenizer = build_tokenizer(instructions)
     config = tiny_config(tokenizer, sizes)
+    # saved with the folder, whose reader takes the columns of this normalization
     config.action_proprio_normalization_type = statistics.normalization
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -87,6 +87,7 @@ def assemble(
         n_action_bins=NUM_BINS,
         **choices,
     )
+    # no devices: weights are drawn on the CPU, and a look at a GPU would start CUDA here
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ScratchVLAModel(config)

@@ -31,6 +31,7 @@ class ClockReward(StatelessReward):
     def __call__(self, batch: TrajectoryBatch) -> RewardResult:
         """Score failures by length; a failure as long as the longest episode scores 0.5."""
         steps = batch.num_steps.astype(np.float64)
+        # initial: a batch without episodes has no largest value
         return _result(batch, steps, 0.5 * steps / steps.max(initial=1.0))
 
 

@@ -91,6 +91,7 @@ class Sample:
         frames = list(batch.frames)
         videos = None if batch.videos is None else list(batch.videos)
         for row in np.flatnonzero(~batch.success):
+            # by episode: its order does not depend on the rest of the sample
             rng = np.random.default_rng([seed, int(batch.episode_id[row])])
             for shown in (frames, videos):
                 if shown is not None:

@@ -130,6 +130,7 @@ def require_folder(path: str, purpose: str) -> Path:
             f"weights of {purpose}, as save_pretrained writes it, or name one on the hub"
         )
     try:
+        # no pickles and no code of the repository
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # the network fails in too many ways to name
         reason = str(error).partition("\n")[0]
@@ -232,6 +233,7 @@ def name_space(kind: str, description: Mapping[str, Any], module: nn.Module | No
     for name, weight in module.state_dict().items() if module is not None else ():
         # every weight, but not every value of it
         stride = max(1, weight.numel() // SAMPLED_WEIGHTS)
+        # float32, since numpy has no bfloat16
         sample = weight.detach().flatten()[::stride].float().cpu().numpy()
         digest.update(f"{name} {list(weight.shape)}".encode() + sample.tobytes())
     return f"{kind}:{digest.hexdigest()[:16]}"

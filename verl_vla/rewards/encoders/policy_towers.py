@@ -142,6 +142,7 @@ def _read_towers(
         # each tensor by itself, so that every layer keeps its scale
         weights = _scramble(weights, scramble_seed)
     towers = _towers_without_data(config)
+    # assigned: weights without data cannot be copied into
     towers.load_state_dict(weights, assign=True)
     return towers
 

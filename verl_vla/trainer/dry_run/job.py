@@ -123,6 +123,7 @@ def _environment(library: Path, device_bytes: int) -> dict[str, str]:
 def weightless_checkpoint(config: OpenVLAOFTConfig, suite: Suite, folder: Path) -> Path:
     """Write a checkpoint of a policy for ``suite`` without its weights, and return its folder."""
     shape, key = config.shape, suite.name
+    # only the mask is checked against the suite; no action is ever decoded
     is_normalized = np.array([dim not in suite.gripper_dims for dim in range(shape.action_dim)])
     ones = np.ones(shape.action_dim)
     statistics = ActionStatistics(-ones, ones, is_normalized, key, config.normalization)

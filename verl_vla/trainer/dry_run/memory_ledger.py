@@ -146,6 +146,7 @@ class MemoryLedger(FakeTensorMode):
                 caching_allocator_delete(known.address)
                 known.address = None
             self._device_bytes -= known.size
+            # the next line may raise that the device is full, and then nothing is held
             known.size = 0
             if size:
                 known.address = caching_allocator_alloc(size, DEVICE, torch.cuda.current_stream())

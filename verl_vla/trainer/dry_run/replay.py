@@ -166,7 +166,7 @@ class Rehearsal:
                 "responses": torch.empty(tokens, dtype=torch.long),
                 "response_mask": torch.empty(tokens, dtype=torch.long),
                 "loss_mask": torch.empty(tokens, dtype=torch.long),
-                "advantages": torch.empty(tokens),
+                "advantages": torch.empty((rows, 1)),
                 "old_log_probs": torch.empty(tokens),
                 # read with a KL term only
                 "ref_log_prob": torch.empty(tokens),

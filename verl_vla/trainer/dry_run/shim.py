@@ -48,6 +48,7 @@ def build_shim() -> Path:
         raise ConfigError(f"the dry run cannot be built: {missing}")
     compiler, headers = _compiler(), _headers()
     assert compiler is not None and headers is not None
+    # all that the library is compiled from, so that another torch builds another one
     parts = (SOURCE.read_bytes(), HOST_DEFINES.read_bytes(), (headers / HEADER).read_bytes())
     digest = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
     folder = _cache_folder() / f"fake_cuda-{digest}"

@@ -65,6 +65,7 @@ class FiniteGuard:
 def all_finite(losses: list[float]) -> bool:
     """Return true where the losses of all ranks are finite; the same answer on every rank."""
     is_finite = all(math.isfinite(loss) for loss in losses)
+    # on the rank's device, since NCCL takes no tensor of the host
     answer = torch.tensor(int(is_finite), device=get_device_id())
     # a rank that skipped its step alone would let the others wait in clipping's all-reduce
     torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN)

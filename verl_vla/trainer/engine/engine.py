@@ -88,6 +88,7 @@ class VLAEngine(FSDPEngine):
             )
         for weight in module.parameters():
             if weight.requires_grad:
+                # a step of the optimizer can be smaller than one of bfloat16, and would be lost
                 weight.data = weight.data.float()
         if self.is_quantized:
             nf4().quantize_under_adapters(model.decoder, get_device_id())
@@ -248,6 +249,7 @@ class VLAEngine(FSDPEngine):
             ids, attention, images, action_tokens=action_tokens, proprio=proprio
         ).logits
         assert logits is not None
+        # at the rollout's temperature, or the ratio of an unchanged policy would not be 1
         log_probs = log_prob(logits, action_tokens, temperature)
         # only reported: the loss has no entropy bonus
         with torch.no_grad():
@@ -265,7 +267,9 @@ class VLAEngine(FSDPEngine):
                 "metrics": {},
             }
         loss, metrics = loss_function(log_probs=log_probs, entropy=spread, data=micro_batch)
+        # by it `summarise_update` finds the first step's micro-batches
         metrics["optimizer_step"] = self.num_optimizer_steps
+        # `optimizer_step` leaves the step out where one of these is not finite
         self.losses.append(loss.detach().item())
         return loss, {"model_output": {}, "loss": self.losses[-1], "metrics": metrics}
 

@@ -17,6 +17,7 @@ def keep_gathered(module: nn.Module) -> None:
     To be ended by `shed_gathered` before they change.
     """
     for part in _sharded_parts(module):
+        # not recursively: the list has the nested parts too
         part.set_reshard_after_forward(False, recurse=False)
 
 

@@ -67,6 +67,7 @@ def make_state(optimizer: torch.optim.Optimizer, weights: Sequence[Parameter]) -
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
     for group in groups:
+        # AdamW's decay is a multiple of the rate, so it moves no weight either
         group["lr"] = 0.0
     if is_paged:
         settings["is_paged"] = False

@@ -81,6 +81,7 @@ def _plain_model(module: nn.Module) -> Any:
     """Return the model without adapters and without data, its configuration as it is saved."""
     with torch.device("meta"):
         plain: Any = AutoModel.from_config(cast("Any", module).merged_config())
+    # as PreTrainedModel.save_pretrained fills them in, which would write the weights as well
     plain.config.dtype = str(plain.dtype).removeprefix("torch.")
     plain.config.architectures = [type(plain).__name__]
     return plain

@@ -1,25 +1,24 @@
 """The advantage of a training step: an estimator of veRL's registry, over whole episodes.
 
 veRL's estimators know one row a response. Here an episode has a row for every policy step, so the
-estimator gets one row an episode, and its answer is written to all rows of the episode.
+estimator gets one row an episode, and its answer holds for all rows of the episode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import transfer_queue as tq
-from tensordict import TensorDict
 from torch import Tensor
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn, register_adv_est
 
 from verl_vla.rl.advantage import group_advantage
-from verl_vla.trainer.grpo.rows import RowKey, is_padding
+from verl_vla.trainer.grpo.rows import RowKey, Tag, is_padding
 from verl_vla.trainer.verl_compat.process import ADV_ESTIMATOR
 
 
@@ -48,52 +47,51 @@ def grpo_advantage(
     return spread, spread
 
 
-def write_advantages(batch: KVBatchMeta, config: Any) -> KVBatchMeta:
-    """Compute the advantages of a step's rows and write them back to TransferQueue.
+def tag_advantages(batch: KVBatchMeta, config: Any) -> KVBatchMeta:
+    """Note the advantage of every row in its tag.
+
+    Scores are in tags too (`score_tags`), so neither way has a row to carry.
 
     Args:
         batch: rows of whole episodes, and veRL's rows of padding, whose advantage is 0.
         config: veRL's algorithm section; ``adv_estimator`` names the estimator.
     """
-    assert batch.partition_id is not None, "the replay buffer names it"
-    names = ["response_mask", "rm_scores"]
-    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
-    # [rows]: padding rows are shorter than real ones, so they cannot be stacked first
-    row_scores = torch.stack([scores.sum() for scores in data["rm_scores"].unbind()])
-    advantage = row_advantages(batch.keys, row_scores, config)
-    masks = data["response_mask"].unbind()
-    rows = [value * mask for value, mask in zip(advantage, masks, strict=True)]
-    values = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-    fields = TensorDict({"advantages": values, "returns": values}, batch_size=len(batch))
-    return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+    advantage = row_advantages(batch.keys, batch.tags, config).tolist()
+    tags = [tag | {"advantage": a} for tag, a in zip(batch.tags, advantage, strict=True)]
+    return replace(batch, tags=tags)
 
 
-def row_advantages(keys: Sequence[str], row_scores: Tensor, config: Any) -> Tensor:
+def row_advantages(keys: Sequence[str], tags: Sequence[Tag], config: Any) -> Tensor:
     """Return [N] float32, for every row the advantage of its episode; 0 for padding.
 
     Args:
         keys: N row keys, see `RowKey`.
-        row_scores: [N], the score of an episode stands on one of its rows.
+        tags: N tags; that of one row of each episode has its score.
         config: veRL's algorithm section.
     """
     episodes: dict[tuple[int, int], int] = {}
-    episode_of_row = [
+    scores: dict[int, float] = {}
+    episode_of_row: list[int] = []
+    for key, tag in zip(keys, tags, strict=True):
+        # veRL copies the tag of a real row, which may have a score
+        if is_padding(key):
+            episode_of_row.append(-1)
+            continue
         # (group, member) names an episode; numbered as they appear
-        -1 if is_padding(key) else episodes.setdefault(RowKey.parse(key)[:2], len(episodes))
-        for key in keys
-    ]
-    rows = torch.tensor(episode_of_row)
-    is_real = rows >= 0
-    # [rows] -> [episodes]: every row but the last of an episode scores 0
-    scores = torch.zeros(len(episodes)).index_add_(0, rows[is_real], row_scores[is_real].float())
+        index = episodes.setdefault(RowKey.parse(key)[:2], len(episodes))
+        episode_of_row.append(index)
+        if "score" in tag:
+            scores[index] = tag["score"]
     estimate = get_adv_estimator_fn(config.adv_estimator)
     advantage, _ = estimate(
-        token_level_rewards=scores[:, None],
+        token_level_rewards=torch.tensor([[scores[index]] for index in range(len(episodes))]),
         response_mask=torch.ones(len(episodes), 1),
         index=np.array([group for group, _ in episodes], dtype=object),
         config=config,
     )
     # [episodes] -> [rows]
+    rows = torch.tensor(episode_of_row)
+    is_real = rows >= 0
     spread = torch.zeros(len(keys))
     spread[is_real] = advantage[rows[is_real], 0]
     return spread

@@ -97,6 +97,7 @@ class ClusterEncoder:
 
     def _send(self, together: list[Sequence[Images]]) -> list[Any]:
         """Send at most one batch to each rank; return where the features will be."""
+        # `EACH_ITS_OWN` calls every rank, so those without a batch get None
         idle = [None] * (self._num_ranks - len(together))
         answers = self._workers.compute_features(
             [self._index] * self._num_ranks, [*together, *idle]

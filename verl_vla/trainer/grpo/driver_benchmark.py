@@ -1,6 +1,6 @@
 """The driver's part of a training step, measured in a process of its own by ``bench driver``.
 
-Simulators and policy answer at once; everything between them and the ranks' update is real: the
+Simulators and policy are made up; everything between them and the ranks' update is real: the
 rollout, the reward, TransferQueue in its own Ray processes, dynamic sampling, the advantage and
 the cut into mini-batches.
 
@@ -40,7 +40,7 @@ from verl_vla.rewards.loading import load_reward
 from verl_vla.rl.episode_record import Answer
 from verl_vla.rl.group_sampling import StartSampler
 from verl_vla.runs.run_recorder import RunRecorder
-from verl_vla.trainer.grpo.advantage import write_advantages
+from verl_vla.trainer.grpo.advantage import tag_advantages
 from verl_vla.trainer.grpo.env_loop import EpisodeLoop
 from verl_vla.trainer.grpo.replay_buffer import GroupReplayBuffer
 from verl_vla.trainer.grpo.unscored_episodes import UnscoredEpisodes
@@ -79,6 +79,8 @@ class Round:
     image_size: int
     num_views: int
     num_slots: int
+    answers_per_s: float
+    """Rate at which policy and simulators answer, policy steps per second; 0: as fast as asked."""
     recipe: Sequence[str]
     """Arguments of the recipe whose groups, ranks and mini-batches these are, as for ``train``."""
 
@@ -98,15 +100,25 @@ def main(size: str, file: str) -> None:
 
 
 def measure(size: Round, folder: Path) -> dict[str, Any]:
-    """Play one round of episodes that end at once, and carry their rows to the update.
+    """Carry two rounds to the update, one whose policy and simulators answer as fast as asked.
 
     Returns:
-        Seconds of each part. Those after the last policy step are not overlapped by ranks or
-        simulators.
+        Policy steps per second of that round, and of the other one the seconds of each part after
+        its last policy step, which neither ranks nor simulators overlap.
     """
+    at_once = _carry(replace(size, answers_per_s=0.0), folder / "at_once")
+    paced = _carry(size, folder / "paced")
+    return paced | {
+        "policy_steps_per_s": at_once["policy_steps_per_s"],
+        "not_overlapped_at_once_s": at_once["not_overlapped_s"],
+    }
+
+
+def _carry(size: Round, folder: Path) -> dict[str, Any]:
+    folder.mkdir()
     processor = load_processor(str(PROJECT_FOLDER / "bases" / "libero_spatial"))
     shape = replace(processor.shape, image_size=size.image_size, num_views=size.num_views)
-    simulators = InstantSimulators(size, shape)
+    simulators = PacedSimulators(size, shape)
     loop = _make_loop(size, shape, simulators, processor, folder)
     recipe = load_recipe(size.recipe)
     buffer = GroupReplayBuffer(
@@ -125,10 +137,12 @@ def measure(size: Round, folder: Path) -> dict[str, Any]:
     played = time.perf_counter()
     (batch, _), sample_s = _timed(lambda: buffer.sample(1, "train", size.groups))
     config = OmegaConf.create({"adv_estimator": ADV_ESTIMATOR})
-    batch, advantage_s = _timed(lambda: write_advantages(batch, config))
+    batch, advantage_s = _timed(lambda: tag_advantages(batch, config))
     ranks = InstantRanks()
     prepared = time.perf_counter()
-    update(batch, ranks, recipe, eos_token_id=0)
+    batch, _ = update(batch, ranks, recipe, eos_token_id=0)
+    # as the trainer does after a step
+    tq.kv_clear(keys=batch.keys, partition_id="train")
     parts = {
         "after_the_last_policy_step_s": played - simulators.last_answer,
         "dynamic_sampling_s": sample_s,
@@ -151,7 +165,7 @@ def measure(size: Round, folder: Path) -> dict[str, Any]:
 def _make_loop(
     size: Round,
     shape: PolicyShape,
-    simulators: InstantSimulators,
+    simulators: PacedSimulators,
     processor: Processor,
     folder: Path,
 ) -> EpisodeLoop:
@@ -167,11 +181,12 @@ def _make_loop(
         seed=0,
         recorder=RunRecorder(folder, {}, processor.codec, groups_per_step=2, total_steps=1),
         unscored=UnscoredEpisodes(folder, first_step=1),
+        most_policy_steps=size.policy_steps,
     )
 
 
-class InstantSimulators:
-    """Simulators that answer at once; half of the episodes of a group succeed.
+class PacedSimulators:
+    """Simulators that answer at a given rate; half of the episodes of a group succeed.
 
     Every image is an array of its own, as a simulator's is.
     """
@@ -180,6 +195,9 @@ class InstantSimulators:
         self.num_slots = size.num_slots
         self.last_answer = 0.0
         """When the simulators last answered, by `time.perf_counter`."""
+        self._answers_per_s = size.answers_per_s
+        self._num_answers = 0
+        self._began = 0.0
         self._length = size.policy_steps
         self._chunk_length = shape.chunk_length
         random = np.random.default_rng(0)
@@ -204,8 +222,18 @@ class InstantSimulators:
     def wait(self, slots: Collection[int]) -> dict[int, Answer]:
         """See `verl_vla.rl.rollout.Simulators.wait`."""
         answers: dict[int, Answer] = {slot: self._answer(slot) for slot in slots}
+        self._keep_pace(len(answers))
         self.last_answer = time.perf_counter()
         return answers
+
+    def _keep_pace(self, num_answers: int) -> None:
+        """Wait until so many answers are due."""
+        if not self._num_answers:
+            self._began = time.perf_counter()
+        self._num_answers += num_answers
+        if self._answers_per_s:
+            due = self._began + self._num_answers / self._answers_per_s
+            time.sleep(max(0.0, due - time.perf_counter()))
 
     def _answer(self, slot: int) -> Observation | ChunkResult:
         if self._moves[slot] == 0:

@@ -28,7 +28,7 @@ from verl_vla.runs.console import episodes_bar
 from verl_vla.runs.run_recorder import RunRecorder
 from verl_vla.trainer.grpo.cluster_policy import ClusterPolicy
 from verl_vla.trainer.grpo.row_writer import RowWriter
-from verl_vla.trainer.grpo.rows import group_key, group_of, score_rows
+from verl_vla.trainer.grpo.rows import group_key, group_of, score_tags
 from verl_vla.trainer.grpo.unscored_episodes import UnscoredEpisodes
 
 TRAINING_STREAM = 0
@@ -89,6 +89,7 @@ class EpisodeLoop:
         seed: seed of the sampling noise.
         recorder: keeps the episodes.
         unscored: keeps the episodes that the reward could not score.
+        most_policy_steps: of an episode, see `rollout`.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class EpisodeLoop:
         seed: int,
         recorder: RunRecorder,
         unscored: UnscoredEpisodes,
+        most_policy_steps: int,
     ) -> None:
         self._policy = policy
         self._simulators = simulators
@@ -116,6 +118,7 @@ class EpisodeLoop:
         self._starts = starts
         self._recorder = recorder
         self._unscored = unscored
+        self._most_policy_steps = most_policy_steps
         self._specs: dict[int, list[EpisodeSpec]] = {}
         self.stats = StepStats()
         """Counts of the current training step."""
@@ -154,8 +157,9 @@ class EpisodeLoop:
         global_step = int(prompts["global_steps"])
         groups = [group_of(str(uid)) for uid in prompts["uid"]]
         specs = [spec for group in groups for spec in self._specs[group]]
-        chunk_length = self._policy.shape.chunk_length
-        with RowWriter(chunk_length=chunk_length, global_step=global_step) as writer:
+        with RowWriter(
+            chunk_length=self._policy.shape.chunk_length, global_step=global_step
+        ) as writer:
             kept = self._unscored.take(specs, global_step)
             if kept is not None:
                 writer.add(kept)
@@ -170,11 +174,10 @@ class EpisodeLoop:
                 raise
             # until the last rows are stored, on leaving the block
             began = time.perf_counter()
-        keys, values = score_rows(alive, earned, chunk_length=chunk_length)
+        keys, tags = score_tags(alive, earned)
         # every simulator may have crashed
         if keys:
-            fields = TensorDict({"rm_scores": values}, batch_size=len(keys))
-            tq.kv_batch_put(keys=keys, partition_id="train", fields=fields)
+            tq.kv_batch_put(keys=keys, partition_id="train", tags=tags)
         self.stats.transfer_s += time.perf_counter() - began
         scores = dict(zip(alive.episodes.episode_id.tolist(), earned.tolist(), strict=True))
         self._unscored.forget(global_step)
@@ -209,6 +212,7 @@ class EpisodeLoop:
                 times=self.stats.times,
                 ended=ended,
                 max_video_frames=self._max_video_frames,
+                most_policy_steps=self._most_policy_steps,
             )
 
     def _score(self, alive: Trajectories) -> npt.NDArray[np.float32]:

@@ -100,6 +100,7 @@ class EnvNodes:
 
     def wait(self, slots: Collection[int]) -> dict[int, Answer]:
         """Wait until exactly these slots have answered; those of a lost node have crashed."""
+        # all are asked before the first answer is awaited, so that the nodes work side by side
         asked = {
             node: (mine, [*self._asked[node], self._living[node].wait.remote(mine)])
             for node, mine in self._by_node(slots).items()

@@ -80,6 +80,7 @@ def train(run: Run) -> None:
         # where veRL's tracking looks for the folder (``verl/utils/tracking.py``)
         os.environ["TENSORBOARD_DIR"] = str(run.folder / "tensorboard")
         stack.enter_context(divert_output(run.folder))
+        # one for the import, one for TransferQueue
         beside = stack.enter_context(ThreadPoolExecutor(max_workers=2))
         importing = beside.submit(importlib.import_module, "verl_vla.trainer.grpo.trainer")
         stack.enter_context(_ray_cluster(run, config))

@@ -6,9 +6,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-import numpy as np
 import transfer_queue as tq
-from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_vla.core.tables import Trajectories
 from verl_vla.trainer.grpo.rows import make_rows
@@ -21,7 +19,7 @@ copies its images."""
 class RowWriter:
     """A thread that stores the rows of episodes, in the order in which they end.
 
-    Rows are stored without their score, which is known once a round has ended (`score_rows`).
+    Rows are stored without their score, which is known once a round has ended (`score_tags`).
     As a context manager it ends when everything is stored.
 
     Args:
@@ -72,16 +70,11 @@ class RowWriter:
             self._store(parts[0] if len(parts) == 1 else Trajectories.concat(parts))
 
     def _store(self, played: Trajectories) -> None:
-        keys, fields, tags = make_rows(
-            played,
-            np.zeros(len(played.episodes), dtype=np.float32),
-            chunk_length=self._chunk_length,
-            global_step=self._global_step,
-        )
-        for part in (slice(i, i + ROWS_A_PUT) for i in range(0, len(keys), ROWS_A_PUT)):
-            tq.kv_batch_put(
-                keys=keys[part],
-                fields=list_of_dict_to_tensordict(fields[part]),
-                tags=tags[part],
-                partition_id="train",
+        for first in range(0, len(played.policy_steps), ROWS_A_PUT):
+            keys, fields, tags = make_rows(
+                played,
+                chunk_length=self._chunk_length,
+                global_step=self._global_step,
+                rows=slice(first, first + ROWS_A_PUT),
             )
+            tq.kv_batch_put(keys=keys, fields=fields, tags=tags, partition_id="train")

@@ -6,17 +6,21 @@ T tokens, and per-token values as long as the response. The T action tokens are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
-from verl_vla.core.tables import PolicySteps, Trajectories
+from verl_vla.core.tables import Trajectories
 from verl_vla.rl.loss import executed_mask
 
-Row = dict[str, Any]
+Tag = dict[str, Any]
+"""What TransferQueue's controller knows of a row."""
+ALL_ROWS = slice(None)
 
 
 class RowKey(NamedTuple):
@@ -72,99 +76,97 @@ def is_padding(key: str) -> bool:
 
 def make_rows(
     trajectories: Trajectories,
-    score: npt.NDArray[np.float32],
     *,
     chunk_length: int,
     global_step: int,
-) -> tuple[list[str], list[Row], list[Row]]:
-    """Make the rows of scored trajectories: keys, fields and tags, as TransferQueue takes them.
+    rows: slice = ALL_ROWS,
+) -> tuple[list[str], TensorDict, list[Tag]]:
+    """Make the rows of trajectories: keys, columns and tags, as TransferQueue takes them.
+
+    A score is not known before a round has ended, so it comes later: `score_tags`.
 
     Args:
         trajectories: without crashed episodes.
-        score: [B], stands on the last executed token of each trajectory; zeros where it is not
-            known yet, see `score_rows`.
         chunk_length: K.
         global_step: the training step that plays.
+        rows: which of ``trajectories.policy_steps``; at least one.
     """
-    keys: list[str] = []
-    fields: list[Row] = []
-    tags: list[Row] = []
     episodes, policy_steps = trajectories.episodes, trajectories.policy_steps
-    num_tokens = policy_steps.action_tokens.shape[1]
-    mask = _mask(policy_steps.executed, policy_steps, chunk_length)
-    numbers = zip(episodes.group_id.tolist(), episodes.episode_id.tolist(), strict=True)
-    for b, (group, episode) in enumerate(numbers):
-        rows = torch.nonzero(policy_steps.episode == b).flatten().tolist()
-        for index, row in enumerate(rows):
-            keys.append(str(RowKey(group, episode, index)))
-            is_last = index == len(rows) - 1
-            earned = float(score[b]) if is_last else 0.0
-            prompt = trajectories.prompt_ids[row]
-            fields.append(
-                {
-                    "uid": group_key(group),
-                    "prompts": prompt,
-                    "responses": policy_steps.action_tokens[row],
-                    # veRL fills micro-batches by the length of ``input_ids``
-                    "input_ids": torch.cat([prompt, policy_steps.action_tokens[row]]),
-                    "position_ids": torch.arange(len(prompt) + num_tokens),
-                    "response_mask": mask[row],
-                    # veRL counts the tokens of a batch by it
-                    "loss_mask": mask[row],
-                    # on one row of an episode: `row_advantages` adds up its rows
-                    "rm_scores": _on_last_token(earned, mask[row]),
-                    "rollout_log_probs": policy_steps.log_probs[row],
-                    "images": policy_steps.image[row],
-                    "proprio": policy_steps.proprio[row],
-                    "trajectory_steps": episodes.num_steps[b : b + 1],
-                }
-            )
-            # what veRL's balancing and metrics read of a row; a missing one is a KeyError there
-            tags.append(
-                {
-                    "status": "success",
-                    "prompt_len": len(prompt),
-                    "response_len": num_tokens,
-                    "seq_len": len(prompt) + num_tokens,
-                    "global_steps": global_step,
-                    "min_global_steps": global_step,
-                    "max_global_steps": global_step,
-                }
-            )
-    return keys, fields, tags
+    group, number = episodes.group_id.tolist(), episodes.episode_id.tolist()
+    next_step = [0] * len(episodes)
+    keys: list[str] = []
+    episode_of_row: list[int] = policy_steps.episode.tolist()
+    for b in episode_of_row:
+        keys.append(str(RowKey(group[b], number[b], next_step[b])))
+        next_step[b] += 1
+    prompts = trajectories.prompt_ids[rows]
+    action_tokens = policy_steps.action_tokens[rows]
+    log_probs = policy_steps.log_probs[rows]
+    num_tokens = action_tokens.shape[1]
+    mask = _mask(policy_steps.executed[rows], num_tokens, chunk_length)
+    columns = {
+        "prompts": _stack(prompts),
+        "responses": action_tokens,
+        "response_mask": mask,
+        # veRL counts the tokens of a batch by it
+        "loss_mask": mask,
+        "rollout_log_probs": log_probs,
+        # the learner's own take their place with ``loss.recompute_log_probs``
+        "old_log_probs": log_probs,
+        # a view: an index would copy the images of a round
+        "images": policy_steps.image[rows],
+        "proprio": policy_steps.proprio[rows],
+        "trajectory_steps": episodes.num_steps[policy_steps.episode[rows]][:, None],
+    }
+    # what veRL's replay buffer, padding and metrics read of a row without fetching it
+    tags = [
+        {
+            "status": "success",
+            "prompt_len": len(prompt),
+            "response_len": num_tokens,
+            "seq_len": len(prompt) + num_tokens,
+            "global_steps": global_step,
+            "min_global_steps": global_step,
+            "max_global_steps": global_step,
+        }
+        for prompt in prompts
+    ]
+    return keys[rows], TensorDict(columns, batch_size=len(tags)), tags
 
 
-def score_rows(
-    trajectories: Trajectories, score: npt.NDArray[np.float32], *, chunk_length: int
-) -> tuple[list[str], Tensor]:
-    """Place scores that were not known when the rows were made.
+def score_tags(
+    trajectories: Trajectories, score: npt.NDArray[np.float32]
+) -> tuple[list[str], list[Tag]]:
+    """Make the scores of episodes an entry of the tag of their last row.
+
+    A tag reaches the trainer with the keys of a batch, so no row has to be read for its score.
 
     Args:
         trajectories: without crashed episodes.
         score: [B].
-        chunk_length: K.
 
     Returns:
-        Keys of the last row of each episode that has rows, and ``rm_scores`` of these rows, [b, T].
+        Keys of the last row of each episode that has rows, and what to add to their tags.
     """
     episodes, policy_steps = trajectories.episodes, trajectories.policy_steps
     counts = torch.bincount(policy_steps.episode, minlength=len(episodes))
-    rows = torch.arange(len(policy_steps))
-    last = torch.zeros_like(counts).scatter_reduce(0, policy_steps.episode, rows, "amax")
-    played = counts.nonzero().flatten()
-    mask = _mask(policy_steps.executed[last[played]], policy_steps, chunk_length)
-    keys: list[str] = []
-    values: list[Tensor] = []
-    for b, row_mask in zip(played.tolist(), mask, strict=True):
-        group, episode = int(episodes.group_id[b]), int(episodes.episode_id[b])
-        keys.append(str(RowKey(group, episode, int(counts[b]) - 1)))
-        values.append(_on_last_token(float(score[b]), row_mask))
-    return keys, torch.stack(values) if values else torch.zeros(mask.shape)
+    played = counts.nonzero().flatten().tolist()
+    keys = [
+        str(RowKey(int(episodes.group_id[b]), int(episodes.episode_id[b]), int(counts[b]) - 1))
+        for b in played
+    ]
+    return keys, [{"score": float(score[b])} for b in played]
 
 
-def _mask(executed: Tensor, policy_steps: PolicySteps, chunk_length: int) -> Tensor:
+def _stack(prompts: Sequence[Tensor]) -> Tensor:
+    """[n, L], or jagged where lengths differ; TransferQueue sends a jagged column row by row."""
+    if len({len(prompt) for prompt in prompts}) == 1:
+        return torch.stack(list(prompts))
+    return torch.nested.as_nested_tensor(list(prompts), layout=torch.jagged)
+
+
+def _mask(executed: Tensor, num_tokens: int, chunk_length: int) -> Tensor:
     """[n, T] int64, 1 on the tokens of the actions that ran."""
-    num_tokens = policy_steps.action_tokens.shape[1]
     return executed_mask(
         executed, chunk_length=chunk_length, action_dim=num_tokens // chunk_length
     ).long()
@@ -221,9 +223,3 @@ def pack_like_language_model(values: Tensor, prompts: Tensor, responses: Tensor)
 def lengths(nested: Tensor) -> Tensor:
     """[B] int64, how long each row of a jagged tensor is."""
     return nested.offsets().diff()  # pyright: ignore[reportAttributeAccessIssue] -- jagged only
-
-
-def _on_last_token(score: float, mask: Tensor) -> Tensor:
-    values = torch.zeros(len(mask))
-    values[int(mask.sum()) - 1] = score
-    return values

@@ -130,6 +130,7 @@ def open_run(recipe: Recipe) -> Generator[Run]:
         render_final=looks_at_images(reward),
         video_every=0 if video is None else video.every,
     )
+    # this may download LIBERO's assets, so what is wrong with the recipe is found first
     chosen.require_simulator()
     training = starts(chosen, tasks, "train")
     evaluated = starts(

@@ -48,12 +48,13 @@ from verl_vla.evaluation.evaluate import evaluate
 from verl_vla.rewards.encoders.base import track_batches
 from verl_vla.rl.group_sampling import StartSampler
 from verl_vla.rl.rollout import Simulators
+from verl_vla.rl.setup import most_policy_steps
 from verl_vla.runs.console import episodes_bar
 from verl_vla.runs.disk_space import most_checkpoints
 from verl_vla.runs.run_dir import keep_solved
 from verl_vla.runs.terminal import track_encoding
 from verl_vla.trainer import checkpoint
-from verl_vla.trainer.grpo.advantage import write_advantages
+from verl_vla.trainer.grpo.advantage import tag_advantages
 from verl_vla.trainer.grpo.cluster_encoder import place_encoders
 from verl_vla.trainer.grpo.cluster_policy import ClusterPolicy
 from verl_vla.trainer.grpo.env_loop import EpisodeLoop
@@ -90,6 +91,7 @@ class VLATrainer(PPOTrainerSync):
         # starts the ranks and calls `_load_checkpoint`, which sets what the rest reads
         super().init()
         recipe, cluster = self.recipe, self.recipe.cluster
+        env, chosen = recipe.environment, suite(recipe.environment.suite)
         track_batches(self.run.reward, track_encoding)
         place_encoders(self.run.reward, self.actor_rollout_wg, num_ranks=cluster.num_ranks)
         self.policy = ClusterPolicy(
@@ -104,12 +106,13 @@ class VLATrainer(PPOTrainerSync):
             StartSampler(
                 self.run.training_starts, seed=recipe.seed, group_size=recipe.sampling.group_size
             ),
-            suite=recipe.environment.suite,
-            mirrored=suite(recipe.environment.suite).images_are_mirrored,
+            suite=env.suite,
+            mirrored=chosen.images_are_mirrored,
             temperature=recipe.sampling.temperature,
             seed=recipe.seed,
             recorder=self.recorder,
             unscored=UnscoredEpisodes(self.run.folder, first_step=self.global_steps + 1),
+            most_policy_steps=most_policy_steps(env, chosen, self.run.processor.shape.chunk_length),
         )
         if self._resumed_state is not None:
             self.loop.load_state_dict(self._resumed_state)
@@ -237,8 +240,14 @@ class VLATrainer(PPOTrainerSync):
             batch, self.recipe.cluster.num_ranks, self.tokenizer.eos_token_id
         )
 
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        # veRL would fetch the rollout's log-probs and store them again; `make_rows` stores both
+        if not self.recipe.loss.recompute_log_probs:
+            return batch
+        return super()._compute_old_log_prob(batch, metrics)
+
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
-        return write_advantages(batch, self.config.algorithm)
+        return tag_advantages(batch, self.config.algorithm)
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch, values = update(

@@ -46,4 +46,5 @@ class UnscoredEpisodes:
 
     def forget(self, step: int) -> None:
         """Delete what was kept of ``step``, once it has been scored."""
+        # most steps have none: only a reward that raised leaves one
         self.file(step).unlink(missing_ok=True)

@@ -31,7 +31,7 @@ def update(
     advances nevertheless, since it counts training steps.
 
     Args:
-        batch: with advantages; may hold padding.
+        batch: with advantages in its tags; may hold padding.
         workers: the ranks.
         recipe: of the run.
         eos_token_id: fills rows of padding.
@@ -41,7 +41,7 @@ def update(
     """
     real = [key for key in batch.keys if not is_padding(key)]
     # the KL term has a gradient also where the advantage is 0
-    idle = set() if recipe.loss.kl.is_on else _without_advantage(batch, real)
+    idle = set() if recipe.loss.kl.is_on else _without_advantage(batch)
     num_mini_batches = recipe.optimizer.num_mini_batches
     if len(idle) == len(real):
         # every rank answers the same
@@ -50,7 +50,7 @@ def update(
     mini_batches = cut(real, idle, num_mini_batches)
     # the padding goes too: another number of rows needs other padding
     batch = _take_out(batch, idle | (set(batch.keys) - set(real)))
-    batch = _write_num_trajectories(batch, mini_batches)
+    batch = _write_loss_columns(batch, mini_batches)
     batch = _pad_and_order(batch, mini_batches, recipe.cluster.num_ranks, eos_token_id)
     batch.extra_info = {
         # not veRL's mini_batch_size, which counts rows: their number differs from step to step
@@ -63,10 +63,12 @@ def update(
     return batch, summarise_update(tu.get(output, "metrics"), num_padding, len(idle))
 
 
-def _without_advantage(batch: KVBatchMeta, keys: list[str]) -> set[str]:
-    data = tq.kv_batch_get(keys=keys, partition_id=_partition(batch), select_fields=["advantages"])
-    rows = data["advantages"].unbind()
-    return {key for key, row in zip(keys, rows, strict=True) if not row.any()}
+def _without_advantage(batch: KVBatchMeta) -> set[str]:
+    return {
+        key
+        for key, tag in zip(batch.keys, batch.tags, strict=True)
+        if not is_padding(key) and tag["advantage"] == 0
+    }
 
 
 def _take_out(batch: KVBatchMeta, keys: set[str]) -> KVBatchMeta:
@@ -76,11 +78,14 @@ def _take_out(batch: KVBatchMeta, keys: set[str]) -> KVBatchMeta:
     return batch.select_keys([key for key in batch.keys if key not in keys])
 
 
-def _write_num_trajectories(batch: KVBatchMeta, mini_batches: Sequence[MiniBatch]) -> KVBatchMeta:
-    """Give every row the denominator of its mini-batch's loss."""
+def _write_loss_columns(batch: KVBatchMeta, mini_batches: Sequence[MiniBatch]) -> KVBatchMeta:
+    """Give every row its advantage, and the denominator of its mini-batch's loss: [N, 1] both."""
     number = {key: part.num_trajectories for part in mini_batches for key in part.keys}
-    column = torch.tensor([[number[key]] for key in batch.keys])
-    fields = TensorDict({"num_trajectories": column}, batch_size=len(batch))
+    columns = {
+        "advantages": torch.tensor([[tag["advantage"]] for tag in batch.tags]),
+        "num_trajectories": torch.tensor([[number[key]] for key in batch.keys]),
+    }
+    fields = TensorDict(columns, batch_size=len(batch))
     # ranks read the fields that the answer names
     return tq.kv_batch_put(keys=batch.keys, partition_id=_partition(batch), fields=fields)
 

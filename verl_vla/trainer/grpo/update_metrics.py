@@ -32,7 +32,9 @@ def summarise_update(
     norm = _array(reported["grad_norm"])
     taken = norm[np.isfinite(norm)]
     values = {
+        # the sum of a mini-batch is its mean: the weights of its tokens add up to 1
         "actor/pg_loss": float(_array(reported["loss_sum"]).sum()) / steps,
+        # a skipped step has no norm that could enter the mean
         "actor/grad_norm": float(taken.mean()) if len(taken) else math.nan,
         # every rank reports every step, so shares are counted, not entries
         "actor/skipped_steps": float(steps * (1 - len(taken) / len(norm))),

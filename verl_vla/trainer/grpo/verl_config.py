@@ -56,10 +56,13 @@ def _algorithm(run: Run) -> Options:
     sampling = run.recipe.sampling
     return {
         "algorithm.adv_estimator": ADV_ESTIMATOR,
+        # GRPO has the KL term in the loss (arXiv:2402.03300, equation 3)
         "algorithm.use_kl_in_reward": False,
         # Our replay buffer filters and refills; veRL's own filter has no cap.
         "algorithm.filter_groups.enable": False,
+        # true: veRL copies `rollout_log_probs` to `old_log_probs` (``trainer_base.py``)
         "algorithm.rollout_correction.bypass_mode": not run.recipe.loss.recompute_log_probs,
+        # the group's mean takes the place of a learned value
         "critic.enable": False,
         # scores come with the rows
         "reward.num_workers": 0,
@@ -143,6 +146,7 @@ def _fsdp(section: str, run: Run) -> Options:
         f"{section}.offload_policy": run.recipe.optimizer.name == "deepspeed_cpu_adam",
         f"{section}.mixed_precision": {
             "param_dtype": precision,
+            # the gradients of many ranks are added up, and bfloat16 would drop the small ones
             "reduce_dtype": "fp32",
             "buffer_dtype": "fp32",
         },
@@ -155,9 +159,11 @@ def _rollout(run: Run) -> Options:
         f"{rollout}.name": ROLLOUT_NAME,
         f"{rollout}.n": run.recipe.sampling.group_size,
         f"{rollout}.temperature": run.recipe.sampling.temperature,
+        # veRL's 2 are for its own servers; here every rank plays
         f"{rollout}.tensor_model_parallel_size": 1,
         # no server, so no cache to free
         f"{rollout}.free_cache_engine": False,
+        # where they are computed again, veRL reports how far both differ
         f"{rollout}.calculate_log_probs": True,
         f"{rollout}.n_gpus_per_node": run.recipe.cluster.ranks_per_node,
         f"{rollout}.router_config_path": str(Path(__file__).parent / "no_router.yaml"),
@@ -174,11 +180,13 @@ def _run(run: Run) -> Options:
         "data.val_batch_size": groups,
         "data.dataloader_num_workers": 0,
         "data.seed": recipe.seed,
+        # veRL hands them to the data set, and `NoDataset` opens none
         "data.train_files": "unused",
         "data.val_files": "unused",
         "data.custom_cls.path": "pkg://verl_vla.trainer.verl_compat.placement",
         "data.custom_cls.name": "NoDataset",
         "transfer_queue.enable": True,
+        # one a node with ranks, for which `require_room` counts a slot
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": recipe.cluster.num_nodes,
         # Not on nodes that only simulate, which are started with no CPU for Ray to give away.
         "transfer_queue.backend.SimpleStorage.required_node_resource": "CPU",

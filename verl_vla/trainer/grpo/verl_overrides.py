@@ -92,12 +92,14 @@ def check_overrides(section: Mapping[str, Any], folder: Path, options: Options) 
         ConfigError: names the option, its value and the remedy.
     """
     for key, value in _flat(section).items():
+        # with the dots, or `clip_ratio` would also match `clip_ratio_low`
         replaced = next((name for name in REPLACED if f"{key}.".startswith(f"{name}.")), None)
         if replaced is not None:
             raise ConfigError(
                 f"verl.{key} is {value!r}, but this project does not use veRL's own "
                 f"implementation of it; {REPLACED[replaced]}"
             )
+        # in any section it would run code that lies beside the weights
         if key in options or key.endswith("trust_remote_code"):
             remedy = f"set {SET_BY[key]} instead" if key in SET_BY else "leave it out"
             raise ConfigError(

@@ -47,6 +47,7 @@ class VLAWorker(ActorRolloutRefWorker):
         super().__init__(*args, **kwargs)
         self._encoders = RankEncoders()
         if get_device_name() == "cpu":
+            # ranks and simulators share the cores of the host
             torch.set_num_threads(1)
             if not torch.distributed.is_initialized():
                 # veRL would ask for "cpu:gloo,cpu:gloo", which torch refuses as a duplicate.
@@ -170,6 +171,7 @@ class VLAWorker(ActorRolloutRefWorker):
 
 def memory_metrics(peaks: Sequence[tuple[int, int, int]]) -> dict[str, float]:
     """Turn what `VLAWorker.peak_memory` says of each rank into the metrics of a step, GiB."""
+    # the fullest rank is the one that runs out of memory, so no mean
     process, allocated, reserved = (
         max(of_ranks) / BYTES_PER_GIB for of_ranks in zip(*peaks, strict=True)
     )
@@ -225,8 +227,7 @@ def row_loss(
     """
     width = log_probs.shape[1]
     mask = dense(data["response_mask"], width).bool()
-    # the first token of a real row is always executed, so column 0 is never masked
-    advantage = dense(data["advantages"], width)[:, 0]
+    advantage = stacked(data["advantages"]).flatten()
     weight = trajectory_weight(
         stacked(data["trajectory_steps"]).flatten(),
         action_dim=action_dim,

@@ -73,6 +73,7 @@ class SFTEngine(VLAEngine):
                 },
                 lora_rank=policy.lora_rank or 0,
                 lora_alpha=policy.lora_alpha,
+                # as openvla-oft's ``vla-scripts/finetune.py``
                 target_modules="all-linear",
             ),
             FSDPEngineConfig(

@@ -78,6 +78,7 @@ def _process_group(rank: int, num_ranks: int, device: str, address: str) -> Gene
     if device == "cuda":
         # read at the first allocation
         os.environ.update(allocator_variables())
+        # before the process group: NCCL takes the current device
         torch.cuda.set_device(rank)
     else:
         # ranks on a CPU share its cores

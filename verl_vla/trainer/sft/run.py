@@ -255,6 +255,7 @@ def _check_samples(run: SFTRun) -> None:
         )
     num_views = processor.shape.num_views
     for demo in run.train + run.held_out:
+        # for its error: a word that the tokenizer does not know
         processor.prompt(demo.instruction)
         if len(demo.cameras) < num_views:
             raise ConfigError(

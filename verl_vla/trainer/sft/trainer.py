@@ -89,6 +89,7 @@ class SFTTrainer:
                 "timing_s/step": time.perf_counter() - loaded,
             }
             must_end = self._must_end()
+            # the first step too: a run that cannot save fails at once
             if self._is_due(step, self._steps.save_every) or step == 1 or must_end:
                 values["timing_s/save_checkpoint"] = self._save(step, values)
             self._finish(step, values)
@@ -247,6 +248,7 @@ class SFTTrainer:
                 logger.info("resumed after step %d", done)
         path = self._run.folder / "metrics.jsonl"
         if self._is_first:
+            # lines of later steps, which are made again
             self._metrics.rewind(done)
         torch.distributed.barrier()
         lines = read_metrics(path) if path.exists() else []

@@ -59,6 +59,7 @@ class RankPoolManager(ResourcePoolManager):
                 processes, use_gpu=self.use_gpu, max_colocate_count=1, name_prefix=name
             )
         if self.use_gpu:
+            # veRL counts GPUs here, of which ranks on a CPU need none
             self._check_resource_available()
 
 

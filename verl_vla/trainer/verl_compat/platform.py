@@ -121,6 +121,7 @@ class PlatformCPU(PlatformBase):
 
 def _make_device_module() -> ModuleType:
     """``torch.cpu`` and the members of ``torch.cuda`` that veRL reads unconditionally."""
+    # a module of its own, so that torch.cpu stays as it is
     module = ModuleType("verl_vla_cpu_device")
     for name, member in vars(torch.cpu).items():
         # the new module keeps its own name and file

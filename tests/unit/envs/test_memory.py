@@ -1,4 +1,4 @@
-"""The memory that a machine or its control group leaves."""
+"""The memory that a machine or its control group leaves, and that a process takes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from verl_vla.envs.libero.memory import available_bytes
+from verl_vla.envs.libero.memory import available_bytes, unique_set_size
 
 GIB = 1 << 30
 
@@ -77,3 +77,9 @@ def test_a_job_of_version_1_is_found_by_its_path(proc: Path) -> None:
     files = {"limit_in_bytes": 4 * GIB, "usage_in_bytes": GIB}
     write(proc / "groups" / "memory" / "job", **files, stat=f"total_inactive_file {GIB}")
     assert available_bytes(proc, proc / "groups") == 4 * GIB
+
+
+def test_the_unique_set_size_counts_private_pages_alone() -> None:
+    rollup = "55d0-7ffe ---p 00000000 00:00 0 [rollup]\nRss: 900 kB\nShared_Clean: 500 kB\n"
+    rollup += "Private_Clean: 100 kB\nPrivate_Dirty: 300 kB\nSwap: 7 kB\n"
+    assert unique_set_size(rollup) == 400 * 1024
