@@ -10,7 +10,7 @@ from one_chunk_world import SHAPE, SUCCESS
 from verl_vla.core.episode import EpisodeSpec, Observation
 from verl_vla.core.tables import ActionChunk
 from verl_vla.envs.base import ChunkResult
-from verl_vla.rl.episode_record import EpisodeRecord
+from verl_vla.rl.episode_record import EpisodeRecord, ImageBuffer
 
 
 def ended(*, has_video: bool, max_video_frames: int | None) -> EpisodeRecord:
@@ -42,7 +42,7 @@ def ended(*, has_video: bool, max_video_frames: int | None) -> EpisodeRecord:
 def test_tables_are_handed_over_once_and_what_they_were_made_from_is_given_up() -> None:
     """The images of a round take gigabytes."""
     record = ended(has_video=True, max_video_frames=None)
-    tables = record.tabulate(SHAPE, has_video=True)
+    tables = record.tabulate(SHAPE, has_video=True, images=ImageBuffer(1, SHAPE))
     noted = (record.observations, record.action_tokens, record.log_probs, record.video)
     assert noted == ([], [], [], [])
     assert tables.policy_steps.action_tokens.tolist() == [[1, 2]]
@@ -56,10 +56,15 @@ def test_tables_are_handed_over_once_and_what_they_were_made_from_is_given_up() 
 
 def test_frames_that_nobody_rendered_are_none() -> None:
     record = ended(has_video=False, max_video_frames=None)
-    assert record.tabulate(SHAPE, has_video=True).videos[0].shape == (0, 0, 0, 3)
+    assert record.tabulate(SHAPE, has_video=True, images=ImageBuffer(1, SHAPE)).videos[0].shape == (
+        0,
+        0,
+        0,
+        3,
+    )
 
 
 def test_frames_that_nobody_asked_for_are_not_kept() -> None:
     record = ended(has_video=True, max_video_frames=0)
     assert record.video == []
-    assert record.tabulate(SHAPE, has_video=False).videos == ()
+    assert record.tabulate(SHAPE, has_video=False, images=ImageBuffer(1, SHAPE)).videos == ()
