@@ -412,6 +412,15 @@ def test_the_embedded_suite_needs_no_assets(monkeypatch):
     MINI.require_simulator()
 
 
+def test_a_missing_simulator_is_found_before_the_folder_is_made(recipe, no_simulators, monkeypatch):
+    def refuse(_: Any) -> None:
+        raise ConfigError("no assets")
+
+    monkeypatch.setattr(type(MINI), "require_simulator", refuse)
+    assert refusal(recipe) == "no assets"
+    assert not Path(recipe.out).exists()
+
+
 @dataclass(frozen=True)
 class Processor:
     """A policy's sizes and statistics, without the policy."""
@@ -484,6 +493,14 @@ def test_a_step_limit_that_is_none_is_refused_before_anything_starts():
     given: Any = Processor()
     with pytest.raises(ConfigError, match="step_limit is 0"):
         env_config(EnvironmentConfig(suite="mini", step_limit=0), given)
+
+
+def test_a_suite_of_one_task_will_do(monkeypatch):
+    given: Any = Processor()
+    one = replace(MINI, tasks=MINI.tasks[:1])
+    monkeypatch.setattr("verl_vla.rl.setup.suite", lambda _: one)
+    env = EnvironmentConfig(suite="mini", num_workers=1)
+    assert env_config(env, given).max_simulators == 2
 
 
 def test_tasks_that_cannot_be_built_are_left_out_and_named(caplog):

@@ -155,6 +155,15 @@ def test_a_corrupt_checkpoint_is_quarantined_with_a_warning_and_the_one_before_u
     assert newest_valid(tmp_path) == 2
 
 
+def test_of_several_missing_files_the_first_by_name_is_told(tmp_path):
+    with writing(tmp_path, 1) as folder:
+        for number in range(30):
+            (folder / f"shard_{number:02}.pt").write_bytes(b"weights")
+    for file in step_folder(tmp_path, 1).glob("shard_*"):
+        file.unlink()
+    assert find_fault(step_folder(tmp_path, 1)) == "shard_00.pt is missing"
+
+
 def test_a_run_does_not_begin_again_because_its_checkpoints_are_corrupt(tmp_path):
     for step in (1, 2):
         flip_a_bit(write(tmp_path, step))

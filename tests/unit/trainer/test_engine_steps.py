@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from mini_engine import make_engine, training_worker
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
 from verl.utils import tensordict_utils as tu
+from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 from verl.workers.utils.padding import response_from_nested
 
@@ -23,7 +25,8 @@ from verl_vla.envs.registry import suite
 from verl_vla.policies.registry import load_policy
 from verl_vla.trainer.engine import engine as engine_module
 from verl_vla.trainer.engine.engine import VLAEngine
-from verl_vla.trainer.verl_compat.process import prepare_verl
+from verl_vla.trainer.engine.weights import SWITCH
+from verl_vla.trainer.verl_compat.process import MODEL_TYPE, prepare_verl
 
 POLICY = PROJECT_FOLDER / "bases" / "mini"
 NUM_TOKENS, NUM_BINS = 56, 256
@@ -142,6 +145,7 @@ ACTS: dict[str, Act] = {
     "save": lambda engine, folder: engine.save_checkpoint(str(folder), global_step=1),
     "load": lambda engine, folder: engine.load_checkpoint(str(folder), del_local_after_load=False),
     "export": lambda engine, folder: engine.export(folder / "policy"),
+    "make state": lambda engine, _: engine.make_optimizer_state(),
 }
 
 
@@ -226,6 +230,21 @@ def test_on_a_device_a_checkpoint_is_saved_as_verl_does(
     )
     engine.save_checkpoint("here", None, 3, 2, own=True)
     assert given == [(("here", None, 3, 2), {"own": True})]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_dropped_state_frees_the_memory_of_a_device(
+    engine: VLAEngine, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    freed: list[int] = []
+    held = SimpleNamespace(empty_cache=lambda: freed.append(len(engine.optimizer.state)))
+    monkeypatch.setattr(engine_module, "get_device_name", lambda: device)
+    monkeypatch.setattr(engine_module, "get_torch_device", lambda: held)
+    engine.make_optimizer_state()
+    assert engine.optimizer.state
+    engine.drop_optimizer_state()
+    assert freed == ([0] if device == "cuda" else [])
+    assert not engine.optimizer.state
 
 
 def test_on_a_cpu_old_checkpoints_are_left_to_the_trainer(
@@ -329,3 +348,21 @@ def test_a_model_is_loaded_as_the_recipe_says(
     assert one.processor == ("a/folder", "a key")
     loaded = ("a/folder", {"dtype": torch.bfloat16, "attn_implementation": "eager"})
     assert calls == [loaded, *([{"use_reentrant": False}] if checkpoints else [])]
+
+
+def test_no_rank_goes_on_before_every_share_is_saved(
+    engine: VLAEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    manager = engine.checkpoint_manager
+    monkeypatch.setattr(manager, "save_checkpoint", lambda **_: events.append("verl's"))
+    monkeypatch.setattr(engine_module, "save_trained", lambda *_: events.append("adapters"))
+    monkeypatch.setattr(torch.distributed, "barrier", lambda *_, **__: events.append("barrier"))
+    monkeypatch.setattr(engine, "_is_lora", True)
+    engine.save_checkpoint("here", global_step=3)
+    assert events == ["verl's", "adapters", "barrier"]
+
+
+def test_verl_finds_the_engine_and_executes_nothing_that_it_reads(engine: VLAEngine) -> None:
+    assert EngineRegistry.get_engine_cls(MODEL_TYPE, "fsdp2") is VLAEngine
+    assert os.environ[SWITCH] == "1", "from the import of the engine on"

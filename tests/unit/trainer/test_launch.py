@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -75,6 +76,8 @@ def test_ray_has_room_for_the_batches_of_an_encoder(asked) -> None:
     assert plain == here["object_store_memory"] == launch.OBJECT_STORE_BYTES
     each = BATCHES_A_RANK * launch.ENCODER_BATCH_BYTES
     assert encoding["object_store_memory"] == plain + 3 * each
+    clip = 64 * 256 * 256 * 3
+    assert clip <= launch.ENCODER_BATCH_BYTES < 2 * clip
 
 
 def test_segments_are_expandable_on_ranks_with_a_gpu_alone(asked, monkeypatch) -> None:
@@ -252,6 +255,27 @@ def test_transfer_queue_is_closed_whatever_became_of_its_start(monkeypatch) -> N
     ):
         starting.result()
     assert events == [{"backend": "simple"}, "closed"]
+
+
+def test_transfer_queue_is_closed_once_its_start_has_ended(monkeypatch) -> None:
+    events: list[str] = []
+    is_leaving = threading.Event()
+
+    def start(_: Any) -> None:
+        assert is_leaving.wait(30)
+        time.sleep(0.1)
+        events.append("started")
+
+    monkeypatch.setattr(launch.tq, "init", start)
+    monkeypatch.setattr(launch.tq, "close", lambda: events.append("closed"))
+    with (
+        pytest.raises(KeyError),
+        ThreadPoolExecutor(1) as beside,
+        launch._transfer_queue(CONFIG, beside),
+    ):
+        is_leaving.set()
+        raise KeyError
+    assert events == ["started", "closed"]
 
 
 class Trainer:

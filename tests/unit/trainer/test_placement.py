@@ -15,7 +15,12 @@ from verl_vla.config.grpo import GRPOClusterConfig
 from verl_vla.core.errors import ConfigError
 from verl_vla.trainer.grpo import launch
 from verl_vla.trainer.verl_compat import placement
-from verl_vla.trainer.verl_compat.placement import RankPoolManager, report_wait, require_room
+from verl_vla.trainer.verl_compat.placement import (
+    NoDataset,
+    RankPoolManager,
+    report_wait,
+    require_room,
+)
 
 
 def node(cpus: float, gpus: float = 0, address: str = "10.0.0.1") -> dict[str, Any]:
@@ -67,6 +72,20 @@ def test_a_rank_without_a_gpu_asks_for_one_slot(monkeypatch: pytest.MonkeyPatch)
     assert requests(manager, monkeypatch) == [[{"CPU": 1}, {"CPU": 1}]]
 
 
+@pytest.mark.parametrize("use_gpu", [True, False])
+def test_gpus_are_counted_where_ranks_have_one(
+    monkeypatch: pytest.MonkeyPatch, use_gpu: bool
+) -> None:
+    """veRL counts those of the cluster, and a cluster without any would be refused."""
+    counted: list[RankPoolManager] = []
+    monkeypatch.setattr(
+        RankPoolManager, "_check_resource_available", lambda manager: counted.append(manager)
+    )
+    manager = RankPoolManager(resource_pool_spec={"global_pool": [1]}, mapping={}, use_gpu=use_gpu)
+    manager.create_resource_pool()
+    assert len(counted) == use_gpu
+
+
 @pytest.mark.parametrize("profile", ["8gpu", "qlora_24gb", "two_cores"])
 def test_a_cluster_of_our_own_has_a_slot_for_everything(profile: str) -> None:
     """Slots are no cores: their number follows from what runs, not from the machine."""
@@ -99,6 +118,8 @@ def test_nodes_with_just_enough_are_accepted(
         ([node(16, 4)], 1, 8, "8 GPU on each.*10.0.0.1 with 16 CPU, 4 GPU"),
         ([node(2, 1), node(2, 1, "10.0.0.2")], 2, 1, "5 CPU in all.*1 GPU; 10.0.0.2 with 2 CPU"),
         ([node(9, 1), node(1, 1, "10.0.0.2")], 2, 1, "2 CPU, 1 GPU on each.*10.0.0.2 with 1 CPU"),
+        ([node(9)], 1, 1, "10.0.0.1 with 9 CPU, 0 GPU"),
+        ([node(0, 1)], 1, 1, "10.0.0.1 with 0 CPU, 1 GPU"),
     ],
 )
 def test_too_little_room_is_refused_with_the_numbers(
@@ -141,3 +162,9 @@ def test_a_short_wait_says_nothing_and_an_error_ends_it(caplog: pytest.LogCaptur
     with pytest.raises(ValueError, match="no room"), report_wait(lambda: "room"):
         raise ValueError("no room")
     assert not caplog.messages
+
+
+def test_a_training_step_is_one_epoch_of_rows_that_hold_nothing() -> None:
+    data = NoDataset(SimpleNamespace(train_batch_size=3), tokenizer=None)
+    assert len(data) == 3
+    assert data[2] == {"raw_prompt": [], "index": 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from importlib import metadata
@@ -12,7 +13,7 @@ import pytest
 import torch
 from verl.plugin.platform import PlatformBase
 
-from verl_vla.trainer.verl_compat.platform import PlatformCPU
+from verl_vla.trainer.verl_compat.platform import PlatformCPU, peak_process_bytes
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -83,6 +84,15 @@ def test_its_module_has_what_verl_reads_of_torch_cuda(platform):
     first = torch.rand(3)
     module.set_rng_state(state)
     assert torch.equal(torch.rand(3), first)
+
+
+def test_a_peak_is_counted_in_bytes():
+    first, peak, last = (
+        1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        peak_process_bytes(),
+        1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    )
+    assert first <= peak <= last
 
 
 def test_torchs_own_module_is_left_as_it_was(platform):

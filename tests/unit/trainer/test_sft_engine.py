@@ -103,6 +103,28 @@ def test_a_step_is_that_of_the_whole_batch_however_it_is_cut(make: Make, size: i
     assert engine.train_step(batch)["train/loss"] < values["train/loss"]
 
 
+def test_verl_is_told_what_the_recipe_says(make: Make) -> None:
+    words = ("optimizer.betas=[0.8,0.9]", "optimizer.weight_decay=0.25", "seed=7")
+    engine, run = make("run", *words, "policy.dtype=bfloat16")
+    model, config, optimizer = engine.model_config, engine.engine_config, engine.optimizer_config
+    assert model.local_path == str(run.policy_folder)
+    assert not (model.trust_remote_code or model.use_remove_padding)
+    assert not model.enable_gradient_checkpointing
+    assert (model.lora_rank, model.target_modules) == (0, "all-linear")
+    given = {"attn_implementation": "sdpa", "unnorm_key": None, "quantization": "none"}
+    assert dict(model.override_config) == given | {"gather_once": True}
+    assert (config.strategy, config.use_torch_compile, config.seed) == ("fsdp2", False, 7)
+    assert config.model_dtype == "fp32"
+    precision = {"param_dtype": "bf16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    assert dict(config.mixed_precision) == precision
+    assert (optimizer.optimizer, optimizer.lr) == ("adamw", LR)
+    assert (tuple(optimizer.betas), optimizer.weight_decay) == ((0.8, 0.9), 0.25)
+    assert (optimizer.lr_warmup_steps, optimizer.total_training_steps) == (0, 6)
+    contents = ["model", "optimizer", "extra"]
+    saved = engine.checkpoint_config
+    assert list(saved.save_contents) == list(saved.load_contents) == contents
+
+
 def test_a_bound_clips_and_the_norm_is_that_before(make: Make) -> None:
     free, run = make("free", "optimizer.clip_grad=null")
     bound, _ = make("bound", "optimizer.clip_grad=0.001")
@@ -158,6 +180,23 @@ def test_a_step_that_is_not_finite_is_left_out_and_too_many_end_the_run(
     assert torch.equal(kept["action_tokens"], batch.action_tokens)
     assert torch.equal(kept["images"], batch.images)
     assert tuple(kept["instructions"]) == batch.instructions
+
+
+def test_a_loss_that_is_not_finite_counts_though_its_gradient_is(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, run = make("run", "optimizer.micro_batch_size=4")
+    forward = SFTEngine._sft_forward
+
+    def infinite(self: SFTEngine, given: SampleBatch, rows: slice) -> SFTOutput:
+        output = forward(self, given, rows)
+        return replace(output, loss=output.loss + math.inf)
+
+    monkeypatch.setattr(SFTEngine, "_sft_forward", infinite)
+    before = weights(engine)
+    values = engine.train_step(batch_of(run, engine, [0, 5]))
+    assert values["train/skipped_steps"] == 1
+    assert all(torch.equal(before[n], w) for n, w in weights(engine).items())
 
 
 def test_a_test_is_the_weighted_mean_and_learns_nothing(make: Make) -> None:
@@ -221,6 +260,22 @@ def test_sums_are_added_up_in_double_precision(make: Make, monkeypatch: pytest.M
     assert engine.train_step(batch)["train/loss"] == (2**24 + 3) / 4
     ones = [(batch_of(run, engine, [row]), torch.ones(1)) for row in range(4)]
     assert engine.test(ones, 4)[0] == (2**24 + 3) / 4
+
+
+def test_what_is_reported_is_of_all_ranks(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, run = make("run", "optimizer.micro_batch_size=4")
+    batch = batch_of(run, engine, [0, 3, 8, 12])
+    tested = [(batch, torch.ones(4))]
+    alone = [*engine.test(tested, 4), engine.train_step(batch)["train/loss"]]
+
+    def all_reduce(tensor: torch.Tensor, op: Any = torch.distributed.ReduceOp.SUM) -> None:
+        if op == torch.distributed.ReduceOp.SUM:
+            tensor *= 3  # as if two other ranks had the same sums
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    again, _ = make("again", "optimizer.micro_batch_size=4")
+    of_all = [*again.test(tested, 4), again.train_step(batch)["train/loss"]]
+    assert of_all == pytest.approx([3 * value for value in alone])
 
 
 def test_new_adapters_are_those_of_the_recipes_seed(make: Make) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from verl_vla.trainer.engine import fsdp
 from verl_vla.trainer.engine.fsdp import keep_gathered, shard, shed_gathered
-from verl_vla.trainer.engine.optimizers import build_optimizer
+from verl_vla.trainer.engine.optimizers import build_optimizer, make_state
 
 
 class Layer(nn.Module):
@@ -155,3 +155,35 @@ def test_an_optimizer_has_the_settings_of_the_recipe(mesh: Any, name: str) -> No
     before = [weight.full_tensor().clone() for weight in weights]
     optimizer.step()
     assert all(map(torch.equal, before, (w.full_tensor() for w in weights)))
+
+
+class Noting(torch.optim.AdamW):
+    """Notes at each step whether its state would be paged, its rates, and the gradients."""
+
+    def __init__(self, weights: list[nn.Parameter], is_paged: bool | None) -> None:
+        groups = [{"params": [weight], "lr": 0.1 * (i + 1)} for i, weight in enumerate(weights)]
+        super().__init__(groups, weight_decay=0.5)
+        self.steps: list[Any] = []
+        if is_paged is not None:
+            self.is_paged = is_paged
+
+    def step(self, closure: Any = None) -> Any:
+        rates = [group["lr"] for group in self.param_groups]
+        gradients = [float(w.grad.abs().sum()) for g in self.param_groups for w in g["params"]]
+        self.steps.append((vars(self).get("is_paged"), rates, gradients))
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("is_paged", [True, False, None])
+def test_a_state_that_is_soon_dropped_is_not_paged_and_moves_nothing(is_paged: bool | None) -> None:
+    """bitsandbytes never gives up paged memory."""
+    weights = list(nn.Linear(2, 3).parameters())
+    before = [weight.detach().clone() for weight in weights]
+    optimizer = Noting(weights, is_paged)
+    make_state(optimizer, weights)
+    assert optimizer.steps == [(None if is_paged is None else False, [0.0, 0.0], [0.0, 0.0])]
+    assert vars(optimizer).get("is_paged") is is_paged
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
+    assert all(map(torch.equal, before, weights))
+    assert all(weight.grad is None for weight in weights)
+    assert len(optimizer.state) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Generator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -91,6 +92,16 @@ def test_both_are_kept_and_say_how_they_were_sampled(run: Run) -> None:
     assert (greedy["seed"], sampled["seed"]) == (None, run.recipe.seed)
     assert values["val/success_rate"] == greedy["total"]["rate"]
     assert values["val/success_rate_sampled"] == sampled["total"]["rate"]
+
+
+def test_each_is_shown_with_what_tells_it_from_the_other(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="verl_vla.runs.console")
+    trainer_of(run, NotingPolicy(), STEP)._validate()
+    shown = [said.split(":")[0] for said in caplog.messages if "held-out" in said]
+    after = f"held-out after step {STEP}"
+    assert shown == [after, f"{after}, temperature 1.6"]
 
 
 def test_the_episode_log_says_how_training_episodes_were_sampled(run: Run) -> None:

@@ -79,17 +79,26 @@ def test_a_checkpoint_of_other_weights_is_refused(
 def test_the_first_rank_writes_a_policy_that_can_be_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None
 ) -> None:
-    group = ThreadRanks(2)
+    # the rank that does not write moves first
+    group = ThreadRanks(2, first=1)
     group.stand_in(monkeypatch)
     processor = load_processor(BASE)
+    if dtype is not None:
+        (tmp_path / "deep" / "first").mkdir(parents=True)
 
     def work(folder: str) -> Any:
         model = load_model(str(BASE), dtype=torch.float32, attn_implementation="sdpa")
-        return lambda: write_policy(
-            model, processor, tmp_path / "deep" / folder, is_quantized=False, dtype=dtype
-        )
 
-    group.run(work("first"), work("second"))
+        def write() -> set[str]:
+            write_policy(
+                model, processor, tmp_path / "deep" / folder, is_quantized=False, dtype=dtype
+            )
+            return {path.name for path in (tmp_path / "deep" / "first").iterdir()}
+
+        return write
+
+    first, second = group.run(work("first"), work("second"))
+    assert first == second >= {"config.json", "model.safetensors"}, "it is whole on every rank"
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["first"]
     right = load_policy(BASE).model.state_dict()
     saved = load_file(tmp_path / "deep" / "first" / "model.safetensors")

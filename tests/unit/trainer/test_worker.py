@@ -122,6 +122,16 @@ def test_an_exported_policy_can_be_loaded(worker: VLAWorker, tmp_path: Path) -> 
     assert all(torch.equal(mine[name], right[name]) for name in right)
 
 
+def test_a_state_of_the_optimizer_is_made_for_a_try_and_dropped(
+    worker: VLAWorker, engine: VLAEngine
+) -> None:
+    assert engine.optimizer is not None
+    worker.make_optimizer_state()
+    assert engine.optimizer.state
+    worker.drop_optimizer_state()
+    assert not engine.optimizer.state
+
+
 def test_a_worker_without_a_model_has_no_engine() -> None:
     rank = object.__new__(VLAWorker)
     rank.actor = None
@@ -166,6 +176,11 @@ ON_EVERY_RANK = {
     "go_without_update": True,
     "update_weights": False,
     "export_policy": True,
+    "make_encoders": True,
+    "name_feature_space": True,
+    "free_encoders": True,
+    "make_optimizer_state": True,
+    "drop_optimizer_state": True,
     "peak_memory": True,
 }
 """Whether the driver waits for a method's answer."""
@@ -176,6 +191,12 @@ def test_every_rank_is_asked(name: str, blocks: bool) -> None:
     asked = getattr(getattr(VLAWorker, name), MAGIC_ATTR)
     assert asked["dispatch_mode"] == Dispatch.ONE_TO_ALL
     assert asked["blocking"] == blocks
+
+
+def test_each_rank_computes_a_batch_of_its_own_and_the_driver_does_not_wait() -> None:
+    asked = getattr(VLAWorker.compute_features, MAGIC_ATTR)
+    assert asked["dispatch_mode"] == Dispatch.ALL_TO_ALL
+    assert not asked["blocking"]
 
 
 def test_observations_are_shared_out_and_the_driver_does_not_wait() -> None:
@@ -191,7 +212,10 @@ def test_ranks_on_a_cpu_meet_by_gloo_alone(
     monkeypatch: pytest.MonkeyPatch, device: str, is_initialized: bool
 ) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(ActorRolloutRefWorker, "__init__", lambda *_, **__: None)
+    inits: list[Any] = []
+    monkeypatch.setattr(
+        ActorRolloutRefWorker, "__init__", lambda _, *given, **more: inits.append((given, more))
+    )
     monkeypatch.setattr(worker_module, "get_device_name", lambda: device)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: calls.append(number))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: is_initialized)
@@ -200,7 +224,9 @@ def test_ranks_on_a_cpu_meet_by_gloo_alone(
     )
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    VLAWorker()
+    rank = VLAWorker("a configuration", role="actor")
+    assert inits == [(("a configuration",), {"role": "actor"})]
+    assert rank.compute_features(0, None) is None, "it has no encoder yet"
     group = [(("gloo",), {"rank": 2, "world_size": 4})]
     assert calls == ([1, *([] if is_initialized else group)] if device == "cpu" else [])
 
