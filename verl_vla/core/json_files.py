@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, with_config
 
 from verl_vla.core.errors import ConfigError
 
@@ -20,6 +20,10 @@ MOST_BYTES = 1 << 28
 """Bytes from which on a file describes nothing; the largest known tokenizer has 35 MB."""
 SHOWN = 60
 """Characters of a wrong value that a message shows."""
+
+
+with_other_entries = with_config(ConfigDict(extra="allow", strict=True))
+"""Decorator of a ``TypedDict`` that is read from a file: entries beside its own are kept."""
 
 
 class Entries(BaseModel):

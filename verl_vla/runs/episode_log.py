@@ -11,21 +11,22 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict, Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt
 from typing_extensions import TypedDict
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import atomic_write
-from verl_vla.core.json_files import read_json_lines
+from verl_vla.core.json_files import read_json_lines, with_other_entries
 from verl_vla.core.success_rate import episode_entries
 from verl_vla.core.tables import Trajectories
 from verl_vla.core.text import differences
 from verl_vla.policies.action_codec import ActionCodec
 from verl_vla.rewards.goal_progress import goal_progress
+from verl_vla.runs.run_dir import PlayedEpisode
 
 EPISODE_LOG_FILE = "episodes.jsonl"
 HEADER_START = b'{"header": {'
@@ -39,23 +40,17 @@ class KeptActions(TypedDict):
     base64: str
 
 
-class EpisodeLine(TypedDict):
+@with_other_entries
+class EpisodeLine(PlayedEpisode):
     """A line of the episode log; see `episode_lines`."""
 
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues] -- as pydantic documents it
-
-    episode: NonNegativeInt
-    task: NonNegativeInt
-    init_state: NonNegativeInt
-    outcome: Literal[0, 1, 2]
-    """An `Outcome`."""
-    steps: NonNegativeInt
     crash: str | None
     progress: list[float]
     actions: KeptActions | None
     executed: list[NonNegativeInt] | None
 
 
+@with_other_entries
 class TrainingLine(EpisodeLine):
     """A line of a training run's episode log; see `EpisodeRecorder`."""
 

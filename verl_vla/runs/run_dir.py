@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import ConfigDict, Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt
 from typing_extensions import TypedDict
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import LOCK, atomic_write, folder_lock, partial_file, writing_to
-from verl_vla.core.json_files import Entries, read_json, read_yaml
+from verl_vla.core.json_files import Entries, read_json, read_yaml, with_other_entries
 from verl_vla.core.success_rate import count_entries
 from verl_vla.core.text import differences
 
@@ -22,10 +22,9 @@ RECIPE_FILE = "recipe.yaml"
 SOLVED_FILE = "solved.json"
 
 
+@with_other_entries
 class RateEntry(TypedDict):
     """A success rate in an evaluation's record; see `SuccessRate.as_json`."""
-
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues] -- as pydantic documents it
 
     rate: float | None
     successes: NonNegativeInt
@@ -34,10 +33,9 @@ class RateEntry(TypedDict):
     ci95: Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
+@with_other_entries
 class PlayedEpisode(TypedDict):
     """An episode in an evaluation's record."""
-
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues] -- as pydantic documents it
 
     episode: NonNegativeInt
     task: NonNegativeInt
@@ -47,10 +45,9 @@ class PlayedEpisode(TypedDict):
     steps: NonNegativeInt
 
 
+@with_other_entries
 class Evaluation(TypedDict):
     """Record of an evaluation; its conditions stand beside these entries."""
-
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues] -- as pydantic documents it
 
     total: RateEntry
     tasks: dict[str, RateEntry]

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from verl_vla.core.episode import Outcome
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.json_files import read_yaml
+from verl_vla.core.json_files import read_yaml, with_other_entries
 from verl_vla.runs.episode_log import EPISODE_LOG_FILE, TrainingLine, read_episodes
 from verl_vla.runs.episode_recorder import video_path
 from verl_vla.runs.metrics import read_metrics
@@ -31,35 +30,30 @@ METRICS_FILE = "metrics.jsonl"
 Line = Mapping[str, Any]
 
 
+@with_other_entries
 class _Environment(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues] -- as pydantic documents it
-
     suite: str
 
 
+@with_other_entries
 class _Policy(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues] -- as pydantic documents it
-
     path: str
 
 
+@with_other_entries
 class _Sampling(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues] -- as pydantic documents it
-
     groups_per_step: int
     group_size: int
 
 
+@with_other_entries
 class _Trainer(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues] -- as pydantic documents it
-
     total_training_steps: int
 
 
+@with_other_entries
 class RunRecipe(TypedDict):
     """The part of a run's recipe that its page shows."""
-
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues] -- as pydantic documents it
 
     seed: int
     reward: str
