@@ -124,10 +124,17 @@ def test_a_key_that_is_not_there_is_found(published: Path) -> None:
 
 def test_a_normalised_gripper_is_found(folder: Path) -> None:
     name = "libero_spatial_no_noops"
-    edit(folder / "dataset_statistics.json", lambda c: c[name]["action"].update(mask=[True] * 7))
+    file = folder / "dataset_statistics.json"
+    # the gripper in place of a value of the motion
+    edit(file, lambda c: c[name]["action"].update(mask=[False] + [True] * 6))
     (check,) = found(judge_policy(folder)).values()
-    assert (check.subject, check.here) == ("policy: gripper mask", "xxxxxxx")
+    assert (check.subject, check.here) == ("policy: gripper mask", "-xxxxxx")
     assert name in check.remedy
+    # what no robot can use is a fault of the folder itself
+    edit(file, lambda c: c[name]["action"].update(mask=[True] * 7))
+    (check,) = found(judge_policy(folder)).values()
+    assert check.subject == "policy: action statistics"
+    assert name in check.remedy and "never closes" in check.remedy
 
 
 def test_three_views_are_none_that_was_published(folder: Path) -> None:

@@ -308,7 +308,7 @@ def test_a_folder_that_cannot_be_made_is_refused(recipe, no_simulators, tmp_path
     (tmp_path / "file").write_text("")
     answer = refusal(replace(recipe, out=str(tmp_path / "file" / "run")))
     assert "which cannot be written (Not a directory); choose another" in answer
-    assert "(File exists)" in refusal(replace(recipe, out=str(tmp_path / "file")))
+    assert "(Not a directory)" in refusal(replace(recipe, out=str(tmp_path / "file")))
 
 
 def test_a_folder_whose_recipe_cannot_be_written_is_refused(recipe, no_simulators):

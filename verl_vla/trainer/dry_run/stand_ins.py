@@ -22,7 +22,7 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._pytree import tree_map_only
 from transformers import AutoModel
 
-from verl_vla.policies import checkpoint
+from verl_vla.policies import weight_files
 from verl_vla.policies.lora import nf4
 from verl_vla.policies.registry import load_config
 from verl_vla.trainer.engine import engine
@@ -104,7 +104,7 @@ def _replaced() -> list[tuple[Any, str, Any]]:
         # nothing is on disk
         (torch, "save", save),
         (torch, "load", load),
-        (checkpoint, "save_file", lambda _, file, **__: file.touch()),
+        (weight_files, "save_file", lambda _, file, **__: file.touch()),
     ]
 
 
