@@ -113,6 +113,15 @@ def read_yaml(file: Path, schema: Any, remedy: str) -> Any:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = str(error).replace("\n", " ")
         raise ConfigError(f"{file}: it is no YAML in UTF-8 ({reason}); {remedy}") from error
+    return require_declared(content, schema, file, remedy)
+
+
+def require_declared(content: Any, schema: Any, file: Path, remedy: str) -> Any:
+    """Return the content of a file that was read already as a declared type; see `read_json`.
+
+    Raises:
+        ConfigError: it lacks a declared entry or has one of another type.
+    """
     try:
         return TypeAdapter[Any](schema).validate_python(content, strict=True)
     except ValidationError as error:

@@ -16,11 +16,11 @@ from scipy.stats import binomtest
 
 from verl_vla.core.episode import Outcome
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.json_files import read_json
+from verl_vla.core.json_files import read_json, require_declared
 from verl_vla.core.success_rate import SuccessRate
 from verl_vla.core.text import TextTable, differences
 from verl_vla.evaluation.conditions import DECIDES
-from verl_vla.runs.run_dir import read_evaluation_file
+from verl_vla.runs.run_dir import EVALUATE_AGAIN, Evaluation
 
 TOLD = ("image_size", "seed", "dtype", "device", "versions")
 """Conditions that may differ between two evaluations that are compared; they are named."""
@@ -78,14 +78,14 @@ def read_evaluation(path: Path) -> dict[str, Any]:
             f"{file} is missing; name the folder of a finished eval, or a file of a run's "
             "evaluations/ (an evaluation that was cut short ends when the same eval is run again)"
         )
-    record = read_json(file, dict[str, Any], "evaluate again, or restore the file")
+    record = read_json(file, dict[str, Any], EVALUATE_AGAIN)
     missing = [key for key in (*DECIDES, "episodes", "tasks") if key not in record]
     if missing:
         raise ConfigError(
             f"{file} does not say its {', '.join(missing)}; it was written by an older version: "
             "evaluate the policy again"
         )
-    return read_evaluation_file(file)
+    return require_declared(record, Evaluation, file, EVALUATE_AGAIN)
 
 
 def pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Paired]:

@@ -20,6 +20,8 @@ from verl_vla.core.text import differences
 
 RECIPE_FILE = "recipe.yaml"
 SOLVED_FILE = "solved.json"
+EVALUATE_AGAIN = "evaluate again, or restore the file"
+"""Remedy for the record of an evaluation that is damaged."""
 
 
 @with_other_entries
@@ -96,7 +98,7 @@ def read_evaluation_file(file: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it is damaged or no `Evaluation`.
     """
-    return read_json(file, cast(Any, Evaluation), "evaluate again, or restore the file")
+    return read_json(file, cast(Any, Evaluation), EVALUATE_AGAIN)
 
 
 def evaluated_steps(folder: Path) -> list[int]:

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from verl_vla.core.episode import Outcome
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.json_files import read_yaml, with_other_entries
+from verl_vla.core.json_files import require_declared, with_other_entries
 from verl_vla.runs.episode_log import EPISODE_LOG_FILE, TrainingLine, read_episodes
 from verl_vla.runs.episode_recorder import video_path
 from verl_vla.runs.metrics import read_metrics
@@ -172,7 +172,7 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
             f"{folder} is a run of fine-tuning, which has no episodes; its losses are in "
             f"{METRICS_FILE} and in the figure beside it"
         )
-    return read_yaml(folder / RECIPE_FILE, RunRecipe, "restore the file")
+    return require_declared(content, RunRecipe, folder / RECIPE_FILE, "restore the file")
 
 
 def find_runs(root: Path) -> list[Path]:
