@@ -7,6 +7,7 @@ file and the console can never disagree.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from pydantic import AfterValidator
 from verl_vla.core.errors import ContractError
 from verl_vla.core.files import atomic_write
 from verl_vla.core.json_files import read_json_lines
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +213,14 @@ class MetricsFile:
         if not self._path.exists():
             return
         steps = [line["step"] for line in read_metrics(self._path)]
+        if repeated := [int(step) for step in steps if step > last_step]:
+            logger.info(
+                "steps %d to %d are newer than the last checkpoint: they are made again and their "
+                "lines in %s replaced",
+                repeated[0],
+                repeated[-1],
+                self._path.name,
+            )
         # as bytes: a process killed while it wrote may have left a part of a character, in a line
         # that is not among the steps
         with self._path.open("rb") as file:
