@@ -25,7 +25,9 @@ from verl_vla.core.errors import (
     LearnerLostError,
     RewardError,
     StarvedError,
+    WriteError,
 )
+from verl_vla.core.files import DISK_IS_FULL
 from verl_vla.core.text import nearest
 from verl_vla.runs.terminal import Console
 
@@ -42,7 +44,7 @@ EXIT_REWARD = 5
 """Exit code if the reward raised, or gave scores that cannot be trained on."""
 
 EXIT_CHECKPOINT = 6
-"""Exit code if a checkpoint could not be written, or none is valid."""
+"""Exit code if a checkpoint or a record could not be written, or no checkpoint is valid."""
 
 EXIT_DIVERGED = 7
 """Exit code if training stopped because losses or gradients were no longer finite."""
@@ -52,6 +54,7 @@ STOPPED = {
     ColdStartError: EXIT_COLD_START,
     RewardError: EXIT_REWARD,
     CheckpointError: EXIT_CHECKPOINT,
+    WriteError: EXIT_CHECKPOINT,
     DivergedError: EXIT_DIVERGED,
     LearnerLostError: EXIT_LEARNER_LOST,
 }
@@ -84,12 +87,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"stopped: {error}\n")
         # isinstance, since SolvedError has the exit code of the StarvedError that it is
         return next(code for kind, code in STOPPED.items() if isinstance(error, kind))
+    except OSError as error:
+        # what is written by other programs' code, which knows nothing of `WriteError`
+        if error.errno not in DISK_IS_FULL:
+            raise
+        sys.stderr.write(f"stopped: {_no_room(error)}\n")
+        return EXIT_CHECKPOINT
     except Interrupted as error:
         sys.stderr.write(f"stopped: {error}\n")
         return EXIT_SIGNAL + error.signal_number
     except KeyboardInterrupt:
         sys.stderr.write("stopped: SIGINT\n")
         return EXIT_SIGNAL + signal.SIGINT
+
+
+def _no_room(error: OSError) -> str:
+    """Return what could not be written, where a full disk was met more than once: the first."""
+    first: BaseException | None = error
+    while first is not None:
+        if isinstance(first, WriteError | CheckpointError):
+            return str(first)
+        first = first.__context__
+    where = error.filename or "a file"
+    return f"{where} could not be written ({error.strerror}). Make room, and start again"
 
 
 def _speak_plainly() -> Console:
