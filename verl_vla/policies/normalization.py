@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.json_files import Entries, read_json
+from verl_vla.policies.weight_files import TAKE_THE_FILE
 
 Array = npt.NDArray[np.float64]
 Normalization = Literal["bounds_q99", "bounds"]
@@ -38,7 +39,6 @@ NORM_STATS_FILE = "config.json"
 """File of a checkpoint that holds the statistics where `STATISTICS_FILE` is absent, in the entry
 ``norm_stats``: OpenVLA's own checkpoints (openvla, ``extern/hf/configuration_prismatic.py``).
 """
-TAKE_THE_FILE = "take the file of the checkpoint that the weights came from"
 ARM_AND_GRIPPER_DIM = 7
 """Six values of the hand's motion and the gripper's."""
 
