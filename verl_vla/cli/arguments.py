@@ -361,7 +361,7 @@ def _add_overrides(parser: Parser) -> None:
 def _add_policy_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--render-size", type=int, help="side of the camera image, px; the policy's if not given")
-    add("--unnorm-key", help="entry of dataset_statistics.json")
+    add("--unnorm-key", help="entry of dataset_statistics.json; the suite's if not given")
 
 
 def _add_num_workers(parser: Parser) -> None:

@@ -35,6 +35,8 @@ class Finding:
     says: str
     """Description of the finding; for a fault, also the reason and the remedy."""
     is_fault: bool
+    is_warning: bool = False
+    """True for what can be trained with and is unusual enough to be looked at."""
 
 
 def look(subject: str, describe: Callable[[], str]) -> Finding:

@@ -27,6 +27,8 @@ or to the smallest and largest values (ALOHA, and with it RoboTwin)."""
 STATISTICS_FILE = "dataset_statistics.json"
 NO_NOOPS_SUFFIX = "_no_noops"
 """Suffix of published LIBERO datasets' names: the suite with its idle steps filtered out."""
+UNNAMED = "actions"
+"""Key of statistics whose data have no name."""
 RANGE_EPSILON = 1e-8
 """Value that fine-tuning adds to ``q99 - q01``, in dataset units."""
 COLUMNS: dict[Normalization, tuple[str, str]] = {
@@ -62,7 +64,7 @@ class NormalizationStats:
     q01: Array
     q99: Array
     mask: npt.NDArray[np.bool_]
-    key: str = "actions"
+    key: str = UNNAMED
     normalization: Normalization = "bounds_q99"
     extremes: Array | None = None
 

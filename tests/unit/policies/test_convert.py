@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from openvla_oft_folder import save_tiny_policy
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,24 +19,17 @@ from verl_vla.cli.main import EXIT_USAGE, main
 from verl_vla.core.errors import ConfigError
 from verl_vla.policies import weight_files as files_module
 from verl_vla.policies.adapter_files import AdapterConfig
-from verl_vla.policies.normalization import ActionStatistics, load_statistics
-from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
+from verl_vla.policies.normalization import load_statistics
 from verl_vla.policies.registry import examine, load_model, load_policy
 from verl_vla.policies.weight_files import weight_files
 
-SIZES = TinySizes(image_size=28, vision_width=12, llm_width=16, llm_depth=1, llm_mlp=16)
 WEIGHTS, PICKLED, ADAPTERS = "model.safetensors", "pytorch_model.bin", "adapter_config.json"
 RANK, ALPHA = 2, 8
 
 
 @pytest.fixture(scope="module")
 def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("valid") / "policy"
-    statistics = ActionStatistics(
-        q01=-np.ones(7), q99=np.ones(7), mask=np.array([True] * 6 + [False]), key="mini"
-    )
-    build_tiny_policy(["lift it"], statistics, sizes=SIZES).save_pretrained(folder)
-    return folder
+    return save_tiny_policy(tmp_path_factory.mktemp("valid") / "policy")
 
 
 @pytest.fixture
