@@ -276,6 +276,15 @@ def _new_policy(parser: Parser) -> None:
     add("--out", required=True, help="checkpoint folder to write")
 
 
+def _convert(parser: Parser) -> None:
+    """Make a checkpoint folder readable: .bin, prefixes of wrappers, adapters, norm_stats."""
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="folder of a checkpoint or of PEFT's adapters; only read")
+    add("target", metavar="TARGET", help="new folder to write")
+    add("--base", help="folder of the adapters' base; the one that they name if not given")
+    add("--dry-run", action="store_true", help="print what would be done, and write nothing")
+
+
 def _reward_bench(parser: Parser) -> None:
     """Measure rewards before training on them: do they rank failures?"""
     add = parser.add_argument
@@ -352,7 +361,7 @@ def _add_overrides(parser: Parser) -> None:
 def _add_policy_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--render-size", type=int, help="side of the camera image, px; the policy's if not given")
-    add("--unnorm-key", help="entry of dataset_statistics.json")
+    add("--unnorm-key", help="entry of dataset_statistics.json; the suite's if not given")
 
 
 def _add_num_workers(parser: Parser) -> None:
@@ -376,6 +385,7 @@ COMMANDS: dict[str, Callable[[Parser], None]] = {
     "demos": _demos,
     "sft": _sft,
     "new-policy": _new_policy,
+    "convert": _convert,
     "reward-bench": _reward_bench,
     "quickstart": _quickstart,
     "soak": _soak,

@@ -48,7 +48,14 @@ from verl_vla.evaluation.resumable import (
 from verl_vla.policies.base import DTYPES, Processor, TrainablePolicy
 from verl_vla.policies.checkpoint import fingerprint
 from verl_vla.policies.registry import load_policy, load_processor, require_valid
-from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, task_ids
+from verl_vla.rl.setup import (
+    env_config,
+    find_policy,
+    find_unnorm_key,
+    open_simulators,
+    starts,
+    task_ids,
+)
 from verl_vla.runs.console import EvaluationProgress
 from verl_vla.runs.episode_log import EpisodeLog
 from verl_vla.runs.run_dir import evaluation_record
@@ -168,8 +175,9 @@ def _prepare(
     chosen = suite(name)
     chosen.require_simulator()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    _require_valid(folder, options.unnorm_key)
-    processor = load_processor(folder, options.unnorm_key)
+    unnorm_key = find_unnorm_key(folder, options.unnorm_key, chosen)
+    _require_valid(folder, unnorm_key)
+    processor = load_processor(folder, unnorm_key)
     for task in names:  # a small tokenizer may lack words of a perturbed instruction
         processor.prompt(chosen.task(task).instruction)
     simulated = replace(
@@ -181,7 +189,7 @@ def _prepare(
         "policy": {
             "path": options.policy,
             "fingerprint": _fingerprint(folder),
-            "unnorm_key": options.unnorm_key,
+            "unnorm_key": unnorm_key,
         },
         "dtype": options.dtype,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -204,7 +212,8 @@ def _evaluate(options: argparse.Namespace, part: _Part, out: Path) -> dict[str, 
     # the policy has one core; simulators have the others
     torch.set_num_threads(1)
     began = time.perf_counter()
-    policy = partial(_load, part.folder, options.dtype, options.unnorm_key, part.device)
+    unnorm_key = part.given["policy"]["unnorm_key"]
+    policy = partial(_load, part.folder, options.dtype, unnorm_key, part.device)
     header = {**part.given, "starts": [[s.task_id, s.init_state_id] for s in part.starts]}
     # before the folder is locked, which leaves a file: it may be somebody else's
     require_evaluation(out, header)

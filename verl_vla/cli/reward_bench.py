@@ -63,7 +63,14 @@ from verl_vla.rewards.benchmark import (
     video_needs,
 )
 from verl_vla.rewards.encoders.base import track_batches
-from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, task_ids
+from verl_vla.rl.setup import (
+    env_config,
+    find_policy,
+    find_unnorm_key,
+    open_simulators,
+    starts,
+    task_ids,
+)
 from verl_vla.runs.console import bar, episodes_bar
 from verl_vla.runs.terminal import track_encoding
 
@@ -167,6 +174,8 @@ def _find_episodes(
     # for its errors: more groups than starts, or an unknown task
     _groups(played)
     policy = find_policy(played.policy)
+    # what is used, where the options left it to the folder
+    played = replace(played, unnorm_key=find_unnorm_key(policy, played.unnorm_key, chosen))
     processor = load_processor(policy, played.unnorm_key)
     simulated = env_config(_environment(played, options.num_workers), processor)
     # the size that is used, where the option left it to the policy

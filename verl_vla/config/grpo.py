@@ -129,7 +129,8 @@ class GRPOPolicyConfig(PolicyConfig):
     """Folder of a checkpoint, OpenVLA-OFT or scratch VLA: weights, config, tokenizer and
     statistics. A relative path starts at the project's root."""
     unnorm_key: str | None = None
-    """Entry of ``dataset_statistics.json`` to normalize with; null where there is only one."""
+    """Entry of ``dataset_statistics.json`` to normalize with; null takes the only one, or the
+    suite's."""
     dtype: Dtype = "bfloat16"
     """Dtype of the arithmetic and of frozen weights under adapters. Trained weights are kept in
     float32, and the head is always computed in float32."""

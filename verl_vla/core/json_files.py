@@ -102,6 +102,20 @@ def read_bytes(file: Path, remedy: str) -> bytes:
         raise ConfigError(f"{file} cannot be read ({error.strerror}); {remedy}") from error
 
 
+def read_begin(file: Path, num_bytes: int, remedy: str) -> bytes:
+    """Read the first bytes of a file of any size.
+
+    Raises:
+        ConfigError: it is no regular file, or cannot be read.
+    """
+    require_regular(file, remedy)
+    try:
+        with file.open("rb") as opened:
+            return opened.read(num_bytes)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error.strerror}); {remedy}") from error
+
+
 def read_yaml(file: Path, schema: Any, remedy: str) -> Any:
     """Read a YAML file as a declared type; see `read_json`.
 
