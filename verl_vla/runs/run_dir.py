@@ -14,9 +14,10 @@ from typing_extensions import TypedDict
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import LOCK, atomic_write, folder_lock, partial_file, writing_to
-from verl_vla.core.json_files import Entries, read_json, read_yaml, with_other_entries
+from verl_vla.core.json_files import Entries, read_json, with_other_entries
 from verl_vla.core.success_rate import count_entries
 from verl_vla.core.text import differences
+from verl_vla.core.yaml_files import read_yaml
 
 RECIPE_FILE = "recipe.yaml"
 SOLVED_FILE = "solved.json"
