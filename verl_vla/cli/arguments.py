@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import get_args
 
+from verl_vla.cli.bounds import check_words
 from verl_vla.config.choices import (
     ACTION_ROWS,
     ALL_BASES,
@@ -49,12 +50,18 @@ BENCHMARKS = {
 
 
 def parse(command: str, arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments of a command; a wrong one ends the process with its usage."""
+    """Parse the arguments of a command; a wrong one ends the process with its usage.
+
+    Raises:
+        ConfigError: a number is out of its bounds.
+    """
     if command == "bench" and arguments and arguments[0] in BENCHMARKS:
         # the other options are those of the benchmark's module, which is slow to import
         return argparse.Namespace(part=arguments[0], rest=list(arguments[1:]))
     # intermixed: KEY=VALUE may stand before, between and after options
-    return make_parser(command).parse_intermixed_args(arguments)
+    options = make_parser(command).parse_intermixed_args(arguments)
+    check_words(options)
+    return options
 
 
 def make_parser(command: str) -> Parser:

@@ -311,7 +311,7 @@ def _step_limit(limit: str) -> StepLimit:
     Raises:
         ConfigError: it is not a known name or a number of steps.
     """
-    if limit.isdigit():
+    if limit.isdecimal():
         return int(limit)
     if limit not in ("published", "simplevla"):
         raise ConfigError(

@@ -6,6 +6,7 @@ without veRL and Ray.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -28,11 +29,14 @@ from verl_vla.core.errors import (
     WriteError,
 )
 from verl_vla.core.files import DISK_IS_FULL
-from verl_vla.core.text import nearest
+from verl_vla.core.text import nearest, shorten
 from verl_vla.runs.terminal import Console
 
 EXIT_USAGE = 2
 """Exit code of an invalid request; nothing was started."""
+
+PATH_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.ENOTDIR)
+"""Errors of the system that are about the path that was named, rather than about the disk."""
 
 EXIT_STARVED = 3
 """Exit code if training stopped because nothing could be learned."""
@@ -83,6 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_USAGE
+    except OSError as error:
+        # whoever looks at a path may raise these, and there are many
+        if error.errno not in PATH_ERRORS or error.filename is None:
+            raise
+        sys.stderr.write(f"error: {_cannot_be_used(error)}\n")
+        return EXIT_USAGE
     except tuple(STOPPED) as error:
         sys.stderr.write(f"stopped: {error}\n")
         # isinstance, since SolvedError has the exit code of the StarvedError that it is
@@ -110,6 +120,11 @@ def _no_room(error: OSError) -> str:
         first = first.__context__
     where = error.filename or "a file"
     return f"{where} could not be written ({error.strerror}). Make room, and start again"
+
+
+def _cannot_be_used(error: OSError) -> str:
+    path = shorten(str(error.filename))
+    return f"{path} cannot be used ({error.strerror}); choose another path, or its permissions"
 
 
 def _speak_plainly() -> Console:

@@ -166,7 +166,7 @@ def _find_episodes(
         values = {name: value for name, value in record.items() if name != WEIGHTS}
         return folder, parse(PlayConfig, values), record
     limit = given.get("step_limit")
-    if limit is not None and limit.isdigit():
+    if limit is not None and limit.isdecimal():
         given["step_limit"] = int(limit)
     played = parse(PlayConfig, given | {"seed": options.seed})
     chosen = suite(played.suite)
