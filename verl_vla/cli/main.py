@@ -87,28 +87,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_USAGE
-    except OSError as error:
-        # whoever looks at a path may raise these, and there are many
-        if error.errno not in PATH_ERRORS or error.filename is None:
-            raise
-        sys.stderr.write(f"error: {_cannot_be_used(error)}\n")
-        return EXIT_USAGE
     except tuple(STOPPED) as error:
         sys.stderr.write(f"stopped: {error}\n")
         # isinstance, since SolvedError has the exit code of the StarvedError that it is
         return next(code for kind, code in STOPPED.items() if isinstance(error, kind))
     except OSError as error:
-        # what is written by other programs' code, which knows nothing of `WriteError`
-        if error.errno not in DISK_IS_FULL:
-            raise
-        sys.stderr.write(f"stopped: {_no_room(error)}\n")
-        return EXIT_CHECKPOINT
+        return _explained(error)
     except Interrupted as error:
         sys.stderr.write(f"stopped: {error}\n")
         return EXIT_SIGNAL + error.signal_number
     except KeyboardInterrupt:
         sys.stderr.write("stopped: SIGINT\n")
         return EXIT_SIGNAL + signal.SIGINT
+
+
+def _explained(error: OSError) -> int:
+    """Write what the system refused; return the exit code, or raise what nobody can explain."""
+    if error.errno in DISK_IS_FULL:
+        # what is written by other programs' code, which knows nothing of `WriteError`
+        sys.stderr.write(f"stopped: {_no_room(error)}\n")
+        return EXIT_CHECKPOINT
+    # whoever looks at a path may raise these, and there are many
+    if error.errno not in PATH_ERRORS or error.filename is None:
+        raise error
+    sys.stderr.write(f"error: {_cannot_be_used(error)}\n")
+    return EXIT_USAGE
 
 
 def _no_room(error: OSError) -> str:
