@@ -48,6 +48,16 @@ def is_alive(pid: int) -> bool:
     return stat is not None and stat[stat.rindex(")") + 2] != ENDED
 
 
+def start_time(pid: int) -> int | None:
+    """Return when a process started, in clock ticks; None where it is gone.
+
+    With its id this names a process for ever; ids alone are given to others again.
+    """
+    stat = _stat(pid)
+    # field 22 of proc(5); the first after the name is the third
+    return None if stat is None else int(stat[stat.rindex(")") + 2 :].split()[19])
+
+
 def end_now(message: str, exit_code: int) -> NoReturn:
     """End this process and all that it has started, whatever its other threads do."""
     assert sys.__stderr__ is not None
