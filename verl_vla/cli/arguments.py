@@ -351,6 +351,13 @@ def _soak(parser: Parser) -> None:
     add("--out", default="soak.json", help="JSON file of the results")
 
 
+def _chaos(parser: Parser) -> None:
+    """Inject faults into real trainings; each must end as it should and resume unchanged."""
+    add = parser.add_argument
+    add("--faults", nargs="+", metavar="NAME", help="faults by name; all if not given")
+    add("--out", default="chaos", help="new folder of the trainings and of chaos.json")
+
+
 def _bench(parser: Parser) -> None:
     """Measure the speed of a part; prints a table, then one JSON object on the last line."""
     listed = "\n".join(f"  {name:<8} {text}" for name, text in BENCHMARKS.items())
@@ -376,6 +383,7 @@ COMMANDS: dict[str, Callable[[Parser], None]] = {
     "reward-bench": _reward_bench,
     "quickstart": _quickstart,
     "soak": _soak,
+    "chaos": _chaos,
     "bench": _bench,
     "recipes": _recipes,
     "plan": _plan,

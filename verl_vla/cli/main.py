@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from verl_vla.cli.arguments import COMMANDS, parse
 from verl_vla.core.errors import (
     EXIT_LEARNER_LOST,
+    EXIT_REWARD,
     EXIT_SIGNAL,
     CheckpointError,
     ColdStartError,
@@ -43,9 +44,6 @@ EXIT_STARVED = 3
 
 EXIT_COLD_START = 4
 """Exit code if training did not begin: the policy succeeds too rarely to learn from it."""
-
-EXIT_REWARD = 5
-"""Exit code if the reward raised, or gave scores that cannot be trained on."""
 
 EXIT_CHECKPOINT = 6
 """Exit code if a checkpoint or a record could not be written, or no checkpoint is valid."""

@@ -279,6 +279,9 @@ class GRPOClusterConfig(ClusterConfig):
         return self
 
 
+WEEK_S = 7 * 24 * 3600
+
+
 @section("")
 class Recipe(BaseRecipe):
     """All options of a GRPO run."""
@@ -291,6 +294,14 @@ class Recipe(BaseRecipe):
     """Name of a file in ``rewards/``, or ``path/to/file.py:ClassName``."""
     reward_args: dict[str, Any] = Field(default_factory=dict[str, Any])
     """Arguments of the reward's constructor."""
+    reward_timeout_s: StrictFloat = Field(
+        default=3600.0,
+        gt=0,
+        le=WEEK_S,
+        json_schema_extra=remedy("set the seconds to wait, e.g. 600, at most those of a week"),
+    )
+    """Time within which the reward must score the episodes of a round and learn from them, s,
+    including its encoder's work; one that does not ends the run, which keeps the episodes."""
     loss: LossConfig = LossConfig()
     optimizer: GRPOOptimizerConfig = GRPOOptimizerConfig()
     trainer: GRPOTrainerConfig = GRPOTrainerConfig()
