@@ -94,10 +94,10 @@ def table(arms: dict[str, Arm]) -> str:
     """Return Markdown, a line for each reward."""
     head = [
         "reward",
-        "held-out, by seed",
+        "by seed",
         "all seeds (95%)",
         f"less `{BASELINE}` (95%)",
-        "training episodes solved",
+        "solved in training",
         "simulator steps",
     ]
     lines = [head, ["---"] * len(head)]

@@ -21,7 +21,7 @@ import torch
 from verl_vla.config.shared import EnvironmentConfig, EvaluationConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.files import atomic_write, folder_lock
+from verl_vla.core.files import atomic_write, folder_lock, recording
 from verl_vla.core.success_rate import count_entries
 from verl_vla.envs.base import EnvConfig, StepLimit
 from verl_vla.envs.libero.suite import PERTURBED
@@ -303,7 +303,8 @@ def _show(lines: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> None:
 
 
 def _write(file: Path, record: Mapping[str, Any]) -> None:
-    atomic_write(file, json.dumps(record, indent=1))
+    with recording(file):
+        atomic_write(file, json.dumps(record, indent=1))
     logger.info("written to %s", file)
 
 

@@ -27,7 +27,9 @@ from verl_vla.core.errors import (
     LearnerLostError,
     RewardError,
     StarvedError,
+    WriteError,
 )
+from verl_vla.core.files import DISK_IS_FULL
 from verl_vla.core.text import nearest
 from verl_vla.runs.terminal import Console
 
@@ -44,7 +46,7 @@ EXIT_REWARD = 5
 """Exit code if the reward raised, or gave scores that cannot be trained on."""
 
 EXIT_CHECKPOINT = 6
-"""Exit code if a checkpoint could not be written, or none is valid."""
+"""Exit code if a checkpoint or a record could not be written, or no checkpoint is valid."""
 
 EXIT_DIVERGED = 7
 """Exit code if training stopped because losses or gradients were no longer finite."""
@@ -54,6 +56,7 @@ STOPPED = {
     ColdStartError: EXIT_COLD_START,
     RewardError: EXIT_REWARD,
     CheckpointError: EXIT_CHECKPOINT,
+    WriteError: EXIT_CHECKPOINT,
     DivergedError: EXIT_DIVERGED,
     LearnerLostError: EXIT_LEARNER_LOST,
 }
@@ -88,16 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         sys.stderr.write(f"error: {_shorten(str(error))}\n")
         return EXIT_USAGE
-    except OSError as error:
-        if error.errno not in OF_PATHS:
-            raise
-        reason = f"{error.filename} cannot be read or written ({error.strerror}); name another path"
-        sys.stderr.write(f"error: {_shorten(reason)}\n")
-        return EXIT_USAGE
     except tuple(STOPPED) as error:
         sys.stderr.write(f"stopped: {error}\n")
         # isinstance, since SolvedError has the exit code of the StarvedError that it is
         return next(code for kind, code in STOPPED.items() if isinstance(error, kind))
+    except OSError as error:
+        said, code = _explain(error)
+        sys.stderr.write(f"{said}\n")
+        return code
     except Interrupted as error:
         sys.stderr.write(f"stopped: {error}\n")
         return EXIT_SIGNAL + error.signal_number
@@ -119,6 +120,32 @@ def _shorten(message: str) -> str:
         lambda word: f"{word[0][:60]}...({len(word[0])} characters)",
         message,
     )
+
+
+def _explain(error: OSError) -> tuple[str, int]:
+    """Return message and exit code of an error of the system that a user can mend.
+
+    Raises:
+        OSError: it is of another kind.
+    """
+    if error.errno in OF_PATHS:
+        reason = f"{error.filename} cannot be read or written ({error.strerror}); name another path"
+        return f"error: {_shorten(reason)}", EXIT_USAGE
+    # what is written by other programs' code, which knows nothing of `WriteError`
+    if error.errno in DISK_IS_FULL:
+        return f"stopped: {_no_room(error)}", EXIT_CHECKPOINT
+    raise error
+
+
+def _no_room(error: OSError) -> str:
+    """Return what could not be written, where a full disk was met more than once: the first."""
+    first: BaseException | None = error
+    while first is not None:
+        if isinstance(first, WriteError | CheckpointError):
+            return str(first)
+        first = first.__context__
+    where = error.filename or "a file"
+    return f"{where} could not be written ({error.strerror}). Make room, and start again"
 
 
 def _speak_plainly() -> Console:

@@ -5,7 +5,8 @@ An error names file, field and value, the reason and the remedy, whatever reads 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -140,6 +141,19 @@ def require_declared(content: Any, schema: Any, file: Path, remedy: str) -> Any:
         return TypeAdapter[Any](schema).validate_python(content, strict=True)
     except ValidationError as error:
         raise _config_error(error, str(file), remedy) from error
+
+
+@contextmanager
+def naming(file: Path) -> Generator[None]:
+    """Put ``file`` before the message of a `ConfigError` about what was read from it.
+
+    Raises:
+        ConfigError: as the block raised it, with the file's name.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
 
 
 def require_regular(file: Path, remedy: str) -> None:

@@ -30,7 +30,7 @@ from typing import Any, Literal
 from verl_vla.config.grpo import ColdStartConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ColdStartError
-from verl_vla.core.files import atomic_write
+from verl_vla.core.files import atomic_write, recording
 from verl_vla.core.success_rate import SuccessRate
 from verl_vla.evaluation.evaluate import Evaluation, evaluate
 from verl_vla.policies.base import Policy
@@ -232,7 +232,9 @@ def probe_starts(starts: Sequence[Start], episodes: int) -> tuple[Start, ...]:
 
 def keep(folder: Path, record: dict[str, Any]) -> None:
     """Write a probe's record into the run's folder, atomically."""
-    atomic_write(folder / COLD_START_FILE, json.dumps(record, indent=1))
+    file = folder / COLD_START_FILE
+    with recording(file):
+        atomic_write(file, json.dumps(record, indent=1))
 
 
 def was_passed(folder: Path) -> bool:

@@ -16,11 +16,11 @@ from scipy.stats import binomtest
 
 from verl_vla.core.episode import Outcome
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.json_files import read_json, require_declared
+from verl_vla.core.json_files import read_json
 from verl_vla.core.success_rate import SuccessRate
 from verl_vla.core.text import TextTable, differences
 from verl_vla.evaluation.conditions import DECIDES
-from verl_vla.runs.run_dir import EVALUATE_AGAIN, Evaluation
+from verl_vla.runs.run_dir import EVALUATE_AGAIN, require_evaluation_record
 
 TOLD = ("image_size", "seed", "dtype", "device", "versions")
 """Conditions that may differ between two evaluations that are compared; they are named."""
@@ -85,7 +85,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
             f"{file} does not say its {', '.join(missing)}; it was written by an older version: "
             "evaluate the policy again"
         )
-    return require_declared(record, Evaluation, file, EVALUATE_AGAIN)
+    return require_evaluation_record(record, file)
 
 
 def pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Paired]:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.json_files import Entries, read_json
+from verl_vla.core.json_files import Entries, naming, read_json
 from verl_vla.policies.weight_files import TAKE_THE_FILE
 
 Array = npt.NDArray[np.float64]
@@ -180,7 +180,8 @@ def load_statistics(
     """
     path, key, dataset = _read_dataset(folder, unnorm_key)
     low, high, mask = _columns(path, key, dataset.action, (*COLUMNS[normalization], "mask"))
-    return ActionStatistics(low, high, mask, key, normalization, _extremes(dataset.action))
+    with naming(path):
+        return ActionStatistics(low, high, mask, key, normalization, _extremes(dataset.action))
 
 
 def load_proprio_stats(
@@ -202,7 +203,8 @@ def load_proprio_stats(
         )
     low, high = _columns(path, key, dataset.proprio, COLUMNS[normalization])
     mask = np.ones(len(low), dtype=np.bool_)
-    return NormalizationStats(low, high, mask, key, normalization, _extremes(dataset.proprio))
+    with naming(path):
+        return NormalizationStats(low, high, mask, key, normalization, _extremes(dataset.proprio))
 
 
 def require_usual_mask(statistics: ActionStatistics) -> None:

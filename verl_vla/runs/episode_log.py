@@ -19,8 +19,8 @@ from pydantic import Field, NonNegativeInt
 from typing_extensions import TypedDict
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.files import atomic_write
-from verl_vla.core.json_files import read_json_lines, with_other_entries
+from verl_vla.core.files import atomic_write, recording
+from verl_vla.core.json_files import read_json_lines, require_regular, with_other_entries
 from verl_vla.core.success_rate import episode_entries
 from verl_vla.core.tables import Trajectories
 from verl_vla.core.text import differences
@@ -31,6 +31,7 @@ from verl_vla.runs.run_dir import PlayedEpisode
 EPISODE_LOG_FILE = "episodes.jsonl"
 HEADER_START = b'{"header": {'
 REMEDY = "remove that line, or restore the file from a copy"
+REMEDY_FOR_KIND = "move it away"
 
 
 class KeptActions(TypedDict):
@@ -88,7 +89,11 @@ class EpisodeLog:
             self._write([{"header": header}])
 
     def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Write lines and wait until they are on the disk."""
+        """Write lines and wait until they are on the disk.
+
+        Raises:
+            WriteError: the file cannot be written.
+        """
         self._write(lines)
 
     def rewind(self, last_step: int) -> None:
@@ -99,10 +104,11 @@ class EpisodeLog:
             header, *lines = file
         # without the torn line, which is not among the steps
         kept = [line for step, line in zip(steps, lines, strict=False) if step <= last_step]
-        atomic_write(self._path, b"".join([header, *kept]).decode())
+        with recording(self._path):
+            atomic_write(self._path, b"".join([header, *kept]).decode())
 
     def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        with self._path.open("a") as file:
+        with recording(self._path), self._path.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
             # flush reaches the kernel and fsync the disk, so that a power cut loses no line
             file.flush()
@@ -118,6 +124,7 @@ def require_own(folder: Path, header: Mapping[str, Any]) -> None:
     path = folder / EPISODE_LOG_FILE
     if not path.exists():
         return
+    require_regular(path, REMEDY_FOR_KIND)
     with path.open("rb") as file:
         first = file.readline()
     if first.endswith(b"\n"):

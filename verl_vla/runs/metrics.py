@@ -7,6 +7,7 @@ file and the console can never disagree.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from verl_vla.core.errors import ContractError
-from verl_vla.core.files import atomic_write
+from verl_vla.core.files import atomic_write, recording
 from verl_vla.core.json_files import read_json_lines
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,21 +213,31 @@ class MetricsFile:
         if not self._path.exists():
             return
         steps = [line["step"] for line in read_metrics(self._path)]
+        if repeated := [int(step) for step in steps if step > last_step]:
+            logger.info(
+                "steps %d to %d are newer than the last checkpoint: they are made again and their "
+                "lines in %s replaced",
+                repeated[0],
+                repeated[-1],
+                self._path.name,
+            )
         # as bytes: a process killed while it wrote may have left a part of a character, in a line
         # that is not among the steps
         with self._path.open("rb") as file:
             kept = [line for step, line in zip(steps, file, strict=False) if step <= last_step]
-        atomic_write(self._path, b"".join(kept).decode())
+        with recording(self._path):
+            atomic_write(self._path, b"".join(kept).decode())
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line.
 
         Raises:
             ContractError: a name that is not declared.
+            WriteError: the file cannot be written.
         """
         check_declared(values, self._declared)
         record = {"step": step} | {name: _plain(value) for name, value in values.items()}
-        with self._path.open("a") as file:
+        with recording(self._path), self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def add_to_last(self, values: Mapping[str, float]) -> None:
@@ -233,7 +246,8 @@ class MetricsFile:
         # the whole file again: a line that becomes longer cannot be changed in place
         *before, last = self._path.read_text().splitlines(keepends=True)
         record = json.loads(last) | {name: _plain(value) for name, value in values.items()}
-        atomic_write(self._path, "".join([*before, json.dumps(record) + "\n"]))
+        with recording(self._path):
+            atomic_write(self._path, "".join([*before, json.dumps(record) + "\n"]))
 
 
 def check_declared(values: Mapping[str, float], declared: Mapping[str, Metric] = METRICS) -> None:

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, NonNegativeInt
 from typing_extensions import TypedDict
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.files import LOCK, atomic_write, folder_lock, partial_file, writing_to
-from verl_vla.core.json_files import Entries, read_json, read_yaml, with_other_entries
+from verl_vla.core.files import (
+    LOCK,
+    atomic_write,
+    folder_lock,
+    partial_file,
+    recording,
+    writing_to,
+)
+from verl_vla.core.json_files import (
+    Entries,
+    read_json,
+    read_yaml,
+    require_declared,
+    with_other_entries,
+)
 from verl_vla.core.success_rate import count_entries
 from verl_vla.core.text import differences
 
@@ -98,7 +112,41 @@ def read_evaluation_file(file: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it is damaged or no `Evaluation`.
     """
-    return read_json(file, cast(Any, Evaluation), EVALUATE_AGAIN)
+    return require_evaluation_record(read_json(file, dict[str, Any], EVALUATE_AGAIN), file)
+
+
+def require_evaluation_record(record: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return a record that was read from ``file``, if its counts are those of its episodes.
+
+    Raises:
+        ConfigError: it is no `Evaluation`, lists a start twice, or says other numbers than its
+            episodes give.
+    """
+    require_declared(record, Evaluation, file, EVALUATE_AGAIN)
+    starts = Counter((entry["task"], entry["init_state"]) for entry in record["episodes"])
+    twice = [start for start, number in starts.items() if number > 1]
+    if twice:
+        raise ConfigError(
+            f"{file}: task {twice[0][0]} with init state {twice[0][1]} is listed "
+            f"{starts[twice[0]]} times, and a start is played once; {EVALUATE_AGAIN}"
+        )
+    task_ids = {task for task, _ in starts}
+    if len(task_ids) != len(record["tasks"]):
+        raise ConfigError(
+            f"{file}: it has the rates of {len(record['tasks'])} tasks and the episodes of "
+            f"{len(task_ids)}; {EVALUATE_AGAIN}"
+        )
+    counted = count_entries(record["episodes"], task_ids)
+    said = [record["total"], *record["tasks"].values()]
+    for name in ("successes", "episodes", "crashes"):
+        found = getattr(counted, name)
+        total, of_tasks = said[0][name], sum(entry[name] for entry in said[1:])
+        if not total == of_tasks == found:
+            raise ConfigError(
+                f"{file}: total.{name} is {total}, the sum over its tasks {of_tasks}, and its "
+                f"episodes have {found}; {EVALUATE_AGAIN}"
+            )
+    return record
 
 
 def evaluated_steps(folder: Path) -> list[int]:
@@ -112,13 +160,15 @@ def evaluated_steps(folder: Path) -> list[int]:
 def keep_evaluation(folder: Path, step: int, record: Mapping[str, Any], suffix: str = "") -> None:
     """Write the evaluation after a training step into the run's folder, atomically."""
     file = evaluation_file(folder, step, suffix)
-    file.parent.mkdir(exist_ok=True)
-    atomic_write(file, json.dumps(record, indent=1))
+    with recording(file):
+        file.parent.mkdir(exist_ok=True)
+        atomic_write(file, json.dumps(record, indent=1))
 
 
 def keep_solved(folder: Path, last_step: int) -> None:
     """Record that the run ended after ``last_step`` because the next step solved every episode."""
-    atomic_write(folder / SOLVED_FILE, json.dumps({"last_step": last_step}))
+    with recording(folder / SOLVED_FILE):
+        atomic_write(folder / SOLVED_FILE, json.dumps({"last_step": last_step}))
 
 
 def solved_after(folder: Path) -> int | None:

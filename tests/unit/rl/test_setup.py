@@ -120,7 +120,7 @@ def test_a_run_holds_the_parts_of_its_recipe_and_closes_its_simulators(recipe, p
 
 def test_a_disk_without_room_for_the_run_is_refused(recipe, no_simulators, monkeypatch):
     full = shutil.disk_usage("/")._replace(free=1000)
-    monkeypatch.setattr("verl_vla.runs.disk_space.shutil.disk_usage", lambda _: full)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: full)
     assert "needs up to" in refusal(recipe)
     assert not Path(recipe.out).exists()
 

@@ -216,6 +216,28 @@ def test_a_damaged_evaluation_is_named(run: Path, content: str) -> None:
             read()
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: r["episodes"].append(r["episodes"][2]), "task 0 with init state 2 is listed 2"),
+        (lambda r: r["tasks"].popitem(), "rates of 1 tasks and the episodes of 2"),
+        (lambda r: r["total"].update(successes=7), "total.successes is 7"),
+        (lambda r: r["episodes"][3].update(outcome=0), "its episodes have 7"),
+        (lambda r: next(iter(r["tasks"].values())).update(crashes=1), "the sum over its tasks 1"),
+    ],
+)
+def test_an_evaluation_whose_numbers_disagree_is_named(
+    run: Path, change: Callable[[dict[str, Any]], Any], said: str
+) -> None:
+    file = evaluation_file(run, 3)
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(record))
+    for read in (lambda: read_run(run), lambda: read_evaluation(file)):
+        with pytest.raises(ConfigError, match=f"{file.name}: .*{said}"):
+            read()
+
+
 def test_one_bad_folder_is_shown_as_bad_and_the_others_work(run: Path) -> None:
     root = run.parent
     insert(make_run(root / "damaged") / METRICS, 2, b"null\n")

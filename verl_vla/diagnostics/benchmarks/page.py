@@ -57,12 +57,21 @@ def with_tables(page: str, records: dict[str, Record]) -> str:
 
 def table(name: str, record: Record) -> str:
     """Format one record in Markdown: its command, its numbers, its conditions."""
-    rows = [f"| {key} | {_cell(value)} |" for key, value in record.items() if key not in NOT_SHOWN]
+    cells = {key: _cell(value) for key, value in record.items() if key not in NOT_SHOWN}
+    rows = {key: f"| {key} | {cell} |" for key, cell in cells.items()}
+    # a row of a table cannot be broken
+    long = [key for key, row in rows.items() if len(row) > WIDTH + MARGIN]
+    below = [
+        line
+        for key in long
+        for line in ("", f"{key}:", "", "```text", *_wrap(cells[key], WIDTH + MARGIN), "```")
+    ]
+    short = [row for key, row in rows.items() if key not in long]
     conditions = ", ".join(f"{key} {value}" for key, value in record["conditions"].items())
     command = " \\\n    ".join(_wrap(record["command"], WIDTH))
     lines = [f"### {name}", "", "```bash", command, "```", ""]
     told = "\n".join(_wrap(f"{conditions}.", WIDTH + MARGIN))
-    return "\n".join([*lines, "| what | value |", "|---|---|", *rows, "", told, ""])
+    return "\n".join([*lines, "| what | value |", "|---|---|", *short, *below, "", told, ""])
 
 
 def _cell(value: Any) -> str:

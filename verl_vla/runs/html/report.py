@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from verl_vla.core.episode import Outcome
-from verl_vla.core.files import atomic_write
+from verl_vla.core.files import atomic_write, recording
 from verl_vla.core.text import format_seconds
 from verl_vla.runs.episode_recorder import video_path
 from verl_vla.runs.html import figures
@@ -41,12 +41,14 @@ def write_report(folder: Path) -> Path:
 
     Raises:
         ConfigError: the folder is not that of a run.
+        WriteError: the page cannot be written.
     """
     view = read_run(folder)
     body = run_body(view, lambda episode: _embedded(video_path(folder, episode)))
     page = render("page.html", title=folder.name, body=body, live=False)
     file = folder / REPORT_FILE
-    atomic_write(file, page)
+    with recording(file):
+        atomic_write(file, page)
     return file
 
 
