@@ -63,6 +63,9 @@ from verl_vla.runs.terminal import bar
 
 logger = logging.getLogger(__name__)
 
+MOST_DIGITS = 9
+"""Digits of a step limit; an episode of as many steps takes years."""
+
 
 def run(options: argparse.Namespace) -> int:
     """Roll out the remaining episodes, print a table, and write ``evaluation.json``."""
@@ -164,7 +167,7 @@ def _prepare(
     folder = find_policy(options.policy)
     env = EnvironmentConfig(
         suite=name,
-        step_limit=_step_limit(options.step_limit),
+        step_limit=parse_step_limit(options.step_limit),
         render_size=options.render_size,
         num_workers=options.num_workers,
         num_slots=options.num_slots,
@@ -305,13 +308,14 @@ def _write(file: Path, record: Mapping[str, Any]) -> None:
     logger.info("written to %s", file)
 
 
-def _step_limit(limit: str) -> StepLimit:
+def parse_step_limit(limit: str) -> StepLimit:
     """Parse ``--step-limit``.
 
     Raises:
         ConfigError: it is not a known name or a number of steps.
     """
-    if limit.isdecimal():
+    # Python takes digits of every script, and no number of thousands of them
+    if limit.isascii() and limit.isdecimal() and len(limit) <= MOST_DIGITS:
         return int(limit)
     if limit not in ("published", "simplevla"):
         raise ConfigError(

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from verl_vla.cli.eval import parse_step_limit
 from verl_vla.config.schema import parse
 from verl_vla.config.shared import EnvironmentConfig
 from verl_vla.core.episode import EpisodeSpec
@@ -165,9 +166,8 @@ def _find_episodes(
         record = played_with(folder)
         values = {name: value for name, value in record.items() if name != WEIGHTS}
         return folder, parse(PlayConfig, values), record
-    limit = given.get("step_limit")
-    if limit is not None and limit.isdecimal():
-        given["step_limit"] = int(limit)
+    if "step_limit" in given:
+        given["step_limit"] = parse_step_limit(given["step_limit"])
     played = parse(PlayConfig, given | {"seed": options.seed})
     chosen = suite(played.suite)
     chosen.require_simulator()
