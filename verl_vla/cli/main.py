@@ -6,9 +6,11 @@ without veRL and Ray.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -58,6 +60,11 @@ STOPPED = {
 }
 """Exit codes of errors that end a command and whose message explains the reason."""
 
+OF_PATHS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
+"""Errors of the system about a path as such, which the user has named, whatever is done with it."""
+LONGEST_WORD = 400
+"""Characters of a word in a message; the rest of longer ones is left out."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code of the process."""
@@ -68,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(_help())
         return 0 if argv else EXIT_USAGE
     try:
+        _refuse_nul(argv)
         if argv[0] not in COMMANDS:
             raise ConfigError(f"{argv[0]!r} is no command; {nearest(argv[0], list(COMMANDS))}")
         options = parse(argv[0], argv[1:])
@@ -79,24 +87,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # before an error is written, or a bar would be drawn over it
             console.end_bars()
     except ConfigError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {_shorten(str(error))}\n")
         return EXIT_USAGE
     except tuple(STOPPED) as error:
         sys.stderr.write(f"stopped: {error}\n")
         # isinstance, since SolvedError has the exit code of the StarvedError that it is
         return next(code for kind, code in STOPPED.items() if isinstance(error, kind))
     except OSError as error:
-        # what is written by other programs' code, which knows nothing of `WriteError`
-        if error.errno not in DISK_IS_FULL:
-            raise
-        sys.stderr.write(f"stopped: {_no_room(error)}\n")
-        return EXIT_CHECKPOINT
+        said, code = _explain(error)
+        sys.stderr.write(f"{said}\n")
+        return code
     except Interrupted as error:
         sys.stderr.write(f"stopped: {error}\n")
         return EXIT_SIGNAL + error.signal_number
     except KeyboardInterrupt:
         sys.stderr.write("stopped: SIGINT\n")
         return EXIT_SIGNAL + signal.SIGINT
+
+
+def _refuse_nul(argv: Sequence[str]) -> None:
+    for word in argv:
+        if "\0" in word:
+            raise ConfigError(f"{word!r} holds a NUL, which no path and no name has; remove it")
+
+
+def _shorten(message: str) -> str:
+    """Cut words that would fill a screen."""
+    return re.sub(
+        rf"\S{{{LONGEST_WORD},}}",
+        lambda word: f"{word[0][:60]}...({len(word[0])} characters)",
+        message,
+    )
+
+
+def _explain(error: OSError) -> tuple[str, int]:
+    """Return message and exit code of an error of the system that a user can mend.
+
+    Raises:
+        OSError: it is of another kind.
+    """
+    if error.errno in OF_PATHS:
+        reason = f"{error.filename} cannot be read or written ({error.strerror}); name another path"
+        return f"error: {_shorten(reason)}", EXIT_USAGE
+    # what is written by other programs' code, which knows nothing of `WriteError`
+    if error.errno in DISK_IS_FULL:
+        return f"stopped: {_no_room(error)}", EXIT_CHECKPOINT
+    raise error
 
 
 def _no_room(error: OSError) -> str:

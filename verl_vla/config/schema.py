@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass, is_pydantic_dataclass
 from typing_extensions import dataclass_transform
 
 from verl_vla.config.errors import REMEDY, config_error
+from verl_vla.config.plain_values import require_plain
 
 T = TypeVar("T")
 
@@ -43,6 +44,7 @@ def section(path: str) -> Callable[[type[T]], type[T]]:
 
         @functools.wraps(construct)
         def checked(self: T, **values: Any) -> None:
+            require_plain(values, path)
             try:
                 construct(self, **values)
             except ValidationError as error:
@@ -68,7 +70,7 @@ def parse(schema: type[T], values: Mapping[str, Any], path: str = "") -> T:
 
     Raises:
         ConfigError: unknown keys (with the nearest known ones), missing keys, or values of the
-            wrong type, outside the choices or out of range.
+            wrong type, outside the choices or out of range, or such as `require_plain` refuses.
 
     >>> from verl_vla.config.grpo import ClipRange
     >>> parse(ClipRange, {"low": 1, "hi": 0.3}, "loss.clip")
@@ -76,6 +78,7 @@ def parse(schema: type[T], values: Mapping[str, Any], path: str = "") -> T:
     verl_vla.core.errors.ConfigError: unknown key 'loss.clip.hi'; did you mean 'loss.clip.high'? ...
     loss.clip.low is 1; a ratio is clipped between 0 and 2, so choose a number between 0 and 1, ...
     """
+    require_plain(values, path)
     try:
         return TypeAdapter(schema).validate_python(dict(values))
     except ValidationError as error:

@@ -431,7 +431,9 @@ class Processor:
 
     @property
     def codec(self) -> Any:
-        return SimpleNamespace(statistics=SimpleNamespace(gripper_dims=self.gripper_dims, key="x"))
+        return SimpleNamespace(
+            statistics=SimpleNamespace(gripper_dims=self.gripper_dims, key="mini")
+        )
 
 
 @pytest.mark.parametrize(
@@ -457,7 +459,9 @@ def test_a_policy_must_suit_the_robot(change, message):
 @pytest.mark.parametrize("dims", [(), (5,), (5, 6)])
 def test_the_gripper_is_where_the_suite_has_it(dims):
     given: Any = Processor(gripper_dims=dims)
-    with pytest.raises(ConfigError, match="'x' leave the values .* are at .6.: the mask must be"):
+    with pytest.raises(
+        ConfigError, match="'mini' leave the values .* are at .6.: the mask must be"
+    ):
         env_config(EnvironmentConfig(suite="mini"), given)
 
 
