@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from verl_vla.cli.bounds import check_words
+from verl_vla.core.files import require_place
 from verl_vla.core.text import TextTable
 from verl_vla.runs.terminal import show_table
 
@@ -24,6 +26,10 @@ def run(options: argparse.Namespace) -> int:
     parser.add_argument("--keep", type=Path, help="also write the record to this file")
     benchmark.add_options(parser)
     chosen = parser.parse_args(options.rest)
+    check_words(chosen)
+    if chosen.keep is not None:
+        # a measurement takes minutes, and its result must have a place
+        require_place(chosen.keep, "--keep")
     chosen.arguments = [options.part, *options.rest]
     record = benchmark.measure(chosen)
     show_table(

@@ -17,13 +17,9 @@ from pathlib import Path
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import writing_to
 from verl_vla.core.text import format_seconds
+from verl_vla.datasets.demo_file import check_recording
 from verl_vla.datasets.expert_episode import RecordingConfig
-from verl_vla.datasets.libero_writer import (
-    LiberoEpisode,
-    check_recording,
-    file_name,
-    write_libero_file,
-)
+from verl_vla.datasets.libero_writer import LiberoEpisode, file_name, write_libero_file
 from verl_vla.datasets.record import record
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.experts.choice import check_experts

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from verl_vla.cli.arguments import COMMANDS, parse
 from verl_vla.core.errors import (
     EXIT_LEARNER_LOST,
+    EXIT_REWARD,
     EXIT_SIGNAL,
     CheckpointError,
     ColdStartError,
@@ -42,9 +43,6 @@ EXIT_STARVED = 3
 EXIT_COLD_START = 4
 """Exit code if training did not begin: the policy succeeds too rarely to learn from it."""
 
-EXIT_REWARD = 5
-"""Exit code if the reward raised, or gave scores that cannot be trained on."""
-
 EXIT_CHECKPOINT = 6
 """Exit code if a checkpoint or a record could not be written, or no checkpoint is valid."""
 
@@ -62,7 +60,7 @@ STOPPED = {
 }
 """Exit codes of errors that end a command and whose message explains the reason."""
 
-OF_PATHS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+OF_PATHS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 """Errors of the system about a path as such, which the user has named, whatever is done with it."""
 LONGEST_WORD = 400
 """Characters of a word in a message; the rest of longer ones is left out."""

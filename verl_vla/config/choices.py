@@ -60,6 +60,19 @@ PERTURBATIONS = (*PRO_AXES, "plus", *(f"plus_{axis}" for axis in PLUS_AXES))
 """Names of perturbations: LIBERO-PRO's five axes, and LIBERO-Plus's seven, together or one by
 one."""
 
+MOST_SEED = 2**31 - 1
+"""Largest seed: one that torch, numpy and veRL take, also after a rank is added."""
+MOST_PROCESSES = 1024
+"""Most processes of one kind on one machine; the largest machines have fewer cores."""
+MOST_PX = 4096
+"""Largest side of an image, pixels; policies see 224, and LIBERO's textures have 1,024."""
+MOST_SLOTS = 1 << 16
+"""Most episodes that run at the same time."""
+MOST_EPISODES = 1_000_000
+"""Most episodes of one round or recording."""
+MOST_STEPS = 1_000_000
+"""Largest step limit; LIBERO's longest is 520."""
+
 MIB = 2**20
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.defaults_list import DefaultsList
 from hydra.core.global_hydra import GlobalHydra
@@ -16,13 +15,15 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from verl_vla.config.grpo import Recipe
+from verl_vla.config.plain_values import LONGEST
+from verl_vla.config.recipe_files import check_recipe_files
 from verl_vla.config.schema import parse
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import PROJECT_FOLDER
-from verl_vla.core.text import nearest
+from verl_vla.core.text import nearest, shorten
+from verl_vla.core.yaml_files import DEEPEST, parse_yaml
 
 RECIPES_FOLDER = PROJECT_FOLDER / "recipes"
 """Folder of the recipes with a plain name; its subfolders are Hydra's config groups."""
@@ -75,6 +76,7 @@ def compose_recipe(arguments: Sequence[str], folder: Path) -> Composition:
             f"Known: {', '.join(recipe_names(folder))}"
         )
     file = find_recipe(recipes[0], folder)
+    check_recipe_files(file)
     overrides = [_read_override(a) for a in arguments if not a.startswith("recipe=")]
     search = [] if file.parent == folder else [f"hydra.searchpath=['file://{folder}']"]
     try:
@@ -94,8 +96,13 @@ def compose_recipe(arguments: Sequence[str], folder: Path) -> Composition:
             origins |= {key: COMMAND_LINE for key, _ in leaves(option.value(), option.key_or_group)}
         # an unresolved ${...} or a ??? must fail here, not in a section that gets the bare string
         container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {file.stem!r} cannot be composed: {error}") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # Hydra and OmegaConf raise errors of a dozen kinds
+        raise ConfigError(
+            f"recipe {file.stem!r} cannot be composed: {str(error) or repr(error)}; correct it or "
+            "the options"
+        ) from error
     values = cast("dict[str, Any]", container)
     return Composition(values=values, origins=origins, choices=_choices(parts))
 
@@ -147,12 +154,18 @@ def _read_override(word: str) -> Override:
     # in Hydra's grammar ~key deletes an option; a section would then take its default
     if "=" not in word or word.startswith("~"):
         raise ConfigError(f"{word!r} is no key=value; write e.g. seed=1")
+    depth = _depth(word)
+    if len(word) > LONGEST or depth > DEEPEST:
+        raise ConfigError(
+            f"{shorten(repr(word))} has {len(word):,} characters, and brackets up to {depth} "
+            f"deep; write at most {LONGEST:,} and {DEEPEST}, or put the value into a recipe's file"
+        )
     try:
         override = OverridesParser.create().parse_override(word)
-    except HydraException as error:
+    except (HydraException, ValueError) as error:  # ValueError: a number of too many digits
         raise ConfigError(
-            f"{word!r} cannot be read ({str(error).splitlines()[0]}); a value with special "
-            "characters needs quotes of its own, e.g. \"out='runs/a=b'\""
+            f"{shorten(repr(word))} cannot be read ({shorten(str(error).splitlines()[0])}); a "
+            "value with special characters needs quotes of its own, e.g. \"out='runs/a=b'\""
         ) from error
     if override.key_or_group.split(".")[0] == "hydra":
         raise ConfigError(f"{word!r} is an option of Hydra, which runs no job here; leave it out")
@@ -160,6 +173,15 @@ def _read_override(word: str) -> Override:
     if override.is_sweep_override():
         raise ConfigError(f"{word!r} names several values; for a list use key=[value1,value2]")
     return override
+
+
+def _depth(word: str) -> int:
+    """Return how deep brackets lie within each other; quoted ones count too."""
+    depth = deepest = 0
+    for character in word:
+        depth += (character in "[{(") - (character in "]})")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _split(
@@ -205,7 +227,7 @@ def _origins(parts: DefaultsList, folders: Sequence[Path]) -> Iterator[tuple[str
         relative = f"{part.config_path}.yaml"
         # the user's folder comes first, as in Hydra's search path
         for file in [f / relative for f in folders if (f / relative).is_file()][:1]:
-            content = yaml.safe_load(file.read_text()) or {}
+            content = parse_yaml(file.read_text(), str(file), "correct the file") or {}
             # the defaults list names files and sets no option
             for key, _ in leaves({k: v for k, v in content.items() if k != "defaults"}):
                 yield key, relative

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -98,9 +97,6 @@ def _wrong_value(
     kind, value = detail["type"], detail["input"]
     location = _in_values(detail["loc"], values)
     name = _join(path, location)
-    # nan fails every comparison, so the bound that pydantic names is not what is wrong
-    if isinstance(value, float) and math.isnan(value):
-        return _Refusal(name, f"{name} is nan, which no check can compare; set a number")
     if kind in WRONG_TYPE:
         # pydantic joins the choices with commas and one "or"
         expected = detail["ctx"]["expected"].replace(" or ", ", ") if "literal" in kind else ""

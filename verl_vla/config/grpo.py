@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StrictBool, StrictFloat, StrictInt, model_validator
 
-from verl_vla.config.choices import Dtype, LoraTargets
+from verl_vla.config.choices import MOST_EPISODES, MOST_PROCESSES, Dtype, LoraTargets
 from verl_vla.config.schema import remedy, section
 from verl_vla.config.shared import (
     NEVER,
@@ -50,6 +50,15 @@ class SamplingConfig:
     max_rounds: StrictInt = Field(default=4, ge=1)
     """Largest number of rollout rounds in one training step, the first included; then the step
     uses the informative groups that it has, and the run stops if it has none."""
+
+    @model_validator(mode="after")
+    def _check_episodes(self) -> SamplingConfig:
+        if self.groups_per_step * self.group_size > MOST_EPISODES:
+            raise ConfigError(
+                f"sampling.groups_per_step is {self.groups_per_step} and sampling.group_size "
+                f"{self.group_size}; a step has at most {MOST_EPISODES:,} episodes, so set less"
+            )
+        return self
 
 
 IN_CLIP_RANGE = remedy(
@@ -114,7 +123,10 @@ class ColdStartConfig:
     """Lowest success rate that is trained. Source: set by the authors of a VLA from scratch for
     LIBERO-Spatial, which solved 0 of 15 episodes; GRPO without the check taught it nothing."""
     episodes: StrictInt = Field(
-        default=32, ge=1, json_schema_extra=remedy("set at least 1, or cold_start.mode=off")
+        default=32,
+        ge=1,
+        le=MOST_EPISODES,
+        json_schema_extra=remedy(f"set 1 to {MOST_EPISODES:,}, or cold_start.mode=off"),
     )
     """Number of probe episodes in a round, spread evenly over the tasks; up to four rounds are
     played while the interval of the success rate holds the threshold."""
@@ -240,7 +252,7 @@ class GRPOClusterConfig(ClusterConfig):
 
     num_nodes: StrictInt = Field(default=1, ge=1)
     """Number of machines that run learner processes (ranks)."""
-    ranks_per_node: StrictInt = Field(default=1, ge=1)
+    ranks_per_node: StrictInt = Field(default=1, ge=1, le=MOST_PROCESSES)
     """Number of data-parallel learner processes on each node, one GPU each."""
     gather_once: StrictBool = True
     """Gather the sharded weights once per rollout, in ``policy.dtype``, so that each rank holds
@@ -267,6 +279,9 @@ class GRPOClusterConfig(ClusterConfig):
         return self
 
 
+WEEK_S = 7 * 24 * 3600
+
+
 @section("")
 class Recipe(BaseRecipe):
     """All options of a GRPO run."""
@@ -279,6 +294,14 @@ class Recipe(BaseRecipe):
     """Name of a file in ``rewards/``, or ``path/to/file.py:ClassName``."""
     reward_args: dict[str, Any] = Field(default_factory=dict[str, Any])
     """Arguments of the reward's constructor."""
+    reward_timeout_s: StrictFloat = Field(
+        default=3600.0,
+        gt=0,
+        le=WEEK_S,
+        json_schema_extra=remedy("set the seconds to wait, e.g. 600, at most those of a week"),
+    )
+    """Time within which the reward must score the episodes of a round and learn from them, s,
+    including its encoder's work; one that does not ends the run, which keeps the episodes."""
     loss: LossConfig = LossConfig()
     optimizer: GRPOOptimizerConfig = GRPOOptimizerConfig()
     trainer: GRPOTrainerConfig = GRPOTrainerConfig()

@@ -11,7 +11,7 @@ with pydantic's `StrictInt`, `StrictFloat` (which takes whole numbers) and `Stri
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass, is_pydantic_dataclass
 from typing_extensions import dataclass_transform
 
 from verl_vla.config.errors import REMEDY, config_error
-from verl_vla.core.errors import ConfigError
+from verl_vla.config.plain_values import require_plain
 
 T = TypeVar("T")
 
@@ -44,6 +44,7 @@ def section(path: str) -> Callable[[type[T]], type[T]]:
 
         @functools.wraps(construct)
         def checked(self: T, **values: Any) -> None:
+            require_plain(values, path)
             try:
                 construct(self, **values)
             except ValidationError as error:
@@ -69,7 +70,7 @@ def parse(schema: type[T], values: Mapping[str, Any], path: str = "") -> T:
 
     Raises:
         ConfigError: unknown keys (with the nearest known ones), missing keys, or values of the
-            wrong type, outside the choices or out of range.
+            wrong type, outside the choices or out of range, or such as `require_plain` refuses.
 
     >>> from verl_vla.config.grpo import ClipRange
     >>> parse(ClipRange, {"low": 1, "hi": 0.3}, "loss.clip")
@@ -77,23 +78,11 @@ def parse(schema: type[T], values: Mapping[str, Any], path: str = "") -> T:
     verl_vla.core.errors.ConfigError: unknown key 'loss.clip.hi'; did you mean 'loss.clip.high'? ...
     loss.clip.low is 1; a ratio is clipped between 0 and 2, so choose a number between 0 and 1, ...
     """
-    _refuse_nul(values, path)
+    require_plain(values, path)
     try:
         return TypeAdapter(schema).validate_python(dict(values))
     except ValidationError as error:
         raise config_error(schema, error, values, path) from None
-
-
-def _refuse_nul(value: Any, name: str) -> None:
-    """Refuse what neither a path nor a name can hold, wherever a recipe has it."""
-    if isinstance(value, str) and "\0" in value:
-        raise ConfigError(f"{name} is {value!r}, which holds a NUL; remove it")
-    if isinstance(value, Mapping):
-        for key, below in cast("Mapping[str, Any]", value).items():
-            _refuse_nul(below, f"{name}.{key}" if name else key)
-    elif isinstance(value, list | tuple):
-        for index, below in enumerate(cast("Sequence[Any]", value)):
-            _refuse_nul(below, f"{name}[{index}]")
 
 
 def meanings(schema: type[Any], path: str = "") -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, model_validator
 
-from verl_vla.config.choices import Dtype
+from verl_vla.config.choices import MOST_PROCESSES, Dtype
 from verl_vla.config.compose import RECIPES_FOLDER, compose_recipe
 from verl_vla.config.schema import parse, remedy, section
 from verl_vla.config.shared import (
@@ -89,7 +89,7 @@ class DemosConfig:
     solved then, as in openvla-oft's data; ``false`` renders the recorded states of all."""
     augment: StrictBool = True
     """Augment images at random, as published; evaluations then crop the centre."""
-    num_loaders: StrictInt = Field(default=2, ge=0)
+    num_loaders: StrictInt = Field(default=2, ge=0, le=MOST_PROCESSES)
     """Number of processes per rank that read and prepare images; 0 reads between the steps."""
 
 
@@ -162,7 +162,7 @@ class SFTTrainerConfig(TrainerConfig):
 class SFTClusterConfig(ClusterConfig):
     """Processes of the learner: all on one machine, one per rank."""
 
-    num_ranks: StrictInt = Field(default=1, ge=1)
+    num_ranks: StrictInt = Field(default=1, ge=1, le=MOST_PROCESSES)
     """Number of data-parallel processes, one GPU each."""
 
 

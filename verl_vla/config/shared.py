@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
+from verl_vla.config.choices import MOST_PROCESSES, MOST_PX, MOST_SEED, MOST_SLOTS
 from verl_vla.config.schema import remedy, section
 
 LORA_ALPHA = 16
@@ -60,12 +61,12 @@ class EnvironmentConfig:
     step_limit: Literal["published", "simplevla"] | StrictInt = "published"
     """Number of simulator steps after which an episode has failed: openvla-oft's table,
     SimpleVLA-RL's 512 for all suites, or a number."""
-    render_size: StrictInt | None = Field(default=None, ge=1)
+    render_size: StrictInt | None = Field(default=None, ge=1, le=MOST_PX)
     """Height and width of a camera's image before it is prepared for the policy, px; null takes
     the size that the policy was fine-tuned on, or openvla-oft's 256 if its folder does not say."""
-    num_workers: StrictInt = Field(default=8, ge=1)
+    num_workers: StrictInt = Field(default=8, ge=1, le=MOST_PROCESSES)
     """Number of simulator processes on each machine that simulates."""
-    num_slots: StrictInt = Field(default=64, ge=1)
+    num_slots: StrictInt = Field(default=64, ge=1, le=MOST_SLOTS)
     """Number of episodes that run at the same time."""
     timeout_s: StrictFloat = Field(
         default=300.0, gt=0, json_schema_extra=remedy("set the seconds to wait, e.g. 300")
@@ -135,7 +136,7 @@ class BaseRecipe:
         min_length=1, json_schema_extra=remedy("name a folder for the run, e.g. out=runs/first")
     )
     """Folder of the run: configuration, metrics, checkpoints. The same command resumes it."""
-    seed: StrictInt = Field(default=0, ge=0)
+    seed: StrictInt = Field(default=0, ge=0, le=MOST_SEED)
     """Seed of all of the run's randomness."""
 
     def as_dict(self) -> dict[str, Any]:

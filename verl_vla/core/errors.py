@@ -17,6 +17,8 @@
 EXIT_SIGNAL = 128
 """Base of the exit code of a process that a signal ended: this plus its number, as in shells."""
 
+EXIT_REWARD = 5
+"""Exit code if the reward raised, took too long, or gave scores that cannot be trained on."""
 
 EXIT_LEARNER_LOST = 8
 """Exit code if training stopped because a process of the learner died."""

@@ -1,4 +1,4 @@
-"""JSON and YAML files that other people and other programs wrote: read as declared, or refused.
+"""JSON files that other people and other programs wrote: read as declared, or refused.
 
 An error names file, field and value, the reason and the remedy, whatever reads the file.
 """
@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, with_config
 
 from verl_vla.core.errors import ConfigError
@@ -190,21 +189,6 @@ def read_begin(file: Path, num_bytes: int, remedy: str) -> bytes:
             return opened.read(num_bytes)
     except OSError as error:
         raise ConfigError(f"{file} cannot be read ({error.strerror}); {remedy}") from error
-
-
-def read_yaml(file: Path, schema: Any, remedy: str) -> Any:
-    """Read a YAML file as a declared type; see `read_json`.
-
-    Raises:
-        ConfigError: it cannot be read, is no YAML in UTF-8, or lacks a declared entry or has one of
-            another type.
-    """
-    try:
-        content = yaml.safe_load(read_bytes(file, remedy).decode())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        reason = str(error).replace("\n", " ")
-        raise ConfigError(f"{file}: it is no YAML in UTF-8 ({reason}); {remedy}") from error
-    return require_declared(content, schema, file, remedy)
 
 
 def require_declared(content: Any, schema: Any, file: Path, remedy: str) -> Any:

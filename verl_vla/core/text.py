@@ -23,6 +23,15 @@ def nearest(
     return f"did you mean {prefix + close[0]!r}? {known}" if close else known
 
 
+def shorten(text: str, most: int = 200) -> str:
+    """Return the first ``most`` characters of a text, and three dots if it has more.
+
+    >>> shorten("abcdef", 3)
+    'abc...'
+    """
+    return text if len(text) <= most else text[:most] + "..."
+
+
 def differences(
     before: Mapping[str, Any],
     after: Mapping[str, Any],

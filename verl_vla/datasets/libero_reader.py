@@ -12,7 +12,6 @@ The arm's joints tell which: `_is_after_action`.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,18 +26,19 @@ from verl_vla.config.choices import CAMERAS
 from verl_vla.config.sft import DemoChoice
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.image_preprocessing import Pixels
+from verl_vla.core.text import shorten
 from verl_vla.datasets.action_targets import moving_steps
-from verl_vla.datasets.libero_writer import DISTURBED, FILE_SUFFIX, IMAGES, RENDERED, file_name
+from verl_vla.datasets.demo_file import (
+    ARM,
+    JOINTS,
+    REMEDY,
+    DemoReader,
+    Node,
+    open_demos,
+    require_one_size,
+)
+from verl_vla.datasets.libero_writer import FILE_SUFFIX, IMAGES, RENDERED, file_name
 from verl_vla.envs.libero.suite import LiberoSuite
-
-JOINTS = "obs/joint_states"
-"""Path of the arm's joint angles [T, 7], rad, within an episode's group."""
-ARM = slice(1, 8)
-"""Columns of a state that hold the arm's joint angles: robosuite's robot is the model's first body,
-and column 0 is the time."""
-
-Node = Any
-"""An h5py file, group or data set; h5py's types do not say which of them a name refers to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +64,11 @@ class Demo:
     """Height of its images, pixels."""
     cameras: tuple[str, ...]
     """Members of `CAMERAS` with images in the episode, in their order."""
+
+    @property
+    def label(self) -> str:
+        """File and name, for messages."""
+        return f"{self.file}: {self.name}"
 
     @property
     def own_actions(self) -> npt.NDArray[np.float32]:
@@ -98,22 +103,19 @@ def read_demos(
     held_out: list[Demo] = []
     for task_id in tasks:
         path = demo_file(folder, suite.task(task_id).name)
-        try:
-            with h5py.File(path, "r") as file:
-                names = _episode_names(file)
-                chosen = _split(names, choice, path)
-                sentence = read_sentence(file)
-                words = suite.task(task_id).instruction
-                instruction = words if choice.wording == "task_name" else sentence
-                # unpacked at once: a generator would read after the file is closed
-                first, last = (
-                    [_read_demo(file, path, n, task_id, instruction, choice) for n in part]
-                    for part in chosen
-                )
-        except (OSError, KeyError) as error:
-            raise _broken(path, error) from error
+        with open_demos(path) as file:
+            chosen = _split(file.names, choice, path)
+            sentence = file.sentence()
+            words = suite.task(task_id).instruction
+            instruction = words if choice.wording == "task_name" else sentence
+            # unpacked at once: a generator would read after the file is closed
+            first, last = (
+                [_read_demo(file.demo(n), path, n, task_id, instruction, choice) for n in part]
+                for part in chosen
+            )
         learned += first
         held_out += last
+    require_one_size([(demo.label, demo.render_size) for demo in [*learned, *held_out]])
     return learned, held_out
 
 
@@ -127,23 +129,12 @@ def read_actions(folder: Path) -> list[npt.NDArray[np.float32]]:
     """
     actions: list[npt.NDArray[np.float32]] = []
     for path in sorted(folder.glob(f"*{FILE_SUFFIX}")):
-        try:
-            with h5py.File(path, "r") as file:
-                for name in _episode_names(file):
-                    episode: Node = file[f"data/{name}"]
-                    values = np.asarray(episode["actions"], dtype=np.float64)
-                    is_own = ~_mask(episode, DISTURBED, len(values), absent=False)
-                    steps = moving_steps(values)
-                    actions.append(values[steps[is_own[steps]]].astype(np.float32))
-        except (OSError, KeyError) as error:
-            raise _broken(path, error) from error
+        with open_demos(path) as file:
+            for name in file.names:
+                values, disturbed = file.demo(name).actions()
+                steps = moving_steps(values)
+                actions.append(values[steps[~disturbed[steps]]].astype(np.float32))
     return actions
-
-
-def read_sentence(file: Node) -> str:
-    """Return the instruction stored in the file: a BDDL file's sentence without its quotes."""
-    information = json.loads(file["data"].attrs["problem_info"])
-    return "".join(information["language_instruction"]).strip('"')
 
 
 class FrameReader:
@@ -164,8 +155,13 @@ class FrameReader:
         It is rotated by 180 degrees, so that left and right are swapped, as openvla-oft does
         (``experiments/robot/libero/libero_utils.py:33``) and as `Renderer.render` returns it.
         """
-        file = self._file(demo.file)
-        stored = file[f"data/{demo.name}/{IMAGES[camera]}"][int(demo.image_rows[index])]
+        row, path = int(demo.image_rows[index]), IMAGES[camera]
+        try:
+            stored = self._file(demo.file)[f"data/{demo.name}/{path}"][row]
+        except (OSError, KeyError, RuntimeError) as error:
+            raise ConfigError(
+                f"{demo.label}: row {row} of its {path} is broken ({shorten(str(error))}); {REMEDY}"
+            ) from error
         # a copy, since torch takes no array with negative strides
         return np.ascontiguousarray(stored[::-1, ::-1])
 
@@ -190,18 +186,6 @@ class FrameReader:
         return self._files[path]
 
 
-def _broken(path: Path, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"{path} is no LIBERO demonstration file or is broken ({error}); fetch or record it again"
-    )
-
-
-def _episode_names(file: Node) -> list[str]:
-    """Return ``demo_0``, ``demo_1``, ... ``demo_10``, in numerical order."""
-    names = [name for name in file["data"] if name.startswith("demo_")]
-    return sorted(names, key=lambda name: int(name.removeprefix("demo_")))
-
-
 def _split(names: list[str], choice: DemoChoice, path: Path) -> tuple[list[str], list[str]]:
     rest = len(names) - choice.held_out_per_task
     wanted = rest if choice.per_task == "all" else choice.per_task
@@ -215,20 +199,19 @@ def _split(names: list[str], choice: DemoChoice, path: Path) -> tuple[list[str],
 
 
 def _read_demo(
-    file: Node, path: Path, name: str, task_id: int, instruction: str, choice: DemoChoice
+    episode: DemoReader, path: Path, name: str, task_id: int, instruction: str, choice: DemoChoice
 ) -> Demo:
-    episode = file[f"data/{name}"]
     # filtered in the file's own precision; openvla-oft's copy is cast only afterwards
-    actions = np.asarray(episode["actions"], dtype=np.float64)
-    num_frames, render_size = episode[IMAGES[CAMERAS[0]]].shape[:2]
-    if actions.ndim != 2 or not 0 < len(actions) == num_frames:
-        raise ConfigError(
-            f"{path}: {name} holds actions {list(actions.shape)} and {num_frames} images; each "
-            "action needs the image before it: fetch or record the file again"
-        )
+    actions, disturbed = episode.actions()
+    render_size = episode.render_size(len(actions))
     steps = moving_steps(actions) if choice.filter_noops else np.arange(len(actions))
-    lag = int(_is_after_action(episode, f"{path}: {name}"))
+    lag = int(_is_after_action(episode, len(actions)))
     steps = steps[steps >= lag]  # nothing shows the moment before the first action
+    if not len(steps):
+        raise ConfigError(
+            f"{episode.label}: its {len(actions)} actions are idle, so there is nothing to learn; "
+            "leave the demonstration out"
+        )
     return Demo(
         file=path,
         name=name,
@@ -238,33 +221,26 @@ def _read_demo(
         # an image after action t - 1 is the one before action t
         image_rows=steps - lag,
         actions=actions[steps].astype(np.float32),
-        disturbed=_mask(episode, DISTURBED, len(actions), absent=False)[steps],
-        rendered=_mask(episode, RENDERED, len(actions), absent=True)[steps - lag],
+        disturbed=disturbed[steps],
+        rendered=episode.mask(RENDERED, len(actions), absent=True)[steps - lag],
         render_size=render_size,
-        cameras=tuple(camera for camera in CAMERAS if IMAGES[camera] in episode),
+        cameras=tuple(camera for camera in CAMERAS if episode.has(IMAGES[camera])),
     )
 
 
-def _mask(episode: Node, name: str, num_rows: int, *, absent: bool) -> npt.NDArray[np.bool_]:
-    """Return a mask [T] of `verl_vla.datasets.libero_writer`; other writers' files have none."""
-    if name not in episode:
-        return np.full(num_rows, absent)
-    return np.asarray(episode[name], dtype=bool)
-
-
-def _is_after_action(episode: Node, label: str) -> bool:
+def _is_after_action(episode: DemoReader, num_rows: int) -> bool:
     """Check whether an episode's observations were made after the action of their row.
 
     The joints of the arm are compared with those of the state before the action and of the state
     after it; the nearer one decides. A replay that drifts a little does not change the answer.
     """
-    if JOINTS not in episode:
+    if not episode.has(JOINTS):
         raise ConfigError(
-            f"{label} holds no {JOINTS}, so nothing tells whether its images were taken before or "
-            "after their actions; record it with them, or set demos.images=rerendered"
+            f"{episode.label} holds no {JOINTS}, so nothing tells whether its images were taken "
+            "before or after their actions; record it with them, or set demos.images=rerendered"
         )
-    seen = np.asarray(episode[JOINTS], dtype=np.float64)
-    arm = np.asarray(episode["states"], dtype=np.float64)[:, ARM]
+    seen = episode.joints(num_rows)
+    arm = episode.states(num_rows)[:, ARM]
     # without the last row, which has no state after it
     to_before = np.abs(seen[:-1] - arm[:-1]).sum()
     to_after = np.abs(seen[:-1] - arm[1:]).sum()

@@ -31,7 +31,6 @@ import numpy as np
 import numpy.typing as npt
 
 from verl_vla.config.choices import CAMERAS
-from verl_vla.core.errors import ConfigError
 
 IMAGES: dict[str, str] = dict(
     zip(CAMERAS, ("obs/agentview_rgb", "obs/eye_in_hand_rgb"), strict=True)
@@ -114,28 +113,6 @@ def write_libero_file(
         data.attrs["num_demos"] = num_demos
         data.attrs["total"] = total
     partial_file.replace(path)
-
-
-def check_recording(path: Path, recording: Mapping[str, Any]) -> None:
-    """Check that a file was recorded with these settings.
-
-    Raises:
-        ConfigError: it was recorded with others, or is no recording of this project.
-    """
-    try:
-        with h5py.File(path, "r") as file:
-            stored: dict[str, Any] = dict(file["data"].attrs)
-    except (OSError, KeyError) as error:
-        raise ConfigError(f"{path} is broken ({error}); delete it to record it again") from error
-    if RECORDING not in stored:
-        raise ConfigError(f"{path} is there and was not recorded here; name another --out")
-    before = json.loads(stored[RECORDING])
-    for name, value in recording.items():
-        if name not in before or before[name] != value:
-            raise ConfigError(
-                f"{path} was recorded with {name} {before[name] if name in before else 'unset'}, "
-                f"not {value}; name another --out, or delete the file to record it again"
-            )
 
 
 def _write_episode(group: Any, episode: LiberoEpisode) -> None:

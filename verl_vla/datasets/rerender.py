@@ -16,7 +16,6 @@ older.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
@@ -34,8 +33,9 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.core.signals import end_with_parent
 from verl_vla.core.text import format_seconds
 from verl_vla.datasets.action_targets import moving_steps
-from verl_vla.datasets.libero_reader import JOINTS, Node, demo_file
-from verl_vla.datasets.libero_writer import DISTURBED, IMAGES, PARTIAL_SUFFIX, RECORDING
+from verl_vla.datasets.demo_file import JOINTS, MODEL, DemoFile, DemoReader, Node, open_demos
+from verl_vla.datasets.libero_reader import demo_file
+from verl_vla.datasets.libero_writer import DISTURBED, IMAGES, PARTIAL_SUFFIX
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.env import SETTLE_ACTION, LiberoEnv
 from verl_vla.envs.libero.suite import libero_suite, make_libero_env
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 logger = getLogger(__name__)
 
 RGB = 3
-MODEL = "model_file"
-"""Attribute of an episode with the XML of its model; LIBERO ``scripts/create_dataset.py``."""
 INSTEAD = "set demos.images=stored or demos.replay=false"
 
 
@@ -152,12 +150,12 @@ def _report(result: Rerendered, name: str, left: str) -> None:
 
 def _refuse_biased(path: Path) -> None:
     """Refuse a recording of this project whose expert fails on purpose."""
-    with h5py.File(path, "r") as file:
-        attributes: Node = file["data"].attrs
-        if RECORDING not in attributes:
-            return
-        error_m = json.loads(attributes[RECORDING])["height_error_m"]
-    if error_m > 0:
+    with open_demos(path) as file:
+        recording = file.recording()
+    if recording is None:
+        return
+    if "height_error_m" in recording and recording["height_error_m"] != 0:
+        error_m = recording["height_error_m"]
         raise ConfigError(
             f"{path} was recorded with --height-error {error_m}: its failures are there on "
             f"purpose, and a replay would drop them; {INSTEAD}"
@@ -176,10 +174,10 @@ def rerender_task(work: Rerendering, task_id: int) -> Rerendered:
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
         with (
-            h5py.File(work.source / path.name, "r") as source,
+            open_demos(work.source / path.name) as source,
             h5py.File(partial, "w") as target,
         ):
-            result = _rerender_file(work, env, task_id, source["data"], target)
+            result = _rerender_file(work, env, task_id, source, target)
     finally:
         env.close()
     if not result.num_kept:
@@ -192,11 +190,12 @@ def rerender_task(work: Rerendering, task_id: int) -> Rerendered:
 
 
 def _rerender_file(
-    work: Rerendering, env: LiberoEnv, task_id: int, episodes: Node, target: Node
+    work: Rerendering, env: LiberoEnv, task_id: int, source: DemoFile, target: Node
 ) -> Rerendered:
     data = target.create_group("data")
-    data.attrs.update(episodes.attrs)
-    has_models = any(MODEL in episode.attrs for episode in episodes.values())
+    data.attrs.update(source.data.attrs)
+    episodes = {name: source.demo(name) for name in source.names}
+    has_models = any(episode.model() is not None for episode in episodes.values())
     simulator = env.simulator(task_id)
     num_kept = num_images = 0
     for name, episode in episodes.items():
@@ -215,24 +214,26 @@ def _rerender_file(
     )
 
 
-def _read(source: Node, simulator: Simulator, work: Rerendering, *, has_models: bool) -> _Demo:
-    states = np.asarray(source["states"], dtype=np.float64)
-    label = f"{source.file.filename}: {source.name}"
-    if states.ndim != 2 or states.shape[1] != simulator.state_size:
+def _read(
+    source: DemoReader, simulator: Simulator, work: Rerendering, *, has_models: bool
+) -> _Demo:
+    actions, _ = source.actions()
+    states, label = source.states(len(actions)), source.label
+    if states.shape[1] != simulator.state_size:
         raise ConfigError(
             f"{label} has states {list(states.shape)}, but a state of its task has "
             f"{simulator.state_size} numbers; record it with the installed LIBERO, or set "
             "demos.images=stored"
         )
-    if has_models and MODEL not in source.attrs:
+    model = source.model()
+    if has_models and model is None:
         raise ConfigError(
             f"{label} has no attribute {MODEL}, and others of its file do; fetch the file again, "
             "or set demos.images=stored"
         )
-    actions = np.asarray(source["actions"], dtype=np.float64)
     skips = work.replays and work.filter_noops
     rows = moving_steps(actions) if skips else np.arange(len(actions))
-    fixtures = simulator.fixtures_in(str(source.attrs[MODEL]), label) if has_models else None
+    fixtures = None if model is None else simulator.fixtures_in(model, label)
     return _Demo(rows=rows, actions=actions[rows], states=states, fixtures=fixtures)
 
 
@@ -268,11 +269,12 @@ def _moments(demo: _Demo, simulator: Simulator, work: Rerendering) -> Iterator[N
 
 
 def _draw_episode(
-    demo: _Demo, source: Node, target: Node, simulator: Simulator, work: Rerendering
+    demo: _Demo, source: DemoReader, target: Node, simulator: Simulator, work: Rerendering
 ) -> None:
     target["actions"] = demo.actions
-    if DISTURBED in source:
-        target[DISTURBED] = source[DISTURBED][()][demo.rows]
+    if source.has(DISTURBED):
+        mask = source.mask(DISTURBED, len(demo.states), absent=False)
+        target[DISTURBED] = mask[demo.rows].astype(np.uint8)
     shape = (work.env.render_size, work.env.render_size, RGB)
     # one image a chunk, as training reads them
     frames = {

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
-from verl_vla.config.choices import Fixtures, Split
+from verl_vla.config.choices import MOST_STEPS, Fixtures, Split
 from verl_vla.core.episode import GoalReadings, Observation, Outcome
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.text import nearest
@@ -249,6 +249,8 @@ class Suite(ABC):
             raise ConfigError(
                 f"step_limit is {limit!r}; choose 'published', 'simplevla' or at least 1 step"
             )
+        if limit > MOST_STEPS:
+            raise ConfigError(f"step_limit is {limit}; set at most {MOST_STEPS:,}")
         return limit
 
     def init_state_ids(self, task_id: int, split: Split) -> list[int]:

@@ -25,12 +25,12 @@ from verl_vla.core.files import (
 from verl_vla.core.json_files import (
     Entries,
     read_json,
-    read_yaml,
     require_declared,
     with_other_entries,
 )
 from verl_vla.core.success_rate import count_entries
 from verl_vla.core.text import differences
+from verl_vla.core.yaml_files import read_yaml
 
 RECIPE_FILE = "recipe.yaml"
 SOLVED_FILE = "solved.json"

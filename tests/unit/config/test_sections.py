@@ -75,6 +75,15 @@ def test_nothing_is_converted_to_another_type(section: type[Any], name: str, wri
         assert accepts(section, name, 1) or accepts(section, name, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("section", "name"), [o[:2] for o in OPTIONS], ids=[f"{s.__name__}.{n}" for s, n, _ in OPTIONS]
+)
+def test_no_option_is_infinite_or_too_large_for_64_bits(section: type[Any], name: str) -> None:
+    for value in (float("inf"), float("-inf"), float("nan"), 2**64):
+        with pytest.raises(ConfigError, match=rf"^{name} is ({value}|a whole number of 65 bits)"):
+            parse(section, {name: value})
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_option_has_a_description(recipe: type[Any]) -> None:
     assert not [name for name, meaning in meanings(recipe) if not meaning]

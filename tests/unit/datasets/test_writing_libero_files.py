@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.datasets.libero_writer import LiberoEpisode, check_recording, write_libero_file
+from verl_vla.datasets.demo_file import check_recording
+from verl_vla.datasets.libero_writer import LiberoEpisode, write_libero_file
 
 AGENTVIEW = "obs/agentview_rgb"
 SETTINGS = {"seed": 11, "noise": 0.3}

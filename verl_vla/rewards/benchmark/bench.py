@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from pydantic import Field, StrictInt
 
+from verl_vla.config.choices import MOST_SEED
 from verl_vla.config.schema import section
 from verl_vla.rewards import (
     Floats,
@@ -45,7 +46,7 @@ _SHUFFLED_PART = "shuffled"
 class BenchConfig:
     """Settings of the measurement."""
 
-    seed: StrictInt = 0
+    seed: StrictInt = Field(default=0, ge=0, le=MOST_SEED)
     """Seed of the rewards, of the frame shuffling and of the bootstrap intervals."""
     groups_per_update: StrictInt = Field(default=8, ge=1)
     """Groups that a reward learns from in one update, as in a training step."""

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import yaml
 from pydantic import Field
 
+from verl_vla.config.plain_values import require_plain
 from verl_vla.config.schema import parse, section
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.text import nearest
+from verl_vla.core.text import nearest, shorten
+from verl_vla.core.yaml_files import parse_yaml, read_yaml
 from verl_vla.rewards import (
     Floats,
     RewardResult,
@@ -107,7 +108,10 @@ def read_rewards(words: str, arguments: Sequence[str]) -> dict[str, RewardSpec]:
             raise ConfigError(f"{word!r} is no argument; write LABEL.KEY=VALUE")
         if label not in specs:
             raise ConfigError(f"there is no reward {label!r}; {nearest(label, list(specs))}")
-        _put(specs[label].reward_args, key, value)
+        where = f"--reward-args {shorten(word)}"
+        made = parse_yaml(value, where, "write a value of YAML, e.g. 0.5 or [1, 2]")
+        require_plain(made, f"--reward-args {label}.{key}")
+        _put(specs[label].reward_args, key, made)
     return specs
 
 
@@ -165,10 +169,7 @@ def _read_words(words: str) -> dict[str, RewardSpec]:
 def _read_file(file: Path) -> dict[str, RewardSpec]:
     if not file.is_file():
         raise ConfigError(f"--rewards is {str(file)!r}, but there is no such file; check the path")
-    try:
-        content: object = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is no YAML: {error}") from error
+    content: object = read_yaml(file, object, "correct the file")
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"{file} must hold a mapping of LABEL: {{reward: NAME}}")
     specs: dict[str, RewardSpec] = {}
@@ -179,7 +180,7 @@ def _read_file(file: Path) -> dict[str, RewardSpec]:
     return specs
 
 
-def _put(arguments: dict[str, Any], key: str, value: str) -> None:
+def _put(arguments: dict[str, Any], key: str, value: Any) -> None:
     """Set a nested key."""
     *path, last = key.split(".")
     for part in path:
@@ -187,4 +188,4 @@ def _put(arguments: dict[str, Any], key: str, value: str) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"{key} is set, but {part} is {inner!r}, which has no keys")
         arguments = cast("dict[str, Any]", inner)
-    arguments[last] = yaml.safe_load(value)
+    arguments[last] = value

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, StrictFloat, StrictInt
 
-from verl_vla.config.choices import Dtype
+from verl_vla.config.choices import MOST_PX, MOST_SEED, MOST_SLOTS, Dtype
 from verl_vla.config.schema import remedy, section
 from verl_vla.core.episode import EpisodeSpec, Start
 from verl_vla.core.errors import ConfigError
@@ -56,15 +56,15 @@ class PlayConfig:
         ),
     )
     """Sampling temperature of the action tokens; above 0, since failures must differ."""
-    seed: StrictInt = Field(default=0, ge=0)
+    seed: StrictInt = Field(default=0, ge=0, le=MOST_SEED)
     """Seed of the choice of starts and of the sampling noise."""
     step_limit: Literal["published", "simplevla"] | StrictInt = "published"
-    render_size: StrictInt | None = None
+    render_size: StrictInt | None = Field(default=None, ge=1, le=MOST_PX)
     """Side of the camera image in pixels; None for the size that the policy was fine-tuned on.
     ``played.json`` holds the resolved number."""
     dtype: Dtype = "float32"
     unnorm_key: str | None = None
-    num_slots: StrictInt = Field(default=16, ge=1)
+    num_slots: StrictInt = Field(default=16, ge=1, le=MOST_SLOTS)
     """Simulator slots, the number of episodes that run at the same time. It is part of the settings
     because the batch size can change the last bit of a logit."""
 

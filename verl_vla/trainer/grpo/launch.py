@@ -71,6 +71,9 @@ NODES_LIMIT_S = 600.0
 NODES_POLL_S = 1.0
 """A Slurm job's nodes start within minutes of each other."""
 
+REASON_LENGTH = 400
+"""Characters of Ray's reason for a death that a message shows; the first line says it."""
+
 WORKER_NICENESS = 0
 """Ray's default of 15 would let simulators and other programs of the machine run before the
 learner."""
@@ -261,8 +264,14 @@ def _own_errors(run: Run) -> Generator[None]:
             raise
         raise error.cause from error
     except (RayActorError, OutOfMemoryError) as error:
-        why = f"a learner process died ({' '.join(str(error).split())})"
+        why = f"a learner process died ({_shortened(str(error))})"
         raise LearnerLostError(_lost(run, why)) from error
+
+
+def _shortened(text: str) -> str:
+    """Return a text as one line; of a worker killed for its memory Ray tells pages."""
+    line = " ".join(text.split())
+    return line if len(line) <= REASON_LENGTH else line[:REASON_LENGTH] + "..."
 
 
 def _lost(run: Run, why: str) -> str:

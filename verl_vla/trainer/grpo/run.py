@@ -44,6 +44,7 @@ MAY_CHANGE = (
     "cluster.env_nodes",
     "environment.num_workers",
     "environment.timeout_s",
+    "reward_timeout_s",
 )
 """Parts of a recipe that may differ when a run is resumed; anything else would make the second
 half of the curve another experiment."""

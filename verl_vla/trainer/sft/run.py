@@ -246,6 +246,13 @@ def _load_processor(folder: Path, render_size: int) -> Processor:
 def _check_samples(run: SFTRun) -> None:
     """Find what would stop a rank, as long as nothing has been started."""
     processor = run.load_processor()
+    # before the samples are made, where a demonstration has lost its name
+    for demo in run.train + run.held_out:
+        if len(demo.actions) < processor.codec.chunk_length:
+            raise ConfigError(
+                f"{demo.label} has {len(demo.actions)} actions to learn, but the policy acts "
+                f"{processor.codec.chunk_length} steps at a time; leave the demonstration out"
+            )
     samples = run.samples(processor)
     batch = run.recipe.optimizer.batch_size
     if len(samples) < batch:
