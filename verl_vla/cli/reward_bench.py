@@ -59,6 +59,7 @@ from verl_vla.rewards.benchmark import (
     ranking_table,
     read_rewards,
     read_rounds,
+    require_groups,
     table_as_json,
     verdicts,
     video_needs,
@@ -129,6 +130,7 @@ def run(options: argparse.Namespace) -> int:
     if options.episodes_from is None:
         _play(folder, played, environment)
     trajectories = read_rounds(folder, played.groups)
+    require_groups(folder, trajectories, _groups(played))
     halves: dict[VideoNeed | None, tuple[Sample, Sample]] = {}
     halves[None] = _halves(trajectories, played, None)
     for need, videos in filmed.items():
