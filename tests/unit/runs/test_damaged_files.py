@@ -297,3 +297,33 @@ def test_whatever_stands_in_a_file_is_read_or_refused(
                 assert str(run) in str(error) or "--episode is 100" in str(error)
     finally:
         file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", [METRICS, RECIPE])
+@given(piece=PIECES, cut=st.floats(0, 1), keeps_end=st.booleans(), is_tuning=st.booleans())
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_whatever_stands_in_a_file_the_dashboard_answers(
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    piece: bytes,
+    cut: float,
+    keeps_end: bool,
+    is_tuning: bool,
+) -> None:
+    root = tmp_path_factory.mktemp("runs")
+    file = (make_tuning_run if is_tuning else make_run)(root / "one") / name
+    make_run(root / "other", steps=0)
+    whole = file.read_bytes()
+    at = int(cut * len(whole))
+    file.write_bytes(whole[:at] + piece + (whole[at:] if keeps_end else b""))
+    with pytest.MonkeyPatch.context() as patch:
+        # a second each
+        patch.setattr("verl_vla.runs.html.dashboard.charts", lambda _: [])
+        client = TestClient(make_app(root), base_url="http://127.0.0.1")
+        overview = client.get("/")
+        assert overview.status_code == 200
+        assert "0 of 5" in overview.text
+        answer = client.get("/run", params={"name": "one"})
+    assert answer.status_code in (200, 404, 422)
