@@ -1,10 +1,23 @@
-"""Damage for the fuzz of files: values planted into documents, and bytes changed or cut off."""
+"""Damage for the fuzz of files: values planted into documents, and bytes changed or cut off.
+
+Each of 2,890 damaged files must be read as valid or refused by name; any other exception fails the
+test, and so does what is read and cannot be used. ``pytest --hypothesis-seed=N`` tries other files.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
+
+from verl_vla.core.errors import ConfigError
+
+LONGEST = timedelta(seconds=30)
+"""One input takes milliseconds; more than this is a hang, also on a machine that does much else."""
 
 VALUES = st.one_of(
     st.none(),
@@ -70,3 +83,34 @@ def changed_bytes(draw: st.DrawFn, content: bytes) -> bytes:
         else:
             del changed[place:]
     return bytes(changed)
+
+
+def inputs(number: int) -> settings:
+    """Return the settings of a fuzz that tries ``number`` inputs."""
+    return settings(
+        max_examples=number,
+        # without the search for the lines that only failures run, which takes minutes
+        phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+        deadline=LONGEST,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+
+
+def is_read(read: Callable[[], Any], *, named: str) -> bool:
+    """Check whether something is read; a refusal must name ``named``."""
+    try:
+        read()
+    except ConfigError as error:
+        assert named in str(error)
+        return False
+    return True
+
+
+def replaced(file: Path, content: bytes, read: Callable[[], Any], *, named: str) -> bool:
+    """Check whether something is read while a file has another content."""
+    whole = file.read_bytes()
+    try:
+        file.write_bytes(content)
+        return is_read(read, named=named)
+    finally:
+        file.write_bytes(whole)
