@@ -283,6 +283,8 @@ def test_a_process_that_hangs_is_killed_and_says_where_it_hung(shared_pool, faul
     why = f"no answer within {TIMEOUT_S:g} s, so its process was killed"
     assert_crashed(answers[1], "task 1, init state 1, step 0", why)
     assert "in _hang_for_ever" in str(answers[1])
+    assert "(signal 9: Killed, by this run; its last output:" in str(answers[1])
+    assert "memory" not in str(answers[1])
 
 
 FAULTS = [

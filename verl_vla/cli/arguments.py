@@ -11,6 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import get_args
 
 from verl_vla.cli.bounds import check_words
+from verl_vla.cli.shared_options import (
+    Parser,
+    add_num_slots,
+    add_num_workers,
+    add_overrides,
+    add_policy_options,
+)
 from verl_vla.config.choices import (
     ACTION_ROWS,
     ALL_BASES,
@@ -25,8 +32,6 @@ from verl_vla.config.choices import (
     Fixtures,
     Split,
 )
-
-Parser = argparse.ArgumentParser
 
 STDOUT = "-"
 """Value of ``doctor --json`` without a file."""
@@ -74,17 +79,17 @@ def make_parser(command: str) -> Parser:
 
 def _train(parser: Parser) -> None:
     """Improve a policy with GRPO under veRL; the same command resumes."""
-    _add_overrides(parser)
+    add_overrides(parser)
 
 
 def _explain(parser: Parser) -> None:
     """Print every option of a recipe with its value, its origin and its meaning."""
-    _add_overrides(parser)
+    add_overrides(parser)
 
 
 def _plan(parser: Parser) -> None:
     """Print whether a recipe fits a machine and how long it takes; exit code 1 if it does not."""
-    _add_overrides(parser)
+    add_overrides(parser)
     parser.add_argument("--gpu", choices=list(GPUS), help="kind of GPU of every rank")
     parser.add_argument("--num-nodes", type=int, help="number of nodes, as cluster.num_nodes")
     parser.add_argument(
@@ -147,11 +152,11 @@ def _eval(parser: Parser) -> None:
     )
     add("--temperature", type=float, help="sampling temperature; 0 (default) is greedy")
     add("--step-limit", help="step limit: published (default), simplevla, or a number")
-    _add_policy_options(parser)
+    add_policy_options(parser)
     add("--dtype", choices=sorted(DTYPES), default="float32", help="dtype of the policy")
     add("--seed", type=int, default=0, help="seed of the sampling noise")
-    _add_num_workers(parser)
-    _add_num_slots(parser, default=16)
+    add_num_workers(parser)
+    add_num_slots(parser, default=16)
     add(
         "--perturbation",
         nargs="+",
@@ -195,7 +200,7 @@ def _dashboard(parser: Parser) -> None:
 
 def _doctor(parser: Parser) -> None:
     """Check whether this machine, or a checkpoint, can train; exit code 1 if there is a fault."""
-    _add_overrides(parser)
+    add_overrides(parser)
     add = parser.add_argument
     add(
         "--policy",
@@ -212,7 +217,7 @@ def _doctor(parser: Parser) -> None:
         "the suite that the policy's action statistics must match",
     )
     add("--images", type=int, default=8, help="number of images to test")
-    _add_policy_options(parser)
+    add_policy_options(parser)
     add("--dtype", choices=sorted(DTYPES), default="float32", help="dtype of the policy")
 
 
@@ -234,7 +239,7 @@ def _demos(parser: Parser) -> None:
     add("--render-size", type=int, default=128, help="side of the camera images, pixels")
     add("--cameras", nargs="+", choices=CAMERAS, default=CAMERAS, help="cameras to record")
     add("--seed", type=int, default=0, help="seed of starts, pace, disturbances and errors")
-    _add_num_workers(parser)
+    add_num_workers(parser)
     add("--out", required=True, help="folder to write, one file per task, or an .hdf5 of one task")
     add = parser.add_argument_group("experts that are disturbed or biased").add_argument
     add(
@@ -255,7 +260,7 @@ def _demos(parser: Parser) -> None:
 
 def _sft(parser: Parser) -> None:
     """Fine-tune a policy on demonstrations, with a recipe."""
-    _add_overrides(parser)
+    add_overrides(parser)
 
 
 def _new_policy(parser: Parser) -> None:
@@ -283,6 +288,15 @@ def _new_policy(parser: Parser) -> None:
     add("--out", required=True, help="checkpoint folder to write")
 
 
+def _convert(parser: Parser) -> None:
+    """Make a checkpoint folder readable: .bin, prefixes of wrappers, adapters, norm_stats."""
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="folder of a checkpoint or of PEFT's adapters; only read")
+    add("target", metavar="TARGET", help="new folder to write")
+    add("--base", help="folder of the adapters' base; the one that they name if not given")
+    add("--dry-run", action="store_true", help="print what would be done, and write nothing")
+
+
 def _reward_bench(parser: Parser) -> None:
     """Measure rewards before training on them: do they rank failures?"""
     add = parser.add_argument
@@ -299,7 +313,7 @@ def _reward_bench(parser: Parser) -> None:
     add("--seed", type=int, default=0, help="seed of starts, noise, rewards and intervals")
     add("--groups-per-update", type=int, default=8, help="groups that a reward learns from at once")
     add("--curve-groups", type=int, default=16, help="groups with progress curves; 0 for none")
-    _add_num_workers(parser)
+    add_num_workers(parser)
     # no defaults: they are in `PlayConfig`, and --episodes-from refuses what was given
     add = parser.add_argument_group("rollouts").add_argument
     add("--policy", help="folder of a checkpoint")
@@ -309,9 +323,9 @@ def _reward_bench(parser: Parser) -> None:
     add("--group-size", type=int, help="episodes per group")
     add("--temperature", type=float, help="sampling temperature of the action tokens")
     add("--step-limit", help="step limit: published, simplevla, or a number")
-    _add_policy_options(parser)
+    add_policy_options(parser)
     add("--dtype", choices=sorted(DTYPES), help="dtype of the policy")
-    _add_num_slots(parser, default=None)
+    add_num_slots(parser, default=None)
 
 
 def _quickstart(parser: Parser) -> None:
@@ -332,9 +346,16 @@ def _soak(parser: Parser) -> None:
     add("--block", type=int, default=80, help="episodes between two samples")
     add("--step-limit", type=int, default=16, help="step limit; small, so that episodes are short")
     add("--crash-share", type=float, default=0.01, help="share of episodes that crash")
-    _add_num_workers(parser)
-    _add_num_slots(parser, default=16)
+    add_num_workers(parser)
+    add_num_slots(parser, default=16)
     add("--out", default="soak.json", help="JSON file of the results")
+
+
+def _chaos(parser: Parser) -> None:
+    """Inject faults into real trainings; each must end as it should and resume unchanged."""
+    add = parser.add_argument
+    add("--faults", nargs="+", metavar="NAME", help="faults by name; all if not given")
+    add("--out", default="chaos", help="new folder of the trainings and of chaos.json")
 
 
 def _bench(parser: Parser) -> None:
@@ -344,31 +365,6 @@ def _bench(parser: Parser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"parts:\n{listed}\n\n`bench PART -h` lists the options of a part."
     parser.add_argument("part", choices=list(BENCHMARKS), metavar="PART", help="part to measure")
-
-
-def _add_overrides(parser: Parser) -> None:
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="recipe=NAME, then options of the recipe, such as optimizer.lr=1e-5; "
-        "`verl-vla recipes` lists recipes, `verl-vla explain recipe=NAME` options",
-    )
-
-
-def _add_policy_options(parser: Parser) -> None:
-    add = parser.add_argument
-    add("--render-size", type=int, help="side of the camera image, px; the policy's if not given")
-    add("--unnorm-key", help="entry of dataset_statistics.json")
-
-
-def _add_num_workers(parser: Parser) -> None:
-    parser.add_argument("--num-workers", type=int, default=2, help="number of simulator processes")
-
-
-def _add_num_slots(parser: Parser, default: int | None) -> None:
-    text = "simulator slots: episodes that run at the same time"
-    parser.add_argument("--num-slots", type=int, default=default, help=text)
 
 
 COMMANDS: dict[str, Callable[[Parser], None]] = {
@@ -383,9 +379,11 @@ COMMANDS: dict[str, Callable[[Parser], None]] = {
     "demos": _demos,
     "sft": _sft,
     "new-policy": _new_policy,
+    "convert": _convert,
     "reward-bench": _reward_bench,
     "quickstart": _quickstart,
     "soak": _soak,
+    "chaos": _chaos,
     "bench": _bench,
     "recipes": _recipes,
     "plan": _plan,

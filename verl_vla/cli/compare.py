@@ -10,6 +10,7 @@ import json
 import logging
 from pathlib import Path
 
+from verl_vla.core.files import atomic_write, require_place, writing_to
 from verl_vla.evaluation.compare import as_json, pair, read_evaluation, table, told_differences
 
 logger = logging.getLogger(__name__)
@@ -17,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 def run(options: argparse.Namespace) -> int:
     """Print the table, and the differences in the reported conditions."""
+    out = None if options.out is None else Path(options.out)
+    if out is not None:
+        require_place(out, "--out")
     first, second = (read_evaluation(Path(path)) for path in (options.first, options.second))
     # refuses evaluations of other starts or conditions, before anything is printed
     pairs = pair(first, second)
@@ -30,6 +34,7 @@ def run(options: argparse.Namespace) -> int:
     )
     for difference in told_differences(first, second):
         logger.info("differs: %s", difference)
-    if options.out is not None:
-        Path(options.out).write_text(json.dumps(as_json(pairs), indent=1))
+    if out is not None:
+        with writing_to(out.parent):
+            atomic_write(out, json.dumps(as_json(pairs), indent=1))
     return 0

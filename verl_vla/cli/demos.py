@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 
 from verl_vla.core.errors import ConfigError
+from verl_vla.core.files import writing_to
 from verl_vla.core.text import format_seconds
 from verl_vla.datasets.demo_file import check_recording
 from verl_vla.datasets.expert_episode import RecordingConfig
@@ -87,7 +88,8 @@ def _record(
         logger.info("recorded already: %d of %d files", len(kept), len(files))
     tasks = [task for task in files if task not in kept]
     for path in files.values():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing_to(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
     episodes = record(
         env,
         tasks,

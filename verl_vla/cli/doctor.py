@@ -34,12 +34,19 @@ from verl_vla.diagnostics.libero_check import as_rows, describe
 from verl_vla.diagnostics.libero_report import examine_libero
 from verl_vla.diagnostics.machine import examine_machine
 from verl_vla.diagnostics.planning.plan import Plan, make_plan
+from verl_vla.envs.base import Suite
 from verl_vla.envs.registry import make_env, suite
 from verl_vla.policies.base import DTYPES, observed_proprio
 from verl_vla.policies.checks import Finding
 from verl_vla.policies.openvla_oft.checks import judge_action_mass
-from verl_vla.policies.registry import examine, load_policy
-from verl_vla.rl.setup import env_config, starts, task_ids
+from verl_vla.policies.registry import examine, load_policy, load_processor
+from verl_vla.rl.setup import (
+    describe_other_data,
+    env_config,
+    find_unnorm_key,
+    starts,
+    task_ids,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +75,22 @@ def run(options: argparse.Namespace) -> int:
         return _examine_machine(options)
     if options.images < 1:
         raise ConfigError(f"--images is {options.images}; set at least 1")
-    findings = examine(options.policy, options.unnorm_key)
+    findings = _examine_policy(options)
+    _show(findings)
+    return EXIT_FAULT if any(finding.is_fault for finding in findings) else 0
+
+
+def _examine_policy(options: argparse.Namespace) -> list[Finding]:
+    folder = Path(options.policy)
+    chosen = None if options.suite is None else suite(options.suite)
+    if chosen is not None:
+        # so that all that follows uses the same statistics
+        options.unnorm_key = find_unnorm_key(folder, options.unnorm_key, chosen)
+    findings = examine(folder, options.unnorm_key)
     # weights with a fault may not load, and a number measured with them would mean nothing
     has_no_fault = not any(finding.is_fault for finding in findings)
-    if has_no_fault and options.suite is not None:
+    if has_no_fault and chosen is not None:
+        findings.append(_judge_suite(folder, options.unnorm_key, chosen))
         findings.append(judge_action_mass(_action_mass(options)))
     elif has_no_fault:
         findings.append(
@@ -81,8 +100,15 @@ def run(options: argparse.Namespace) -> int:
                 is_fault=False,
             )
         )
-    _show(findings)
-    return EXIT_FAULT if any(finding.is_fault for finding in findings) else 0
+    return findings
+
+
+def _judge_suite(folder: Path, unnorm_key: str | None, chosen: Suite) -> Finding:
+    """Compare the data of the action statistics with the suite."""
+    key = load_processor(folder, unnorm_key).codec.statistics.key
+    other = describe_other_data(key, chosen)
+    says = f"{chosen.name!r}, as the action statistics {key!r}" if other is None else other
+    return Finding(subject="suite", says=says, is_fault=False, is_warning=other is not None)
 
 
 def _examine_machine(options: argparse.Namespace) -> int:
@@ -172,12 +198,16 @@ def in_turn(by_task: Sequence[Sequence[Start]]) -> list[Start]:
     return [start for lap in laps for start in lap if start is not None]
 
 
+def _verdict(finding: Finding) -> str:
+    return "FAULT" if finding.is_fault else "warn" if finding.is_warning else "ok"
+
+
 def _show(findings: Sequence[Finding]) -> None:
     indent = " " * (max(len(finding.subject) for finding in findings) + len("  FAULT  "))
     rows = [
         [
             finding.subject,
-            f"{'FAULT' if finding.is_fault else 'ok':<5}",
+            f"{_verdict(finding):<5}",
             textwrap.fill(
                 finding.says, WIDTH, initial_indent=indent, subsequent_indent=indent
             ).lstrip(),

@@ -21,7 +21,7 @@ import torch
 from verl_vla.config.shared import EnvironmentConfig, EvaluationConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.files import atomic_write, folder_lock
+from verl_vla.core.files import atomic_write, folder_lock, recording
 from verl_vla.core.success_rate import count_entries
 from verl_vla.envs.base import EnvConfig, StepLimit
 from verl_vla.envs.libero.suite import PERTURBED
@@ -48,13 +48,23 @@ from verl_vla.evaluation.resumable import (
 from verl_vla.policies.base import DTYPES, Processor, TrainablePolicy
 from verl_vla.policies.checkpoint import fingerprint
 from verl_vla.policies.registry import load_policy, load_processor, require_valid
-from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, task_ids
+from verl_vla.rl.setup import (
+    env_config,
+    find_policy,
+    find_unnorm_key,
+    open_simulators,
+    starts,
+    task_ids,
+)
 from verl_vla.runs.console import EvaluationProgress
 from verl_vla.runs.episode_log import EpisodeLog
 from verl_vla.runs.run_dir import evaluation_record
 from verl_vla.runs.terminal import bar
 
 logger = logging.getLogger(__name__)
+
+MOST_DIGITS = 9
+"""Digits of a step limit; an episode of as many steps takes years."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -157,7 +167,7 @@ def _prepare(
     folder = find_policy(options.policy)
     env = EnvironmentConfig(
         suite=name,
-        step_limit=_step_limit(options.step_limit),
+        step_limit=parse_step_limit(options.step_limit),
         render_size=options.render_size,
         num_workers=options.num_workers,
         num_slots=options.num_slots,
@@ -168,8 +178,9 @@ def _prepare(
     chosen = suite(name)
     chosen.require_simulator()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    _require_valid(folder, options.unnorm_key)
-    processor = load_processor(folder, options.unnorm_key)
+    unnorm_key = find_unnorm_key(folder, options.unnorm_key, chosen)
+    _require_valid(folder, unnorm_key)
+    processor = load_processor(folder, unnorm_key)
     for task in names:  # a small tokenizer may lack words of a perturbed instruction
         processor.prompt(chosen.task(task).instruction)
     simulated = replace(
@@ -181,7 +192,7 @@ def _prepare(
         "policy": {
             "path": options.policy,
             "fingerprint": _fingerprint(folder),
-            "unnorm_key": options.unnorm_key,
+            "unnorm_key": unnorm_key,
         },
         "dtype": options.dtype,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -204,7 +215,8 @@ def _evaluate(options: argparse.Namespace, part: _Part, out: Path) -> dict[str, 
     # the policy has one core; simulators have the others
     torch.set_num_threads(1)
     began = time.perf_counter()
-    policy = partial(_load, part.folder, options.dtype, options.unnorm_key, part.device)
+    unnorm_key = part.given["policy"]["unnorm_key"]
+    policy = partial(_load, part.folder, options.dtype, unnorm_key, part.device)
     header = {**part.given, "starts": [[s.task_id, s.init_state_id] for s in part.starts]}
     # before the folder is locked, which leaves a file: it may be somebody else's
     require_evaluation(out, header)
@@ -291,17 +303,19 @@ def _show(lines: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> None:
 
 
 def _write(file: Path, record: Mapping[str, Any]) -> None:
-    atomic_write(file, json.dumps(record, indent=1))
+    with recording(file):
+        atomic_write(file, json.dumps(record, indent=1))
     logger.info("written to %s", file)
 
 
-def _step_limit(limit: str) -> StepLimit:
+def parse_step_limit(limit: str) -> StepLimit:
     """Parse ``--step-limit``.
 
     Raises:
         ConfigError: it is not a known name or a number of steps.
     """
-    if limit.isdecimal():
+    # Python takes digits of every script, and no number of thousands of them
+    if limit.isascii() and limit.isdecimal() and len(limit) <= MOST_DIGITS:
         return int(limit)
     if limit not in ("published", "simplevla"):
         raise ConfigError(

@@ -10,6 +10,7 @@ import errno
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from verl_vla.cli.arguments import COMMANDS, parse
 from verl_vla.core.errors import (
     EXIT_LEARNER_LOST,
+    EXIT_REWARD,
     EXIT_SIGNAL,
     CheckpointError,
     ColdStartError,
@@ -26,16 +28,15 @@ from verl_vla.core.errors import (
     LearnerLostError,
     RewardError,
     StarvedError,
+    WriteError,
 )
+from verl_vla.core.files import DISK_IS_FULL
 from verl_vla.core.scratch import scratch_folder
-from verl_vla.core.text import nearest, shorten
+from verl_vla.core.text import nearest
 from verl_vla.runs.terminal import Console
 
 EXIT_USAGE = 2
 """Exit code of an invalid request; nothing was started."""
-
-PATH_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.ENOTDIR)
-"""Errors of the system that are about the path that was named, rather than about the disk."""
 
 EXIT_STARVED = 3
 """Exit code if training stopped because nothing could be learned."""
@@ -43,11 +44,8 @@ EXIT_STARVED = 3
 EXIT_COLD_START = 4
 """Exit code if training did not begin: the policy succeeds too rarely to learn from it."""
 
-EXIT_REWARD = 5
-"""Exit code if the reward raised, or gave scores that cannot be trained on."""
-
 EXIT_CHECKPOINT = 6
-"""Exit code if a checkpoint could not be written, or none is valid."""
+"""Exit code if a checkpoint or a record could not be written, or no checkpoint is valid."""
 
 EXIT_DIVERGED = 7
 """Exit code if training stopped because losses or gradients were no longer finite."""
@@ -57,10 +55,16 @@ STOPPED = {
     ColdStartError: EXIT_COLD_START,
     RewardError: EXIT_REWARD,
     CheckpointError: EXIT_CHECKPOINT,
+    WriteError: EXIT_CHECKPOINT,
     DivergedError: EXIT_DIVERGED,
     LearnerLostError: EXIT_LEARNER_LOST,
 }
 """Exit codes of errors that end a command and whose message explains the reason."""
+
+OF_PATHS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
+"""Errors of the system about a path as such, which the user has named, whatever is done with it."""
+LONGEST_WORD = 400
+"""Characters of a word in a message; the rest of longer ones is left out."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(_help())
         return 0 if argv else EXIT_USAGE
     try:
+        _refuse_nul(argv)
         if argv[0] not in COMMANDS:
             raise ConfigError(f"{argv[0]!r} is no command; {nearest(argv[0], list(COMMANDS))}")
         options = parse(argv[0], argv[1:])
@@ -84,18 +89,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 # before an error is written, or a bar would be drawn over it
                 console.end_bars()
     except ConfigError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return EXIT_USAGE
-    except OSError as error:
-        # whoever looks at a path may raise these, and there are many
-        if error.errno not in PATH_ERRORS or error.filename is None:
-            raise
-        sys.stderr.write(f"error: {_cannot_be_used(error)}\n")
+        sys.stderr.write(f"error: {_shorten(str(error))}\n")
         return EXIT_USAGE
     except tuple(STOPPED) as error:
         sys.stderr.write(f"stopped: {error}\n")
         # isinstance, since SolvedError has the exit code of the StarvedError that it is
         return next(code for kind, code in STOPPED.items() if isinstance(error, kind))
+    except OSError as error:
+        said, code = _explain(error)
+        sys.stderr.write(f"{said}\n")
+        return code
     except Interrupted as error:
         sys.stderr.write(f"stopped: {error}\n")
         return EXIT_SIGNAL + error.signal_number
@@ -104,9 +107,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_SIGNAL + signal.SIGINT
 
 
-def _cannot_be_used(error: OSError) -> str:
-    path = shorten(str(error.filename))
-    return f"{path} cannot be used ({error.strerror}); choose another path, or its permissions"
+def _refuse_nul(argv: Sequence[str]) -> None:
+    for word in argv:
+        if "\0" in word:
+            raise ConfigError(f"{word!r} holds a NUL, which no path and no name has; remove it")
+
+
+def _shorten(message: str) -> str:
+    """Cut words that would fill a screen."""
+    return re.sub(
+        rf"\S{{{LONGEST_WORD},}}",
+        lambda word: f"{word[0][:60]}...({len(word[0])} characters)",
+        message,
+    )
+
+
+def _explain(error: OSError) -> tuple[str, int]:
+    """Return message and exit code of an error of the system that a user can mend.
+
+    Raises:
+        OSError: it is of another kind.
+    """
+    if error.errno in OF_PATHS:
+        reason = f"{error.filename} cannot be read or written ({error.strerror}); name another path"
+        return f"error: {_shorten(reason)}", EXIT_USAGE
+    # what is written by other programs' code, which knows nothing of `WriteError`
+    if error.errno in DISK_IS_FULL:
+        return f"stopped: {_no_room(error)}", EXIT_CHECKPOINT
+    raise error
+
+
+def _no_room(error: OSError) -> str:
+    """Return what could not be written, where a full disk was met more than once: the first."""
+    first: BaseException | None = error
+    while first is not None:
+        if isinstance(first, WriteError | CheckpointError):
+            return str(first)
+        first = first.__context__
+    where = error.filename or "a file"
+    return f"{where} could not be written ({error.strerror}). Make room, and start again"
 
 
 def _speak_plainly() -> Console:

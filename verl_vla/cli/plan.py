@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,7 +33,7 @@ from verl_vla.envs.registry import suite
 from verl_vla.policies.base import ModelConfig
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig
 from verl_vla.policies.registry import load_config, require_valid
-from verl_vla.rl.setup import find_policy
+from verl_vla.rl.setup import find_policy, find_unnorm_key
 from verl_vla.runs.terminal import show_table
 from verl_vla.trainer.dry_run.job import Job, replay, weightless_checkpoint
 from verl_vla.trainer.dry_run.phases import Replay
@@ -98,8 +98,12 @@ def policy_config(recipe: Recipe) -> tuple[ModelConfig, str]:
         return OpenVLAOFTConfig(**sizes), source
     config = load_config(folder)
     # headers alone: a plan takes a second, and 15 GB of weights half a minute
-    require_valid(folder, recipe.policy.unnorm_key, reads_values=False)
+    require_valid(folder, _unnorm_key(recipe, folder), reads_values=False)
     return config, str(folder)
+
+
+def _unnorm_key(recipe: Recipe, folder: Path) -> str | None:
+    return find_unnorm_key(folder, recipe.policy.unnorm_key, suite(recipe.environment.suite))
 
 
 def show(plan: Plan) -> None:
@@ -180,9 +184,11 @@ def replay_plan(plan: Plan, config: ModelConfig) -> Replay:
             "choose a profile with a GPU, such as profile=8gpu, and --gpu"
         )
     with TemporaryDirectory() as scratch:
+        folder = _policy_folder(recipe, config, Path(scratch))
+        policy = replace(recipe.policy, unnorm_key=_unnorm_key(recipe, folder))
         job = Job(
-            recipe=recipe,
-            policy_folder=_policy_folder(recipe, config, Path(scratch)),
+            recipe=replace(recipe, policy=policy),
+            policy_folder=folder,
             rollout_rows=rollout_batch(recipe),
             micro_batches=micro_batch_rows(recipe),
             prompt_tokens=PROMPT_TOKENS,

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from verl_vla.cli.eval import parse_step_limit
 from verl_vla.config.schema import parse
 from verl_vla.config.shared import EnvironmentConfig
 from verl_vla.core.episode import EpisodeSpec
@@ -58,12 +59,20 @@ from verl_vla.rewards.benchmark import (
     ranking_table,
     read_rewards,
     read_rounds,
+    require_groups,
     table_as_json,
     verdicts,
     video_needs,
 )
 from verl_vla.rewards.encoders.base import track_batches
-from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, task_ids
+from verl_vla.rl.setup import (
+    env_config,
+    find_policy,
+    find_unnorm_key,
+    open_simulators,
+    starts,
+    task_ids,
+)
 from verl_vla.runs.console import bar, episodes_bar
 from verl_vla.runs.terminal import track_encoding
 
@@ -121,6 +130,7 @@ def run(options: argparse.Namespace) -> int:
     if options.episodes_from is None:
         _play(folder, played, environment)
     trajectories = read_rounds(folder, played.groups)
+    require_groups(folder, trajectories, _groups(played))
     halves: dict[VideoNeed | None, tuple[Sample, Sample]] = {}
     halves[None] = _halves(trajectories, played, None)
     for need, videos in filmed.items():
@@ -158,15 +168,16 @@ def _find_episodes(
         record = played_with(folder)
         values = {name: value for name, value in record.items() if name != WEIGHTS}
         return folder, parse(PlayConfig, values), record
-    limit = given.get("step_limit")
-    if limit is not None and limit.isdecimal():
-        given["step_limit"] = int(limit)
+    if "step_limit" in given:
+        given["step_limit"] = parse_step_limit(given["step_limit"])
     played = parse(PlayConfig, given | {"seed": options.seed})
     chosen = suite(played.suite)
     chosen.require_simulator()
     # for its errors: more groups than starts, or an unknown task
     _groups(played)
     policy = find_policy(played.policy)
+    # what is used, where the options left it to the folder
+    played = replace(played, unnorm_key=find_unnorm_key(policy, played.unnorm_key, chosen))
     processor = load_processor(policy, played.unnorm_key)
     simulated = env_config(_environment(played, options.num_workers), processor)
     # the size that is used, where the option left it to the policy

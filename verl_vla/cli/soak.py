@@ -19,6 +19,7 @@ import torch
 
 from verl_vla.config.shared import EnvironmentConfig
 from verl_vla.core.errors import ConfigError
+from verl_vla.core.files import require_place
 from verl_vla.core.provenance import provenance
 from verl_vla.diagnostics.faulty_env import make_crashing
 from verl_vla.diagnostics.soak import BOUNDS, Sample, excesses, growth, soak
@@ -46,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
             raise ConfigError(f"{flag} is {getattr(options, name)}; set at least 1")
     if not 0 <= options.crash_share < 1:
         raise ConfigError(f"--crash-share is {options.crash_share}; set a share, e.g. 0.01")
+    require_place(Path(options.out), "--out")
     began = time.perf_counter()
     samples = _play(options)
     grown = growth(samples)

@@ -141,7 +141,8 @@ class GRPOPolicyConfig(PolicyConfig):
     """Folder of a checkpoint, OpenVLA-OFT or scratch VLA: weights, config, tokenizer and
     statistics. A relative path starts at the project's root."""
     unnorm_key: str | None = None
-    """Entry of ``dataset_statistics.json`` to normalize with; null where there is only one."""
+    """Entry of ``dataset_statistics.json`` to normalize with; null takes the only one, or the
+    suite's."""
     dtype: Dtype = "bfloat16"
     """Dtype of the arithmetic and of frozen weights under adapters. Trained weights are kept in
     float32, and the head is always computed in float32."""
@@ -278,6 +279,9 @@ class GRPOClusterConfig(ClusterConfig):
         return self
 
 
+WEEK_S = 7 * 24 * 3600
+
+
 @section("")
 class Recipe(BaseRecipe):
     """All options of a GRPO run."""
@@ -290,6 +294,14 @@ class Recipe(BaseRecipe):
     """Name of a file in ``rewards/``, or ``path/to/file.py:ClassName``."""
     reward_args: dict[str, Any] = Field(default_factory=dict[str, Any])
     """Arguments of the reward's constructor."""
+    reward_timeout_s: StrictFloat = Field(
+        default=3600.0,
+        gt=0,
+        le=WEEK_S,
+        json_schema_extra=remedy("set the seconds to wait, e.g. 600, at most those of a week"),
+    )
+    """Time within which the reward must score the episodes of a round and learn from them, s,
+    including its encoder's work; one that does not ends the run, which keeps the episodes."""
     loss: LossConfig = LossConfig()
     optimizer: GRPOOptimizerConfig = GRPOOptimizerConfig()
     trainer: GRPOTrainerConfig = GRPOTrainerConfig()

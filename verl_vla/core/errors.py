@@ -8,6 +8,7 @@
 ``StarvedError``      the person who chose the tasks: no group was informative
 ``SolvedError``       no one, once something was trained: every episode of a step was solved
 ``CheckpointError``   the person who looks after the disk: cannot write, or no valid checkpoint
+``WriteError``        the person who looks after the disk: a record of a run cannot be written
 ``DivergedError``     the person who chose the rates: losses or gradients are no longer finite
 ``LearnerLostError``  the person who looks after the machine: a learner process died
 ``Interrupted``       no one: the run was asked to stop, and it did
@@ -16,6 +17,8 @@
 EXIT_SIGNAL = 128
 """Base of the exit code of a process that a signal ended: this plus its number, as in shells."""
 
+EXIT_REWARD = 5
+"""Exit code if the reward raised, took too long, or gave scores that cannot be trained on."""
 
 EXIT_LEARNER_LOST = 8
 """Exit code if training stopped because a process of the learner died."""
@@ -51,6 +54,10 @@ class SolvedError(StarvedError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint that could not be written, or no valid one among those that were."""
+
+
+class WriteError(RuntimeError):
+    """A record of a run or an evaluation that could not be written; the message has its path."""
 
 
 class DivergedError(RuntimeError):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import platform
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from verl_vla.core.errors import ConfigError
+from verl_vla.core.errors import ConfigError, WriteError
 
 
 def partial_file(file: Path) -> Path:
@@ -35,6 +37,49 @@ def atomic_write(file: Path, text: str) -> None:
     partial = partial_file(file)
     partial.write_text(text)
     partial.replace(file)
+
+
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
+
+
+@contextmanager
+def recording(file: Path) -> Generator[None]:
+    """Turn an ``OSError`` from writing a record of a run into an error that says what to do.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(why_not_written(file, error)) from error
+
+
+def why_not_written(file: Path, error: OSError) -> str:
+    """Return a line with the file, the reason, the room that is left there, and the remedy."""
+    if error.errno in DISK_IS_FULL:
+        remedy = "Make room or lift the quota"
+    elif error.errno in IN_THE_WAY:
+        remedy = f"Move away what is not as it should be, {error.filename}"
+    else:
+        remedy = "Remove the cause"
+    # no reason where a library made the error itself
+    reason = error.strerror or " ".join(str(error).split())
+    return (
+        f"{file} could not be written ({reason}; {free_bytes(file.parent) / 2**20:.0f} MiB are "
+        f"free there). {remedy}, and start the same command again"
+    )
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the bytes that this user may still write in a folder, which need not exist."""
+    return shutil.disk_usage(nearest_folder(folder)).free
+
+
+def nearest_folder(folder: Path) -> Path:
+    """Return the folder, or its nearest parent that exists."""
+    return next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
 
 
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]

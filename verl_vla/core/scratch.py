@@ -99,12 +99,17 @@ def _has_home() -> bool:
     # a user that the system does not know, as in a container
     except RuntimeError:
         return False
-    return home.is_dir() and os.access(home, os.W_OK | os.X_OK)
+    return os.path.isdir(home) and os.access(home, os.W_OK | os.X_OK)
 
 
 def remove_abandoned(usual: Path) -> None:
     """Remove the folders of commands that were killed: nobody holds their lock any more."""
-    for folder in usual.glob(f"{PREFIX}*"):
+    try:
+        names = [name for name in os.listdir(usual) if name.startswith(PREFIX)]
+    # a folder may be written to without being listed, and its rest is then not ours to find
+    except PermissionError:
+        return
+    for folder in (usual / name for name in names):
         # a command may be ending, and another one may be removing the same folder
         with suppress(OSError):
             # no link, and no folder of another user

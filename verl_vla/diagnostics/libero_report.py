@@ -34,10 +34,12 @@ from verl_vla.diagnostics.libero_check import (
 from verl_vla.envs.libero.asset_files import describe_faults, remedy_for_assets
 from verl_vla.envs.libero.assets import ASSETS_VARIABLE, assets_available, find_assets
 from verl_vla.envs.libero.gl import prepare_gl
+from verl_vla.envs.libero.suite import libero_suite
 from verl_vla.policies.base import Processor
 from verl_vla.policies.checks import Finding
-from verl_vla.policies.normalization import NO_NOOPS_SUFFIX, STATISTICS_FILE
+from verl_vla.policies.normalization import NO_NOOPS_SUFFIX, read_datasets
 from verl_vla.policies.registry import examine, load_processor
+from verl_vla.rl.setup import JOINT_KEY, find_unnorm_key
 
 CHECK_LIMIT_S = 900
 """Time limit of the six tasks, which take 40 s on one free core."""
@@ -54,8 +56,6 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
 ABOUT_WEIGHTS = ("action head", "attention", "norm epsilon", "weights")
 """Subjects whose faults do not prevent reading the processor."""
 SUITE_KEYS = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
-ALL_SUITES_KEY = "libero_4_task_suites"
-"""Statistics key of openvla-oft's checkpoint for four suites at once; its ``LIBERO.md``."""
 GRIPPER_MASK = [True, True, True, True, True, True, False]
 """Normalization mask of every published LIBERO dataset: the gripper is not normalised."""
 AS_PUBLISHED = "as in published checkpoints"
@@ -182,6 +182,8 @@ def judge_policy(
     folder: str | Path, unnorm_key: str | None = None, suite: str | None = None
 ) -> list[Check]:
     """Compare a policy folder with published ones, without loading its weights."""
+    if suite is not None:
+        unnorm_key = find_unnorm_key(Path(folder), unnorm_key, libero_suite(suite))
     findings = examine(folder, unnorm_key)
     checks = [_from_finding(finding) for finding in findings]
     # a processor cannot be read from a folder with other faults
@@ -193,9 +195,9 @@ def judge_policy(
 
 def _judge_processor(folder: Path, processor: Processor, suite: str | None) -> list[Check]:
     statistics, views = processor.codec.statistics, processor.shape.num_views
-    file = folder / STATISTICS_FILE
-    wanted = [*(SUITE_KEYS if suite is None else (suite,)), ALL_SUITES_KEY]
-    others = sorted(json.loads(file.read_text(encoding="utf-8")))
+    file, datasets = read_datasets(folder)
+    wanted = [*(SUITE_KEYS if suite is None else (suite,)), JOINT_KEY]
+    others = sorted(datasets)
     mask = statistics.mask.tolist()
     return [
         Check(

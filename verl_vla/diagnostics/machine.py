@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 from verl_vla.config.grpo import GRPOClusterConfig
 from verl_vla.core.errors import ConfigError
+from verl_vla.core.files import free_bytes, nearest_folder
 from verl_vla.diagnostics.planning.plan import Plan, host_cores
 from verl_vla.envs.libero.asset_files import describe_faults, remedy_for_assets
 from verl_vla.envs.libero.assets import assets_available, find_assets
@@ -31,7 +32,7 @@ from verl_vla.envs.libero.memory import available_bytes
 from verl_vla.envs.libero.mujoco_version import REMEDY as MUJOCO_REMEDY
 from verl_vla.envs.libero.mujoco_version import known_difference
 from verl_vla.policies.checks import Finding
-from verl_vla.runs.disk_space import free_bytes, nearest_folder, require_disk_space
+from verl_vla.runs.disk_space import require_disk_space
 
 GB = 1e9
 LEAST_SHARED_BYTES = 1 * GB

@@ -30,7 +30,8 @@ from typing import Any, Literal
 from verl_vla.config.grpo import ColdStartConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ColdStartError
-from verl_vla.core.files import atomic_write
+from verl_vla.core.files import atomic_write, recording
+from verl_vla.core.json_files import Entries, read_json
 from verl_vla.core.success_rate import SuccessRate
 from verl_vla.evaluation.evaluate import Evaluation, evaluate
 from verl_vla.policies.base import Policy
@@ -40,6 +41,13 @@ MAX_ROUNDS = 4
 """Largest number of rounds of probe episodes, each of `ColdStartConfig.episodes`."""
 COLD_START_FILE = "cold_start.json"
 """Name of the file in the run's folder with the measurement and the decision."""
+
+
+class Decision(Entries):
+    """Content of `COLD_START_FILE`, as far as it is read again."""
+
+    passed: bool
+
 
 Split = Literal["train", "held_out", "sampled"]
 WORDS: dict[Split, str] = {"train": "training", "held_out": "held-out", "sampled": "sampled"}
@@ -232,13 +240,19 @@ def probe_starts(starts: Sequence[Start], episodes: int) -> tuple[Start, ...]:
 
 def keep(folder: Path, record: dict[str, Any]) -> None:
     """Write a probe's record into the run's folder, atomically."""
-    atomic_write(folder / COLD_START_FILE, json.dumps(record, indent=1))
+    file = folder / COLD_START_FILE
+    with recording(file):
+        atomic_write(file, json.dumps(record, indent=1))
 
 
 def was_passed(folder: Path) -> bool:
-    """Check whether the policy of this run has already passed."""
+    """Check whether the policy of this run has already passed.
+
+    Raises:
+        ConfigError: the record is damaged.
+    """
     file = folder / COLD_START_FILE
-    return file.exists() and bool(json.loads(file.read_text())["passed"])
+    return file.exists() and read_json(file, Decision, "remove the file to check again").passed
 
 
 def _counts(rates: Rates | None, task: int) -> str:

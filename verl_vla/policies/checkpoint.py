@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.json_files import Entries, read_json
 from verl_vla.policies.preprocessing import ImageStatistics
-from verl_vla.policies.weight_files import READ_AGAIN
+from verl_vla.policies.weight_files import READ_AGAIN, TAKE_THE_FILE
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
 CONFIG_FILE = "config.json"
@@ -84,7 +84,7 @@ def read_model_type(folder: str | Path) -> str:
         ConfigError: if the folder or its ``config.json`` is missing, or names no model.
     """
     path = require_file(folder, CONFIG_FILE, "the sizes of the model")
-    return read_json(path, ConfigHead, "take the file that came with the weights").model_type
+    return read_json(path, ConfigHead, TAKE_THE_FILE).model_type
 
 
 def read_config(kind: type[Config], folder: str | Path) -> Config:
@@ -94,7 +94,7 @@ def read_config(kind: type[Config], folder: str | Path) -> Config:
         ConfigError: the folder or its ``config.json`` is missing, or it is none of ``kind``.
     """
     path = require_file(folder, CONFIG_FILE, "the sizes of the model")
-    content = read_json(path, dict[str, Any], "take the file that came with the weights")
+    content = read_json(path, dict[str, Any], TAKE_THE_FILE)
     _refuse_endless(path, content)
     try:
         return kind.from_dict(content)
@@ -103,8 +103,8 @@ def read_config(kind: type[Config], folder: str | Path) -> Config:
     # transformers and huggingface_hub raise some ten kinds for values of a wrong type
     except Exception as error:
         raise ConfigError(
-            f"{path} is no configuration of {kind.model_type} ({first_line(error)}); take the "
-            "file that came with the weights"
+            f"{path} is no configuration of {kind.model_type} ({first_line(error)}); "
+            f"{TAKE_THE_FILE}"
         ) from error
 
 
@@ -116,7 +116,7 @@ def _refuse_endless(path: Path, content: Mapping[str, Any]) -> None:
         elif name in NUM_LAYERS and isinstance(value, int) and value > MOST_LAYERS:
             raise ConfigError(
                 f"{path}: {name} is {value}, and no model has more than {MOST_LAYERS} layers; "
-                "take the file that came with the weights"
+                f"{TAKE_THE_FILE}"
             )
 
 

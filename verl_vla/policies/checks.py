@@ -13,14 +13,18 @@ from torch import nn
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.policies.checkpoint import CONFIG_FILE, first_line
-from verl_vla.policies.weight_files import find_not_finite, read_weight_layout
+from verl_vla.policies.weight_files import (
+    CONVERT,
+    TAKE_THE_FILE,
+    find_not_finite,
+    read_weight_layout,
+    wrapper_of,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 """Dtypes of weights that a model computes with, as safetensors spells them."""
-WRAPPERS = ("module.", "base_model.model.", "_orig_mod.")
-"""Prefixes that DistributedDataParallel, PEFT and torch.compile put before names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +35,8 @@ class Finding:
     says: str
     """Description of the finding; for a fault, also the reason and the remedy."""
     is_fault: bool
+    is_warning: bool = False
+    """True for what can be trained with and is unusual enough to be looked at."""
 
 
 def look(subject: str, describe: Callable[[], str]) -> Finding:
@@ -56,7 +62,7 @@ def build_empty(folder: str | Path, build: Callable[[], Model]) -> Model:
     except Exception as error:
         raise ConfigError(
             f"{Path(folder) / CONFIG_FILE} describes a model that cannot be built "
-            f"({first_line(error)}); take the file that came with the weights"
+            f"({first_line(error)}); {TAKE_THE_FILE}"
         ) from error
 
 
@@ -77,12 +83,12 @@ def describe_weights(folder: str | Path, model: nn.Module, *, reads_values: bool
     """
     stored = read_weight_layout(folder)
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    for wrapper in WRAPPERS:
-        if stored and all(name.startswith(wrapper) for name in stored):
-            raise ConfigError(
-                f"{folder}: all names of weights begin with {wrapper!r}, which a wrapper of the "
-                "model adds; take it off and save the weights again"
-            )
+    wrapper = wrapper_of(stored)
+    if wrapper:
+        raise ConfigError(
+            f"{folder}: all names of weights begin with {wrapper!r}, which a wrapper of the model "
+            f"adds; take it off: {CONVERT.format(folder=folder)}"
+        )
     for problem, names in (
         ("missing", sorted(wanted.keys() - stored.keys())),
         ("unknown", sorted(stored.keys() - wanted.keys())),

@@ -91,11 +91,14 @@ def merge_adapters(model: nn.Module, weights: Mapping[str, MakeWeight]) -> dict[
         for base in [key for key in merged if key.startswith(f"{name}.base_layer.")]:
             merged[base.replace(".base_layer.", ".")] = merged.pop(base)
         plain = merged[f"{name}.weight"]
-        merged[f"{name}.weight"] = partial(_merge, plain, first, second, layer.scaling[ADAPTER])
+        merged[f"{name}.weight"] = partial(
+            merge_factors, plain, first, second, layer.scaling[ADAPTER]
+        )
     return merged
 
 
-def _merge(plain: MakeWeight, first: MakeWeight, second: MakeWeight, scale: float) -> Tensor:
+def merge_factors(plain: MakeWeight, first: MakeWeight, second: MakeWeight, scale: float) -> Tensor:
+    """Add ``scale * second @ first`` to a weight, which keeps its dtype."""
     weight, change = plain(), scale * (second().float() @ first().float())
     # added in float32: the change can be smaller than one step of bfloat16
     return (weight.float() + change).to(weight.dtype)

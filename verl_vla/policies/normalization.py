@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.json_files import Entries, naming, read_json
+from verl_vla.policies.weight_files import TAKE_THE_FILE
 
 Array = npt.NDArray[np.float64]
 Normalization = Literal["bounds_q99", "bounds"]
@@ -26,6 +27,8 @@ or to the smallest and largest values (ALOHA, and with it RoboTwin)."""
 STATISTICS_FILE = "dataset_statistics.json"
 NO_NOOPS_SUFFIX = "_no_noops"
 """Suffix of published LIBERO datasets' names: the suite with its idle steps filtered out."""
+UNNAMED = "actions"
+"""Key of statistics whose data have no name."""
 RANGE_EPSILON = 1e-8
 """Value that fine-tuning adds to ``q99 - q01``, in dataset units."""
 COLUMNS: dict[Normalization, tuple[str, str]] = {
@@ -38,7 +41,6 @@ NORM_STATS_FILE = "config.json"
 """File of a checkpoint that holds the statistics where `STATISTICS_FILE` is absent, in the entry
 ``norm_stats``: OpenVLA's own checkpoints (openvla, ``extern/hf/configuration_prismatic.py``).
 """
-TAKE_THE_FILE = "take the file of the checkpoint that the weights came from"
 ARM_AND_GRIPPER_DIM = 7
 """Six values of the hand's motion and the gripper's."""
 
@@ -62,7 +64,7 @@ class NormalizationStats:
     q01: Array
     q99: Array
     mask: npt.NDArray[np.bool_]
-    key: str = "actions"
+    key: str = UNNAMED
     normalization: Normalization = "bounds_q99"
     extremes: Array | None = None
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.json_files import Entries, read_json, require_regular
+from verl_vla.core.json_files import Entries, read_begin, read_json
 
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
@@ -25,6 +25,12 @@ ADAPTER_FILE = "adapter_config.json"
 LFS_MARK = b"version https://git-lfs"
 """Begin of the small file that Git leaves in place of one that Git LFS was to fetch."""
 READ_AGAIN = "fetch it again from where the weights came from"
+TAKE_THE_FILE = "take the file of the checkpoint that the weights came from"
+"""Remedy for another file of the folder that cannot be right."""
+CONVERT = "verl-vla convert {folder} NEW_FOLDER"
+"""Command that makes a folder that can be read of one that cannot."""
+WRAPPERS = ("module.", "base_model.model.", "_orig_mod.")
+"""Prefixes that DistributedDataParallel, PEFT and torch.compile put before names."""
 
 
 class WeightsIndex(Entries):
@@ -39,61 +45,82 @@ def weight_files(folder: str | Path) -> tuple[Path, ...]:
     Raises:
         ConfigError: if there are none, or one that the index names is missing.
     """
-    root = Path(folder)
-    whole, index = root / WEIGHTS_FILE, root / WEIGHTS_INDEX_FILE
+    return _find_weights(Path(folder))[0]
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Return the file of every weight, as an index names it.
+
+    Raises:
+        ConfigError: it is damaged, or names a file that is missing.
+    """
+    weight_map = read_json(index, WeightsIndex, READ_AGAIN).weight_map
+    # every file comes many times
+    parts = sorted(set(weight_map.values()))
+    missing = [part for part in parts if not (index.parent / part).exists()]
+    if missing:
+        raise ConfigError(
+            f"{index} names {len(parts)} files, of which {missing} are missing; fetch them"
+        )
+    return weight_map
+
+
+def require_weights(file: Path) -> None:
+    """Refuse what cannot hold weights, before it is opened.
+
+    Raises:
+        ConfigError: it is no file, cannot be read, or is a pointer of Git LFS.
+    """
+    if read_begin(file, len(LFS_MARK), READ_AGAIN) == LFS_MARK:
+        raise ConfigError(
+            f"{file} is a pointer of Git LFS in place of the weights; run git lfs pull in its "
+            "folder"
+        )
+
+
+def _find_weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
+    """Return the files that hold the weights, and the index if there is one."""
+    whole, index = folder / WEIGHTS_FILE, folder / WEIGHTS_INDEX_FILE
     if whole.exists() and index.exists():
         raise ConfigError(
             f"{folder} holds {WEIGHTS_FILE} and {WEIGHTS_INDEX_FILE}, of which one is of another "
             "save; remove it"
         )
+    file_of = None
     # a link to nothing is to be named, so it counts as there
     if index.exists() or index.is_symlink():
-        # the index names the file of every weight, so each file comes many times
-        parts = sorted(set(read_json(index, WeightsIndex, READ_AGAIN).weight_map.values()))
-        missing = [part for part in parts if not (root / part).exists()]
-        if missing:
-            raise ConfigError(
-                f"{index} names {len(parts)} files, of which {missing} are missing; fetch them"
-            )
-        files = tuple(root / part for part in parts)
+        file_of = read_index(index)
+        files = tuple(folder / part for part in sorted(set(file_of.values())))
     elif whole.exists() or whole.is_symlink():
         files = (whole,)
     else:
-        raise ConfigError(f"{folder} {_without_weights(root)}")
-    if (root / ADAPTER_FILE).exists():
+        raise ConfigError(f"{folder} {_without_weights(folder)}")
+    if (folder / ADAPTER_FILE).exists():
         raise ConfigError(
             f"{folder} holds {ADAPTER_FILE} beside whole weights, which transformers would replace "
-            "by the adapters' base; remove the file, or merge the adapters into their base"
+            "by the adapters' base; remove the file, or merge the adapters into their base: "
+            f"{CONVERT.format(folder=folder)} --base BASE"
         )
     for file in files:
-        require_regular(file, READ_AGAIN)
-        _refuse_pointer(file)
-    return files
+        require_weights(file)
+    return files, file_of
 
 
 def _without_weights(folder: Path) -> str:
     """Say what a folder without weights holds instead, and what to do."""
+    convert = CONVERT.format(folder=folder)
     if (folder / ADAPTER_FILE).is_file():
         return (
-            "holds adapters alone; merge them into their base with peft: "
-            "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(out)"
+            f"holds adapters alone; merge them into their base: {convert} --base BASE, or with "
+            "peft: PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(out)"
         )
     others = sorted(file.name for file in folder.glob(PICKLED_WEIGHTS))
     found = f", but {others[0]}" if others else ""
     return (
         f"holds neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX_FILE}{found}; weights are read from "
-        "safetensors alone: convert other formats first, by loading the folder with transformers "
-        "and save_pretrained"
+        f"safetensors alone: convert other formats first, with {convert}, or by loading the folder "
+        "with transformers and save_pretrained"
     )
-
-
-def _refuse_pointer(file: Path) -> None:
-    with file.open("rb") as opened:
-        if opened.read(len(LFS_MARK)) == LFS_MARK:
-            raise ConfigError(
-                f"{file} is a pointer of Git LFS in place of the weights; run git lfs pull in its "
-                "folder"
-            )
 
 
 class WeightWriter:
@@ -169,7 +196,8 @@ def read_weight_layout(folder: str | Path) -> dict[str, tuple[tuple[int, ...], s
     """
     layout: dict[str, tuple[tuple[int, ...], str]] = {}
     file_of: dict[str, str] = {}
-    for file in weight_files(folder):
+    files, named = _find_weights(Path(folder))
+    for file in files:
         try:
             # opened, not loaded: safetensors keeps shapes and dtypes in a header
             with safe_open(file, framework="pt") as stored:
@@ -187,16 +215,24 @@ def read_weight_layout(folder: str | Path) -> dict[str, tuple[tuple[int, ...], s
                 f"{file} ({file.stat().st_size} bytes) is cut off or no safetensors file "
                 f"({error}); fetch it again"
             ) from error
-    _compare_with_index(Path(folder), file_of)
+    if named is not None:
+        _compare_with_index(Path(folder) / WEIGHTS_INDEX_FILE, named, file_of)
     return layout
 
 
-def _compare_with_index(folder: Path, file_of: Mapping[str, str]) -> None:
+def wrapper_of(names: Collection[str]) -> str:
+    """Return the prefix that wrappers of a model have put before all names of weights, or ""."""
+    prefix = ""
+    while True:
+        inside = [name.removeprefix(prefix) for name in names]
+        found = [w for w in WRAPPERS if inside and all(name.startswith(w) for name in inside)]
+        if not found:
+            return prefix
+        prefix += found[0]
+
+
+def _compare_with_index(index: Path, named: Mapping[str, str], file_of: Mapping[str, str]) -> None:
     """Refuse an index that names another file for a weight than the one that holds it."""
-    index = folder / WEIGHTS_INDEX_FILE
-    if not index.exists():
-        return
-    named = read_json(index, WeightsIndex, READ_AGAIN).weight_map
     wrong = sorted(named.items() ^ file_of.items())
     if wrong:
         name, file = wrong[0]

@@ -23,6 +23,7 @@ from verl_vla.envs.libero.suite import LiberoSuite
 from verl_vla.envs.pool.env_pool import EnvPool
 from verl_vla.envs.registry import absolute_name, make_env, suite
 from verl_vla.policies.base import PolicyShape, Processor
+from verl_vla.policies.normalization import NO_NOOPS_SUFFIX, UNNAMED, read_datasets
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,10 @@ logger = logging.getLogger(__name__)
 PUBLISHED_RENDER_SIZE = 256
 """Render size in pixels; openvla-oft ``experiments/robot/libero/run_libero_eval.py``,
 ``env_img_res``."""
+
+JOINT_KEY = "libero_4_task_suites"
+"""Statistics key of openvla-oft's checkpoint for four suites at once; its ``LIBERO.md``."""
+JOINT_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 
 
 @contextmanager
@@ -125,6 +130,9 @@ def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:
             f"{shape.image_size} px; render at least that large (openvla-oft: 256 for 224)"
         )
     _check_robot(processor, chosen)
+    other = describe_other_data(processor.codec.statistics.key, chosen)
+    if other is not None:
+        logger.warning("%s", other)
     # called for its check; each simulator looks up the limit of its own task
     chosen.step_limit(env.step_limit, task_id=0)
     return EnvConfig(
@@ -137,6 +145,61 @@ def env_config(env: EnvironmentConfig, processor: Processor) -> EnvConfig:
             len(chosen.tasks) if env.tasks is None else len(env.tasks), env.num_workers
         ),
     )
+
+
+def find_unnorm_key(folder: Path, unnorm_key: str | None, chosen: Suite) -> str | None:
+    """Return the key of the action statistics to use: as given, else by the suite.
+
+    Args:
+        folder: folder of the policy.
+        unnorm_key: key that the user names; None leaves the choice to this function.
+        chosen: suite that is trained or evaluated.
+
+    Returns:
+        None where the folder holds a single entry, none of the suite's, or none at all.
+    """
+    if unnorm_key is not None:
+        return unnorm_key
+    try:
+        _, datasets = read_datasets(folder)
+    except ConfigError:
+        return None  # `examine` tells it, with whatever else is wrong with the folder
+    found = [key for name in _data_of(chosen) for key in (name, name + NO_NOOPS_SUFFIX)]
+    fitting = [key for key in found if key in datasets]
+    if len(datasets) == 1 or not fitting:
+        return None
+    logger.info(
+        "statistics %r of %d in %s, by the suite; unnorm_key names another one",
+        fitting[0],
+        len(datasets),
+        folder,
+    )
+    return fitting[0]
+
+
+def describe_other_data(key: str, chosen: Suite) -> str | None:
+    """Say that statistics are of other data than a suite's; None where they are of the suite's.
+
+    Args:
+        key: key of the action statistics.
+        chosen: suite that is trained or evaluated.
+    """
+    if key == UNNAMED or key.removesuffix(NO_NOOPS_SUFFIX) in _data_of(chosen):
+        return None
+    return (
+        f"the action statistics are those of {key!r}, and the suite is {chosen.name!r}: ranges of "
+        "another suite or robot make other motions of the same tokens; unnorm_key names the entry"
+    )
+
+
+def _data_of(chosen: Suite) -> tuple[str, ...]:
+    """Return the names of data that were recorded in a suite, the likeliest first."""
+    names = {chosen.name: None}
+    # a perturbed suite is for policies of the suite that it was made from
+    if isinstance(chosen, LiberoSuite):
+        names |= {task.base.suite: None for task in chosen.tasks if task.base is not None}
+    joint = (JOINT_KEY,) if names.keys() & set(JOINT_SUITES) else ()
+    return (*names, *joint)
 
 
 def _check_robot(processor: Processor, chosen: Suite) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from verl_vla.config.grpo import GRPOPolicyConfig, Recipe
 from verl_vla.core.errors import ConfigError
+from verl_vla.core.files import free_bytes
 from verl_vla.envs.base import Suite
 from verl_vla.policies.base import DTYPES, PolicyShape
 from verl_vla.rl.setup import most_policy_steps
@@ -126,13 +126,3 @@ def written_bytes(folder: Path) -> int:
 def tree_bytes(folder: Path) -> int:
     """Return the bytes of all files below a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def free_bytes(folder: Path) -> int:
-    """Return the bytes that this user may still write in a folder, which need not exist."""
-    return shutil.disk_usage(nearest_folder(folder)).free
-
-
-def nearest_folder(folder: Path) -> Path:
-    """Return the folder, or its nearest parent that exists."""
-    return next(path for path in (folder, *folder.resolve().parents) if path.is_dir())

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from verl_vla.core.files import recording
 from verl_vla.core.tables import Trajectories
 from verl_vla.policies.action_codec import ActionCodec
 from verl_vla.runs.episode_log import EpisodeLog, episode_lines
@@ -86,7 +87,7 @@ class EpisodeRecorder:
         """Wait until all videos are written.
 
         Raises:
-            OSError: one could not be written.
+            WriteError: one could not be written.
         """
         videos, self._videos = self._videos, []
         for video in videos:
@@ -116,18 +117,22 @@ def write_video(path: Path, images: npt.NDArray[np.uint8], executed: list[int]) 
         path: path of the video; its folder is created if missing.
         images: [policy steps, H, W, 3], the images that the policy saw.
         executed: number of simulator steps that follow each image.
+
+    Raises:
+        WriteError: it cannot be written.
     """
-    path.parent.mkdir(exist_ok=True)
     frames = [Image.fromarray(image).resize((VIDEO_SIZE, VIDEO_SIZE)) for image in images]
-    frames[0].save(
-        path,
-        save_all=True,
-        append_images=frames[1:],
-        # milliseconds of each frame: a chunk cut short by the end is shown for its own steps
-        duration=[1000 * steps // STEPS_PER_S for steps in executed],
-        loop=0,
-        quality=VIDEO_QUALITY,
-    )
+    with recording(path):
+        path.parent.mkdir(exist_ok=True)
+        frames[0].save(
+            path,
+            save_all=True,
+            append_images=frames[1:],
+            # milliseconds of each frame: a chunk cut short by the end is shown for its own steps
+            duration=[1000 * steps // STEPS_PER_S for steps in executed],
+            loop=0,
+            quality=VIDEO_QUALITY,
+        )
 
 
 def _informative_groups(played: Trajectories) -> list[int]:

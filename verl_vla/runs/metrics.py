@@ -7,6 +7,7 @@ file and the console can never disagree.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from verl_vla.core.errors import ContractError
-from verl_vla.core.files import atomic_write
-from verl_vla.core.json_files import read_json_lines
+from verl_vla.core.files import atomic_write, recording
+from verl_vla.core.json_files import keep_json_lines, read_json_lines, read_last_json_lines
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +193,7 @@ def _check_line(line: dict[str, Any]) -> dict[str, Any]:
     return line
 
 
+REMEDY = "remove that line, or restore the file from a copy"
 MetricsLine = Annotated[dict[str, int | float | None], AfterValidator(_check_line)]
 """A line of ``metrics.jsonl``: ``step`` and metrics."""
 
@@ -209,22 +213,29 @@ class MetricsFile:
         """Drop the lines after ``last_step``, and a half-written last line."""
         if not self._path.exists():
             return
-        steps = [line["step"] for line in read_metrics(self._path)]
-        # as bytes: a process killed while it wrote may have left a part of a character, in a line
-        # that is not among the steps
-        with self._path.open("rb") as file:
-            kept = [line for step, line in zip(steps, file, strict=False) if step <= last_step]
-        atomic_write(self._path, b"".join(kept).decode())
+        with recording(self._path):
+            dropped = keep_json_lines(
+                self._path, MetricsLine, REMEDY, lambda line: line["step"] <= last_step
+            )
+        if dropped:
+            logger.info(
+                "steps %d to %d are newer than the last checkpoint: they are made again and their "
+                "lines in %s replaced",
+                dropped[0]["step"],
+                dropped[-1]["step"],
+                self._path.name,
+            )
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line.
 
         Raises:
             ContractError: a name that is not declared.
+            WriteError: the file cannot be written.
         """
         check_declared(values, self._declared)
         record = {"step": step} | {name: _plain(value) for name, value in values.items()}
-        with self._path.open("a") as file:
+        with recording(self._path), self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def add_to_last(self, values: Mapping[str, float]) -> None:
@@ -233,7 +244,8 @@ class MetricsFile:
         # the whole file again: a line that becomes longer cannot be changed in place
         *before, last = self._path.read_text().splitlines(keepends=True)
         record = json.loads(last) | {name: _plain(value) for name, value in values.items()}
-        atomic_write(self._path, "".join([*before, json.dumps(record) + "\n"]))
+        with recording(self._path):
+            atomic_write(self._path, "".join([*before, json.dumps(record) + "\n"]))
 
 
 def check_declared(values: Mapping[str, float], declared: Mapping[str, Metric] = METRICS) -> None:
@@ -249,15 +261,23 @@ def check_declared(values: Mapping[str, float], declared: Mapping[str, Metric] =
             )
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path, last_bytes: int | None = None) -> list[dict[str, float]]:
     """Read the lines of a ``metrics.jsonl``, each a mapping that also holds ``step``.
 
     A last line that is still being written is left out.
 
+    Args:
+        path: path of the file.
+        last_bytes: bytes of the newest lines that are read; None reads all.
+
     Raises:
         ConfigError: a line is damaged; gives its number.
     """
-    lines = read_json_lines(path, MetricsLine, "remove that line, or restore the file from a copy")
+    lines = (
+        read_json_lines(path, MetricsLine, REMEDY)
+        if last_bytes is None
+        else read_last_json_lines(path, MetricsLine, REMEDY, last_bytes)
+    )
     return [
         # null stands for a number that was not finite; see `_plain`
         {name: math.nan if value is None else value for name, value in line.items()}

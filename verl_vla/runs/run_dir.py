@@ -14,8 +14,20 @@ from pydantic import Field, NonNegativeInt
 from typing_extensions import TypedDict
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.files import LOCK, atomic_write, folder_lock, partial_file, writing_to
-from verl_vla.core.json_files import Entries, read_json, require_declared, with_other_entries
+from verl_vla.core.files import (
+    LOCK,
+    atomic_write,
+    folder_lock,
+    partial_file,
+    recording,
+    writing_to,
+)
+from verl_vla.core.json_files import (
+    Entries,
+    read_json,
+    require_declared,
+    with_other_entries,
+)
 from verl_vla.core.success_rate import count_entries
 from verl_vla.core.text import differences
 from verl_vla.core.yaml_files import read_yaml
@@ -148,13 +160,15 @@ def evaluated_steps(folder: Path) -> list[int]:
 def keep_evaluation(folder: Path, step: int, record: Mapping[str, Any], suffix: str = "") -> None:
     """Write the evaluation after a training step into the run's folder, atomically."""
     file = evaluation_file(folder, step, suffix)
-    file.parent.mkdir(exist_ok=True)
-    atomic_write(file, json.dumps(record, indent=1))
+    with recording(file):
+        file.parent.mkdir(exist_ok=True)
+        atomic_write(file, json.dumps(record, indent=1))
 
 
 def keep_solved(folder: Path, last_step: int) -> None:
     """Record that the run ended after ``last_step`` because the next step solved every episode."""
-    atomic_write(folder / SOLVED_FILE, json.dumps({"last_step": last_step}))
+    with recording(folder / SOLVED_FILE):
+        atomic_write(folder / SOLVED_FILE, json.dumps({"last_step": last_step}))
 
 
 def solved_after(folder: Path) -> int | None:

@@ -54,7 +54,7 @@ class RunRecorder:
 
         Raises:
             ContractError: a name that is not declared.
-            OSError: a video of the step could not be written.
+            WriteError: the metrics or a video of the step could not be written.
         """
         # they were written while ranks learned
         self._episodes.finish()

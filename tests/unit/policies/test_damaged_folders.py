@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from openvla_oft_folder import KEY, save_tiny_policy
 from safetensors.torch import load_file, save_file
 
 from verl_vla.cli.arguments import parse
@@ -25,29 +25,21 @@ from verl_vla.cli.doctor import EXIT_FAULT, run
 from verl_vla.cli.main import EXIT_USAGE, main
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.json_files import Entries, read_json
-from verl_vla.policies.normalization import ActionStatistics, load_statistics
+from verl_vla.policies.normalization import load_statistics
 from verl_vla.policies.openvla_oft.checks import judge_action_mass
-from verl_vla.policies.openvla_oft.tiny import TinySizes, build_tiny_policy
 from verl_vla.policies.registry import examine, load_policy
 
-SIZES = TinySizes(image_size=28, vision_width=12, llm_width=16, llm_depth=1, llm_mlp=16)
 CONFIG, IMAGES, TOKENIZER = "config.json", "preprocessor_config.json", "tokenizer.json"
 STATISTICS, WEIGHTS, INDEX = (
     "dataset_statistics.json",
     "model.safetensors",
     "model.safetensors.index.json",
 )
-KEY = "mini"
 
 
 @pytest.fixture(scope="module")
 def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("valid") / "policy"
-    statistics = ActionStatistics(
-        q01=-np.ones(7), q99=np.ones(7), mask=np.array([True] * 6 + [False]), key=KEY
-    )
-    build_tiny_policy(["lift it"], statistics, sizes=SIZES).save_pretrained(folder)
-    return folder
+    return save_tiny_policy(tmp_path_factory.mktemp("valid") / "policy")
 
 
 @pytest.fixture

@@ -120,7 +120,7 @@ def test_a_run_holds_the_parts_of_its_recipe_and_closes_its_simulators(recipe, p
 
 def test_a_disk_without_room_for_the_run_is_refused(recipe, no_simulators, monkeypatch):
     full = shutil.disk_usage("/")._replace(free=1000)
-    monkeypatch.setattr("verl_vla.runs.disk_space.shutil.disk_usage", lambda _: full)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: full)
     assert "needs up to" in refusal(recipe)
     assert not Path(recipe.out).exists()
 
@@ -457,7 +457,9 @@ class Processor:
 
     @property
     def codec(self) -> Any:
-        return SimpleNamespace(statistics=SimpleNamespace(gripper_dims=self.gripper_dims, key="x"))
+        return SimpleNamespace(
+            statistics=SimpleNamespace(gripper_dims=self.gripper_dims, key="mini")
+        )
 
 
 @pytest.mark.parametrize(
@@ -483,7 +485,9 @@ def test_a_policy_must_suit_the_robot(change, message):
 @pytest.mark.parametrize("dims", [(), (5,), (5, 6)])
 def test_the_gripper_is_where_the_suite_has_it(dims):
     given: Any = Processor(gripper_dims=dims)
-    with pytest.raises(ConfigError, match="'x' leave the values .* are at .6.: the mask must be"):
+    with pytest.raises(
+        ConfigError, match="'mini' leave the values .* are at .6.: the mask must be"
+    ):
         env_config(EnvironmentConfig(suite="mini"), given)
 
 

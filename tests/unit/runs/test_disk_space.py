@@ -13,15 +13,14 @@ from verl_vla.cli.arguments import parse
 from verl_vla.config.compose import load_recipe
 from verl_vla.config.grpo import Recipe
 from verl_vla.core.errors import ConfigError
+from verl_vla.core.files import free_bytes
 from verl_vla.envs.registry import suite
 from verl_vla.policies.base import PolicyShape
-from verl_vla.runs import disk_space
 from verl_vla.runs.disk_space import (
     GB,
     WeightCount,
     count_stored,
     disk_bytes,
-    free_bytes,
     require_disk_space,
 )
 
@@ -91,7 +90,7 @@ def test_a_disk_that_is_too_small_is_refused_with_the_parts(
         asked.append(folder)
         return Usage(0, 0, 10 * GB)
 
-    monkeypatch.setattr(disk_space.shutil, "disk_usage", usage)
+    monkeypatch.setattr("shutil.disk_usage", usage)
     folder = tmp_path / "not" / "there"
     require_disk_space(folder, {"checkpoints": int(10 * GB)})
     with pytest.raises(ConfigError) as caught:
@@ -108,7 +107,7 @@ def test_a_disk_that_is_too_small_is_refused_with_the_parts(
 def test_a_resumed_run_needs_only_what_is_not_written_yet(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda _: Usage(0, 0, 100))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(0, 0, 100))
     checkpoints = tmp_path / "checkpoints"
     for name in ("global_step_4/policy", "unfinished/global_step_5", "global_step_3_corrupt"):
         (checkpoints / name).mkdir(parents=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 
 import pytest
@@ -117,6 +118,15 @@ def test_rewind_drops_a_line_that_was_cut_short(path, torn):
 def test_rewind_to_before_the_first_step_starts_afresh(path):
     write_steps(path, 0, 1).rewind(-1)
     assert path.read_text() == ""
+
+
+def test_steps_that_are_made_again_are_named(path, caplog):
+    logging.getLogger("verl_vla").propagate = True
+    caplog.set_level("INFO", logger="verl_vla")
+    write_steps(path, 1, 2, 3, 4).rewind(4)
+    assert not caplog.text
+    MetricsFile(path).rewind(2)
+    assert "steps 3 to 4 are newer than the last checkpoint" in caplog.text
 
 
 def test_rewind_of_no_file_is_nothing(path):

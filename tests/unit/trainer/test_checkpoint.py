@@ -310,6 +310,7 @@ def test_what_a_killed_process_left_is_removed_before_anything_is_written(tmp_pa
     with writing(tmp_path, 1) as folder:
         assert folder == left
         assert list(folder.iterdir()) == []
+        (folder / "model.pt").write_bytes(b"weights")
     (tmp_path / "unfinished" / "global_step_2").mkdir(parents=True)
     assert newest_valid(tmp_path) == 1
     assert not (tmp_path / "unfinished").exists()

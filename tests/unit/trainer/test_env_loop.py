@@ -51,7 +51,9 @@ class NoRecorder:
         self.scores |= scores
 
 
-def make_loop(folder: Path, starts: Any = ONE_OF_EACH, reward: Any = None) -> Any:
+def make_loop(
+    folder: Path, starts: Any = ONE_OF_EACH, reward: Any = None, timeout_s: float = 60
+) -> Any:
     return EpisodeLoop(
         NotingPolicy(),  # pyright: ignore[reportArgumentType] -- in this process
         OneChunkSimulators(),
@@ -61,6 +63,7 @@ def make_loop(folder: Path, starts: Any = ONE_OF_EACH, reward: Any = None) -> An
         mirrored=False,
         temperature=1.0,
         seed=0,
+        reward_timeout_s=timeout_s,
         recorder=NoRecorder(),  # pyright: ignore[reportArgumentType] -- what the loop calls of it
         unscored=UnscoredEpisodes(folder, first_step=1),
         most_policy_steps=4,
@@ -292,6 +295,28 @@ def test_a_round_is_scored_then_learned_from_and_its_spread_is_known(
     assert (values["reward/seen"], values["reward/learned"]) == (1, 1)
     assert values["critic/score/mean"] == pytest.approx(sum(earned.values()) / 6)
     assert loop._recorder.scores == pytest.approx({numbers[key]: earned[key] for key in alive})
+
+
+class SleepyReward(StatelessReward):
+    """Never answers, and survives every error of its own."""
+
+    def __call__(self, batch: TrajectoryBatch) -> RewardResult:
+        while True:
+            try:
+                time.sleep(60)
+            except Exception:  # noqa: BLE001 -- as careless as a plug-in may be
+                continue
+
+
+def test_a_reward_that_never_answers_is_refused_by_name_and_the_episodes_are_kept(
+    tmp_path: Path, store: RowStore
+) -> None:
+    loop = make_loop(tmp_path, reward=SleepyReward(), timeout_s=0.1)
+    uids = loop.next_groups(1)
+    said = rf"SleepyReward of {__file__} did not score 3 episodes within 0\.1 s.*reward_timeout_s"
+    with pytest.raises(RewardError, match=said):
+        loop.generate_sequences(asked_for(uids))
+    assert (tmp_path / "unscored_step_1.npz").exists()
 
 
 def test_two_rounds_of_a_step_add_up(tmp_path: Path, store: RowStore) -> None:

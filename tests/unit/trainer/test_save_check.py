@@ -16,7 +16,6 @@ from small_disk import small_disk
 from sudden_end import die, in_a_process_of_its_own
 
 from verl_vla.core.errors import ConfigError, ContractError
-from verl_vla.runs import disk_space
 from verl_vla.runs.disk_space import written_bytes
 from verl_vla.trainer import checkpoint
 from verl_vla.trainer.checkpoint import (
@@ -159,7 +158,7 @@ def test_a_state_that_cannot_be_saved_is_the_fault_of_its_code(tmp_path) -> None
 def test_room_for_one_is_not_room_for_all_that_are_kept(tmp_path, monkeypatch) -> None:
     """Another process may have written since the run was started."""
     size = 4 * MIB
-    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda _: Usage(0, 0, 2 * size))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(0, 0, 2 * size))
     said = refusal(tmp_path / "checkpoints", save=write(mib=4))
     assert f"out is {tmp_path}, where 0.0 GB are free, and the run needs up to 0.0 GB more" in said
 

@@ -85,6 +85,7 @@ def test_a_refused_round_leaves_its_episodes_behind(
         mirrored=True,
         temperature=1.0,
         seed=0,
+        reward_timeout_s=60,
         recorder=nobody,
         unscored=kept,
         most_policy_steps=1,

@@ -63,6 +63,7 @@ class WorkerProcess:
         self.request: Request | None = None
         self.deadline = deadline
         self.tasks: dict[int, float] = {}
+        self._is_killed_here = False
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 -- closed by `reap`
         append = fcntl.fcntl(self._output, fcntl.F_GETFL) | os.O_APPEND
         fcntl.fcntl(self._output, fcntl.F_SETFL, append)  # so that it can be truncated while in use
@@ -137,6 +138,7 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """Send SIGKILL to the worker."""
+        self._is_killed_here = True
         self._process.kill()
 
     def kill_and_tell(self) -> None:
@@ -144,7 +146,7 @@ class WorkerProcess:
         # faulthandler writes the stack even where Python code never returns
         self._process.send_signal(STACK_SIGNAL)
         if not self.has_ended(before=time.monotonic() + STACK_S):
-            self._process.kill()
+            self.kill()
 
     def has_ended(self, *, before: float) -> bool:
         """Wait until ``before``, on `time.monotonic`'s clock; return True if the process ended."""
@@ -160,10 +162,10 @@ class WorkerProcess:
             Its exit code or signal, and the last bytes of its output, for a message.
         """
         if not self.has_ended(before=time.monotonic() + EXIT_GRACE_S):
-            self._process.kill()
+            self.kill()
         code = self._process.wait()
         self._connection.close()
-        ending = f"exit code {code}" if code >= 0 else _describe_signal(-code)
+        ending = f"exit code {code}" if code >= 0 else self._describe_signal(-code)
         with self._output:
             text = self._last_output().decode(errors="replace").strip()
         return f"{ending}; its last output:\n{text}" if text else f"{ending}; it wrote nothing"
@@ -179,7 +181,9 @@ class WorkerProcess:
         file = self._output.fileno()
         return os.pread(file, OUTPUT_TAIL, max(0, os.fstat(file).st_size - OUTPUT_TAIL))
 
-
-def _describe_signal(number: int) -> str:
-    hint = ", by the kernel if memory ran out" if number == signal.SIGKILL else ""
-    return f"signal {number}: {signal.strsignal(number)}{hint}"
+    def _describe_signal(self, number: int) -> str:
+        hint = ""
+        if number == signal.SIGKILL:
+            # the kernel's own kills look like anybody's
+            hint = ", by this run" if self._is_killed_here else ", by the kernel if memory ran out"
+        return f"signal {number}: {signal.strsignal(number)}{hint}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -232,3 +233,35 @@ def num_rounds(num_groups: int) -> int:
 def round_file(folder: Path, index: int) -> Path:
     """Return the file of a round."""
     return folder / f"round_{index:04d}.npz"
+
+
+def require_groups(folder: Path, played: Trajectories, groups: Sequence[Group]) -> None:
+    """Refuse rounds that hold other episodes than `PLAYED_FILE` beside them says.
+
+    Args:
+        folder: folder of the episodes, for the message.
+        played: result of `read_rounds`.
+        groups: result of `choose_groups` for the settings in the file.
+
+    Raises:
+        ConfigError: an episode is missing, superfluous, or of another task or start.
+    """
+    columns = played.episodes
+    found = zip(
+        *(column.tolist() for column in (columns.episode_id, columns.group_id)),
+        *(column.tolist() for column in (columns.task_id, columns.init_state_id)),
+        strict=True,
+    )
+    wanted = [
+        (spec.episode_id, spec.group_id, spec.task_id, spec.init_state_id)
+        for group in groups
+        for spec in group
+    ]
+    wrong = sorted(Counter(found).items() ^ Counter(wanted).items())
+    if wrong:
+        (episode, group, task, state), _ = wrong[0]
+        raise ConfigError(
+            f"{folder}: {PLAYED_FILE} and the rounds beside it do not agree, first on episode "
+            f"{episode} of group {group}, task {task} and init state {state}; one of them is of "
+            "other episodes: restore it, or play again into another folder"
+        )

@@ -179,6 +179,7 @@ def _make_loop(
         mirrored=False,
         temperature=1.0,
         seed=0,
+        reward_timeout_s=600,
         recorder=RunRecorder(folder, {}, processor.codec, groups_per_step=2, total_steps=1),
         unscored=UnscoredEpisodes(folder, first_step=1),
         most_policy_steps=size.policy_steps,

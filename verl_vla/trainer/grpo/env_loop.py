@@ -6,11 +6,13 @@ veRL asks for a number of groups (`EpisodeLoop.next_groups`) and then for their 
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,10 @@ import transfer_queue as tq
 from tensordict import TensorDict
 
 from verl_vla.core.episode import EpisodeSpec
-from verl_vla.core.errors import RewardError
+from verl_vla.core.errors import EXIT_REWARD, RewardError
 from verl_vla.core.tables import Trajectories
-from verl_vla.rewards import TrajectoryReward, learn, score, video_need
+from verl_vla.core.time_limit import run_within
+from verl_vla.rewards import RewardResult, TrajectoryReward, learn, score, video_need
 from verl_vla.rl.group_sampling import StartSampler
 from verl_vla.rl.rollout import NoiseSource, RolloutTimes, Simulators, rollout
 from verl_vla.runs.console import episodes_bar
@@ -87,6 +90,7 @@ class EpisodeLoop:
         mirrored: `Suite.images_are_mirrored`, for the reward.
         temperature: sampling temperature of the action tokens.
         seed: seed of the sampling noise.
+        reward_timeout_s: time within which the reward must score a round, s.
         recorder: keeps the episodes.
         unscored: keeps the episodes that the reward could not score.
         most_policy_steps: of an episode, see `rollout`.
@@ -103,6 +107,7 @@ class EpisodeLoop:
         mirrored: bool,
         temperature: float,
         seed: int,
+        reward_timeout_s: float,
         recorder: RunRecorder,
         unscored: UnscoredEpisodes,
         most_policy_steps: int,
@@ -115,6 +120,7 @@ class EpisodeLoop:
         self._suite, self._mirrored = suite, mirrored
         self._temperature = temperature
         self._noise = NoiseSource(seed=seed, stream=TRAINING_STREAM)
+        self._reward_timeout_s = reward_timeout_s
         self._starts = starts
         self._recorder = recorder
         self._unscored = unscored
@@ -220,15 +226,31 @@ class EpisodeLoop:
         if not len(alive.episodes):
             return np.zeros(0, dtype=np.float32)
         began = time.perf_counter()
-        batch, result = score(
-            self._reward, alive, suite=self._suite, split="train", mirrored=self._mirrored
+        result, learned = run_within(
+            self._reward_timeout_s,
+            partial(self._ask_reward, alive),
+            partial(self._overdue, len(alive.episodes)),
+            EXIT_REWARD,
         )
-        # after scoring, so that no episode is scored by what it taught itself
-        learned = learn(self._reward, batch)
         self.stats.reward_metrics = dict(result.metrics) | dict(learned)
         self.stats.score_sum += float(result.score.sum())
         self.stats.reward_s += time.perf_counter() - began
         return result.score
+
+    def _ask_reward(self, alive: Trajectories) -> tuple[RewardResult, Mapping[str, float]]:
+        batch, result = score(
+            self._reward, alive, suite=self._suite, split="train", mirrored=self._mirrored
+        )
+        # after scoring, so that no episode is scored by what it taught itself
+        return result, learn(self._reward, batch)
+
+    def _overdue(self, number: int, where: str) -> RewardError:
+        reward = type(self._reward)
+        return RewardError(
+            f"{reward.__name__} of {inspect.getfile(reward)} did not score {number} "
+            f"episodes within {self._reward_timeout_s:g} s{where}; correct the reward, or set a "
+            "longer reward_timeout_s"
+        )
 
     def _count(self, played: Trajectories) -> None:
         episodes = played.episodes

@@ -71,6 +71,9 @@ NODES_LIMIT_S = 600.0
 NODES_POLL_S = 1.0
 """A Slurm job's nodes start within minutes of each other."""
 
+REASON_LENGTH = 400
+"""Characters of Ray's reason for a death that a message shows; the first line says it."""
+
 WORKER_NICENESS = 0
 """Ray's default of 15 would let simulators and other programs of the machine run before the
 learner."""
@@ -101,14 +104,16 @@ def train(run: Run) -> None:
         stop = stack.enter_context(stop_requests())  # after Ray, which has a handler of its own
         logger.info("starting the learner (some 20 seconds on two cores)")
         simulators = run.simulators or stack.enter_context(open_env_nodes(run))
-        trainer = importing.result().VLATrainer(config, run, simulators, stop)
-        trainer.init()
-        # the learner is loaded while TransferQueue starts; the first rollout needs both
-        with report_wait(lambda: "TransferQueue's processes"):
-            queue.result()
+        daemons = ray_daemons()
+        with watchdog.watching(partial(dead_among, {}, daemons)):
+            trainer = importing.result().VLATrainer(config, run, simulators, stop)
+            trainer.init()
+            # the learner is loaded while TransferQueue starts; the first rollout needs both
+            with report_wait(lambda: "TransferQueue's processes"):
+                queue.result()
         # veRL's storage: one process on each node
         actors = queue_actors(run.recipe.cluster.num_nodes)
-        with watchdog.watching(partial(dead_among, actors, ray_daemons())):
+        with watchdog.watching(partial(dead_among, actors, daemons)):
             trainer.train()
 
 
@@ -261,8 +266,14 @@ def _own_errors(run: Run) -> Generator[None]:
             raise
         raise error.cause from error
     except (RayActorError, OutOfMemoryError) as error:
-        why = f"a learner process died ({' '.join(str(error).split())})"
+        why = f"a learner process died ({_shortened(str(error))})"
         raise LearnerLostError(_lost(run, why)) from error
+
+
+def _shortened(text: str) -> str:
+    """Return a text as one line; of a worker killed for its memory Ray tells pages."""
+    line = " ".join(text.split())
+    return line if len(line) <= REASON_LENGTH else line[:REASON_LENGTH] + "..."
 
 
 def _lost(run: Run, why: str) -> str:

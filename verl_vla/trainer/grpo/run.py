@@ -22,7 +22,14 @@ from verl_vla.policies.openvla_oft.modelling import require_backend
 from verl_vla.policies.registry import check_adapters, load_processor, require_valid
 from verl_vla.policies.weight_files import read_weight_layout
 from verl_vla.rewards import TrajectoryReward, load_reward, looks_at_images, video_need
-from verl_vla.rl.setup import env_config, find_policy, open_simulators, starts, task_ids
+from verl_vla.rl.setup import (
+    env_config,
+    find_policy,
+    find_unnorm_key,
+    open_simulators,
+    starts,
+    task_ids,
+)
 from verl_vla.runs.disk_space import count_stored, disk_bytes, require_disk_space
 from verl_vla.runs.metrics import read_metrics
 from verl_vla.runs.run_dir import evaluation_record, keep_evaluation, open_run_dir
@@ -38,6 +45,7 @@ MAY_CHANGE = (
     "cluster.env_nodes",
     "environment.num_workers",
     "environment.timeout_s",
+    "reward_timeout_s",
 )
 """Parts of a recipe that may differ when a run is resumed; anything else would make the second
 half of the curve another experiment."""
@@ -115,7 +123,8 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     tasks = task_ids(chosen, env.tasks)
     policy_folder = find_policy(recipe.policy.path)
     require_backend(recipe.policy.attention)
-    require_valid(policy_folder, recipe.policy.unnorm_key)
+    unnorm_key = find_unnorm_key(policy_folder, recipe.policy.unnorm_key, chosen)
+    require_valid(policy_folder, unnorm_key)
     check_adapters(policy_folder, recipe.policy.lora_rank, has_kl=recipe.loss.kl.is_on)
     require_extras(
         {"policy.quantization": recipe.policy.quantization, "optimizer.name": recipe.optimizer.name}
@@ -123,7 +132,7 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     for logger_name in recipe.trainer.loggers:
         require_extras({"trainer.loggers": logger_name})
     require_trackers(recipe.trainer.loggers)
-    processor = load_processor(policy_folder, recipe.policy.unnorm_key)
+    processor = load_processor(policy_folder, unnorm_key)
     reward = load_reward(recipe.reward, recipe.reward_args, seed=recipe.seed)
     # the image after the last step is rendered only for a reward that looks at it
     video = video_need(reward)

@@ -14,8 +14,9 @@ from pathlib import Path
 from ray.exceptions import OutOfMemoryError, RayActorError
 
 from verl_vla.core.errors import ConfigError, ContractError
+from verl_vla.core.files import free_bytes
 from verl_vla.core.text import format_seconds
-from verl_vla.runs.disk_space import GB, free_bytes, require_disk_space, tree_bytes
+from verl_vla.runs.disk_space import GB, require_disk_space, tree_bytes
 from verl_vla.trainer import checkpoint
 
 logger = logging.getLogger(__name__)

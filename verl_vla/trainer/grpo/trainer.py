@@ -110,6 +110,7 @@ class VLATrainer(PPOTrainerSync):
             mirrored=chosen.images_are_mirrored,
             temperature=recipe.sampling.temperature,
             seed=recipe.seed,
+            reward_timeout_s=recipe.reward_timeout_s,
             recorder=self.recorder,
             unscored=UnscoredEpisodes(self.run.folder, first_step=self.global_steps + 1),
             most_policy_steps=most_policy_steps(env, chosen, self.run.processor.shape.chunk_length),

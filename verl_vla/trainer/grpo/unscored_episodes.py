@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from verl_vla.core.episode import EpisodeSpec
+from verl_vla.core.files import recording
 from verl_vla.core.tables import Trajectories
 from verl_vla.core.trajectory_io import read_trajectories, write_trajectories
 
@@ -32,8 +33,13 @@ class UnscoredEpisodes:
         return self._folder / f"unscored_step_{step}.npz"
 
     def keep(self, played: Trajectories, step: int) -> None:
-        """Write the episodes of a round of ``step``, crashed ones included."""
-        write_trajectories(self.file(step), played)
+        """Write the episodes of a round of ``step``, crashed ones included.
+
+        Raises:
+            WriteError: the file cannot be written.
+        """
+        with recording(self.file(step)):
+            write_trajectories(self.file(step), played)
 
     def take(self, specs: Sequence[EpisodeSpec], step: int) -> Trajectories | None:
         """Return what was kept of exactly these episodes; None where they must be played."""

@@ -9,14 +9,9 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-
-# by a name of its own: os._exit itself is refused while a reward runs
-from os import _exit as exit_now
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -24,6 +19,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from verl_vla.core.errors import EXIT_LEARNER_LOST, LearnerLostError
+from verl_vla.core.processes import end_now, is_alive, name_and_parent, pids
 
 CHECK_EVERY_S = 3.0
 ANSWER_LIMIT_S = 10.0
@@ -35,7 +31,6 @@ INTERRUPT = signal.SIGUSR1
 """Signal by which the thread that watches interrupts the main thread; Python waits for a lock until
 a signal's handler raises."""
 RAY_DAEMONS = ("gcs_server", "raylet")
-PROC = Path("/proc")
 
 
 class Watchdog:
@@ -93,27 +88,20 @@ class Watchdog:
             signal.signal(INTERRUPT, before)
 
     def _enforce_end(self, name: str) -> None:
-        if self._has_ended.wait(END_LIMIT_S):
-            return
-        assert sys.__stderr__ is not None
-        # not through logging: the main thread may hold its lock
-        os.write(sys.__stderr__.fileno(), f"stopped: {self._describe(name)}\n".encode())
-        for pid in descendants(os.getpid()):
-            _kill(pid)
-        # the interpreter's own end would wait for threads that wait for the dead process
-        exit_now(EXIT_LEARNER_LOST)
+        if not self._has_ended.wait(END_LIMIT_S):
+            end_now(f"stopped: {self._describe(name)}", EXIT_LEARNER_LOST)
 
 
-def dead_among(actors: Mapping[str, Any], pids: Mapping[str, int]) -> str | None:
+def dead_among(actors: Mapping[str, Any], children: Mapping[str, int]) -> str | None:
     """Return the name of an actor or process that is dead, or None.
 
     Args:
         actors: Ray's handles of actors by the names to call them.
-        pids: process ids of children of this process, likewise.
+        children: process ids of children of this process, likewise.
     """
-    for name, pid in pids.items():
+    for name, pid in children.items():
         # first: without these, Ray cannot be asked about its actors
-        if _state(pid) in (None, "Z"):
+        if not is_alive(pid):
             return f"{name} (process {pid})"
     for name, actor in actors.items():
         try:
@@ -146,54 +134,8 @@ def ray_daemons() -> dict[str, int]:
     """
     own = os.getpid()
     found: dict[str, int] = {}
-    for pid in _pids():
-        name, parent = _name_and_parent(pid)
+    for pid in pids():
+        name, parent = name_and_parent(pid)
         if parent == own and name in RAY_DAEMONS:
             found[name] = pid
     return found
-
-
-def descendants(root: int) -> list[int]:
-    """Return the processes that ``root`` has started, directly or not; the youngest first."""
-    parents = {pid: _name_and_parent(pid)[1] for pid in _pids()}
-    found: list[int] = []
-    above = {root}
-    while below := {pid for pid, parent in parents.items() if parent in above}:
-        found += sorted(below)
-        above = below
-    return found[::-1]
-
-
-def _pids() -> list[int]:
-    return [int(folder.name) for folder in PROC.iterdir() if folder.name.isdecimal()]
-
-
-def _name_and_parent(pid: int) -> tuple[str, int | None]:
-    stat = _stat(pid)
-    if stat is None:
-        return "", None
-    # "1 (name) S 0 ...": a name may hold spaces and brackets
-    name = stat[stat.index("(") + 1 : stat.rindex(")")]
-    return name, int(stat[stat.rindex(")") + 2 :].split()[1])
-
-
-def _state(pid: int) -> str | None:
-    """Return the state of a process, ``Z`` for one that has ended; None where there is none."""
-    stat = _stat(pid)
-    return None if stat is None else stat[stat.rindex(")") + 2]
-
-
-def _stat(pid: int) -> str | None:
-    try:
-        return (PROC / str(pid) / "stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        # it has ended since it was listed
-        return None
-
-
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        # it has ended since it was listed
-        return

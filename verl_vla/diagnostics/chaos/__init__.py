@@ -1,0 +1,1 @@
+"""Faults that are injected into real trainings, and what becomes of each run."""
