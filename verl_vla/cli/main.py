@@ -31,6 +31,7 @@ from verl_vla.core.errors import (
     WriteError,
 )
 from verl_vla.core.files import DISK_IS_FULL
+from verl_vla.core.scratch import scratch_folder
 from verl_vla.core.text import nearest
 from verl_vla.runs.terminal import Console
 
@@ -80,12 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"{argv[0]!r} is no command; {nearest(argv[0], list(COMMANDS))}")
         options = parse(argv[0], argv[1:])
         # after the arguments are checked, since the import may take seconds
-        command = importlib.import_module(f"verl_vla.cli.{argv[0].replace('-', '_')}")
-        try:
-            return command.run(options)
-        finally:
-            # before an error is written, or a bar would be drawn over it
-            console.end_bars()
+        with scratch_folder():
+            command = importlib.import_module(f"verl_vla.cli.{argv[0].replace('-', '_')}")
+            try:
+                return command.run(options)
+            finally:
+                # before an error is written, or a bar would be drawn over it
+                console.end_bars()
     except ConfigError as error:
         sys.stderr.write(f"error: {_shorten(str(error))}\n")
         return EXIT_USAGE

@@ -157,6 +157,32 @@ def test_what_a_recipe_needs_besides_is_looked_for_before_anything_starts(
     ]
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({"lora_rank": 4}, {"lora_rank": 8}, "policy.lora_rank: 4 -> 8"),
+        ({"lora_rank": 4}, {}, "policy.lora_rank: 4 -> None"),
+        (
+            {"lora_rank": 4},
+            {"lora_rank": 4, "lora_targets": "all-linear"},
+            "policy.lora_targets: 'language_model' -> 'all-linear'",
+        ),
+    ],
+)
+def test_other_adapters_do_not_continue_a_run(
+    recipe, no_simulators, before: dict[str, Any], after: dict[str, Any], said: str
+):
+    open_and_close(replace(recipe, policy=replace(recipe.policy, **before)))
+    assert said in refusal(replace(recipe, policy=replace(recipe.policy, **after)))
+
+
+@pytest.mark.parametrize("option", ["ranks_per_node", "num_nodes"])
+def test_another_number_of_ranks_does_not_continue_a_run(recipe, no_simulators, option: str):
+    open_and_close(recipe)
+    cluster = replace(recipe.cluster, **{option: 2})
+    assert f"cluster.{option}: 1 -> 2" in refusal(replace(recipe, cluster=cluster))
+
+
 def test_a_policy_with_a_fault_is_refused_before_the_folder_is_made(
     recipe, no_simulators, policy_folder, monkeypatch
 ):

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from verl_vla.config.choices import SUITES
+from verl_vla.core.errors import ConfigError
 from verl_vla.core.signals import end_with_parent
 from verl_vla.diagnostics.benchmarks.measuring import (
     Record,
@@ -25,6 +26,7 @@ from verl_vla.diagnostics.benchmarks.measuring import (
     ratio,
     record,
     require_positive,
+    require_scene,
     spread,
     take_turns,
     timed,
@@ -64,6 +66,7 @@ def measure(options: argparse.Namespace) -> Record:
     state, in two parts: the settled state, and the first image.
     """
     require_positive(options, "pairs", "resets", "render_size", "image_size")
+    require_scene(options.suite, options.task)
     with _way(_stock, options) as stock, _way(_ours, options) as ours:
         # both alternate, so that a change of the machine's load meets both
         chunk = {"peer": partial(_ask, stock, "chunk"), "ours": partial(_ask, ours, "chunk")}
@@ -103,8 +106,13 @@ def _compared(name: str, peer: list[Seconds], ours: list[Seconds]) -> dict[str, 
 
 
 def _ask(connection: Connection, name: str) -> Seconds:
-    connection.send(name)
-    return connection.recv()
+    try:
+        connection.send(name)
+        return connection.recv()
+    except (EOFError, OSError) as error:
+        raise ConfigError(
+            f"the process that measures {name!r} ended, and has written why above; correct that"
+        ) from error
 
 
 @contextmanager

@@ -10,21 +10,49 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.provenance import provenance
-from verl_vla.envs.base import EnvConfig, EnvFactory
+from verl_vla.envs.base import EnvConfig, EnvFactory, Suite
 from verl_vla.envs.libero.egl_devices import render_devices
 from verl_vla.envs.libero.suite import make_libero_env
 from verl_vla.envs.pool.env_pool import EnvPool
+from verl_vla.envs.registry import suite
 from verl_vla.policies.base import PolicyShape
+from verl_vla.policies.registry import require_valid
 from verl_vla.rl.rollout import NoiseSource
+from verl_vla.rl.setup import find_policy
 
 START_LIMIT_S = 300.0
 """Seconds after which a simulator that has not started counts as lost; the default of
 `EnvironmentConfig.timeout_s`."""
 NOISE = NoiseSource(seed=0, stream=0)
+
+
+def require_scene(name: str, task: int | None = None) -> Suite:
+    """Return a suite that can be simulated here, as `train` checks it.
+
+    Raises:
+        ConfigError: its simulator or assets are missing, or it has no such task.
+    """
+    chosen = suite(name)
+    if task is not None:
+        chosen.task(task)
+    chosen.require_simulator()
+    return chosen
+
+
+def require_policy(folder: str) -> Path:
+    """Return the folder of a policy that can play, as `train` checks it.
+
+    Raises:
+        ConfigError: there is no checkpoint, or it has a fault.
+    """
+    found = find_policy(folder)
+    require_valid(found)
+    return found
 
 
 def factory_of(options: argparse.Namespace, shape: PolicyShape) -> EnvFactory:

@@ -9,10 +9,16 @@ from functools import partial
 
 from verl_vla.config.choices import SUITES
 from verl_vla.core.signals import end_with_parent
-from verl_vla.diagnostics.benchmarks.measuring import Record, record, require_positive, spread
+from verl_vla.diagnostics.benchmarks.measuring import (
+    Record,
+    record,
+    require_positive,
+    require_scene,
+    spread,
+)
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.memory import sizes_by_task
-from verl_vla.envs.libero.suite import libero_suite, make_libero_env
+from verl_vla.envs.libero.suite import make_libero_env
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace) -> Record:
     """Measure the unique set size of one process after each task's first image."""
     require_positive(options, "num_tasks", "render_size")
-    num_tasks = min(options.num_tasks, len(libero_suite(options.suite).tasks))
+    num_tasks = min(options.num_tasks, len(require_scene(options.suite).tasks))
     config = EnvConfig(
         suite=options.suite,
         render_size=options.render_size,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from typing_extensions import TypedDict
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import PROJECT_FOLDER
+from verl_vla.core.json_files import read_json, require_regular, with_other_entries
 from verl_vla.diagnostics.benchmarks.measuring import Record
 
 DOCS = PROJECT_FOLDER / "docs"
@@ -24,6 +26,14 @@ WIDTH, MARGIN = 94, 6
 """Columns of a command, and of what a continued line adds: its indent and the backslash."""
 
 
+@with_other_entries
+class StoredRecord(TypedDict):
+    """What a record has besides its numbers."""
+
+    command: str
+    conditions: dict[str, Any]
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of benchmarks.md")
@@ -33,9 +43,11 @@ def measure(options: argparse.Namespace) -> Record:
     """Write the tables into the page, without a measurement.
 
     Raises:
-        ConfigError: the page lacks the two lines that mark the place of the tables.
+        ConfigError: there is no page, it lacks the two lines that mark the place of the tables, or
+            a record is damaged.
     """
     page: Path = options.docs / "benchmarks.md"
+    require_regular(page, "name the folder that holds it with --docs")
     records = read_records(options.docs / "benchmarks")
     page.write_text(with_tables(page.read_text(), records))
     return {"bench": "page", "records": len(records), "page": str(page)}
@@ -43,7 +55,11 @@ def measure(options: argparse.Namespace) -> Record:
 
 def read_records(folder: Path) -> dict[str, Record]:
     """Read the stored records by the names of their files, in alphabetical order."""
-    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    remedy = "measure it again with --keep"
+    return {
+        file.stem: read_json(file, cast("Any", StoredRecord), remedy)
+        for file in sorted(folder.glob("*.json"))
+    }
 
 
 def with_tables(page: str, records: dict[str, Record]) -> str:

@@ -22,13 +22,14 @@ from verl_vla.diagnostics.benchmarks.measuring import (
     open_pool,
     ratio,
     record,
+    require_policy,
     require_positive,
+    require_scene,
     take_turns,
     timed,
 )
 from verl_vla.envs.base import EnvFactory
 from verl_vla.envs.pool.env_pool import EnvPool
-from verl_vla.envs.registry import suite
 from verl_vla.policies.base import Policy, PolicyShape
 from verl_vla.policies.registry import load_policy
 from verl_vla.rl.rollout import RolloutTimes, rollout
@@ -75,9 +76,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace) -> Record:
     """Roll out the same episodes with more and more processes, without a policy and with one."""
     require_positive(options, "processes", "rounds", "steps", "render_size")
-    policy = load_policy(options.policy)
-    # a wrong task is refused before any process starts
-    suite(options.suite).task(options.task)
+    # before any process starts
+    require_scene(options.suite, options.task)
+    policy = load_policy(require_policy(options.policy))
     factory = factory_of(options, policy.shape)
     idle = IdlePolicy(policy.shape)
     results: dict[str, Any] = {

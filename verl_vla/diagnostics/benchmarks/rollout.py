@@ -23,7 +23,9 @@ from verl_vla.diagnostics.benchmarks.measuring import (
     open_pool,
     ratio,
     record,
+    require_policy,
     require_positive,
+    require_scene,
     spread,
     take_turns,
     timed,
@@ -54,8 +56,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace) -> Record:
     """Roll out the same episodes with both methods, alternately."""
     require_positive(options, "episodes", "steps", "processes", "slots", "rounds", "render_size")
+    require_scene(options.suite, options.task)
     torch.set_num_threads(1)
-    policy = load_policy(options.policy)
+    policy = load_policy(require_policy(options.policy))
     specs = [
         EpisodeSpec(task_id=options.task, init_state_id=0, group_id=0, episode_id=i)
         for i in range(options.episodes)

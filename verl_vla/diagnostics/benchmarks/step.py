@@ -54,7 +54,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace) -> Record:
     """Run both commits alternately; a run's first step builds simulators and is not counted."""
     require_positive(options, "pairs")
-    arguments = options.training.format(project=PROJECT_FOLDER).split()
+    # no format(), which would read other braces as names too
+    arguments = options.training.replace("{project}", str(PROJECT_FOLDER)).split()
     runs: dict[str, list[Lines]] = {"then": [], "now": []}
     with _checkout(options.against) as then, tempfile.TemporaryDirectory() as folder:
         for pair in range(options.pairs):

@@ -19,6 +19,7 @@ from verl_vla.config.grpo import ClipRange
 from verl_vla.diagnostics.benchmarks.measuring import (
     Record,
     record,
+    require_policy,
     require_positive,
     spread,
     timed,
@@ -54,6 +55,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace) -> Record:
     """Measure the update without change, and with one setting changed at a time."""
     require_positive(options, "rows", "micro_batch_size", "rounds")
+    # before a process is started for it, whose traceback would hide the reason
+    folder = str(require_policy(options.policy))
     size = options.micro_batch_size
     ways = {
         "as_it_is": Way(micro_batch_size=size),
@@ -70,9 +73,7 @@ def measure(options: argparse.Namespace) -> Record:
     for name, way in ways.items():
         # a process for each: peak memory never falls again within one
         with context.Pool(1) as process:
-            rates, peak = process.apply(
-                run_way, (options.policy, way, options.rows, options.rounds)
-            )
+            rates, peak = process.apply(run_way, (folder, way, options.rows, options.rounds))
         results[f"{name}_rows_per_processor_s"] = spread(rates, 1)
         results[f"{name}_peak_gib"] = round(peak, 2)
     return record("update", options, results)

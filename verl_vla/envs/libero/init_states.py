@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.json_files import require_regular
+from verl_vla.core.text import shorten
 
 MAX_BYTES = 1 << 28
 """Largest file size, packed and unpacked. 1,000 init states of LIBERO's largest task need 1 MB."""
@@ -83,7 +84,8 @@ def read_states(file: Path) -> npt.NDArray[np.float64]:
         if not np.isfinite(states).all():
             raise _RefusedError("a value in it is not finite")
     except Exception as error:  # a damaged file fails in too many ways to name
-        reason = str(error) if isinstance(error, _RefusedError) else f"damaged ({error!r})"
+        is_known = isinstance(error, _RefusedError)
+        reason = str(error) if is_known else f"damaged ({shorten(repr(error))})"
         raise ConfigError(f"{file} cannot be read as init states: {reason}; {REMEDY}") from error
     return states
 

@@ -108,10 +108,12 @@ class LiberoSuite(Suite):
         return {i: task.refused for i, task in enumerate(self.tasks) if task.refused is not None}
 
     def require_simulator(self) -> None:
-        """Check MuJoCo's version and find LIBERO's assets, which the mini suite does not need.
+        """Check LIBERO's place, MuJoCo's version and LIBERO's assets, which mini does not need.
 
         A suite with objects of LIBERO-PRO also needs their models among the assets.
         """
+        # the embedded suite simulates with LIBERO's code too
+        libero_root()
         require_libero_physics()
         if not self.needs_assets:
             return

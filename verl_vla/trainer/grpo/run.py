@@ -34,6 +34,7 @@ from verl_vla.runs.disk_space import count_stored, disk_bytes, require_disk_spac
 from verl_vla.runs.metrics import read_metrics
 from verl_vla.runs.run_dir import evaluation_record, keep_evaluation, open_run_dir
 from verl_vla.runs.run_recorder import RunRecorder
+from verl_vla.runs.tracking import require_trackers
 
 MAY_CHANGE = (
     "out",
@@ -130,6 +131,7 @@ def open_run(recipe: Recipe) -> Generator[Run]:
     )
     for logger_name in recipe.trainer.loggers:
         require_extras({"trainer.loggers": logger_name})
+    require_trackers(recipe.trainer.loggers)
     processor = load_processor(policy_folder, unnorm_key)
     reward = load_reward(recipe.reward, recipe.reward_args, seed=recipe.seed)
     # the image after the last step is rendered only for a reward that looks at it
