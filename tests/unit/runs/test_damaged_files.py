@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.evaluation.compare import read_evaluation
 from verl_vla.evaluation.resumable import read_played, require_evaluation
 from verl_vla.runs.episode_log import EpisodeLog, read_episodes, require_own
+from verl_vla.runs.html import figures
 from verl_vla.runs.html.dashboard import make_app
 from verl_vla.runs.html.reader import read_run
 from verl_vla.runs.html.report import write_report
@@ -267,6 +269,47 @@ def test_a_recipe_of_fine_tuning_that_lacks_an_entry_is_named(tmp_path: Path, mi
     (run / RECIPE).write_text(yaml.safe_dump(recipe))
     with pytest.raises(ConfigError, match=f"{RECIPE}: {missing} is missing; restore the file"):
         write_report(run)
+
+
+@pytest.mark.parametrize(
+    ("number", "changed", "said"),
+    [
+        (2, {"env/episodes": "gone"}, "has env/success_rate and no env/episodes"),
+        (2, {"actor/entropy": "gone"}, "has env/success_rate and no actor/entropy"),
+        (1, {"val/ci_low": "gone"}, "has val/success_rate and no val/ci_low"),
+        (2, {"env/success_rate": 5.0}, "env/success_rate is 5.0, and must be 0 to 1"),
+        (2, {"env/episodes": None}, "env/episodes is nan, and must be 0 to 1e+09"),
+        (2, {"env/crashes": 7}, "more episodes crashed than were played"),
+        (1, {"val/ci_high": 0.0}, "val/success_rate is not within its interval"),
+        (1, {"val/success_rate": 1e308}, "must be 0 to 1"),
+    ],
+)
+def test_numbers_that_no_figure_can_be_drawn_from_are_named(
+    run: Path, number: int, changed: dict[str, Any], said: str
+) -> None:
+    lines = (run / METRICS).read_text().splitlines()
+    line = json.loads(lines[number - 1]) | changed
+    lines[number - 1] = json.dumps({n: v for n, v in line.items() if v != "gone"})
+    (run / METRICS).write_text("\n".join(lines) + "\n")
+    for is_brief in (False, True):
+        with pytest.raises(ConfigError, match=re.escape(f"{METRICS}: the line of step")) as error:
+            read_run(run, is_brief=is_brief)
+        assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"val/success_rate": None, "val/ci_low": 0.0, "val/ci_high": 1.0},
+        {"val/success_rate": 0.0, "val/ci_low": 1e-17, "val/ci_high": 0.3},
+        {"val/success_rate": 1.0, "val/ci_low": 0.7, "val/ci_high": 1.0 - 1e-16},
+    ],
+)
+def test_a_rate_of_nothing_and_the_rounding_of_an_interval_are_drawn(
+    run: Path, changed: dict[str, Any]
+) -> None:
+    change_line(run / METRICS, 1, **changed)
+    assert "<svg" in figures.success(read_run(run))
 
 
 PIECES = st.one_of(
