@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import yaml
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from report_world import make_run, make_tuning_run
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from report_world import evaluate_run, make_run, make_tuning_run
 
 from verl_vla.cli.main import EXIT_USAGE, main
 from verl_vla.core.episode import Outcome, Start
@@ -320,6 +323,12 @@ PIECES = st.one_of(
 )
 
 
+def drawn_only(draw: Callable[[Axes], None], *_: Any) -> str:
+    """Draw a figure and make no picture of it, which takes a second."""
+    draw(Figure().subplots())
+    return ""
+
+
 @pytest.mark.parametrize("name", [LOG, METRICS, RECIPE])
 @given(piece=PIECES, cut=st.floats(0, 1), keeps_end=st.booleans())
 @settings(
@@ -331,15 +340,47 @@ def test_whatever_stands_in_a_file_is_read_or_refused(
     file = run / name
     whole = file.read_bytes()
     at = int(cut * len(whole))
-    try:
-        file.write_bytes(whole[:at] + piece + (whole[at:] if keeps_end else b""))
-        for read in (lambda: read_run(run), *everything_that_reads(run).values()):
-            try:
-                read()
-            except ConfigError as error:
-                assert str(run) in str(error) or "--episode is 100" in str(error)
-    finally:
-        file.write_bytes(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_svg", drawn_only)
+        try:
+            file.write_bytes(whole[:at] + piece + (whole[at:] if keeps_end else b""))
+            for read in (lambda: read_run(run), *everything_that_reads(run).values()):
+                try:
+                    read()
+                except ConfigError as error:
+                    assert str(run) in str(error) or "--episode is 100" in str(error)
+        finally:
+            file.write_bytes(whole)
+
+
+@given(data=st.data(), is_tuning=st.booleans())
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_whatever_number_a_metric_has_is_drawn_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, is_tuning: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    run = (make_tuning_run if is_tuning else make_run)(folder)
+    if is_tuning:
+        evaluate_run(run, 4, solved=1)
+    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    line = data.draw(st.sampled_from(lines))
+    name = data.draw(st.sampled_from(sorted(line)))
+    value = data.draw(st.one_of(st.none(), st.integers(-(2**63), 2**63), st.floats(), st.just("")))
+    if value == "":
+        del line[name]
+    else:
+        line[name] = value
+    (run / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        # of numbers that are as large as floats can be
+        warnings.simplefilter("ignore", RuntimeWarning)
+        patch.setattr(figures, "_svg", drawn_only)
+        try:
+            write_report(run)
+        except ConfigError as error:
+            assert METRICS in str(error)
 
 
 @pytest.mark.parametrize("name", [METRICS, RECIPE])
