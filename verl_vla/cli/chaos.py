@@ -59,8 +59,9 @@ def row(verdict: Verdict) -> str:
     same = "yes" if verdict.equal else "no"
     if fault.lost_episodes and verdict.equal:
         same = "yes, up to the lost episodes"
-    end = "goes on" if verdict.exit_code == 0 else code
-    return f"{verdict.fault} | {end} | {verdict.end_s:.0f} | {gone} | {same}"
+    if verdict.exit_code == 0:
+        return f"{verdict.fault} | goes on | | {gone} | {same}"
+    return f"{verdict.fault} | {code} | {verdict.end_s:.0f} | {gone} | {same}"
 
 
 def _write(file: Path, verdicts: Sequence[Verdict]) -> None:

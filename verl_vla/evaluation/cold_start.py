@@ -31,6 +31,7 @@ from verl_vla.config.grpo import ColdStartConfig
 from verl_vla.core.episode import Start
 from verl_vla.core.errors import ColdStartError
 from verl_vla.core.files import atomic_write, recording
+from verl_vla.core.json_files import Entries, read_json
 from verl_vla.core.success_rate import SuccessRate
 from verl_vla.evaluation.evaluate import Evaluation, evaluate
 from verl_vla.policies.base import Policy
@@ -40,6 +41,13 @@ MAX_ROUNDS = 4
 """Largest number of rounds of probe episodes, each of `ColdStartConfig.episodes`."""
 COLD_START_FILE = "cold_start.json"
 """Name of the file in the run's folder with the measurement and the decision."""
+
+
+class Decision(Entries):
+    """Content of `COLD_START_FILE`, as far as it is read again."""
+
+    passed: bool
+
 
 Split = Literal["train", "held_out", "sampled"]
 WORDS: dict[Split, str] = {"train": "training", "held_out": "held-out", "sampled": "sampled"}
@@ -238,9 +246,13 @@ def keep(folder: Path, record: dict[str, Any]) -> None:
 
 
 def was_passed(folder: Path) -> bool:
-    """Check whether the policy of this run has already passed."""
+    """Check whether the policy of this run has already passed.
+
+    Raises:
+        ConfigError: the record is damaged.
+    """
     file = folder / COLD_START_FILE
-    return file.exists() and bool(json.loads(file.read_text())["passed"])
+    return file.exists() and read_json(file, Decision, "remove the file to check again").passed
 
 
 def _counts(rates: Rates | None, task: int) -> str:

@@ -135,6 +135,13 @@ def test_starts_are_the_first_of_every_task_in_turn() -> None:
     assert sorted(map(repr, probe_starts(starts, 99))) == sorted(map(repr, starts))
 
 
+@pytest.mark.parametrize("damaged", ["{", "{}", "null", '{"passed": 1}'])
+def test_a_damaged_record_is_named(tmp_path: Path, damaged: str) -> None:
+    (tmp_path / "cold_start.json").write_text(damaged)
+    with pytest.raises(ConfigError, match=r"cold_start.json.*remove the file to check again"):
+        was_passed(tmp_path)
+
+
 def test_a_record_is_kept_whole_and_read_back(tmp_path: Path) -> None:
     assert not was_passed(tmp_path)
     config = ColdStartConfig(threshold=0.5)

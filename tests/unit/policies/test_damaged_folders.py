@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from openvla_oft_folder import KEY, save_tiny_policy
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +23,6 @@ from verl_vla.cli.doctor import EXIT_FAULT, run
 from verl_vla.cli.main import EXIT_USAGE, main
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.json_files import Entries, read_json
-from verl_vla.policies.convert import carry_out, plan_conversion
 from verl_vla.policies.normalization import load_statistics
 from verl_vla.policies.openvla_oft.checks import judge_action_mass
 from verl_vla.policies.registry import examine, load_policy
@@ -336,126 +333,6 @@ def test_every_verb_makes_doctors_checks(
     assert main([verb, *words[verb]]) == EXIT_USAGE
     assert "adapter_config.json beside whole weights" in capsys.readouterr().err
     assert not out.exists()
-
-
-NASTY = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-(2**70), 2**70),
-    st.floats(),
-    st.text(max_size=8),
-    st.lists(st.integers(), max_size=3),
-    st.dictionaries(st.text(max_size=3), st.none(), max_size=2),
-)
-
-
-def places(content: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where a JSON document has values."""
-    items = (
-        content.items()
-        if isinstance(content, dict)
-        else enumerate(content[:2])
-        if isinstance(content, list)
-        else ()
-    )
-    return [above, *(place for key, value in items for place in places(value, (*above, key)))]
-
-
-def planted(content: Any, place: tuple[Any, ...], value: Any) -> Any:
-    if not place:
-        return value
-    copy = content.copy()
-    copy[place[0]] = planted(content[place[0]], place[1:], value)
-    return copy
-
-
-@pytest.mark.parametrize("name", [CONFIG, IMAGES, STATISTICS])
-@given(data=st.data())
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_whatever_stands_in_a_file_is_read_or_refused(
-    folder: Path, name: str, data: st.DataObject
-) -> None:
-    content = json.loads((folder / name).read_text())
-    place = data.draw(st.sampled_from(places(content)))
-    shutil.copy(folder / name, folder / "kept")
-    try:
-        (folder / name).write_text(json.dumps(planted(content, place, data.draw(NASTY))))
-        if not any(finding.is_fault for finding in examine(folder)):
-            load_policy(folder)
-    finally:
-        shutil.move(folder / "kept", folder / name)
-
-
-def convertible(kind: str, valid: Path, folder: Path) -> Path:
-    """A folder that `convert` makes readable; return the file that is to be damaged."""
-    weights = load_file(valid / WEIGHTS)
-    if kind == "adapters":
-        name, weight = next((n, w) for n, w in weights.items() if n.endswith("q_proj.weight"))
-        layer = f"base_model.model.{name.removesuffix('.weight')}"
-        folder.mkdir()
-        factors = {
-            f"{layer}.lora_A.weight": torch.ones(2, weight.shape[1]),
-            f"{layer}.lora_B.weight": torch.ones(weight.shape[0], 2),
-        }
-        save_file(factors, folder / "adapter_model.safetensors")
-        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False}
-        config |= {"base_model_name_or_path": str(valid), "init_lora_weights": True}
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-        return folder / "adapter_config.json"
-    shutil.copytree(valid, folder, ignore=shutil.ignore_patterns(WEIGHTS, STATISTICS))
-    torch.save({f"module.{name}": w for name, w in weights.items()}, folder / "pytorch_model.bin")
-    if kind == "pickled":
-        return folder / "pytorch_model.bin"
-    edit(
-        folder / CONFIG, lambda c: c.update(norm_stats=json.loads((valid / STATISTICS).read_text()))
-    )
-    return folder / CONFIG
-
-
-def convert_or_refuse(folder: Path) -> None:
-    """Neither a traceback nor a half-written folder, and what is written can be read or named."""
-    target = folder.parent / "converted"
-    try:
-        carry_out(plan_conversion(folder), target)
-    except ConfigError:
-        assert not target.exists()
-    else:
-        if not any(finding.is_fault for finding in examine(target)):
-            load_policy(target)
-        shutil.rmtree(target)
-    assert not [file for file in folder.parent.iterdir() if file.name.startswith(".")]
-
-
-@pytest.mark.parametrize("kind", ["adapters", "statistics"])
-@given(data=st.data())
-@settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_whatever_stands_in_a_folder_to_convert_is_converted_or_refused(
-    valid: Path, tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject
-) -> None:
-    file = convertible(kind, valid, tmp_path_factory.mktemp("convert") / "source")
-    content = json.loads(file.read_text())
-    place = data.draw(st.sampled_from(places(content)))
-    file.write_text(json.dumps(planted(content, place, data.draw(NASTY))))
-    convert_or_refuse(file.parent)
-
-
-@given(at=st.floats(0, 1), piece=st.binary(max_size=64), cut=st.sampled_from([0, 1, 4, 10**9]))
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_whatever_stands_in_pickled_weights_is_converted_or_refused(
-    valid: Path, tmp_path_factory: pytest.TempPathFactory, at: float, piece: bytes, cut: int
-) -> None:
-    file = convertible("pickled", valid, tmp_path_factory.mktemp("convert") / "source")
-    whole = file.read_bytes()
-    # cubed: the first bytes are the pickle, the others numbers
-    first = int(at**3 * len(whole))
-    file.write_bytes(whole[:first] + piece + whole[first + cut :])
-    convert_or_refuse(file.parent)
 
 
 class Sizes(Entries):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from fastapi.testclient import TestClient
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from report_world import evaluate_run, make_run, make_tuning_run
+from report_world import make_run, make_tuning_run
 
 from verl_vla.cli.main import EXIT_USAGE, main
 from verl_vla.core.episode import Outcome, Start
@@ -25,7 +19,6 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.evaluation.compare import read_evaluation
 from verl_vla.evaluation.resumable import read_played, require_evaluation
 from verl_vla.runs.episode_log import EpisodeLog, read_episodes, require_own
-from verl_vla.runs.html import figures
 from verl_vla.runs.html.dashboard import make_app
 from verl_vla.runs.html.reader import read_run
 from verl_vla.runs.html.report import write_report
@@ -272,142 +265,3 @@ def test_a_recipe_of_fine_tuning_that_lacks_an_entry_is_named(tmp_path: Path, mi
     (run / RECIPE).write_text(yaml.safe_dump(recipe))
     with pytest.raises(ConfigError, match=f"{RECIPE}: {missing} is missing; restore the file"):
         write_report(run)
-
-
-@pytest.mark.parametrize(
-    ("number", "changed", "said"),
-    [
-        (2, {"env/episodes": "gone"}, "has env/success_rate and no env/episodes"),
-        (2, {"actor/entropy": "gone"}, "has env/success_rate and no actor/entropy"),
-        (1, {"val/ci_low": "gone"}, "has val/success_rate and no val/ci_low"),
-        (2, {"env/success_rate": 5.0}, "env/success_rate is 5.0, and must be 0 to 1"),
-        (2, {"env/episodes": None}, "env/episodes is nan, and must be 0 to 1e+09"),
-        (2, {"env/crashes": 7}, "more episodes crashed than were played"),
-        (1, {"val/ci_high": 0.0}, "val/success_rate is not within its interval"),
-        (1, {"val/success_rate": 1e308}, "must be 0 to 1"),
-    ],
-)
-def test_numbers_that_no_figure_can_be_drawn_from_are_named(
-    run: Path, number: int, changed: dict[str, Any], said: str
-) -> None:
-    lines = (run / METRICS).read_text().splitlines()
-    line = json.loads(lines[number - 1]) | changed
-    lines[number - 1] = json.dumps({n: v for n, v in line.items() if v != "gone"})
-    (run / METRICS).write_text("\n".join(lines) + "\n")
-    for is_brief in (False, True):
-        with pytest.raises(ConfigError, match=re.escape(f"{METRICS}: the line of step")) as error:
-            read_run(run, is_brief=is_brief)
-        assert said in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"val/success_rate": None, "val/ci_low": 0.0, "val/ci_high": 1.0},
-        {"val/success_rate": 0.0, "val/ci_low": 1e-17, "val/ci_high": 0.3},
-        {"val/success_rate": 1.0, "val/ci_low": 0.7, "val/ci_high": 1.0 - 1e-16},
-    ],
-)
-def test_a_rate_of_nothing_and_the_rounding_of_an_interval_are_drawn(
-    run: Path, changed: dict[str, Any]
-) -> None:
-    change_line(run / METRICS, 1, **changed)
-    assert "<svg" in figures.success(read_run(run))
-
-
-PIECES = st.one_of(
-    st.binary(max_size=30),
-    st.sampled_from(
-        [b"null", b"{}", b'{"step": 1e400}', b'{"episode": 1}', b"[[[[", b"\0", b"NaN"]
-    ),
-)
-
-
-def drawn_only(draw: Callable[[Axes], None], *_: Any) -> str:
-    """Draw a figure and make no picture of it, which takes a second."""
-    draw(Figure().subplots())
-    return ""
-
-
-@pytest.mark.parametrize("name", [LOG, METRICS, RECIPE])
-@given(piece=PIECES, cut=st.floats(0, 1), keeps_end=st.booleans())
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_whatever_stands_in_a_file_is_read_or_refused(
-    run: Path, name: str, piece: bytes, cut: float, keeps_end: bool
-) -> None:
-    file = run / name
-    whole = file.read_bytes()
-    at = int(cut * len(whole))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "_svg", drawn_only)
-        try:
-            file.write_bytes(whole[:at] + piece + (whole[at:] if keeps_end else b""))
-            for read in (lambda: read_run(run), *everything_that_reads(run).values()):
-                try:
-                    read()
-                except ConfigError as error:
-                    assert str(run) in str(error) or "--episode is 100" in str(error)
-        finally:
-            file.write_bytes(whole)
-
-
-@given(data=st.data(), is_tuning=st.booleans())
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_whatever_number_a_metric_has_is_drawn_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, is_tuning: bool
-) -> None:
-    folder = tmp_path_factory.mktemp("runs") / "one"
-    run = (make_tuning_run if is_tuning else make_run)(folder)
-    if is_tuning:
-        evaluate_run(run, 4, solved=1)
-    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
-    line = data.draw(st.sampled_from(lines))
-    name = data.draw(st.sampled_from(sorted(line)))
-    value = data.draw(st.one_of(st.none(), st.integers(-(2**63), 2**63), st.floats(), st.just("")))
-    if value == "":
-        del line[name]
-    else:
-        line[name] = value
-    (run / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        # of numbers that are as large as floats can be
-        warnings.simplefilter("ignore", RuntimeWarning)
-        patch.setattr(figures, "_svg", drawn_only)
-        try:
-            write_report(run)
-        except ConfigError as error:
-            assert METRICS in str(error)
-
-
-@pytest.mark.parametrize("name", [METRICS, RECIPE])
-@given(piece=PIECES, cut=st.floats(0, 1), keeps_end=st.booleans(), is_tuning=st.booleans())
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_whatever_stands_in_a_file_the_dashboard_answers(
-    tmp_path_factory: pytest.TempPathFactory,
-    name: str,
-    piece: bytes,
-    cut: float,
-    keeps_end: bool,
-    is_tuning: bool,
-) -> None:
-    root = tmp_path_factory.mktemp("runs")
-    file = (make_tuning_run if is_tuning else make_run)(root / "one") / name
-    make_run(root / "other", steps=0)
-    whole = file.read_bytes()
-    at = int(cut * len(whole))
-    file.write_bytes(whole[:at] + piece + (whole[at:] if keeps_end else b""))
-    with pytest.MonkeyPatch.context() as patch:
-        # a second each
-        patch.setattr("verl_vla.runs.html.dashboard.charts", lambda _: [])
-        client = TestClient(make_app(root), base_url="http://127.0.0.1")
-        overview = client.get("/")
-        assert overview.status_code == 200
-        assert "0 of 5" in overview.text
-        answer = client.get("/run", params={"name": "one"})
-    assert answer.status_code in (200, 404, 422)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from verl_vla.rewards import load_reward
 from verl_vla.rewards.encoders.base import BATCHES_A_RANK
 from verl_vla.trainer.checkpoint import writing
 from verl_vla.trainer.grpo import launch
+from verl_vla.trainer.verl_compat import watchdog
 
 CONFIG = OmegaConf.create({"transfer_queue": {"backend": "simple"}})
 JOIN = ("cluster.address=auto", "cluster.num_nodes=2")
@@ -380,6 +382,40 @@ def test_a_rank_that_dies_while_training_is_named(
     with pytest.raises(LearnerLostError, match="a learner process died"):
         launch.train(run)
     assert events[-3:] == ["end queue", "end ray", "end output"]
+
+
+def test_a_daemon_of_ray_that_dies_while_the_learner_is_loaded_is_named(
+    events: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    monkeypatch.setattr(watchdog, "CHECK_EVERY_S", 0.02)
+    monkeypatch.setattr(launch, "ray_daemons", lambda: {"raylet": ended.pid})
+    monkeypatch.setattr(Trainer, "init", lambda _: threading.Event().wait(60))
+    recipe = load_recipe(["recipe=quickstart", "cluster.device=cpu"])
+    run: Any = SimpleNamespace(
+        recipe=recipe, folder=tmp_path, simulators="a pool", checkpoints=tmp_path
+    )
+    with pytest.raises(LearnerLostError, match=rf"raylet \(process {ended.pid}\) is dead.*nothing"):
+        launch.train(run)
+    assert "train" not in events
+    assert events[-3:] == ["end queue", "end ray", "end output"]
+
+
+def test_of_pages_that_ray_tells_of_a_death_a_message_has_the_beginning(tmp_path: Path) -> None:
+    run: Any = SimpleNamespace(checkpoints=tmp_path)
+    pages = "4 worker(s) were killed\nfor memory\n" + 5000 * "x"
+    with (
+        pytest.raises(LearnerLostError) as caught,
+        launch._own_errors(run),
+    ):
+        raise OutOfMemoryError(pages)
+    said = str(caught.value)
+    assert said.startswith("a learner process died (4 worker(s) were killed for memory xxx")
+    assert said.endswith(
+        "x...). The same command goes on from the beginning: nothing was saved yet"
+    )
+    assert len(said) < 600
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no"), AuthenticationError("no token")])

@@ -27,6 +27,8 @@ class Fault:
     """Done to the folder before the training starts."""
     disturb: Callable[[Trial], None] | None = None
     """Done to the training while its reward works in the step after `BASE_STEP`."""
+    is_early: bool = False
+    """True where it is disturbed while the learner is loaded, instead."""
     repair: Callable[[Trial], None] | None = None
     """Done before the training is resumed: the remedy that it names."""
     reward_line: str = FAULT_LINE
@@ -46,7 +48,8 @@ class Verdict:
     fault: str
     exit_code: int
     end_s: float
-    """Seconds from the fault to the end of the process; from its start where files were damaged."""
+    """Seconds from the fault to the end of the process; from when its reward was asked, or from its
+    start, where it was damaged before."""
     children_s: float | None
     """Seconds from the end to that of its last child; None where one outlived
     `CHILDREN_LIMIT_S`."""
@@ -109,17 +112,20 @@ def _disturb(trial: Trial, fault: Fault) -> _End:
     if fault.disturb is not None:
         trial.close_gate()
     trial.start(fault.words, fault.reward_line)
-    began = time.monotonic()
+    began = time.time()
     if fault.disturb is not None:
-        trial.await_gate()
-        began = time.monotonic()
+        trial.await_gate(is_early=fault.is_early)
+        began = time.time()
         fault.disturb(trial)
         trial.open_gate()
     code = trial.await_end()
-    end_s = time.monotonic() - began
+    ended = time.time()
+    # what is damaged, or in the reward, comes after it was asked
+    if fault.disturb is None and trial.reached.exists():
+        began = trial.reached.stat().st_mtime
     return _End(
         exit_code=code,
-        end_s=end_s,
+        end_s=ended - began,
         children_s=trial.await_children(),
         said=trial.said(),
         is_changed=contents(trial.folder) != before,

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from verl_vla.core.errors import EXIT_LEARNER_LOST, EXIT_REWARD, EXIT_SIGNAL
@@ -174,6 +175,9 @@ FAULTS: dict[str, Fault] = {
     ),
     "Ray's raylet is killed": _killed("raylet/raylet", "raylet .*is dead"),
     "Ray's gcs_server is killed": _killed("gcs_server", "gcs_server .*is dead"),
+    "Ray's raylet is killed while it loads": replace(
+        _killed("raylet/raylet", "raylet .*is dead"), is_early=True
+    ),
     "the run is killed": Fault(
         disturb=send(signal.SIGKILL), exit_code=-signal.SIGKILL, says="run folder"
     ),

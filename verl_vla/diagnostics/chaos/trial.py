@@ -18,6 +18,8 @@ from verl_vla.core.files import PROJECT_FOLDER
 from verl_vla.core.processes import descendants, is_alive, kill, start_time
 
 BASE_STEP, LAST_STEP = 2, 4
+LOADING = "starting the learner"
+"""Line of a training before it loads the learner."""
 START_LIMIT_S = 600.0
 """Time within which a training must reach its gate, s."""
 END_LIMIT_S = 300.0
@@ -30,6 +32,7 @@ NOTE_EVERY_S = 0.25
 HANGS = -1000
 """Stands for the exit code of a training that did not end; signals are -1 to -64."""
 
+PROGRAM = (sys.executable, "-m", "verl_vla", "train")
 WORDS = (
     "recipe=quickstart",
     "seed=21",
@@ -101,6 +104,11 @@ class Trial:
         assert self.process is not None, "it was not started"
         return self.process.pid
 
+    @property
+    def reached(self) -> Path:
+        """File that the reward touches when it is asked."""
+        return self._gate("reached")
+
     def said(self) -> str:
         """Return what its processes have printed."""
         return self.output.read_text()
@@ -108,11 +116,11 @@ class Trial:
     def start(self, words: Sequence[str] = (), reward_line: str = FAULT_LINE) -> None:
         """Start the training in a process group of its own."""
         self.reward.write_text(REWARD.replace(FAULT_LINE, reward_line))
-        self._gate("reached").unlink(missing_ok=True)
+        self.reached.unlink(missing_ok=True)
         command = [*WORDS, f"reward='{self.reward}:TrialReward'", f"out='{self.folder}'", *words]
         with self.output.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "verl_vla", "train", *command],
+                [*PROGRAM, *command],
                 cwd=PROJECT_FOLDER,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -120,14 +128,20 @@ class Trial:
                 start_new_session=True,
             )
 
-    def await_gate(self) -> None:
+    def await_gate(self, *, is_early: bool = False) -> None:
         """Wait until the reward is asked, and note the processes of the training.
+
+        Args:
+            is_early: wait only until the learner is loaded.
 
         Raises:
             RuntimeError: the training ended before.
         """
-        self.await_moment(self._gate("reached").exists)
+        self.await_moment(self._is_loading if is_early else self.reached.exists)
         self._note_children()
+
+    def _is_loading(self) -> bool:
+        return LOADING in self.said()
 
     def await_moment(self, has_come: Callable[[], bool]) -> None:
         """Wait for a moment of the training.
@@ -196,6 +210,8 @@ class Trial:
             for pid in self._left():
                 kill(pid)
             self.process.wait()
+            # a busy machine takes a moment
+            self.await_children()
 
     def _note_children(self) -> None:
         for pid in descendants(self.pid):

@@ -104,14 +104,16 @@ def train(run: Run) -> None:
         stop = stack.enter_context(stop_requests())  # after Ray, which has a handler of its own
         logger.info("starting the learner (some 20 seconds on two cores)")
         simulators = run.simulators or stack.enter_context(open_env_nodes(run))
-        trainer = importing.result().VLATrainer(config, run, simulators, stop)
-        trainer.init()
-        # the learner is loaded while TransferQueue starts; the first rollout needs both
-        with report_wait(lambda: "TransferQueue's processes"):
-            queue.result()
+        daemons = ray_daemons()
+        with watchdog.watching(partial(dead_among, {}, daemons)):
+            trainer = importing.result().VLATrainer(config, run, simulators, stop)
+            trainer.init()
+            # the learner is loaded while TransferQueue starts; the first rollout needs both
+            with report_wait(lambda: "TransferQueue's processes"):
+                queue.result()
         # veRL's storage: one process on each node
         actors = queue_actors(run.recipe.cluster.num_nodes)
-        with watchdog.watching(partial(dead_among, actors, ray_daemons())):
+        with watchdog.watching(partial(dead_among, actors, daemons)):
             trainer.train()
 
 
