@@ -10,13 +10,13 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import get_args
 
-from verl_vla.cli.bounds import check_words
-from verl_vla.cli.shared_options import (
+from verl_vla.cli.options import (
     Parser,
     add_num_slots,
     add_num_workers,
     add_overrides,
     add_policy_options,
+    check_words,
 )
 from verl_vla.config.choices import (
     ACTION_ROWS,

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from verl_vla.cli.bounds import check_words
+from verl_vla.cli.options import check_words
 from verl_vla.core.files import require_place
 from verl_vla.core.text import TextTable
 from verl_vla.runs.terminal import show_table

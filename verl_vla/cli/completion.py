@@ -10,7 +10,7 @@ import argparse
 import shtab
 
 from verl_vla.cli.arguments import COMMANDS, make_parser
-from verl_vla.cli.shared_options import Parser
+from verl_vla.cli.options import Parser
 from verl_vla.config.choices import PERTURBATIONS, SUITES
 from verl_vla.config.compose import group_options, recipe_names
 from verl_vla.config.sft import SFT_RECIPES_FOLDER

@@ -33,7 +33,7 @@ from verl_vla.policies.scratch_vla import (
 )
 from verl_vla.policies.scratch_vla import checks as scratch_vla_checks
 from verl_vla.policies.scratch_vla import tiny as tiny_scratch_vla
-from verl_vla.policies.scratch_vla.checkpoint import read_config as read_scratch_vla_config
+from verl_vla.policies.scratch_vla.configuration import read_config as read_scratch_vla_config
 
 
 class TinyBuilder(Protocol):

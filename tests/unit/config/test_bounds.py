@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from verl_vla.cli.arguments import COMMANDS, parse
-from verl_vla.cli.bounds import BOUNDS
 from verl_vla.cli.main import EXIT_USAGE, main
+from verl_vla.cli.options import BOUNDS
 from verl_vla.config.choices import MOST_SEED
 from verl_vla.config.compose import RECIPES_FOLDER, compose_recipe, load_recipe
 from verl_vla.config.grpo import Recipe

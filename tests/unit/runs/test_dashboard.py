@@ -21,7 +21,6 @@ from report_world import add_step, make_run
 from verl_vla.cli import dashboard
 from verl_vla.cli.arguments import parse
 from verl_vla.core.errors import ConfigError
-from verl_vla.runs.html import connections
 from verl_vla.runs.html.dashboard import MAX_COMPARED, make_app
 from verl_vla.runs.html.report import TEMPLATES
 from verl_vla.runs.run_dir import keep_solved
@@ -240,8 +239,8 @@ NUM_SLOW = 200
 
 
 def test_slow_connections_are_closed_and_keep_nobody_waiting(root, monkeypatch):
-    monkeypatch.setattr(connections, "REQUEST_S", 1.0)
-    monkeypatch.setattr(connections, "CONNECTION_S", 2.0)
+    monkeypatch.setattr(dashboard, "REQUEST_S", 1.0)
+    monkeypatch.setattr(dashboard, "CONNECTION_S", 2.0)
     options = {}
     monkeypatch.setattr(uvicorn, "run", lambda app, **given: options.update(given, app=app))
     dashboard.run(parse("dashboard", [str(root)]))

@@ -1,8 +1,7 @@
 """Scratch VLA: a causal language model, one or two SigLIP towers, and untrained action tokens."""
 
-from verl_vla.policies.scratch_vla.checkpoint import register_auto_classes
 from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig
-from verl_vla.policies.scratch_vla.modelling import ScratchVLAModel
+from verl_vla.policies.scratch_vla.modelling import ScratchVLAModel, register_auto_classes
 from verl_vla.policies.scratch_vla.policy import ScratchVLAPolicy
 from verl_vla.policies.scratch_vla.processor import ScratchVLAProcessor
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from verl_vla.core.errors import ConfigError
 from verl_vla.policies.checks import Finding, build_empty, describe_weights, look
 from verl_vla.policies.normalization import require_usual_mask
-from verl_vla.policies.scratch_vla.checkpoint import read_config
-from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig
+from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig, read_config
 from verl_vla.policies.scratch_vla.modelling import ScratchVLAModel
 from verl_vla.policies.scratch_vla.processor import ScratchVLAProcessor
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig, Qwen2Config, SiglipVisionConfig
@@ -9,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig, Qwen2Config, SiglipVision
 from verl_vla.config.choices import ACTION_ROWS, DECODINGS
 from verl_vla.config.shared import LORA_ALPHA
 from verl_vla.core.errors import ConfigError
+from verl_vla.policies import checkpoint
 from verl_vla.policies.base import PolicyShape
 
 
@@ -167,3 +169,12 @@ def _tower(given: SiglipVisionConfig | dict[str, Any]) -> SiglipVisionConfig:
     tower = SiglipVisionConfig(**given) if isinstance(given, dict) else given
     tower.vision_use_head = False  # the head pools an image into one vector; patches are needed
     return tower
+
+
+def read_config(folder: str | Path) -> ScratchVLAConfig:
+    """Read the configuration of a checkpoint.
+
+    Raises:
+        ConfigError: if the folder or its ``config.json`` is missing, or the parts do not fit.
+    """
+    return checkpoint.read_config(ScratchVLAConfig, folder)

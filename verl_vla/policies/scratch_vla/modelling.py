@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModel, Cache, DynamicCache, SiglipVisionModel
+from transformers import AutoConfig, AutoModel, Cache, DynamicCache, SiglipVisionModel
 
 from verl_vla.config.choices import LoraTargets
 from verl_vla.core.errors import ConfigError, ContractError
@@ -327,3 +327,9 @@ class Projector(nn.Module):
 
 def _all_true(inputs: Tensor) -> Tensor:
     return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+
+
+def register_auto_classes() -> None:
+    """Register the model with transformers' Auto classes, for ``model_type: scratch_vla``."""
+    AutoConfig.register(ScratchVLAConfig.model_type, ScratchVLAConfig, exist_ok=True)
+    AutoModel.register(ScratchVLAConfig, ScratchVLAModel, exist_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from verl_vla.policies.scratch_vla.checkpoint import read_config
+from verl_vla.policies.scratch_vla.configuration import read_config
 from verl_vla.policies.scratch_vla.modelling import ScratchVLAModel
 from verl_vla.policies.scratch_vla.processor import ScratchVLAProcessor
 from verl_vla.policies.token_policy import TokenPolicy

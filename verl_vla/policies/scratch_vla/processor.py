@@ -8,12 +8,17 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.policies.checkpoint import read_render_size, read_tokenizer
+from verl_vla.policies.checkpoint import (
+    IMAGE_FILE,
+    read_render_size,
+    read_tokenizer,
+    read_tower_statistics,
+    require_file,
+)
 from verl_vla.policies.normalization import ActionStatistics, load_statistics
 from verl_vla.policies.preprocessing import PROMPT, ImageStatistics
 from verl_vla.policies.processor import TokenProcessor
-from verl_vla.policies.scratch_vla.checkpoint import read_config, read_image_statistics
-from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig
+from verl_vla.policies.scratch_vla.configuration import ScratchVLAConfig, read_config
 
 
 class ScratchVLAProcessor(TokenProcessor):
@@ -77,3 +82,19 @@ class ScratchVLAProcessor(TokenProcessor):
                 "not tell it from another task; build the tokenizer with this instruction"
             )
         return ids
+
+
+def read_image_statistics(folder: str | Path, num_towers: int) -> tuple[ImageStatistics, ...]:
+    """Read the image statistics of every vision tower.
+
+    Raises:
+        ConfigError: if the file is missing or there are not as many statistics as towers.
+    """
+    path = require_file(folder, IMAGE_FILE, "how the towers want their pixels")
+    found = read_tower_statistics(path)
+    if len(found) != num_towers:
+        raise ConfigError(
+            f"{path} gives image statistics of {len(found)} towers, the model has {num_towers}; "
+            "tvf_normalize_params needs one entry a tower"
+        )
+    return found
