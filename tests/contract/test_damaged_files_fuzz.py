@@ -205,9 +205,7 @@ PLAIN = st.recursive(
     ),
     lambda inner: st.one_of(
         st.lists(inner, max_size=3),
-        st.dictionaries(
-            st.one_of(st.text(max_size=6), st.integers(), st.none()), inner, max_size=3
-        ),
+        st.dictionaries(NAMES, inner, max_size=3),
     ),
     max_leaves=6,
 )
