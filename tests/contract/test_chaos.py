@@ -118,6 +118,15 @@ def test_a_child_that_outlives_its_run_is_seen_and_ended(
     assert not seen[0]._left(), "it is left after the trial too"
 
 
+def test_a_training_that_ends_before_its_fault_spoils_no_other_trial(
+    undisturbed: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "PROGRAM", (sys.executable, "-c", "print('no memory')"))
+    verdict = run_trial(undisturbed, "SIGTERM", KILLED)
+    assert verdict.complaints == ("the moment for the fault did not come: ['no memory']",)
+    assert row(verdict) == "SIGTERM | too early | 0 | no | no"
+
+
 def test_a_faulty_reward_is_put_right_before_the_run_is_resumed(undisturbed: Trial) -> None:
     fault = Fault(reward_line="raise ValueError", exit_code=EXIT_REWARD, says="training")
     assert run_trial(undisturbed, "a reward", fault).complaints == ()

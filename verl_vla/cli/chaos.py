@@ -16,7 +16,7 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import atomic_write, folder_lock
 from verl_vla.core.provenance import provenance
 from verl_vla.core.text import nearest
-from verl_vla.diagnostics.chaos.experiment import Verdict, as_json, run_trial
+from verl_vla.diagnostics.chaos.experiment import NOT_DISTURBED, Verdict, as_json, run_trial
 from verl_vla.diagnostics.chaos.faults import FAULTS
 from verl_vla.diagnostics.chaos.trial import HANGS, train_undisturbed
 
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 EXIT_FAULTY = 1
 RESULT = "chaos.json"
+NO_CODE = {HANGS: "hangs", NOT_DISTURBED: "too early"}
 HEADER = "fault | end | s | children gone, s | as undisturbed"
 
 
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
 def row(verdict: Verdict) -> str:
     """Return a verdict as a row of a table."""
     fault = FAULTS[verdict.fault]
-    code = "hangs" if verdict.exit_code == HANGS else str(verdict.exit_code)
+    code = NO_CODE[verdict.exit_code] if verdict.exit_code in NO_CODE else str(verdict.exit_code)
     gone = "no" if verdict.children_s is None else f"{verdict.children_s:.0f}"
     same = "yes" if verdict.equal else "no"
     if fault.lost_episodes and verdict.equal:

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import yaml
 from fastapi.testclient import TestClient
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from report_world import make_run, make_tuning_run
 
 from verl_vla.cli.main import EXIT_USAGE, main
@@ -267,33 +265,3 @@ def test_a_recipe_of_fine_tuning_that_lacks_an_entry_is_named(tmp_path: Path, mi
     (run / RECIPE).write_text(yaml.safe_dump(recipe))
     with pytest.raises(ConfigError, match=f"{RECIPE}: {missing} is missing; restore the file"):
         write_report(run)
-
-
-PIECES = st.one_of(
-    st.binary(max_size=30),
-    st.sampled_from(
-        [b"null", b"{}", b'{"step": 1e400}', b'{"episode": 1}', b"[[[[", b"\0", b"NaN"]
-    ),
-)
-
-
-@pytest.mark.parametrize("name", [LOG, METRICS, RECIPE])
-@given(piece=PIECES, cut=st.floats(0, 1), keeps_end=st.booleans())
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_whatever_stands_in_a_file_is_read_or_refused(
-    run: Path, name: str, piece: bytes, cut: float, keeps_end: bool
-) -> None:
-    file = run / name
-    whole = file.read_bytes()
-    at = int(cut * len(whole))
-    try:
-        file.write_bytes(whole[:at] + piece + (whole[at:] if keeps_end else b""))
-        for read in (lambda: read_run(run), *everything_that_reads(run).values()):
-            try:
-                read()
-            except ConfigError as error:
-                assert str(run) in str(error) or "--episode is 100" in str(error)
-    finally:
-        file.write_bytes(whole)

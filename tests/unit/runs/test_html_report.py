@@ -7,10 +7,12 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
+import yaml
 from report_world import NAMES, add_step, evaluate_run, make_run, make_tuning_run
 
 from verl_vla.cli import report
 from verl_vla.cli.arguments import parse
+from verl_vla.config.sft import load_sft_recipe
 from verl_vla.core.episode import Outcome
 from verl_vla.core.errors import ConfigError
 from verl_vla.runs.html import figures
@@ -170,6 +172,13 @@ def test_fine_tuning_has_a_report_of_its_own(tmp_path):
     assert played.count("<svg") == len(TUNING_FIGURES) + 1
     assert "75.0% (6/8, 41\N{EN DASH}93%)" in played
     assert "push the cube" in played
+
+
+def test_a_recipe_as_fine_tuning_writes_it_has_a_page(tmp_path):
+    recipe = load_sft_recipe(["recipe=sft_mini", "demos.folder=here", "optimizer.lr=1"])
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.as_dict()))
+    page = write_report(tmp_path).read_text()
+    assert f"{recipe.optimizer.batch_size} samples" in page
 
 
 def test_fine_tuning_that_has_just_begun_and_that_has_ended_have_reports(tmp_path):

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl_vla.diagnostics.chaos.comparison import contents, differing
-from verl_vla.diagnostics.chaos.trial import FAULT_LINE, START_LIMIT_S, Trial, copy_base
+from verl_vla.diagnostics.chaos.trial import (
+    FAULT_LINE,
+    START_LIMIT_S,
+    NoMomentError,
+    Trial,
+    copy_base,
+)
+
+NOT_DISTURBED = -1001
+"""Stands for the exit code of a training that ended before its fault."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +75,16 @@ def run_trial(undisturbed: Trial, name: str, fault: Fault) -> Verdict:
     copy_base(undisturbed, trial)
     try:
         return _run(undisturbed, trial, name, fault)
+    # of one trial: the others are still worth their time
+    except NoMomentError as error:
+        return Verdict(
+            fault=name,
+            exit_code=NOT_DISTURBED,
+            end_s=0.0,
+            children_s=None,
+            equal=False,
+            complaints=(str(error),),
+        )
     finally:
         trial.open_gate()
         trial.kill_all()

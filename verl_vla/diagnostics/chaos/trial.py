@@ -6,6 +6,7 @@ train to the undisturbed run's last step, so that their numbers can be compared 
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -71,6 +72,12 @@ class TrialReward(ReachingReward):
         return result
 """
 FAULT_LINE = "pass  # FAULT"
+NO_MEMORY_MONITOR = {"RAY_memory_monitor_refresh_ms": "0"}
+"""Variable by which Ray ends nobody where other programs fill this machine's memory."""
+
+
+class NoMomentError(RuntimeError):
+    """The end of a training before the moment at which it was to be disturbed."""
 
 
 class Trial:
@@ -126,6 +133,7 @@ class Trial:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env={**os.environ, **NO_MEMORY_MONITOR},
             )
 
     def await_gate(self, *, is_early: bool = False) -> None:
@@ -135,7 +143,7 @@ class Trial:
             is_early: wait only until the learner is loaded.
 
         Raises:
-            RuntimeError: the training ended before.
+            NoMomentError: the training ended before.
         """
         self.await_moment(self._is_loading if is_early else self.reached.exists)
         self._note_children()
@@ -147,13 +155,14 @@ class Trial:
         """Wait for a moment of the training.
 
         Raises:
-            RuntimeError: the training ended before, or it did not come.
+            NoMomentError: the training ended before, or it did not come.
         """
         assert self.process is not None, "it was not started"
         deadline = time.monotonic() + START_LIMIT_S
         while not has_come():
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the moment for a fault did not come: {self.said()[-2000:]}")
+                last = self.said().splitlines()[-1:]
+                raise NoMomentError(f"the moment for the fault did not come: {last}")
             time.sleep(POLL_S)
 
     def close_gate(self) -> None:
