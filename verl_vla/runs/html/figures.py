@@ -326,7 +326,8 @@ def _held_out_curve(axes: Axes, view: RunView, color: str, label: str) -> None:
     axes.errorbar(
         [line["step"] for line in view.judged],
         rate,
-        yerr=[low, high],
+        # of a rate of 0 or 1 an end may be rounded to the other side
+        yerr=np.maximum(0, [low, high]),
         fmt="o-",
         markersize=4,
         capsize=3,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from verl_vla.core.errors import ConfigError
 from verl_vla.core.json_files import require_declared, with_other_entries
 from verl_vla.runs.episode_log import EPISODE_LOG_FILE, TrainingLine, read_episodes
 from verl_vla.runs.episode_recorder import video_path
-from verl_vla.runs.metrics import read_metrics
+from verl_vla.runs.metrics import REMEDY, read_metrics
 from verl_vla.runs.run_dir import (
     RECIPE_FILE,
     SOLVED_FILE,
@@ -33,6 +34,26 @@ Line = Mapping[str, Any]
 
 BRIEF_BYTES = 1 << 17
 """Bytes of ``metrics.jsonl`` that a row of the overview is made from."""
+
+
+STEPPED, LEARNED, JUDGED = "env/success_rate", "train/loss", "val/success_rate"
+"""Metrics of a training step of GRPO and of fine-tuning, and of an evaluation."""
+COUNTS = ("env/episodes", "env/crashes")
+SHARES = (STEPPED, JUDGED, "val/ci_low", "val/ci_high")
+ROUNDING = 1e-6
+"""Distance from a bound that is the rounding of floats."""
+BOUNDS = dict.fromkeys(COUNTS, (0.0, 1e9)) | dict.fromkeys(SHARES, (0.0, 1.0))
+"""Smallest and largest value of metrics that figures calculate with."""
+TOGETHER: Mapping[str, Sequence[str]] = {
+    STEPPED: (
+        *(*COUNTS, "perf/env_wait_share", "perf/policy_share", "actor/entropy"),
+        *("actor/pg_clipfrac_low", "actor/pg_clipfrac_high"),
+        *("perf/max_process_memory_gb", "perf/max_memory_allocated_gb"),
+    ),
+    LEARNED: ("train/accuracy",),
+    JUDGED: ("val/ci_low", "val/ci_high"),
+}
+"""Metrics that a line with another one must have too."""
 
 
 @with_other_entries
@@ -125,7 +146,7 @@ class RunView:
     @property
     def judged(self) -> list[Mapping[str, float]]:
         """Lines with a held-out evaluation."""
-        return [line for line in self.lines if "val/success_rate" in line]
+        return [line for line in self.lines if JUDGED in line]
 
     @property
     def total_steps(self) -> int:
@@ -147,14 +168,14 @@ class RunView:
 class SFTView(RunView):
     """Contents of a fine-tuning run's files."""
 
-    STEP_METRIC: ClassVar[str] = "train/loss"
+    STEP_METRIC: ClassVar[str] = LEARNED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GRPOView(RunView):
     """Contents of a GRPO run's files."""
 
-    STEP_METRIC: ClassVar[str] = "env/success_rate"
+    STEP_METRIC: ClassVar[str] = STEPPED
 
     episodes: Sequence[Line]
     """Lines of the episode log: every training episode."""
@@ -231,6 +252,7 @@ def read_run(
         "written_at": _written_at(folder),
         "cut": [] if log_bytes is None else _larger((metrics, log), log_bytes),
     }
+    _require_plotted(common["lines"], metrics)
     if "demos" in recipe:
         return SFTView(recipe=_declared(folder, recipe, SFTRunRecipe), **common)
     return GRPOView(
@@ -239,6 +261,31 @@ def read_run(
         solved_after=solved_after(folder),
         **common,
     )
+
+
+def _require_plotted(lines: Sequence[Mapping[str, float]], file: Path) -> None:
+    """Refuse lines that the figures cannot be drawn from: of other versions, or edited by hand."""
+    for line in lines:
+        of_step = f"{file}: the line of step {line['step']}"
+        for metric, others in TOGETHER.items():
+            missing = [name for name in others if metric in line and name not in line]
+            if missing:
+                raise ConfigError(f"{of_step} has {metric} and no {missing[0]}; {REMEDY}")
+        for name, (low, high) in BOUNDS.items():
+            value = line[name] if name in line else low
+            # a rate of no episodes is no number
+            is_within = low - ROUNDING <= value <= high + ROUNDING
+            if not (is_within or (math.isnan(value) and name not in COUNTS)):
+                raise ConfigError(
+                    f"{of_step}: {name} is {value}, and must be {low:g} to {high:g}; {REMEDY}"
+                )
+        if JUDGED in line and (
+            line["val/ci_low"] > line[JUDGED] + ROUNDING
+            or line["val/ci_high"] < line[JUDGED] - ROUNDING
+        ):
+            raise ConfigError(f"{of_step}: {JUDGED} is not within its interval; {REMEDY}")
+        if STEPPED in line and line["env/crashes"] > line["env/episodes"]:
+            raise ConfigError(f"{of_step}: more episodes crashed than were played; {REMEDY}")
 
 
 def _larger(files: Sequence[Path], num_bytes: int) -> list[str]:
