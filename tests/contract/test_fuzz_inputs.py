@@ -111,8 +111,8 @@ def read_all_of(demonstrations: Path) -> None:
         reader.close()
 
 
-SENTENCES = st.text(st.characters(exclude_characters="\0"), max_size=20)
-"""HDF5 itself refuses a NUL."""
+SENTENCES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
+"""HDF5 itself refuses a NUL, and what UTF-8 cannot hold."""
 
 
 def filled(shape: list[int], dtype: str, value: float) -> np.ndarray:

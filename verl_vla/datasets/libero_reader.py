@@ -212,6 +212,12 @@ def _read_demo(
             f"{episode.label}: its {len(actions)} actions are idle, so there is nothing to learn; "
             "leave the demonstration out"
         )
+    rendered = episode.mask(RENDERED, len(actions), absent=True)[steps - lag]
+    if not rendered.any():
+        raise ConfigError(
+            f"{episode.label}: none of its {len(steps)} actions to learn has an image before it; "
+            "set demos.images=rerendered, or leave the demonstration out"
+        )
     return Demo(
         file=path,
         name=name,
@@ -222,7 +228,7 @@ def _read_demo(
         image_rows=steps - lag,
         actions=actions[steps].astype(np.float32),
         disturbed=disturbed[steps],
-        rendered=episode.mask(RENDERED, len(actions), absent=True)[steps - lag],
+        rendered=rendered,
         render_size=render_size,
         cameras=tuple(camera for camera in CAMERAS if episode.has(IMAGES[camera])),
     )

@@ -142,6 +142,10 @@ DAMAGED: dict[str, tuple[Change, str]] = {
     "joints of six": (put("obs/joint_states", ACTIONS[:, :6]), "its obs/joint_states are"),
     "long mask": (put("disturbed", np.zeros(99)), rf"{NAME}: its disturbed are float64"),
     "mask of another length": (put("disturbed", np.zeros(99, bool)), r"its disturbed are \[99\]"),
+    "no image rendered": (
+        put("rendered", np.zeros(NUM_STEPS, bool)),
+        rf"{NAME}: none of its {NUM_STEPS} actions to learn has an image before it",
+    ),
     "mask of sevens": (put("rendered", np.full(NUM_STEPS, 7)), "its rendered hold another value"),
     "no JSON": (attribute("problem_info", "{"), r"problem_info is '\{' \(Invalid JSON"),
     "JSON of a list": (attribute("problem_info", "[]"), r"problem_info is '\[\]'"),
