@@ -12,7 +12,7 @@ from verl_vla.core.episode import Outcome
 from verl_vla.evaluation.conditions import DECIDES
 from verl_vla.runs.episode_log import EpisodeLog
 from verl_vla.runs.episode_recorder import video_path, write_video
-from verl_vla.runs.metrics import METRICS, MetricsFile
+from verl_vla.runs.metrics import METRICS, SFT_METRICS, MetricsFile
 from verl_vla.runs.run_dir import evaluation_record, keep_evaluation
 
 NAMES = {0: "push_the_cube", 6: "lift_the_can"}
@@ -32,10 +32,10 @@ def make_run(folder: Path, *, steps: int = 3, total: int = 5, name: str = "mini"
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     if steps:
-        _evaluate(folder, 0, solved=1)
+        evaluate_run(folder, 0, solved=1)
         for step in range(1, steps + 1):
             add_step(folder, step)
-        _evaluate(folder, steps, solved=3)
+        evaluate_run(folder, steps, solved=3)
     return folder
 
 
@@ -64,7 +64,30 @@ def add_step(folder: Path, step: int) -> None:
     )
 
 
-def _evaluate(folder: Path, step: int, *, solved: int) -> None:
+def make_tuning_run(folder: Path, *, steps: int = 4, total: int = 6) -> Path:
+    """A run of fine-tuning: tested at every second step, played once at the end."""
+    folder.mkdir(parents=True)
+    recipe = {
+        "seed": 2,
+        "environment": {"suite": "mini"},
+        "policy": {"path": None},
+        "demos": {"folder": "runs/<demos>"},
+        "optimizer": {"lr": 5e-4, "batch_size": 16},
+        "trainer": {"total_training_steps": total},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    metrics = MetricsFile(folder / "metrics.jsonl", SFT_METRICS)
+    for step in range(1, steps + 1):
+        values = {name: 0.5 for name in SFT_METRICS if name.startswith("train/")}
+        values |= {"train/accuracy": step / 8, "timing_s/step": 2.0, "timing_s/data": 0.1}
+        if step % 2 == 0:
+            values |= {"val/loss": 0.7, "val/accuracy": 0.4}
+        metrics.append(step, values)
+    return folder
+
+
+def evaluate_run(folder: Path, step: int, *, solved: int) -> Path:
+    """An evaluation of eight episodes, of which twice ``solved`` were solved."""
     entries = [
         {
             "episode": i,
@@ -91,3 +114,4 @@ def _evaluate(folder: Path, step: int, *, solved: int) -> None:
             "val/ci_high": high,
         },
     )
+    return folder

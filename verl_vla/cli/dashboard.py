@@ -10,6 +10,7 @@ from pathlib import Path
 import uvicorn
 
 from verl_vla.core.errors import ConfigError
+from verl_vla.runs.html.connections import ShortConnection
 from verl_vla.runs.html.dashboard import LOOPBACK, is_address, make_app
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,14 @@ def run(options: argparse.Namespace) -> int:
         logger.warning("anyone at %s can read these runs; there is no password", options.host)
     is_everywhere = is_address(options.host) and ipaddress.ip_address(options.host).is_unspecified
     app = make_app(root, hosts, any_address=is_everywhere)
-    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+    uvicorn.run(
+        app,
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        http=ShortConnection,
+        ws="none",
+    )
     return 0
 
 

@@ -167,7 +167,7 @@ def _prepare(
     folder = find_policy(options.policy)
     env = EnvironmentConfig(
         suite=name,
-        step_limit=parse_step_limit(options.step_limit),
+        step_limit=_step_limit(options.step_limit),
         render_size=options.render_size,
         num_workers=options.num_workers,
         num_slots=options.num_slots,
@@ -308,17 +308,20 @@ def _write(file: Path, record: Mapping[str, Any]) -> None:
     logger.info("written to %s", file)
 
 
-def parse_step_limit(limit: str) -> StepLimit:
+def parse_number(text: str) -> int | str:
+    """Return the number that a text is in plain digits, and any other text as it is."""
+    # Python takes digits of every script, and no number of thousands of them
+    is_number = text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS
+    return int(text) if is_number else text
+
+
+def _step_limit(text: str) -> StepLimit:
     """Parse ``--step-limit``.
 
     Raises:
         ConfigError: it is not a known name or a number of steps.
     """
-    # Python takes digits of every script, and no number of thousands of them
-    if limit.isascii() and limit.isdecimal() and len(limit) <= MOST_DIGITS:
-        return int(limit)
-    if limit not in ("published", "simplevla"):
-        raise ConfigError(
-            f"--step-limit is {limit!r}; write published, simplevla, or a number of steps"
-        )
-    return limit
+    limit = parse_number(text)
+    if isinstance(limit, int) or limit in ("published", "simplevla"):
+        return limit
+    raise ConfigError(f"--step-limit is {text!r}; write published, simplevla, or a number of steps")

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from verl_vla.cli.eval import parse_step_limit
+from verl_vla.cli.eval import parse_number
 from verl_vla.config.schema import parse
 from verl_vla.config.shared import EnvironmentConfig
 from verl_vla.core.episode import EpisodeSpec
@@ -59,6 +59,7 @@ from verl_vla.rewards.benchmark import (
     ranking_table,
     read_rewards,
     read_rounds,
+    require_groups,
     table_as_json,
     verdicts,
     video_needs,
@@ -129,6 +130,7 @@ def run(options: argparse.Namespace) -> int:
     if options.episodes_from is None:
         _play(folder, played, environment)
     trajectories = read_rounds(folder, played.groups)
+    require_groups(folder, trajectories, _groups(played))
     halves: dict[VideoNeed | None, tuple[Sample, Sample]] = {}
     halves[None] = _halves(trajectories, played, None)
     for need, videos in filmed.items():
@@ -167,7 +169,7 @@ def _find_episodes(
         values = {name: value for name, value in record.items() if name != WEIGHTS}
         return folder, parse(PlayConfig, values), record
     if "step_limit" in given:
-        given["step_limit"] = parse_step_limit(given["step_limit"])
+        given["step_limit"] = parse_number(given["step_limit"])
     played = parse(PlayConfig, given | {"seed": options.seed})
     chosen = suite(played.suite)
     chosen.require_simulator()

@@ -7,6 +7,7 @@ import logging
 
 from verl_vla.cli.train import start_training
 from verl_vla.config.sft import load_sft_recipe
+from verl_vla.runs.html.report import write_report
 from verl_vla.trainer.sft.run import open_sft_run
 
 logger = logging.getLogger(__name__)
@@ -17,4 +18,5 @@ def run(options: argparse.Namespace) -> int:
     with open_sft_run(load_sft_recipe(options.overrides)) as opened:
         logger.info("run folder %s", opened.folder)
         start_training(opened, kind="sft")
+        write_report(opened.folder)
     return 0

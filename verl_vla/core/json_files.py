@@ -5,7 +5,7 @@ An error names file, field and value, the reason and the remedy, whatever reads 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -14,10 +14,13 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, with_config
 
 from verl_vla.core.errors import ConfigError
+from verl_vla.core.files import partial_file
 
 Schema = TypeVar("Schema")
 MOST_BYTES = 1 << 28
 """Bytes from which on a file describes nothing; the largest known tokenizer has 35 MB."""
+MOST_LINE_BYTES = 1 << 24
+"""Bytes of a line that no log has; an episode's with its actions has some 20 kB."""
 SHOWN = 60
 """Characters of a wrong value that a message shows."""
 
@@ -49,8 +52,8 @@ def read_json(file: Path, schema: type[Schema], remedy: str) -> Schema:
 
 def read_json_lines(
     file: Path, schema: Any, remedy: str, *, first: int = 0, last: int | None = None
-) -> list[Any]:
-    """Read a file of one JSON object a line.
+) -> Iterator[Any]:
+    """Read a file of one JSON object a line, line by line: the file may be of any size.
 
     A last line without its end is left out: it is being written, or a process was killed there.
 
@@ -64,18 +67,91 @@ def read_json_lines(
     Raises:
         ConfigError: as `read_json`; names the line by its number.
     """
-    require_regular(file, remedy)
     adapter = TypeAdapter[Any](schema)
-    found: list[Any] = []
+    lines = islice(enumerate(_raw_lines(file, 0, remedy), start=1), first, last)
+    for number, line in lines:
+        if line.endswith(b"\n"):
+            yield _read_document(adapter, line, f"{file}, line {number}", remedy)
+
+
+def read_last_json_lines(
+    file: Path, schema: Any, remedy: str, num_bytes: int, *, first: int = 0
+) -> Iterator[Any]:
+    """Read the last lines of such a file, ``num_bytes`` at most; of a smaller file all from first.
+
+    The arguments are those of `read_json_lines`.
+    """
+    require_regular(file, remedy)
+    begin = file.stat().st_size - num_bytes
+    if begin <= 0:
+        yield from read_json_lines(file, schema, remedy, first=first)
+        return
+    adapter = TypeAdapter[Any](schema)
+    for line in _raw_lines(file, begin, remedy):
+        if line.endswith(b"\n"):
+            where = f"{file}, in the last {num_bytes:,} bytes"
+            yield _read_document(adapter, line, where, remedy)
+
+
+def keep_json_lines(
+    file: Path, schema: Any, remedy: str, is_kept: Callable[[Any], bool], *, first: int = 0
+) -> list[Any]:
+    """Write such a file again without some of its lines, and without a half-written last one.
+
+    The file may be of any size; it is replaced when the new one is complete.
+
+    Args:
+        file: path of the file.
+        schema: type of every line, as in `read_json`.
+        remedy: what to do about a line that is wrong, for the message.
+        is_kept: tells of a line as read whether it stays.
+        first: index of the first line to look at; those before it stay.
+
+    Returns:
+        The lines that were left out.
+    """
+    adapter = TypeAdapter[Any](schema)
+    dropped: list[Any] = []
+    partial = partial_file(file)
+    try:
+        with partial.open("wb") as written:
+            for number, line in enumerate(_raw_lines(file, 0, remedy), start=1):
+                if not line.endswith(b"\n"):
+                    break
+                content = None
+                if number > first:
+                    content = _read_document(adapter, line, f"{file}, line {number}", remedy)
+                if content is None or is_kept(content):
+                    written.write(line)
+                else:
+                    dropped.append(content)
+        partial.replace(file)
+    finally:
+        # of a damaged file nothing is left beside it
+        partial.unlink(missing_ok=True)
+    return dropped
+
+
+def _raw_lines(file: Path, first_byte: int, remedy: str) -> Iterator[bytes]:
     # as bytes: a line that is no text is then told as any other that is damaged
+    require_regular(file, remedy)
     try:
         with file.open("rb") as opened:
-            for number, line in islice(enumerate(opened, start=1), first, last):
-                if line.endswith(b"\n"):
-                    found.append(_read_document(adapter, line, f"{file}, line {number}", remedy))
+            if first_byte:
+                opened.seek(first_byte)
+                # the rest of a line, however long
+                while opened.readline(MOST_LINE_BYTES)[-1:] not in (b"\n", b""):
+                    pass
+            # bounded: what is no file of lines may be a single one of gigabytes
+            while line := opened.readline(MOST_LINE_BYTES):
+                if len(line) == MOST_LINE_BYTES and not line.endswith(b"\n"):
+                    raise ConfigError(
+                        f"{file} has a line of more than {MOST_LINE_BYTES:,} bytes, so it is none "
+                        f"of ours or damaged; {remedy}"
+                    )
+                yield line
     except OSError as error:
         raise ConfigError(f"{file} cannot be read ({error.strerror}); {remedy}") from error
-    return found
 
 
 def _read_document(adapter: TypeAdapter[Schema], content: bytes, where: str, remedy: str) -> Schema:

@@ -264,7 +264,7 @@ class DemoReader:
         with _reading(self.path):
             node: Node = self.node[name] if name in self.node else None
         if node is None:
-            raise self._refused(name, "are missing")
+            raise self._refused(name, "are missing, so the file is broken")
         if not isinstance(node, h5py.Dataset):
             raise self._refused(name, "are a group of HDF5, and must be a table")
         with _reading(self.path):

@@ -26,8 +26,8 @@ from verl_vla.runs.episode_log import (
     REMEDY,
     EpisodeLog,
     episode_lines,
-    read_episodes,
     require_own,
+    stream_episodes,
 )
 
 ATTEMPTS = 3
@@ -63,9 +63,11 @@ def read_played(folder: Path, starts: Sequence[Start]) -> list[dict[str, Any]]:
         ConfigError: a line is damaged, or is of another start than its episode, which would be
             counted in place of the right one.
     """
-    lines = read_episodes(folder)
+    lines: list[dict[str, Any]] = []
     ended: set[int] = set()
-    for index, line in enumerate(lines):
+    # as they are read: a foreign log of gigabytes is refused at its first line
+    for index, line in enumerate(stream_episodes(folder)):
+        lines.append(line)
         number = line["episode"]
         start = starts[number] if number < len(starts) else None
         if start != Start(task_id=line["task"], init_state_id=line["init_state"]):

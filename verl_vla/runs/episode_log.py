@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +19,15 @@ from pydantic import Field, NonNegativeInt
 from typing_extensions import TypedDict
 
 from verl_vla.core.errors import ConfigError
-from verl_vla.core.files import atomic_write, recording
-from verl_vla.core.json_files import read_json_lines, require_regular, with_other_entries
+from verl_vla.core.files import recording
+from verl_vla.core.json_files import (
+    MOST_LINE_BYTES,
+    keep_json_lines,
+    read_json_lines,
+    read_last_json_lines,
+    require_regular,
+    with_other_entries,
+)
 from verl_vla.core.success_rate import episode_entries
 from verl_vla.core.tables import Trajectories
 from verl_vla.core.text import differences
@@ -32,6 +39,8 @@ EPISODE_LOG_FILE = "episodes.jsonl"
 HEADER_START = b'{"header": {'
 REMEDY = "remove that line, or restore the file from a copy"
 REMEDY_FOR_KIND = "move it away"
+BLOCK = 1 << 20
+"""Bytes that are searched at a time for the end of a line."""
 
 
 class KeptActions(TypedDict):
@@ -98,14 +107,12 @@ class EpisodeLog:
 
     def rewind(self, last_step: int) -> None:
         """Drop the episodes after a training step; a run that resumes repeats them."""
-        steps = [line["step"] for line in _read_lines(self._path, TrainingLine)]
-        # as bytes: what is torn may end inside a character
-        with self._path.open("rb") as file:
-            header, *lines = file
-        # without the torn line, which is not among the steps
-        kept = [line for step, line in zip(steps, lines, strict=False) if step <= last_step]
         with recording(self._path):
-            atomic_write(self._path, b"".join([header, *kept]).decode())
+            keep_json_lines(
+                # the first line is the header
+                *(self._path, TrainingLine, REMEDY, lambda line: line["step"] <= last_step),
+                first=1,
+            )
 
     def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
         with recording(self._path), self._path.open("a") as file:
@@ -126,7 +133,7 @@ def require_own(folder: Path, header: Mapping[str, Any]) -> None:
         return
     require_regular(path, REMEDY_FOR_KIND)
     with path.open("rb") as file:
-        first = file.readline()
+        first = file.readline(MOST_LINE_BYTES)
     if first.endswith(b"\n"):
         # as it was read back: JSON knows no tuples and no keys but strings
         _check_same(path, read_header(folder), json.loads(json.dumps(header)))
@@ -148,13 +155,29 @@ def read_header(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{folder} holds no {EPISODE_LOG_FILE}; name the folder of a run or of eval"
         )
-    lines = read_json_lines(path, HeaderLine, REMEDY, last=1)
+    lines = list(read_json_lines(path, HeaderLine, REMEDY, last=1))
     if not lines:
         raise ConfigError(f"{path} is empty, without a header; {REMEDY}")
     return lines[0]["header"]
 
 
-def read_episodes(folder: Path, line: type[EpisodeLine] = EpisodeLine) -> list[dict[str, Any]]:
+def stream_episodes(
+    folder: Path, line: type[EpisodeLine] = EpisodeLine, last_bytes: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Read the complete lines of an episode log one by one; see `read_episodes`."""
+    path = folder / EPISODE_LOG_FILE
+    if not path.exists():
+        return
+    # the first line is the header
+    if last_bytes is None:
+        yield from read_json_lines(path, line, REMEDY, first=1)
+    else:
+        yield from read_last_json_lines(path, line, REMEDY, last_bytes, first=1)
+
+
+def read_episodes(
+    folder: Path, line: type[EpisodeLine] = EpisodeLine, last_bytes: int | None = None
+) -> list[dict[str, Any]]:
     """Read the complete lines of an episode log, in the order in which the episodes ended.
 
     A last line that is still being written is left out. The list is empty without an episode log.
@@ -162,17 +185,12 @@ def read_episodes(folder: Path, line: type[EpisodeLine] = EpisodeLine) -> list[d
     Args:
         folder: folder of the log.
         line: what each line must be; those of a training run are a `TrainingLine`.
+        last_bytes: bytes of the newest lines that are read; None reads all.
 
     Raises:
         ConfigError: a line is damaged or no ``line``; gives its number.
     """
-    path = folder / EPISODE_LOG_FILE
-    return _read_lines(path, line) if path.exists() else []
-
-
-def _read_lines(path: Path, line: type[EpisodeLine]) -> list[dict[str, Any]]:
-    # the first line is the header
-    return read_json_lines(path, line, REMEDY, first=1)
+    return list(stream_episodes(folder, line, last_bytes))
 
 
 def episode_lines(
@@ -235,7 +253,16 @@ def _check_same(path: Path, before: Mapping[str, Any], wanted: Mapping[str, Any]
 
 def _drop_torn_line(path: Path) -> None:
     """Remove an incomplete last line, which a killed process may leave."""
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
+    with path.open("rb+") as file:
+        end = whole = file.seek(0, os.SEEK_END)
+        # from the end: the file may have gigabytes
+        while whole:
+            start = max(0, whole - BLOCK)
+            file.seek(start)
+            newline = file.read(whole - start).rfind(b"\n")
+            if newline >= 0:
+                whole = start + newline + 1
+                break
+            whole = start
+        if whole < end:
+            file.truncate(whole)

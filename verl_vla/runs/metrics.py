@@ -18,7 +18,7 @@ from pydantic import AfterValidator
 
 from verl_vla.core.errors import ContractError
 from verl_vla.core.files import atomic_write, recording
-from verl_vla.core.json_files import read_json_lines
+from verl_vla.core.json_files import keep_json_lines, read_json_lines, read_last_json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +193,7 @@ def _check_line(line: dict[str, Any]) -> dict[str, Any]:
     return line
 
 
+REMEDY = "remove that line, or restore the file from a copy"
 MetricsLine = Annotated[dict[str, int | float | None], AfterValidator(_check_line)]
 """A line of ``metrics.jsonl``: ``step`` and metrics."""
 
@@ -212,21 +213,18 @@ class MetricsFile:
         """Drop the lines after ``last_step``, and a half-written last line."""
         if not self._path.exists():
             return
-        steps = [line["step"] for line in read_metrics(self._path)]
-        if repeated := [int(step) for step in steps if step > last_step]:
+        with recording(self._path):
+            dropped = keep_json_lines(
+                self._path, MetricsLine, REMEDY, lambda line: line["step"] <= last_step
+            )
+        if dropped:
             logger.info(
                 "steps %d to %d are newer than the last checkpoint: they are made again and their "
                 "lines in %s replaced",
-                repeated[0],
-                repeated[-1],
+                dropped[0]["step"],
+                dropped[-1]["step"],
                 self._path.name,
             )
-        # as bytes: a process killed while it wrote may have left a part of a character, in a line
-        # that is not among the steps
-        with self._path.open("rb") as file:
-            kept = [line for step, line in zip(steps, file, strict=False) if step <= last_step]
-        with recording(self._path):
-            atomic_write(self._path, b"".join(kept).decode())
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line.
@@ -263,15 +261,23 @@ def check_declared(values: Mapping[str, float], declared: Mapping[str, Metric] =
             )
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path, last_bytes: int | None = None) -> list[dict[str, float]]:
     """Read the lines of a ``metrics.jsonl``, each a mapping that also holds ``step``.
 
     A last line that is still being written is left out.
 
+    Args:
+        path: path of the file.
+        last_bytes: bytes of the newest lines that are read; None reads all.
+
     Raises:
         ConfigError: a line is damaged; gives its number.
     """
-    lines = read_json_lines(path, MetricsLine, "remove that line, or restore the file from a copy")
+    lines = (
+        read_json_lines(path, MetricsLine, REMEDY)
+        if last_bytes is None
+        else read_last_json_lines(path, MetricsLine, REMEDY, last_bytes)
+    )
     return [
         # null stands for a number that was not finite; see `_plain`
         {name: math.nan if value is None else value for name, value in line.items()}

@@ -6,6 +6,7 @@ be kept. The replayed outcome and number of steps are compared with the episode 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,13 +21,16 @@ from verl_vla.core.episode import Outcome
 from verl_vla.core.errors import ConfigError
 from verl_vla.envs.base import EnvConfig
 from verl_vla.envs.libero.suite import libero_suite, make_libero_env
-from verl_vla.runs.episode_log import actions_of, read_episodes, read_header
+from verl_vla.runs.episode_log import actions_of, read_header, stream_episodes
 from verl_vla.runs.video import FRAME_SIZE, FRAMES_PER_S, HOLD_FRAMES
 
 CAPTION_HEIGHT = 48
 CHUNK_HEIGHT = 92
 ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "grip")
 INK, QUIET, LINE, NOW, BAR = "#ffffff", "#9aa4af", "#3a424c", "#f59e0b", "#5b8def"
+
+SHOWN_EPISODES = 8
+"""Episodes that a message names where there is none of the wanted number."""
 
 Frame = npt.NDArray[np.uint8]
 
@@ -54,13 +58,20 @@ def read_episode(folder: Path, episode: int) -> tuple[dict[str, Any], dict[str, 
             whose actions were.
     """
     header = read_header(folder)
-    lines = {line["episode"]: line for line in read_episodes(folder)}
-    kept = [key for key, line in lines.items() if line["actions"] is not None]
-    if episode not in kept:
-        why = "its actions were not kept" if episode in lines else "it was not played"
-        some = ", ".join(map(str, kept[-8:])) if kept else "none"
+    found: dict[str, Any] | None = None
+    kept: deque[int] = deque(maxlen=SHOWN_EPISODES)
+    # a log may be larger than memory, so one line is held at a time
+    for line in stream_episodes(folder):
+        has_actions = line["actions"] is not None
+        if line["episode"] == episode and (found is None or has_actions):
+            found = line
+        if has_actions:
+            kept.append(line["episode"])
+    if found is None or found["actions"] is None:
+        why = "it was not played" if found is None else "its actions were not kept"
+        some = ", ".join(map(str, kept)) if kept else "none"
         raise ConfigError(f"--episode is {episode}, but {why}; the last that can be: {some}")
-    return header, lines[episode]
+    return header, found
 
 
 def replay(header: Mapping[str, Any], line: Mapping[str, Any]) -> list[Frame]:

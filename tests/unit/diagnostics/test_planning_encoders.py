@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from verl_vla.config.compose import load_recipe
 from verl_vla.diagnostics.planning.encoding import PUBLISHED as PUBLISHED_ENCODERS
 from verl_vla.diagnostics.planning.encoding import encoder_load
 from verl_vla.diagnostics.planning.plan import make_plan
+from verl_vla.diagnostics.planning.remedies import _smaller_encoder, find_remedy
 from verl_vla.policies.openvla_oft import OpenVLAOFTConfig
 from verl_vla.policies.registry import load_config
 from verl_vla.rewards.encoders import ENCODERS
@@ -133,6 +135,32 @@ def test_the_sizes_of_an_encoder_are_those_of_its_folder(tmp_path):
     path = save_vjepa2(tmp_path / "vjepa")
     plan = srpo_plan(f"reward_args.encoder_args.path='{path}'")
     assert plan.device.phases["encoding"]["encoder"] < MB
+
+
+@pytest.mark.parametrize("words", [(), ("reward_args.encoder_args.own_process=true",)])
+def test_an_encoder_that_is_too_large_gets_smaller_batches_or_cores(words):
+    plan = srpo_plan("reward_args.encoder_args.batch_size=8", *words)
+    load = encoder_load(plan.recipe, TINY, plan.policy_steps)
+    assert load is not None
+    found = {}
+    for missing in (load.batch_bytes // 4, load.batch_bytes):
+        gpu = replace(GPUS["a100-80"], memory_bytes=plan.device.peak - missing)
+        changes, changed = find_remedy(replace(plan, gpu=gpu), TINY)
+        assert changed.fits
+        found |= changes
+    assert found == {
+        "reward_args.encoder_args.batch_size": 4,
+        "reward_args.encoder_args.device": "cpu",
+    }
+    # what the recipe had set stays
+    assert changed.recipe.reward_args["encoder_args"]["batch_size"] == 8
+
+
+def test_an_encoder_that_does_not_decide_is_left_alone():
+    plan = srpo_plan(config=PUBLISHED)
+    assert plan.device.largest != "encoding"
+    assert list(_smaller_encoder(plan)) == []
+    assert list(_smaller_encoder(make_plan(load_recipe(["recipe=libero"]), TINY, None))) == []
 
 
 def test_every_encoder_with_a_network_is_counted():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import struct
 import zipfile
@@ -179,6 +180,12 @@ def test_what_is_no_set_of_states_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=rf"some\.pruned_init cannot be read .*{reason}"):
         read_states(write(content))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "some.pruned_init")
+    with pytest.raises(ConfigError, match=r"some\.pruned_init is a pipe or a device.*; reinstall"):
+        read_states(tmp_path / "some.pruned_init")
 
 
 def test_a_tensor_cannot_reach_beyond_its_content(write: Callable[[bytes], Path]) -> None:

@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from openvla_oft_folder import KEY, save_tiny_policy
 from safetensors.torch import load_file, save_file
 
@@ -335,56 +333,6 @@ def test_every_verb_makes_doctors_checks(
     assert main([verb, *words[verb]]) == EXIT_USAGE
     assert "adapter_config.json beside whole weights" in capsys.readouterr().err
     assert not out.exists()
-
-
-NASTY = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-(2**70), 2**70),
-    st.floats(),
-    st.text(max_size=8),
-    st.lists(st.integers(), max_size=3),
-    st.dictionaries(st.text(max_size=3), st.none(), max_size=2),
-)
-
-
-def places(content: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where a JSON document has values."""
-    items = (
-        content.items()
-        if isinstance(content, dict)
-        else enumerate(content[:2])
-        if isinstance(content, list)
-        else ()
-    )
-    return [above, *(place for key, value in items for place in places(value, (*above, key)))]
-
-
-def planted(content: Any, place: tuple[Any, ...], value: Any) -> Any:
-    if not place:
-        return value
-    copy = content.copy()
-    copy[place[0]] = planted(content[place[0]], place[1:], value)
-    return copy
-
-
-@pytest.mark.parametrize("name", [CONFIG, IMAGES, STATISTICS])
-@given(data=st.data())
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_whatever_stands_in_a_file_is_read_or_refused(
-    folder: Path, name: str, data: st.DataObject
-) -> None:
-    content = json.loads((folder / name).read_text())
-    place = data.draw(st.sampled_from(places(content)))
-    shutil.copy(folder / name, folder / "kept")
-    try:
-        (folder / name).write_text(json.dumps(planted(content, place, data.draw(NASTY))))
-        if not any(finding.is_fault for finding in examine(folder)):
-            load_policy(folder)
-    finally:
-        shutil.move(folder / "kept", folder / name)
 
 
 class Sizes(Entries):

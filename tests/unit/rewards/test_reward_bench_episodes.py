@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from bench_world import NUM_GROUPS, SIZE, make_trajectories
 
-from verl_vla.core.episode import Outcome, Start
+from verl_vla.core.episode import EpisodeSpec, Outcome, Start
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.trajectory_io import write_trajectories
 from verl_vla.rewards import goal_progress
-from verl_vla.rewards.benchmark import choose_groups, claim, is_complete, played_with, read_rounds
+from verl_vla.rewards.benchmark import (
+    choose_groups,
+    claim,
+    is_complete,
+    played_with,
+    read_rounds,
+    require_groups,
+)
 from verl_vla.rewards.benchmark.episodes import GROUPS_PER_ROUND, PlayConfig, round_file
 from verl_vla.rewards.benchmark.samples import halve, join, make_sample, prefix_lengths, take
 
@@ -96,6 +104,39 @@ def test_a_missing_round_is_known(tmp_path: Path):
     assert not is_complete(tmp_path, GROUPS_PER_ROUND + 1)
     with pytest.raises(ConfigError, match="goes on where it stopped"):
         read_rounds(tmp_path, GROUPS_PER_ROUND + 1)
+
+
+def played_groups() -> list[list[EpisodeSpec]]:
+    """The groups that `make_trajectories` has played."""
+    table = make_trajectories().episodes
+    columns = (table.task_id, table.init_state_id, table.group_id, table.episode_id)
+    specs = [
+        EpisodeSpec(task_id=t, init_state_id=i, group_id=g, episode_id=e)
+        for t, i, g, e in zip(*(column.tolist() for column in columns), strict=True)
+    ]
+    return [specs[first : first + SIZE] for first in range(0, len(specs), SIZE)]
+
+
+def test_rounds_are_those_that_the_settings_say(tmp_path: Path):
+    require_groups(tmp_path, make_trajectories(crash_last=True), played_groups())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g: g[:-1], "first on episode 90 of group 15, task 1 and init state 7"),
+        (lambda g: [g[0], *g], "first on episode 0 of group 0"),
+        (lambda g: [[replace(s, init_state_id=9) for s in g[0]], *g[1:]], "init state 0"),
+        (lambda g: [[replace(s, task_id=3) for s in g[0]], *g[1:]], "task 0"),
+        (lambda g: [g[0][:-1], *g[1:]], "first on episode 5 of group 0"),
+    ],
+    ids=["fewer groups", "a group twice", "another start", "another task", "a smaller group"],
+)
+def test_rounds_of_other_episodes_than_the_settings_say_are_refused(
+    tmp_path: Path, change: Any, message: str
+):
+    with pytest.raises(ConfigError, match=rf"played\.json and the rounds .*{message}"):
+        require_groups(tmp_path, make_trajectories(), change(played_groups()))
 
 
 def test_a_folder_holds_one_kind_of_episodes(tmp_path: Path):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import socket
 import subprocess
 import threading
 import time
+import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -18,8 +21,10 @@ from report_world import add_step, make_run
 from verl_vla.cli import dashboard
 from verl_vla.cli.arguments import parse
 from verl_vla.core.errors import ConfigError
+from verl_vla.runs.html import connections
 from verl_vla.runs.html.dashboard import MAX_COMPARED, make_app
 from verl_vla.runs.html.report import TEMPLATES
+from verl_vla.runs.run_dir import keep_solved
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -90,6 +95,56 @@ def test_nothing_outside_the_runs_is_served(client, root, name):
     assert client.get("/video", params={"name": name, "episode": 100}).status_code == 404
     outside = str(root.parent / "outside")
     assert client.get("/run", params={"name": outside}).status_code == 404
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "second/" + "ab/" * 2000, "y" * 300])
+def test_a_name_that_no_folder_can_have_is_not_found(client, name):
+    for address in ("/run", "/compare"):
+        assert client.get(address, params={"name": name}).status_code == 404
+    assert client.get("/video", params={"name": name, "episode": 1}).status_code == 404
+
+
+FILES = ("recipe.yaml", "metrics.jsonl", "episodes.jsonl", "evaluations/step_3.json", "evaluations")
+
+
+@pytest.mark.parametrize("file", [*FILES, "solved.json"])
+def test_a_file_of_a_run_that_leads_out_of_the_runs_is_not_read(client, root, file):
+    inside, outside = root / "sweep" / "first run" / file, root.parent / "outside" / file
+    keep_solved(root.parent / "outside", 3)
+    if inside.is_dir():
+        shutil.rmtree(inside)
+    inside.unlink(missing_ok=True)
+    inside.symlink_to(outside)
+    assert "is a link that leads out of" in client.get("/").text
+    for address in ("/run", "/compare"):
+        answer = client.get(address, params={"name": "sweep/first run"})
+        assert answer.status_code == 422
+        assert "is a link that leads out of" in answer.text
+    assert client.get("/run", params={"name": "second"}).status_code == 200
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_link_among_the_runs_is_followed(client, root, file):
+    place = root / "sweep" / "first run" / file
+    place.rename(root / "moved")
+    place.symlink_to(root / "moved")
+    assert client.get("/run", params={"name": "sweep/first run"}).status_code == 200
+
+
+def test_a_run_that_may_not_be_read_is_shown_as_such(client, root, monkeypatch):
+    whole = Path.is_file
+
+    def refuse(path: Path) -> bool:
+        if "second" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path)
+
+    # whoever runs as root may read everything
+    monkeypatch.setattr(Path, "is_file", refuse)
+    page = client.get("/").text
+    assert "3 of 5" in page
+    assert "Permission denied" in page
+    assert client.get("/run", params={"name": "second"}).status_code == 404
 
 
 @pytest.mark.parametrize("episode", ["../../secret.txt", "1/../2", "1e3", ""])
@@ -179,6 +234,43 @@ def served(root: Path) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
     thread.join()
+
+
+NUM_SLOW = 200
+
+
+def test_slow_connections_are_closed_and_keep_nobody_waiting(root, monkeypatch):
+    monkeypatch.setattr(connections, "REQUEST_S", 1.0)
+    monkeypatch.setattr(connections, "CONNECTION_S", 2.0)
+    options = {}
+    monkeypatch.setattr(uvicorn, "run", lambda app, **given: options.update(given, app=app))
+    dashboard.run(parse("dashboard", [str(root)]))
+    server = uvicorn.Server(uvicorn.Config(**options | {"port": 0, "log_level": "error"}))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        address = server.servers[0].sockets[0].getsockname()
+        slow = [socket.create_connection(address) for _ in range(NUM_SLOW)]
+        # half a request, and a request whose answer is never read
+        for number, connection in enumerate(slow):
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"\r\n" * (number % 2))
+        with urllib.request.urlopen(f"http://localhost:{address[1]}/live.js", timeout=60) as answer:
+            assert answer.status == 200
+            assert answer.headers["connection"] == "close"
+        deadline = time.monotonic() + SERVER_STARTS_S
+        for connection in slow:
+            connection.settimeout(deadline - time.monotonic())
+            # to the end, which only the server makes
+            with contextlib.suppress(ConnectionResetError):
+                while connection.recv(1 << 16):
+                    pass
+            connection.close()
+        assert not server.server_state.connections
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
-from report_world import NAMES, add_step, make_run
+import yaml
+from report_world import NAMES, add_step, evaluate_run, make_run, make_tuning_run
 
 from verl_vla.cli import report
 from verl_vla.cli.arguments import parse
+from verl_vla.config.sft import load_sft_recipe
 from verl_vla.core.episode import Outcome
 from verl_vla.core.errors import ConfigError
 from verl_vla.runs.html import figures
@@ -145,6 +148,79 @@ def test_runs_are_found_at_any_depth(tmp_path):
     made = [make_run(tmp_path / name, steps=0) for name in ("a", "b/c/d")]
     assert find_runs(tmp_path) == made
     assert find_runs(made[0]) == made[:1]
+
+
+TUNING_FIGURES = (figures.loss, figures.accuracy, figures.gradient, figures.time_by_part)
+
+
+def test_fine_tuning_has_a_report_of_its_own(tmp_path):
+    folder = make_tuning_run(tmp_path / "tuned")
+    page = write_report(folder).read_text()
+    for expected in (
+        "4 of 6 training steps, going",
+        "runs/&lt;demos&gt;",
+        "16 samples",
+        "0.0005",
+        "made by the run",
+    ):
+        assert expected in page, expected
+    assert page.count("<svg") == len(TUNING_FIGURES)
+    assert "Newest groups" not in page
+    assert "reward" not in page
+    evaluate_run(folder, 4, solved=3)
+    played = write_report(folder).read_text()
+    assert played.count("<svg") == len(TUNING_FIGURES) + 1
+    assert "75.0% (6/8, 41\N{EN DASH}93%)" in played
+    assert "push the cube" in played
+
+
+def test_a_recipe_as_fine_tuning_writes_it_has_a_page(tmp_path):
+    recipe = load_sft_recipe(["recipe=sft_mini", "demos.folder=here", "optimizer.lr=1"])
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.as_dict()))
+    page = write_report(tmp_path).read_text()
+    assert f"{recipe.optimizer.batch_size} samples" in page
+
+
+def test_fine_tuning_that_has_just_begun_and_that_has_ended_have_reports(tmp_path):
+    begun = make_tuning_run(tmp_path / "begun", steps=0)
+    assert "No training step has ended yet" in write_report(begun).read_text()
+    ended = make_tuning_run(tmp_path / "ended", steps=6)
+    assert status(read_run(ended)) == "ended after 6 training steps"
+
+
+@pytest.mark.parametrize("draw", TUNING_FIGURES)
+def test_a_figure_of_fine_tuning_is_svg_of_every_curve(tmp_path, draw):
+    root = ElementTree.fromstring(draw(read_run(make_tuning_run(tmp_path / "tuned"))))
+    assert "viewBox" in root.attrib
+    text = "".join(root.itertext())
+    labels = {
+        figures.loss: ("training", "held-out demonstrations", "loss, nats per token"),
+        figures.accuracy: ("training", "held-out demonstrations", "action tokens right, %"),
+        figures.gradient: ("norm of the gradient", "learning rate"),
+        figures.time_by_part: ("learning", "waiting for samples", "seconds"),
+    }
+    for label in labels[draw]:
+        assert label in text
+
+
+@pytest.mark.parametrize("number", [1, 999, 1000, 1001, 2500, 150_000])
+def test_a_long_curve_is_thinned_evenly_and_keeps_its_end(number):
+    lines = [{"step": step} for step in range(number)]
+    shown = [line["step"] for line in figures._thin(lines)]
+    assert len(shown) <= figures.MOST_POINTS
+    assert shown[-1] == number - 1
+    assert len(set(np.diff(shown))) <= 1
+    assert len(shown) > figures.MOST_POINTS / 2 or len(shown) == number
+
+
+def test_runs_of_both_kinds_are_compared(tmp_path):
+    views = {"grpo": read_run(make_run(tmp_path / "grpo"))}
+    views["sft"] = read_run(evaluate_run(make_tuning_run(tmp_path / "sft"), 4, solved=3))
+    views["unplayed"] = read_run(make_tuning_run(tmp_path / "unplayed"))
+    text = "".join(ElementTree.fromstring(figures.compared(views)).itertext())
+    assert "grpo" in text
+    assert "sft" in text
+    assert "unplayed" not in text
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

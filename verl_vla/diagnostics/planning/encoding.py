@@ -111,12 +111,10 @@ def encoder_load(recipe: Recipe, config: ModelConfig, policy_steps: int) -> Enco
     Raises:
         ConfigError: an unknown dtype.
     """
-    given = recipe.reward_args
-    name = given["encoder"] if "encoder" in given else None
-    if name not in ENCODERS or name == "pixels":
+    given, arguments = recipe.reward_args, encoder_arguments(recipe)
+    if arguments is None:
         return None
-    own = cast("dict[str, Any]", given["encoder_args"] if "encoder_args" in given else {})
-    arguments = _defaults(name) | own
+    name = given["encoder"]
     sizes, dtype = _sizes(name, str(arguments["path"]), config), find_dtype(arguments["dtype"])
     episodes = recipe.sampling.groups_per_step * recipe.sampling.group_size
     # with the image after the last step
@@ -139,6 +137,19 @@ def encoder_load(recipe: Recipe, config: ModelConfig, policy_steps: int) -> Enco
         on_ranks=not (OWN_PROCESS in arguments and arguments[OWN_PROCESS]),
         on_device=recipe.cluster.device != "cpu" and arguments[DEVICE] != "cpu",
     )
+
+
+def encoder_arguments(recipe: Recipe) -> dict[str, Any] | None:
+    """Return all arguments of the encoder of a recipe's reward; None where `encoder_load` has none.
+
+    What the recipe does not set has the encoder's default.
+    """
+    given = recipe.reward_args
+    name = given["encoder"] if "encoder" in given else None
+    if name not in ENCODERS or name == "pixels":
+        return None
+    own = cast("dict[str, Any]", given["encoder_args"] if "encoder_args" in given else {})
+    return _defaults(name) | own
 
 
 def _defaults(name: str) -> dict[str, Any]:

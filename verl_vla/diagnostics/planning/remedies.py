@@ -8,13 +8,17 @@ from typing import Any
 
 from verl_vla.config.grpo import Recipe
 from verl_vla.core.errors import ConfigError
+from verl_vla.diagnostics.planning.encoding import encoder_arguments
 from verl_vla.diagnostics.planning.plan import Plan, make_plan
 from verl_vla.policies.base import ModelConfig
+from verl_vla.rewards.encoders import DEVICE
 
 MOST_NODES = 8
 """Largest number of nodes that is suggested; beyond it, adapters are the better remedy."""
 ADAPTER_RANK = 16
 """Rank of suggested adapters: siglip-grpo, configs/train_rl.yaml."""
+
+ENCODER_ARGS = "reward_args.encoder_args"
 
 Changes = Mapping[str, Any]
 """Values by the names of options."""
@@ -23,8 +27,9 @@ Changes = Mapping[str, Any]
 def find_remedy(plan: Plan, config: ModelConfig) -> tuple[Changes, Plan] | None:
     """Return the first known change with which ``plan`` fits, or None.
 
-    The order is: gather weights for every policy step, fewer simulator processes, recompute
-    activations, smaller micro-batches, more nodes, adapters, 4 bits.
+    The order is: gather weights for every policy step, fewer simulator processes, smaller batches
+    of the reward's encoder or the encoder on cores, recompute activations, smaller micro-batches,
+    more nodes, adapters, 4 bits.
     """
     for changes in _candidates(plan):
         try:
@@ -42,6 +47,7 @@ def _candidates(plan: Plan) -> Iterator[Changes]:
         yield {"cluster.gather_once": False}
     for num_workers in _enough_simulators(plan):
         yield {"environment.num_workers": num_workers}
+    yield from _smaller_encoder(plan)
     # from here on every change comes on top of those before
     changes: dict[str, Any] = {}
     if not recipe.policy.gradient_checkpointing:
@@ -74,8 +80,31 @@ def _enough_simulators(plan: Plan) -> Iterator[int]:
             yield num_workers
 
 
+def _smaller_encoder(plan: Plan) -> Iterator[Changes]:
+    """Yield smaller batches of an encoder that decides the peak, and at last the encoder on cores.
+
+    No other change helps there: the encoder computes while the policy's activations are gone.
+    """
+    arguments = encoder_arguments(plan.recipe)
+    is_beside = "reward's encoder" in plan.device.outside
+    if arguments is None or not (plan.device.largest == "encoding" or is_beside):
+        return
+    size = int(arguments["batch_size"])
+    while size > 1:
+        size //= 2
+        yield {f"{ENCODER_ARGS}.batch_size": size}
+    yield {f"{ENCODER_ARGS}.{DEVICE}": "cpu"}
+
+
 def _apply(recipe: Recipe, changes: Changes) -> Recipe:
     for name, value in changes.items():
-        section, option = name.split(".")
-        recipe = replace(recipe, **{section: replace(getattr(recipe, section), **{option: value})})
+        section, option = name.rsplit(".", 1)
+        if section == ENCODER_ARGS:
+            given = recipe.reward_args
+            own = given["encoder_args"] if "encoder_args" in given else {}
+            changed = {**given, "encoder_args": {**own, option: value}}
+            recipe = replace(recipe, reward_args=changed)
+        else:
+            changed = replace(getattr(recipe, section), **{option: value})
+            recipe = replace(recipe, **{section: changed})
     return recipe

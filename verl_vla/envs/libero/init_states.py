@@ -22,9 +22,14 @@ import numpy as np
 import numpy.typing as npt
 
 from verl_vla.core.errors import ConfigError
+from verl_vla.core.json_files import require_regular
 
 MAX_BYTES = 1 << 28
 """Largest file size, packed and unpacked. 1,000 init states of LIBERO's largest task need 1 MB."""
+REMEDY = (
+    "reinstall the package that it belongs to, or write [states, values] with "
+    "numpy.savez(FILE, states=...)"
+)
 MAX_MEMO = 1 << 16
 """Largest index in a pickle's memo. An array needs a dozen; a large index allocates memory for all
 indices below it."""
@@ -64,6 +69,7 @@ def read_states(file: Path) -> npt.NDArray[np.float64]:
         ConfigError: the file cannot be read, is damaged, holds anything but an array, or asks for
             code to be run.
     """
+    require_regular(file, REMEDY)
     try:
         if file.stat().st_size > MAX_BYTES:
             raise _RefusedError(f"it is larger than {MAX_BYTES >> 20} MiB")
@@ -78,10 +84,7 @@ def read_states(file: Path) -> npt.NDArray[np.float64]:
             raise _RefusedError("a value in it is not finite")
     except Exception as error:  # a damaged file fails in too many ways to name
         reason = str(error) if isinstance(error, _RefusedError) else f"damaged ({error!r})"
-        raise ConfigError(
-            f"{file} cannot be read as init states: {reason}; reinstall the package that it "
-            "belongs to, or write [states, values] with numpy.savez(FILE, states=...)"
-        ) from error
+        raise ConfigError(f"{file} cannot be read as init states: {reason}; {REMEDY}") from error
     return states
 
 

@@ -16,6 +16,7 @@ from verl_vla.rewards.benchmark.episodes import (
     play_missing,
     played_with,
     read_rounds,
+    require_groups,
 )
 from verl_vla.rewards.benchmark.plots import draw_features, draw_progress, draw_reliability
 from verl_vla.rewards.benchmark.samples import Sample, halve, make_sample
@@ -55,6 +56,7 @@ __all__ = [
     "ranking_table",
     "read_rewards",
     "read_rounds",
+    "require_groups",
     "verdicts",
     "video_needs",
 ]

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, StrictFloat, StrictInt
+from pydantic import Field, JsonValue, StrictFloat, StrictInt
 
 from verl_vla.config.choices import MOST_PX, MOST_SEED, MOST_SLOTS, Dtype
 from verl_vla.config.schema import remedy, section
 from verl_vla.core.episode import EpisodeSpec, Start
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import atomic_write, writing_to
+from verl_vla.core.json_files import read_json
 from verl_vla.core.tables import Trajectories
+from verl_vla.core.trajectory_io import REMEDY as TRAJECTORIES_REMEDY
 from verl_vla.core.trajectory_io import read_trajectories, write_trajectories
 from verl_vla.policies.base import Policy
 from verl_vla.rl.rollout import NoiseSource, Simulators, rollout
@@ -152,14 +155,14 @@ def played_with(folder: Path) -> dict[str, Any]:
     """Read the settings that decided the episodes of a folder.
 
     Raises:
-        ConfigError: the folder holds no episodes.
+        ConfigError: the folder holds no episodes, or the file of their settings is damaged.
     """
     file = folder / PLAYED_FILE
-    if not file.is_file():
+    if not file.exists():
         raise ConfigError(
             f"{folder} holds no {PLAYED_FILE}; name a folder that reward-bench has played into"
         )
-    return json.loads(file.read_text())
+    return read_json(file, dict[str, JsonValue], "play the episodes again, into another folder")
 
 
 def is_complete(folder: Path, num_groups: int) -> bool:
@@ -204,16 +207,22 @@ def read_rounds(folder: Path, num_groups: int) -> Trajectories:
     """Read all rounds, crashed episodes included.
 
     Raises:
-        ConfigError: a round is missing.
+        ConfigError: a round is missing or damaged, or they hold other groups.
     """
     if not is_complete(folder, num_groups):
         raise ConfigError(
             f"{folder} holds fewer than {num_groups} groups; repeat the command that played them, "
             "which goes on where it stopped"
         )
-    return Trajectories.concat(
-        [read_trajectories(round_file(folder, index)) for index in range(num_rounds(num_groups))]
-    )
+    files = [round_file(folder, index) for index in range(num_rounds(num_groups))]
+    found = Trajectories.concat([read_trajectories(file) for file in files])
+    missing = set(range(num_groups)) - set(found.episodes.group_id.tolist())
+    if missing:
+        raise ConfigError(
+            f"{folder} holds no episodes of group {min(missing)}, and {PLAYED_FILE} says "
+            f"{num_groups} groups; {TRAJECTORIES_REMEDY}"
+        )
+    return found
 
 
 def num_rounds(num_groups: int) -> int:
@@ -224,3 +233,35 @@ def num_rounds(num_groups: int) -> int:
 def round_file(folder: Path, index: int) -> Path:
     """Return the file of a round."""
     return folder / f"round_{index:04d}.npz"
+
+
+def require_groups(folder: Path, played: Trajectories, groups: Sequence[Group]) -> None:
+    """Refuse rounds that hold other episodes than `PLAYED_FILE` beside them says.
+
+    Args:
+        folder: folder of the episodes, for the message.
+        played: result of `read_rounds`.
+        groups: result of `choose_groups` for the settings in the file.
+
+    Raises:
+        ConfigError: an episode is missing, superfluous, or of another task or start.
+    """
+    columns = played.episodes
+    found = zip(
+        *(column.tolist() for column in (columns.episode_id, columns.group_id)),
+        *(column.tolist() for column in (columns.task_id, columns.init_state_id)),
+        strict=True,
+    )
+    wanted = [
+        (spec.episode_id, spec.group_id, spec.task_id, spec.init_state_id)
+        for group in groups
+        for spec in group
+    ]
+    wrong = sorted(Counter(found).items() ^ Counter(wanted).items())
+    if wrong:
+        (episode, group, task, state), _ = wrong[0]
+        raise ConfigError(
+            f"{folder}: {PLAYED_FILE} and the rounds beside it do not agree, first on episode "
+            f"{episode} of group {group}, task {task} and init state {state}; one of them is of "
+            "other episodes: restore it, or play again into another folder"
+        )

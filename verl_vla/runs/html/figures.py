@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib as mpl
 import numpy as np
@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from verl_vla.core.episode import Outcome
 from verl_vla.core.success_rate import SuccessRate, count_entries
-from verl_vla.runs.html.reader import Line, RunView, kind_of
+from verl_vla.runs.html.reader import GRPOView, Line, RunView, SFTView, kind_of
 
 INK, GRID = "#30363d", "#d8dee4"
 COLORS = ("#2563eb", "#d97706", "#059669", "#c026d3", "#dc2626", "#0891b2", "#65a30d", "#7c3aed")
@@ -26,6 +26,13 @@ PARTS = {
     "timing_s/transfer": "transfer",
     "timing_s/update": "update",
     "timing_s/save_checkpoint": "checkpoint",
+    "timing_s/testing": "evaluation",
+}
+SFT_PARTS = {
+    "timing_s/data": "waiting for samples",
+    "timing_s/step": "learning",
+    "timing_s/save_checkpoint": "checkpoint",
+    "timing_s/validation": "open-loop test",
     "timing_s/testing": "evaluation",
 }
 KINDS = {
@@ -55,31 +62,36 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
 }
+MOST_POINTS = 500
+"""Number of training steps that a figure shows; runs of fine-tuning have 150,000."""
 LONG_LABEL = 26
 """Length of a label, in characters, above which a legend has one label per line."""
+Step = TypeVar("Step")
 SIZE = (5.6, 3.0)
 """Width and height of a figure in inches; a page scales it."""
 
 
 def success(view: RunView) -> str:
-    """Plot training success and held-out evaluations, each with its interval."""
+    """Plot training success, of a GRPO run, and held-out evaluations, each with its interval."""
 
     def draw(axes: Axes) -> None:
-        _training_curve(axes, view, "#8b98a5", "training, sampled, 95% interval")
+        if isinstance(view, GRPOView):
+            _training_curve(axes, view, "#8b98a5", "training, sampled, 95% interval")
         _held_out_curve(axes, view, "#c2410c", "held out, 95% interval")
         _share_axis(axes, "success, %")
 
     return _svg(draw)
 
 
-def success_by_task(view: RunView) -> str:
+def success_by_task(view: GRPOView) -> str:
     """Plot the training success of each task."""
+    shown = _shown_groups(view)
 
     def draw(axes: Axes) -> None:
         for i, (task, name) in enumerate(view.task_names.items()):
             points = {
                 step: count_entries([e for group in of_step for e in group], {task})
-                for step, of_step in view.groups.items()
+                for step, of_step in shown.items()
             }
             # a step in which every episode of the task crashed has no rate
             known = {step: rate.rate for step, rate in points.items() if rate.episodes}
@@ -95,16 +107,17 @@ def success_by_task(view: RunView) -> str:
     return _svg(draw)
 
 
-def groups(view: RunView) -> str:
+def groups(view: GRPOView) -> str:
     """Plot the number of groups of each kind per training step; mixed ones are kept."""
+    shown = _shown_groups(view)
 
     def draw(axes: Axes) -> None:
-        steps = list(view.groups)
+        steps, width = list(shown), _bar_width(list(shown))
         floor = np.zeros(len(steps))
         for kind, color in KINDS.items():
-            counts = np.array([[kind_of(g) for g in view.groups[s]].count(kind) for s in steps])
+            counts = np.array([[kind_of(g) for g in shown[s]].count(kind) for s in steps])
             if counts.any():
-                axes.bar(steps, counts, bottom=floor, color=color, label=kind, width=0.8)
+                axes.bar(steps, counts, bottom=floor, color=color, label=kind, width=width)
                 floor += counts
         _from_zero(axes)
         _step_axis(axes, "groups played")
@@ -112,18 +125,19 @@ def groups(view: RunView) -> str:
     return _svg(draw)
 
 
-def failures(view: RunView) -> str:
+def failures(view: GRPOView) -> str:
     """Plot the true progress of failures, and their reward unless it is 0 for all of them."""
+    shown = _shown_groups(view)
 
     def draw(axes: Axes) -> None:
         far = {
             step: [e["progress"][-1] for group in of_step for e in group if _failed(e)]
-            for step, of_step in view.groups.items()
+            for step, of_step in shown.items()
         }
         _band(axes, far, "#2563eb", "true progress")
         worth = {
             step: [e["score"] for group in of_step for e in group if _failed(e)]
-            for step, of_step in view.groups.items()
+            for step, of_step in shown.items()
         }
         if any(score for scores in worth.values() for score in scores):
             _band(axes, worth, "#d97706", "reward")
@@ -135,15 +149,16 @@ def failures(view: RunView) -> str:
 
 def time_by_part(view: RunView) -> str:
     """Plot the seconds of each training step by part."""
+    parts = SFT_PARTS if isinstance(view, SFTView) else PARTS
 
     def draw(axes: Axes) -> None:
-        lines = view.trained
+        lines = _thin(view.trained)
         steps = [line["step"] for line in lines]
-        floor = np.zeros(len(lines))
-        for i, (name, label) in enumerate(PARTS.items()):
+        floor, width = np.zeros(len(lines)), _bar_width(steps)
+        for i, (name, label) in enumerate(parts.items()):
             seconds = np.array([line[name] if name in line else 0.0 for line in lines])
             if seconds.any():
-                axes.bar(steps, seconds, bottom=floor, color=COLORS[i], label=label, width=0.8)
+                axes.bar(steps, seconds, bottom=floor, color=COLORS[i], label=label, width=width)
                 floor += seconds
         _from_zero(axes)
         _step_axis(axes, "seconds")
@@ -151,7 +166,7 @@ def time_by_part(view: RunView) -> str:
     return _svg(draw)
 
 
-def waits(view: RunView) -> str:
+def waits(view: GRPOView) -> str:
     """Plot the shares of rollout time spent waiting for simulators and in the policy."""
     shares = {
         "perf/env_wait_share": "waiting for simulators",
@@ -160,20 +175,20 @@ def waits(view: RunView) -> str:
 
     def draw(axes: Axes) -> None:
         for i, (name, label) in enumerate(shares.items()):
-            points = [(line["step"], 100 * line[name]) for line in view.trained]
+            points = [(line["step"], 100 * line[name]) for line in _thin(view.trained)]
             axes.plot(*zip(*points, strict=True), marker=".", color=COLORS[i], label=label)
         _share_axis(axes, "of the rollout, %")
 
     return _svg(draw)
 
 
-def memory(view: RunView) -> str:
+def memory(view: GRPOView) -> str:
     """Plot the peak memory of a learner process, and of its device if there is one."""
     kinds = {"perf/max_process_memory_gb": "process", "perf/max_memory_allocated_gb": "device"}
 
     def draw(axes: Axes) -> None:
         for i, (name, label) in enumerate(kinds.items()):
-            points = [(line["step"], line[name]) for line in view.trained]
+            points = [(line["step"], line[name]) for line in _thin(view.trained)]
             if any(value for _, value in points):
                 axes.plot(*zip(*points, strict=True), marker=".", color=COLORS[i], label=label)
         _from_zero(axes)
@@ -182,17 +197,18 @@ def memory(view: RunView) -> str:
     return _svg(draw)
 
 
-def learning(view: RunView) -> str:
+def learning(view: GRPOView) -> str:
     """Plot the entropy, and the share of tokens that the clip bounds of the loss stopped."""
 
     def draw(axes: Axes) -> None:
-        steps = [line["step"] for line in view.trained]
-        axes.plot(steps, [line["actor/entropy"] for line in view.trained], marker=".", color=INK)
+        lines = _thin(view.trained)
+        steps = [line["step"] for line in lines]
+        axes.plot(steps, [line["actor/entropy"] for line in lines], marker=".", color=INK)
         _from_zero(axes)
         right = axes.twinx()
         right.spines["right"].set_visible(True)
         for name, color in (("low", COLORS[0]), ("high", COLORS[1])):
-            share = [100 * line[f"actor/pg_clipfrac_{name}"] for line in view.trained]
+            share = [100 * line[f"actor/pg_clipfrac_{name}"] for line in lines]
             right.plot(steps, share, marker=".", color=color)
             # a legend lists the lines of its own axes only, so these stand for their twins
             axes.plot([], [], marker=".", color=color, label=f"clipped, {name} bound")
@@ -206,6 +222,75 @@ def learning(view: RunView) -> str:
     return _svg(draw)
 
 
+def loss(view: SFTView) -> str:
+    """Plot the loss of fine-tuning, on the training and on the held-out episodes."""
+
+    def draw(axes: Axes) -> None:
+        _curve(axes, view, "train/loss", "#8b98a5", "training")
+        _curve(axes, view, "val/loss", "#c2410c", "held-out demonstrations")
+        _from_zero(axes)
+        _step_axis(axes, "loss, nats per token")
+
+    return _svg(draw)
+
+
+def accuracy(view: SFTView) -> str:
+    """Plot the share of action tokens whose likeliest bin is the demonstrated one."""
+
+    def draw(axes: Axes) -> None:
+        _curve(axes, view, "train/accuracy", "#8b98a5", "training", 100)
+        _curve(axes, view, "val/accuracy", "#c2410c", "held-out demonstrations", 100)
+        _share_axis(axes, "action tokens right, %")
+
+    return _svg(draw)
+
+
+def gradient(view: SFTView) -> str:
+    """Plot the learning rate and the norm of the gradient."""
+
+    def draw(axes: Axes) -> None:
+        _curve(axes, view, "train/grad_norm", INK, "norm of the gradient")
+        _from_zero(axes)
+        right = axes.twinx()
+        right.spines["right"].set_visible(True)
+        _curve(right, view, "train/lr", COLORS[0], "learning rate")
+        _from_zero(right)
+        right.grid(visible=False)
+        right.set_ylabel("learning rate")
+        axes.plot([], [], color=COLORS[0], label="learning rate")
+        _step_axis(axes, "norm before clipping")
+
+    return _svg(draw)
+
+
+def _curve(
+    axes: Axes, view: RunView, name: str, color: str, label: str, factor: float = 1.0
+) -> None:
+    """Plot a metric at the steps that have it."""
+    measured = [line for line in view.lines if name in line]
+    if measured:
+        shown = _thin(measured)
+        marker = "." if len(measured) < len(view.lines) else None
+        values = [factor * line[name] for line in shown]
+        axes.plot([line["step"] for line in shown], values, color=color, label=label, marker=marker)
+
+
+def _thin(steps: Sequence[Step]) -> Sequence[Step]:
+    """Return at most `MOST_POINTS` steps, evenly spaced, the last one included."""
+    stride = -(-len(steps) // MOST_POINTS)
+    return steps if stride < 2 else steps[::-1][::stride][::-1]
+
+
+def _shown_groups(view: GRPOView) -> dict[int, list[list[Line]]]:
+    groups = view.groups
+    return {step: groups[step] for step in _thin(list(groups))}
+
+
+def _bar_width(steps: Sequence[float]) -> float:
+    # a bar stands for the steps that are left out beside it
+    return 0.8 * max(1.0, (steps[-1] - steps[0]) / len(steps)) if steps else 0.8
+
+
 def compared(views: Mapping[str, RunView]) -> str:
     """Plot the held-out success of several runs; training success for one without evaluations."""
 
@@ -214,7 +299,7 @@ def compared(views: Mapping[str, RunView]) -> str:
             color = COLORS[i % len(COLORS)]
             if view.judged:
                 _held_out_curve(axes, view, color, name)
-            elif view.trained:
+            elif view.trained and isinstance(view, GRPOView):
                 _training_curve(axes, view, color, f"{name} (training)")
         _share_axis(axes, "held-out success, %")
 
@@ -224,9 +309,9 @@ def compared(views: Mapping[str, RunView]) -> str:
 def _training_curve(axes: Axes, view: RunView, color: str, label: str) -> None:
     rates = [
         _counted(line["env/success_rate"], line["env/episodes"] - line["env/crashes"])
-        for line in view.trained
+        for line in _thin(view.trained)
     ]
-    steps = [line["step"] for line in view.trained]
+    steps = [line["step"] for line in _thin(view.trained)]
     low, high = (np.array([100 * rate.ci95[end] for rate in rates]) for end in (0, 1))
     axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
     axes.plot(steps, [100 * rate.rate for rate in rates], marker=".", color=color, label=label)
@@ -279,7 +364,8 @@ def _step_axis(axes: Axes, label: str) -> None:
 
 def _from_zero(axes: Axes) -> None:
     # where all values are 0 the limits would be equal, which matplotlib warns about
-    axes.set_ylim(0, max(1e-3, 1.12 * axes.dataLim.y1))
+    top = 1.12 * axes.dataLim.y1
+    axes.set_ylim(0, top if top > 0 else 1e-3)
 
 
 def _failed(episode: Line) -> bool:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from typing_extensions import TypedDict
 
@@ -18,6 +18,7 @@ from verl_vla.runs.episode_recorder import video_path
 from verl_vla.runs.metrics import read_metrics
 from verl_vla.runs.run_dir import (
     RECIPE_FILE,
+    SOLVED_FILE,
     evaluated_steps,
     evaluation_file,
     read_evaluation_file,
@@ -30,60 +31,96 @@ METRICS_FILE = "metrics.jsonl"
 Line = Mapping[str, Any]
 
 
+BRIEF_BYTES = 1 << 17
+"""Bytes of ``metrics.jsonl`` that a row of the overview is made from."""
+
+
 @with_other_entries
-class _Environment(TypedDict):
+class _Suite(TypedDict):
     suite: str
 
 
 @with_other_entries
-class _Policy(TypedDict):
-    path: str
+class _Path(TypedDict):
+    path: str | None
 
 
 @with_other_entries
-class _Sampling(TypedDict):
+class _Length(TypedDict):
+    total_training_steps: int
+
+
+@with_other_entries
+class _Groups(TypedDict):
     groups_per_step: int
     group_size: int
 
 
 @with_other_entries
-class _Trainer(TypedDict):
-    total_training_steps: int
+class _Folder(TypedDict):
+    folder: str
 
 
 @with_other_entries
-class RunRecipe(TypedDict):
-    """The part of a run's recipe that its page shows."""
+class _Rate(TypedDict):
+    lr: float
+    batch_size: int
+
+
+class _AnyRecipe(TypedDict):
+    """The part of every run's recipe that its page shows."""
 
     seed: int
+    environment: _Suite
+    policy: _Path
+    trainer: _Length
+
+
+@with_other_entries
+class RunRecipe(_AnyRecipe):
+    """The part of a GRPO run's recipe that its page shows."""
+
     reward: str
-    environment: _Environment
-    policy: _Policy
-    sampling: _Sampling
-    trainer: _Trainer
+    sampling: _Groups
+
+
+@with_other_entries
+class SFTRunRecipe(_AnyRecipe):
+    """The part of a fine-tuning run's recipe that its page shows."""
+
+    demos: _Folder
+    optimizer: _Rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunView:
-    """Contents of a run's files."""
+    """Contents of a run's files, of GRPO or of fine-tuning."""
+
+    STEP_METRIC: ClassVar[str]
+    """Metric that every training step has, and no other line."""
 
     folder: Path
     recipe: Mapping[str, Any]
     lines: Sequence[Mapping[str, float]]
     """Lines of ``metrics.jsonl``."""
-    episodes: Sequence[Line]
-    """Lines of the episode log: every training episode."""
     evaluations: Mapping[int, Mapping[str, Any]]
     """Held-out evaluations by training step, in rising order."""
-    solved_after: int | None
+    solved_after: int | None = None
     """Training step after which a run ended early because no episode failed; None otherwise."""
-    quiet_s: float
-    """Seconds since a file of the run was written."""
+    written_at: float
+    """When a file of the run was written last, seconds since 1970."""
+    cut: Sequence[str] = ()
+    """Logs of which only the newest part was read."""
+
+    @property
+    def quiet_s(self) -> float:
+        """Seconds since a file of the run was written."""
+        return time.time() - self.written_at
 
     @property
     def trained(self) -> list[Mapping[str, float]]:
         """Lines of training steps."""
-        return [line for line in self.lines if "env/success_rate" in line]
+        return [line for line in self.lines if self.STEP_METRIC in line]
 
     @property
     def judged(self) -> list[Mapping[str, float]]:
@@ -104,6 +141,23 @@ class RunView:
     def has_ended(self) -> bool:
         """True if all steps are done, or the run ended early because all was solved."""
         return self.last_step >= self.total_steps or self.last_step == self.solved_after
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SFTView(RunView):
+    """Contents of a fine-tuning run's files."""
+
+    STEP_METRIC: ClassVar[str] = "train/loss"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GRPOView(RunView):
+    """Contents of a GRPO run's files."""
+
+    STEP_METRIC: ClassVar[str] = "env/success_rate"
+
+    episodes: Sequence[Line]
+    """Lines of the episode log: every training episode."""
 
     @property
     def task_names(self) -> dict[int, str]:
@@ -140,39 +194,64 @@ def is_run(folder: Path) -> bool:
     return (folder / RECIPE_FILE).is_file()
 
 
-def read_run(folder: Path) -> RunView:
-    """Read all files of a run; an active run may be read at any moment.
+def run_files(folder: Path) -> list[Path]:
+    """Return the files of a run that are there and that `read_run` may read."""
+    names = (RECIPE_FILE, METRICS_FILE, EPISODE_LOG_FILE, SOLVED_FILE)
+    of_steps = [evaluation_file(folder, step) for step in evaluated_steps(folder)]
+    # a link to nothing counts, since it is to be named
+    return [f for f in [*(folder / n for n in names), *of_steps] if f.exists() or f.is_symlink()]
+
+
+def read_run(
+    folder: Path, *, log_bytes: int | None = None, is_brief: bool = False
+) -> GRPOView | SFTView:
+    """Read the files of a run; an active run may be read at any moment.
+
+    Args:
+        folder: folder of the run.
+        log_bytes: bytes of each log that are read at most, the newest; None reads all.
+        is_brief: whether to read only what the overview shows: the newest steps and the last
+            evaluation, and no episodes.
 
     Raises:
-        ConfigError: the folder is not that of a run.
+        ConfigError: the folder is not that of a run, or a file is damaged.
     """
     if not is_run(folder):
         raise ConfigError(f"{folder} holds no {RECIPE_FILE}; name the folder of a training run")
-    recipe = _read_recipe(folder)
-    metrics = folder / METRICS_FILE
-    written = [folder / RECIPE_FILE, metrics, folder / EPISODE_LOG_FILE]
-    return RunView(
-        folder=folder,
-        recipe=recipe,
-        lines=read_metrics(metrics) if metrics.exists() else [],
-        episodes=read_episodes(folder, TrainingLine),
-        evaluations={
+    recipe, steps = read_recipe(folder), evaluated_steps(folder)
+    metrics, log = folder / METRICS_FILE, folder / EPISODE_LOG_FILE
+    log_bytes = BRIEF_BYTES if is_brief else log_bytes
+    common: dict[str, Any] = {
+        "folder": folder,
+        "lines": read_metrics(metrics, log_bytes) if metrics.exists() else [],
+        "evaluations": {
             step: read_evaluation_file(evaluation_file(folder, step))
-            for step in evaluated_steps(folder)
+            for step in (steps[-1:] if is_brief else steps)
         },
+        "written_at": _written_at(folder),
+        "cut": [] if log_bytes is None else _larger((metrics, log), log_bytes),
+    }
+    if "demos" in recipe:
+        return SFTView(recipe=_declared(folder, recipe, SFTRunRecipe), **common)
+    return GRPOView(
+        recipe=_declared(folder, recipe, RunRecipe),
+        episodes=[] if is_brief else read_episodes(folder, TrainingLine, log_bytes),
         solved_after=solved_after(folder),
-        quiet_s=time.time() - max(file.stat().st_mtime for file in written if file.exists()),
+        **common,
     )
 
 
-def _read_recipe(folder: Path) -> dict[str, Any]:
-    content = read_recipe(folder)
-    if "demos" in content:
-        raise ConfigError(
-            f"{folder} is a run of fine-tuning, which has no episodes; its losses are in "
-            f"{METRICS_FILE} and in the figure beside it"
-        )
-    return require_declared(content, RunRecipe, folder / RECIPE_FILE, "restore the file")
+def _larger(files: Sequence[Path], num_bytes: int) -> list[str]:
+    return [file.name for file in files if file.exists() and file.stat().st_size > num_bytes]
+
+
+def _declared(folder: Path, recipe: Mapping[str, Any], schema: Any) -> Mapping[str, Any]:
+    return require_declared(recipe, schema, folder / RECIPE_FILE, "restore the file")
+
+
+def _written_at(folder: Path) -> float:
+    written = (RECIPE_FILE, METRICS_FILE, EPISODE_LOG_FILE)
+    return max((folder / n).stat().st_mtime for n in written if (folder / n).exists())
 
 
 def find_runs(root: Path) -> list[Path]:
@@ -180,7 +259,7 @@ def find_runs(root: Path) -> list[Path]:
 
     Links are not followed: a link could lead out of ``root``.
     """
-    return sorted(file.parent for file in root.rglob(RECIPE_FILE) if is_run(file.parent))
+    return sorted(file.parent for file in root.rglob(RECIPE_FILE))
 
 
 def kind_of(group: Sequence[Line]) -> str:

@@ -15,10 +15,20 @@ from verl_vla.core.files import atomic_write, recording
 from verl_vla.core.text import format_seconds
 from verl_vla.runs.episode_recorder import video_path
 from verl_vla.runs.html import figures
-from verl_vla.runs.html.reader import Line, RunView, kind_of, read_run
+from verl_vla.runs.html.reader import (
+    GRPOView,
+    Line,
+    RunView,
+    SFTView,
+    kind_of,
+    read_run,
+)
 
 REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
+REPORT_BYTES = 1 << 25
+"""Bytes of each log that a report shows at most, the newest: 70,000 episodes or more, and 10,000
+training steps."""
 GROUPS_SHOWN = 3
 """Number of groups shown: the newest of those with videos."""
 SHOWN_GROUPS = 5
@@ -43,8 +53,8 @@ def write_report(folder: Path) -> Path:
         ConfigError: the folder is not that of a run.
         WriteError: the page cannot be written.
     """
-    view = read_run(folder)
-    body = run_body(view, lambda episode: _embedded(video_path(folder, episode)))
+    view = read_run(folder, log_bytes=REPORT_BYTES)
+    body = run_body(view, charts(view), lambda episode: _embedded(video_path(folder, episode)))
     page = render("page.html", title=folder.name, body=body, live=False)
     file = folder / REPORT_FILE
     with recording(file):
@@ -66,20 +76,65 @@ class LiveReport:
             self._written_at = time.monotonic()
 
 
-def run_body(view: RunView, video: VideoSource) -> str:
-    """Return the HTML body of one run's page."""
+def run_body(view: RunView, drawn: Sequence[tuple[str, str]], video: VideoSource) -> str:
+    """Return the HTML body of one run's page.
+
+    Args:
+        view: contents of the run's files.
+        drawn: result of `charts`.
+        video: returns the address of an episode's video.
+    """
     return render(
         "run.html",
         view=view,
         status=status(view),
         facts=_facts(view),
         tasks=_task_rows(view),
-        # before the first step there is nothing to plot
-        charts=_charts(view) if view.trained else [],
-        highlights=[(title, _card(e, video)) for title, e in _best_median_worst(view)],
-        groups=[_shown_group(view, group, video) for group in view.recorded_groups[:GROUPS_SHOWN]],
+        charts=drawn,
+        **_shown_episodes(view, video),
         versions=_versions(view),
+        cut=view.cut,
     )
+
+
+def _shown_episodes(view: RunView, video: VideoSource) -> dict[str, Any]:
+    """Return the videos of a page; fine-tuning records none."""
+    if not isinstance(view, GRPOView):
+        return {"highlights": [], "groups": []}
+    return {
+        "highlights": [(title, _card(e, video)) for title, e in _best_median_worst(view)],
+        "groups": [_shown_group(view, g, video) for g in view.recorded_groups[:GROUPS_SHOWN]],
+    }
+
+
+def charts(view: RunView) -> list[tuple[str, str]]:
+    """Draw the figures of a run, by their titles; this takes a second or more."""
+    # before the first step there is nothing to plot
+    if not view.trained:
+        return []
+    if isinstance(view, SFTView):
+        return [
+            ("Loss", figures.loss(view)),
+            ("Action tokens", figures.accuracy(view)),
+            *([("Held-out starts", figures.success(view))] if view.judged else []),
+            ("Learning rate and gradient", figures.gradient(view)),
+            ("Time of a training step", figures.time_by_part(view)),
+        ]
+    assert isinstance(view, GRPOView)
+    found = [("Success", figures.success(view))]
+    if view.episodes:
+        found += [
+            ("Training success by task", figures.success_by_task(view)),
+            ("Groups: mixed ones teach", figures.groups(view)),
+            ("How far failures came", figures.failures(view)),
+        ]
+    return [
+        *found,
+        ("Time of a training step", figures.time_by_part(view)),
+        ("Who waits for whom", figures.waits(view)),
+        ("Entropy and clipping", figures.learning(view)),
+        ("Memory", figures.memory(view)),
+    ]
 
 
 def status(view: RunView) -> str:
@@ -118,37 +173,37 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def _charts(view: RunView) -> list[tuple[str, str]]:
-    charts = [("Success", figures.success(view))]
-    if view.episodes:
-        charts += [
-            ("Training success by task", figures.success_by_task(view)),
-            ("Groups: mixed ones teach", figures.groups(view)),
-            ("How far failures came", figures.failures(view)),
-        ]
-    return [
-        *charts,
-        ("Time of a training step", figures.time_by_part(view)),
-        ("Who waits for whom", figures.waits(view)),
-        ("Entropy and clipping", figures.learning(view)),
-        ("Memory", figures.memory(view)),
-    ]
-
-
 def _facts(view: RunView) -> list[tuple[str, str]]:
-    recipe, sampling = view.recipe, view.recipe["sampling"]
-    played = len(view.episodes)
-    crashed = sum(episode["outcome"] == Outcome.CRASH for episode in view.episodes)
+    recipe = view.recipe
+    # of fine-tuning, null is a tiny policy that the run itself has made
+    policy = recipe["policy"]["path"] or "made by the run"
     first, last = _ends(view)
     return [
         ("suite", recipe["environment"]["suite"]),
-        ("policy", recipe["policy"]["path"]),
-        ("reward", recipe["reward"]),
+        ("policy", policy),
+        *(_facts_of_demos(recipe) if isinstance(view, SFTView) else _facts_of_groups(view)),
         ("seed", str(recipe["seed"])),
-        ("a step", f"{sampling['groups_per_step']} groups of {sampling['group_size']}"),
-        ("episodes played", f"{played}, {crashed} lost with their simulator"),
         ("held out, first", share_with_counts(first and first["total"])),
         ("held out, last", share_with_counts(last and last["total"])),
+    ]
+
+
+def _facts_of_demos(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("demonstrations", recipe["demos"]["folder"]),
+        ("a step", f"{recipe['optimizer']['batch_size']} samples"),
+        ("learning rate", f"{recipe['optimizer']['lr']:g}"),
+    ]
+
+
+def _facts_of_groups(view: RunView) -> list[tuple[str, str]]:
+    assert isinstance(view, GRPOView)
+    sampling = view.recipe["sampling"]
+    crashed = sum(episode["outcome"] == Outcome.CRASH for episode in view.episodes)
+    return [
+        ("reward", view.recipe["reward"]),
+        ("a step", f"{sampling['groups_per_step']} groups of {sampling['group_size']}"),
+        ("episodes played", f"{len(view.episodes)}, {crashed} lost with their simulator"),
     ]
 
 
@@ -173,7 +228,7 @@ def _ends(view: RunView) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | 
     return (records[0], records[-1]) if records else (None, None)
 
 
-def _best_median_worst(view: RunView) -> list[tuple[str, Line]]:
+def _best_median_worst(view: GRPOView) -> list[tuple[str, Line]]:
     """Choose the best, the median and the worst of the newest recorded episodes."""
     recorded = [
         episode
@@ -188,7 +243,7 @@ def _best_median_worst(view: RunView) -> list[tuple[str, Line]]:
     return [("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])]
 
 
-def _shown_group(view: RunView, group: Sequence[Line], video: VideoSource) -> dict[str, Any]:
+def _shown_group(view: GRPOView, group: Sequence[Line], video: VideoSource) -> dict[str, Any]:
     return {
         "step": group[0]["step"],
         "task": view.task_names[group[0]["task"]].replace("_", " "),

@@ -3,9 +3,20 @@
 const EVERY_MS = 5000;
 const live = document.getElementById("live");
 let shown = null;
+let asks = false;
 
 async function refresh() {
-  if (document.hidden || live.querySelector("input:checked")) return;
+  // a page of a long run may take longer than the interval
+  if (asks || document.hidden || live.querySelector("input:checked")) return;
+  asks = true;
+  try {
+    await show();
+  } finally {
+    asks = false;
+  }
+}
+
+async function show() {
   const answer = await fetch(location.href, { cache: "no-store" });
   if (!answer.ok) return;
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
