@@ -42,11 +42,12 @@ def run_within(
         exit_code: of this process, which is ended with its children where ``work`` does not end
             within `GRACE_S` after its limit.
     """
-    is_over = threading.Event()
+    is_late, is_over = threading.Event(), threading.Event()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         # anywhere else nothing would catch it
         if _is_within(_run, frame):
+            is_late.set()
             raise Overdue
 
     def watch() -> None:
@@ -66,7 +67,10 @@ def run_within(
     thread.start()
     try:
         return _run(work)
-    except Overdue as error:
+    # Ray turns what interrupts its calls into a SystemError of its own
+    except (Overdue, Exception) as error:
+        if not is_late.is_set():
+            raise
         raise refuse(origin(error)) from error
     finally:
         is_over.set()

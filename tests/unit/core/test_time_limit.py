@@ -55,7 +55,14 @@ def survive_everything() -> None:
             continue
 
 
-@pytest.mark.parametrize("code", [wait_in_lock, sleep, survive_errors])
+def rename_the_interruption() -> None:
+    try:
+        time.sleep(LONG_S)
+    except BaseException as error:
+        raise SystemError("returned a result with an exception set") from error
+
+
+@pytest.mark.parametrize("code", [wait_in_lock, sleep, survive_errors, rename_the_interruption])
 def test_what_waits_in_python_is_interrupted(code) -> None:
     before, began = signal.getsignal(INTERRUPT), time.monotonic()
     with pytest.raises(TooSlow):

@@ -55,6 +55,34 @@ def test_a_wait_without_a_limit_is_interrupted(child: subprocess.Popen[bytes]) -
     assert time.monotonic() - began < LONG_S / 2
 
 
+def test_what_a_call_makes_of_its_interruption_does_not_hide_the_death(
+    child: subprocess.Popen[bytes],
+) -> None:
+    def wait() -> None:
+        try:
+            threading.Event().wait(LONG_S)
+        except LearnerLostError as error:
+            # as Ray's calls do
+            raise SystemError("returned a result with an exception set") from error
+
+    with Watchdog(message) as dog:
+        child.kill()
+        with (
+            pytest.raises(LearnerLostError, match=r"^storage .* is dead\. Resume$"),
+            dog.watching(lambda: dead_among({}, {"storage": child.pid})),
+        ):
+            wait()
+
+
+def test_an_error_while_all_live_stays_what_it_is(child: subprocess.Popen[bytes]) -> None:
+    with (
+        Watchdog(message) as dog,
+        pytest.raises(KeyError),
+        dog.watching(lambda: dead_among({}, {"storage": child.pid})),
+    ):
+        raise KeyError
+
+
 def test_nothing_happens_while_all_live_and_the_old_handler_comes_back(
     child: subprocess.Popen[bytes],
 ) -> None:
@@ -122,6 +150,42 @@ def test_a_run_whose_end_hangs_too_is_ended_with_its_children() -> None:
     while (dead := dead_among({}, {"child": int(done.stdout)})) is None:
         assert time.monotonic() < deadline
     assert dead is not None
+
+
+QUIET = """
+    import asyncio, threading
+    from verl_vla.core.errors import LearnerLostError
+    from verl_vla.trainer.verl_compat import watchdog
+
+    watchdog.CHECK_EVERY_S = 0.05
+
+    class Call:
+        def __del__(self):
+            raise ValueError("nobody answers")
+
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(asyncio.sleep(60))
+    loop.run_until_complete(asyncio.sleep(0))
+    call = Call()
+    with watchdog.Watchdog(str) as dog:
+        try:
+            with dog.watching(lambda: "storage"):
+                threading.Event().wait()
+        except LearnerLostError:
+            pass
+"""
+
+
+def test_calls_that_wait_for_a_dead_process_are_dropped_without_tracebacks() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(QUIET)],
+        capture_output=True,
+        text=True,
+        timeout=LONG_S,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 class Actor:

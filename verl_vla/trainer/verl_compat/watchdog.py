@@ -7,8 +7,10 @@ clients try to reconnect for a minute and then end the process without a word of
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -83,6 +85,14 @@ class Watchdog:
         thread.start()
         try:
             yield
+        except Exception as error:
+            # Ray turns what interrupts its calls into a SystemError of its own
+            if not dead:
+                raise
+            _drop_waiting_calls_quietly()
+            if isinstance(error, LearnerLostError):
+                raise
+            raise LearnerLostError(self._describe(dead[0])) from error
         finally:
             is_over.set()
             signal.signal(INTERRUPT, before)
@@ -90,6 +100,15 @@ class Watchdog:
     def _enforce_end(self, name: str) -> None:
         if not self._has_ended.wait(END_LIMIT_S):
             end_now(f"stopped: {self._describe(name)}", EXIT_LEARNER_LOST)
+
+
+def _drop_waiting_calls_quietly() -> None:
+    """Say nothing of calls that still wait for the dead process when the interpreter ends.
+
+    Their tracebacks would follow the message, and all of them say what it says.
+    """
+    sys.unraisablehook = lambda _: None
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def dead_among(actors: Mapping[str, Any], children: Mapping[str, int]) -> str | None:
