@@ -130,7 +130,8 @@ def test_the_stop_is_what_timeout_sends() -> None:
          "trap 'echo saved; exit 143' TERM; sleep 5 & wait"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert (done.returncode, done.stdout) == (124, "saved\n")
+    # timeout signals the command and then its group, so that a slow trap may run twice
+    assert (done.returncode, set(done.stdout.splitlines())) == (124, {"saved"})
 
 
 def test_the_plan_counts_a_core_for_every_busy_process(
