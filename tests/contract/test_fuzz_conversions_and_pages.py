@@ -1,4 +1,4 @@
-"""Damaged folders given to ``convert``, and damaged runs that a page shows; see `test_fuzz`."""
+"""Damaged folders given to ``convert``, and damaged runs that a page shows; see `damage`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from damage import changed_bytes, documents
+from damage import changed_bytes, documents, inputs
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from openvla_oft_folder import save_tiny_policy
 from report_world import evaluate_run, make_run, make_tuning_run
 from safetensors.torch import load_file, save_file
-from test_fuzz import CONFIG, STATISTICS, WEIGHTS, inputs
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.policies.convert import carry_out, plan_conversion
@@ -29,6 +28,7 @@ from verl_vla.runs.html import dashboard, figures
 from verl_vla.runs.html.dashboard import make_app
 from verl_vla.runs.html.report import write_report
 
+CONFIG, STATISTICS, WEIGHTS = "config.json", "dataset_statistics.json", "model.safetensors"
 METRICS, RECIPE = "metrics.jsonl", "recipe.yaml"
 PICKLED, ADAPTERS = "pytorch_model.bin", "adapter_config.json"
 
