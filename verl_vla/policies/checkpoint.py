@@ -111,9 +111,10 @@ def read_config(kind: type[Config], folder: str | Path) -> Config:
 def _refuse_endless(path: Path, content: Mapping[str, Any]) -> None:
     """Refuse a number of layers that no model has: to build it would take for ever."""
     for name, value in content.items():
-        if isinstance(value, Mapping):
-            _refuse_endless(path, value)
-        elif name in NUM_LAYERS and isinstance(value, int) and value > MOST_LAYERS:
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, Mapping):
+                _refuse_endless(path, part)
+        if name in NUM_LAYERS and isinstance(value, int) and value > MOST_LAYERS:
             raise ConfigError(
                 f"{path}: {name} is {value}, and no model has more than {MOST_LAYERS} layers; "
                 f"{TAKE_THE_FILE}"

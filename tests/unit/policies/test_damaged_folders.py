@@ -122,6 +122,7 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a negative width": (lambda c: c["text_config"].update(hidden_size=-16), CONFIG),
     "no heads": (lambda c: c["text_config"].update(num_attention_heads=0), CONFIG),
     "endless layers": (lambda c: c["text_config"].update(num_hidden_layers=10**9), "10"),
+    "endless blocks of a tower": (lambda c: c["vision_towers"][0].update(depth=10**9), "depth"),
     "a vocabulary of null": (lambda c: c["text_config"].update(vocab_size=None), CONFIG),
     "towers that are no mappings": (lambda c: c.update(vision_towers=[1]), CONFIG),
     "an unknown activation": (lambda c: c["text_config"].update(hidden_act="none"), CONFIG),
