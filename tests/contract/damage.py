@@ -1,6 +1,6 @@
 """Damage for the fuzz of files: values planted into documents, and bytes changed or cut off.
 
-Each of 3,390 damaged files must be read as valid or refused by name; any other exception fails the
+Each of 3,680 damaged files must be read as valid or refused by name; any other exception fails the
 test, and so does what is read and cannot be used. ``pytest --hypothesis-seed=N`` tries other files.
 """
 

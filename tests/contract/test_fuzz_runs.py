@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 from damage import changed_bytes, documents, inputs, replaced
-from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
-from report_world import make_run, make_tuning_run
+from report_world import make_run
 
 from verl_vla.core.episode import Outcome
 from verl_vla.evaluation.compare import pair, read_evaluation
 from verl_vla.runs.episode_log import EpisodeLog
-from verl_vla.runs.html.dashboard import make_app
 from verl_vla.runs.html.reader import read_run
 from verl_vla.runs.html.report import write_report
 from verl_vla.runs.metrics import MetricsFile
@@ -69,27 +67,3 @@ def test_the_record_of_an_evaluation(run: Path, data: st.DataObject) -> None:
         assert found["total"]["successes"] <= found["total"]["episodes"]
 
     replaced(file, text.encode(), read, named="")
-
-
-@pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.yaml"])
-@given(data=st.data(), is_tuning=st.booleans())
-@inputs(40)
-def test_whatever_stands_in_a_file_the_dashboard_answers(
-    tmp_path_factory: pytest.TempPathFactory,
-    name: str,
-    data: st.DataObject,
-    is_tuning: bool,
-) -> None:
-    root = tmp_path_factory.mktemp("runs")
-    file = (make_tuning_run if is_tuning else make_run)(root / "one") / name
-    make_run(root / "other", steps=0)
-    file.write_bytes(data.draw(changed_bytes(file.read_bytes())))
-    with pytest.MonkeyPatch.context() as patch:
-        # a second each
-        patch.setattr("verl_vla.runs.html.dashboard.charts", lambda _: [])
-        client = TestClient(make_app(root), base_url="http://127.0.0.1")
-        overview = client.get("/")
-        assert overview.status_code == 200
-        assert "0 of 5" in overview.text
-        answer = client.get("/run", params={"name": "one"})
-    assert answer.status_code in (200, 404, 422)

@@ -169,7 +169,7 @@ def test_a_stopped_play_goes_on_and_the_rule_stood_there_before(
         (["--groups", "3"], "groups is 3 for 2 tasks"),
         (["--step-limit", "soon"], "step_limit"),
         (["--render-size", "20"], "render at least that large"),
-        (["--num-workers", "0"], "num_workers is 0"),
+        (["--num-workers", "0"], "--num-workers is 0"),
         (["--policy", "nowhere"], "there is no config.json"),
         (
             ["--episodes-from", "somewhere"],

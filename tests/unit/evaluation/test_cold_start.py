@@ -160,7 +160,7 @@ def test_a_record_is_kept_whole_and_read_back(tmp_path: Path) -> None:
     [
         ({"threshold": 0.0}, "cold_start.threshold is 0.0; it is a share of episodes"),
         ({"threshold": 15.0}, "cold_start.threshold is 15.0"),
-        ({"episodes": 0}, "cold_start.episodes is 0; set at least 1, or cold_start.mode=off"),
+        ({"episodes": 0}, "cold_start.episodes is 0; set 1 to 1,000,000, or cold_start.mode=off"),
     ],
 )
 def test_an_impossible_gate_is_refused(options: dict[str, float], message: str) -> None:

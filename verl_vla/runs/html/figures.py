@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -374,8 +375,9 @@ def _failed(episode: Line) -> bool:
 
 
 def _counted(rate: float, episodes: float) -> SuccessRate:
-    successes = round(rate * episodes) if episodes else 0
-    return SuccessRate(successes=successes, episodes=round(episodes), crashes=0)
+    # a rate that is no number is one of no episodes: every one crashed
+    number = round(episodes) if math.isfinite(rate) else 0
+    return SuccessRate(successes=round(rate * number) if number else 0, episodes=number, crashes=0)
 
 
 def _svg(draw: Callable[[Axes], None], size: tuple[float, float] = SIZE) -> str:
