@@ -128,7 +128,7 @@ def _explain(error: OSError) -> tuple[str, int]:
     Raises:
         OSError: it is of another kind.
     """
-    if error.errno in OF_PATHS:
+    if error.errno in OF_PATHS and error.filename is not None:
         reason = f"{error.filename} cannot be read or written ({error.strerror}); name another path"
         return f"error: {_shorten(reason)}", EXIT_USAGE
     # what is written by other programs' code, which knows nothing of `WriteError`

@@ -40,6 +40,8 @@ EPISODES = Bounds(1, MOST_EPISODES)
 BOUNDS = {
     "seed": Bounds(0, MOST_SEED),
     "port": Bounds(0, 65_535),
+    "every": POSITIVE,
+    "tasks_per_axis": POSITIVE,
     "episode": Bounds(0, MOST),
     "lora_rank": Bounds(0, MOST),
     "curve_groups": Bounds(0, MOST_EPISODES),

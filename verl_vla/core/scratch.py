@@ -53,20 +53,33 @@ def _locked_folder() -> Generator[Path]:
     try:
         usual = Path(tempfile.gettempdir())
         remove_abandoned(usual)
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=usual))
-        lock = (folder / LOCK).open("a")
+        folder, lock = _make_locked(usual)
     except OSError as error:
         raise ConfigError(
             f"no folder for temporary files can be made ({error}); set {VARIABLE} to a folder that "
             "can be written"
         ) from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield folder
         finally:
             # a process that is still ending may write there; the next command removes the rest
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_locked(usual: Path) -> tuple[Path, TextIOWrapper]:
+    """Make a folder with a lock file that this process holds."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=usual))
+        try:
+            lock = (folder / LOCK).open("a")
+        # before there was a lock, another command may have taken the folder for abandoned
+        except FileNotFoundError:
+            continue
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock.fileno()).st_nlink:
+            return folder, lock
+        lock.close()
 
 
 @contextmanager

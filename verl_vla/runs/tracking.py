@@ -65,7 +65,7 @@ def _require_login() -> None:
     except Exception as error:  # errors of its settings, of the key and of the network
         reason = shorten(" ".join(str(error).split()))
         raise ConfigError(
-            f"trainer.loggers has 'wandb', which refuses the key ({reason}); {remedy}"
+            f"trainer.loggers has 'wandb', and its login failed ({reason}); {remedy}"
         ) from error
     if not has_key:
         raise ConfigError(f"trainer.loggers has 'wandb', and there is no key for it; {remedy}")

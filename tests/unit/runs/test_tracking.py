@@ -55,7 +55,7 @@ def test_a_tracker_without_its_package_is_refused() -> None:
     ("login", "message"),
     [
         (False, "there is no key for it; run `wandb login`, .*WANDB_MODE=offline"),
-        (ValueError("API key must have\n 40"), r"refuses the key \(API key must have 40\); run"),
+        (ValueError("API key must have\n 40"), r"its login failed \(API key must have 40\); run"),
     ],
 )
 def test_wandb_without_a_key_is_refused_and_not_asked_for_one(

@@ -76,7 +76,7 @@ def run_trial(undisturbed: Trial, name: str, fault: Fault) -> Verdict:
     try:
         return _run(undisturbed, trial, name, fault)
     # of one trial: the others are still worth their time
-    except NoMomentError as error:
+    except (NoMomentError, ProcessLookupError) as error:
         return Verdict(
             fault=name,
             exit_code=NOT_DISTURBED,

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import PROJECT_FOLDER
 from verl_vla.core.processes import descendants, is_alive, kill, start_time
 
@@ -177,17 +178,17 @@ class Trial:
         """Return the process of the training with ``part`` in its command line.
 
         Raises:
-            RuntimeError: there is none.
+            NoMomentError: there is none.
         """
         for pid in self._children:
             try:
                 shown = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-            except FileNotFoundError:
+            except (FileNotFoundError, ProcessLookupError):
                 # it has ended since
                 continue
             if part in shown:
                 return pid
-        raise RuntimeError(f"the training has no process {part!r}")
+        raise NoMomentError(f"the training has no process {part!r}")
 
     def await_end(self, limit_s: float = END_LIMIT_S) -> int:
         """Wait for the end of the training; return its exit code, or `HANGS`."""
@@ -242,7 +243,7 @@ def train_undisturbed(root: Path) -> Trial:
     """Train to the last step without a fault, keeping every checkpoint.
 
     Raises:
-        RuntimeError: it does not end as it should.
+        ConfigError: it does not end as it should.
     """
     trial = Trial(root, "undisturbed")
     trial.start([f"trainer.keep_checkpoints={LAST_STEP}"])
@@ -251,7 +252,9 @@ def train_undisturbed(root: Path) -> Trial:
     finally:
         trial.kill_all()
     if code:
-        raise RuntimeError(f"the undisturbed run ended with {code}: {trial.said()[-2000:]}")
+        raise ConfigError(
+            f"the undisturbed training ended with {code}; see {trial.output}, and mend that first"
+        )
     return trial
 
 
