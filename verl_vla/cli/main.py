@@ -17,9 +17,14 @@ from collections.abc import Sequence
 
 from verl_vla.cli.arguments import COMMANDS, parse
 from verl_vla.core.errors import (
+    EXIT_CHECKPOINT,
+    EXIT_COLD_START,
+    EXIT_DIVERGED,
     EXIT_LEARNER_LOST,
     EXIT_REWARD,
     EXIT_SIGNAL,
+    EXIT_STARVED,
+    EXIT_USAGE,
     CheckpointError,
     ColdStartError,
     ConfigError,
@@ -34,21 +39,6 @@ from verl_vla.core.files import DISK_IS_FULL
 from verl_vla.core.scratch import scratch_folder
 from verl_vla.core.text import nearest
 from verl_vla.runs.terminal import Console
-
-EXIT_USAGE = 2
-"""Exit code of an invalid request; nothing was started."""
-
-EXIT_STARVED = 3
-"""Exit code if training stopped because nothing could be learned."""
-
-EXIT_COLD_START = 4
-"""Exit code if training did not begin: the policy succeeds too rarely to learn from it."""
-
-EXIT_CHECKPOINT = 6
-"""Exit code if a checkpoint or a record could not be written, or no checkpoint is valid."""
-
-EXIT_DIVERGED = 7
-"""Exit code if training stopped because losses or gradients were no longer finite."""
 
 STOPPED = {
     StarvedError: EXIT_STARVED,

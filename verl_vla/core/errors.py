@@ -17,8 +17,23 @@
 EXIT_SIGNAL = 128
 """Base of the exit code of a process that a signal ended: this plus its number, as in shells."""
 
+EXIT_USAGE = 2
+"""Exit code of an invalid request; nothing was started."""
+
+EXIT_STARVED = 3
+"""Exit code if training stopped because nothing could be learned."""
+
+EXIT_COLD_START = 4
+"""Exit code if training did not begin: the policy succeeds too rarely to learn from it."""
+
 EXIT_REWARD = 5
 """Exit code if the reward raised, took too long, or gave scores that cannot be trained on."""
+
+EXIT_CHECKPOINT = 6
+"""Exit code if a checkpoint or a record could not be written, or no checkpoint is valid."""
+
+EXIT_DIVERGED = 7
+"""Exit code if training stopped because losses or gradients were no longer finite."""
 
 EXIT_LEARNER_LOST = 8
 """Exit code if training stopped because a process of the learner died."""

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, with_c
 
 from verl_vla.core.errors import ConfigError
 from verl_vla.core.files import partial_file
+from verl_vla.core.text import shorten
 
 Schema = TypeVar("Schema")
 MOST_BYTES = 1 << 28
@@ -244,15 +245,10 @@ def _refusal(detail: Any) -> str:
         return f"it is no JSON in UTF-8 ({detail['msg'].removeprefix('Invalid JSON: ')})"
     if detail["type"] == "missing":
         return f"{field} is missing"
-    shown = _shown(detail["input"])
+    shown = shorten(repr(detail["input"]), SHOWN)
     # a declared type's own check has pydantic's words before its message
     reason = detail["msg"].replace("Input", "it").removeprefix("Value error, ")
     return f"{field or 'it'} is {shown}, but {reason[0].lower()}{reason[1:]}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
 
 
 def _dotted(location: Sequence[int | str]) -> str:

@@ -109,9 +109,11 @@ class EpisodeLog:
         """Drop the episodes after a training step; a run that resumes repeats them."""
         with recording(self._path):
             keep_json_lines(
-                # the first line is the header
-                *(self._path, TrainingLine, REMEDY, lambda line: line["step"] <= last_step),
-                first=1,
+                self._path,
+                TrainingLine,
+                REMEDY,
+                lambda line: line["step"] <= last_step,
+                first=1,  # after the header
             )
 
     def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:

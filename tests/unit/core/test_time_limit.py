@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from script_process import run_script
 
 from verl_vla.core import time_limit as module
 from verl_vla.core.plugins import import_file
@@ -119,14 +116,7 @@ SCRIPT = """
 
 
 def test_native_code_that_never_returns_is_ended_with_the_process_and_its_children() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT)],
-        capture_output=True,
-        text=True,
-        timeout=LONG_S,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
-    )
+    done = run_script(SCRIPT, LONG_S)
     assert done.returncode == 5
     assert done.stderr == "stopped: too slow\n"
     deadline = time.monotonic() + LONG_S

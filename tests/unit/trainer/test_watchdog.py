@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
-import textwrap
 import threading
 import time
 from collections.abc import Generator
@@ -15,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import ActorDiedError, GetTimeoutError
+from script_process import run_script
 
 from verl_vla.core import processes
 from verl_vla.core.errors import EXIT_LEARNER_LOST, LearnerLostError
@@ -135,14 +133,7 @@ SCRIPT = """
 
 
 def test_a_run_whose_end_hangs_too_is_ended_with_its_children() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT)],
-        capture_output=True,
-        text=True,
-        timeout=LONG_S,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
-    )
+    done = run_script(SCRIPT, LONG_S)
     assert done.returncode == EXIT_LEARNER_LOST
     assert done.stderr.splitlines()[-1] == "stopped: storage is dead. Resume"
     # what nobody waits for any more may not have been buried yet, and a busy machine takes a moment
@@ -177,14 +168,7 @@ QUIET = """
 
 
 def test_calls_that_wait_for_a_dead_process_are_dropped_without_tracebacks() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(QUIET)],
-        capture_output=True,
-        text=True,
-        timeout=LONG_S,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
-    )
+    done = run_script(QUIET, LONG_S)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

@@ -11,14 +11,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from verl_vla.core.errors import EXIT_LEARNER_LOST, EXIT_REWARD, EXIT_SIGNAL
+from verl_vla.core.errors import (
+    EXIT_CHECKPOINT,
+    EXIT_LEARNER_LOST,
+    EXIT_REWARD,
+    EXIT_SIGNAL,
+    EXIT_USAGE,
+)
 from verl_vla.diagnostics.chaos.experiment import Fault, send
 from verl_vla.diagnostics.chaos.trial import BASE_STEP, LAST_STEP, Trial
 from verl_vla.runs.episode_log import EPISODE_LOG_FILE
 from verl_vla.runs.episode_recorder import video_path
-
-EXIT_USAGE, EXIT_CHECKPOINT = 2, 6
-"""Exit codes of `verl_vla.cli.main`, which this room may not import."""
 
 SIMULATOR = "verl_vla.envs.pool.worker"
 """Part of the command line of simulators; those of Ray's workers begin with their class."""

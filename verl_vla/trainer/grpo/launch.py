@@ -31,6 +31,7 @@ from verl_vla.config.grpo import GRPOClusterConfig
 from verl_vla.core.allocator import allocator_variables
 from verl_vla.core.errors import ConfigError, DivergedError, Interrupted, LearnerLostError
 from verl_vla.core.signals import stop_requests
+from verl_vla.core.text import shorten
 from verl_vla.envs.libero.assets import ASSETS_VARIABLE
 from verl_vla.rewards import TrajectoryReward
 from verl_vla.rewards.encoders.base import BATCHES_A_RANK, movable_encoders
@@ -266,14 +267,9 @@ def _own_errors(run: Run) -> Generator[None]:
             raise
         raise error.cause from error
     except (RayActorError, OutOfMemoryError) as error:
-        why = f"a learner process died ({_shortened(str(error))})"
+        # of a worker that was killed for its memory Ray tells pages
+        why = f"a learner process died ({shorten(' '.join(str(error).split()), REASON_LENGTH)})"
         raise LearnerLostError(_lost(run, why)) from error
-
-
-def _shortened(text: str) -> str:
-    """Return a text as one line; of a worker killed for its memory Ray tells pages."""
-    line = " ".join(text.split())
-    return line if len(line) <= REASON_LENGTH else line[:REASON_LENGTH] + "..."
 
 
 def _lost(run: Run, why: str) -> str:
